@@ -1,0 +1,44 @@
+"""How long the spectral step of an m x n matrix is: the four rules in use, under torch's names."""
+
+import math
+from typing import Literal, get_args
+
+from steepest.linalg.names import closest
+
+ScaleRule = Literal["original", "match_rms_adamw", "spectral", "none"]
+
+
+def scale_factor(rule: ScaleRule, fan_out: int, fan_in: int) -> float:
+    """Factor s of the update s · U Vᵀ.
+
+    Args:
+        rule: "original": sqrt(max(1, m/n)). "match_rms_adamw": 0.2 · sqrt(max(m, n)), the root mean square that AdamW's
+            updates usually have, so that one learning rate serves both. "spectral": sqrt(m/n), the unit ball of the
+            operator norm between root-mean-square norms. "none": 1.
+        fan_out: m, rows of the matrix that the view makes, not a kernel size.
+        fan_in: n, columns.
+
+    Returns:
+        The factor; 1 if the matrix has no entries.
+
+    Raises:
+        ValueError: If the rule is not known.
+
+    Source:
+        Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/ (original); Liu et al., arXiv:2502.16982, eq. 4
+        (match_rms_adamw); Bernstein and Newhouse, arXiv:2410.21265 (spectral).
+
+    Examples:
+        >>> [scale_factor(rule, 400, 100) for rule in ("original", "match_rms_adamw", "spectral", "none")]
+        [2.0, 4.0, 2.0, 1.0]
+        >>> [scale_factor(rule, 100, 400) for rule in ("original", "match_rms_adamw", "spectral", "none")]
+        [1.0, 4.0, 0.5, 1.0]
+    """
+    if rule not in get_args(ScaleRule):
+        raise ValueError(f"Unknown scale {rule!r}; {closest(str(rule), get_args(ScaleRule))}")
+    if rule == "none" or fan_out == 0 or fan_in == 0:
+        return 1.0
+    if rule == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(fan_out, fan_in))
+    ratio = fan_out / fan_in
+    return math.sqrt(ratio if rule == "spectral" else max(1.0, ratio))

@@ -1,0 +1,161 @@
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steepest.linalg import COEFFICIENTS, polar
+from steepest.linalg.polar import flops
+
+POLYNOMIAL = ["newton-schulz", "gram", "auto"]
+SHAPES = [(1, 1), (1, 7), (7, 1), (3, 7), (7, 3), (16, 16), (4, 6, 6), (2, 3, 8, 2), (3, 12, 40)]
+
+
+def spectral_oracle(g: torch.Tensor, name: str) -> torch.Tensor:
+    """U p(s / ‖G‖_F) Vᵀ from a float64 SVD: what an iteration in exact arithmetic returns."""
+    u, s, vh = torch.linalg.svd(g.double(), full_matrices=False)
+    norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    return (u * COEFFICIENTS[name](s / norm).unsqueeze(-2)) @ vh
+
+
+@pytest.mark.parametrize("method", POLYNOMIAL)
+@pytest.mark.parametrize("name", ["jordan", "polar_express", "cans", "cubic12"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_the_scalar_map_on_the_singular_values(method, name, shape, rng):
+    g = torch.randn(shape, generator=rng, dtype=torch.float64)
+    torch.testing.assert_close(
+        polar(g, method=method, coefficients=name),
+        spectral_oracle(g, name),
+        rtol=0,
+        atol=1e-9 if method != "svd" else 0,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_svd_is_orthogonal_and_attains_the_nuclear_norm(shape, rng):
+    g = torch.randn(shape, generator=rng, dtype=torch.float64)
+    factor = polar(g, method="svd")
+    wide = factor.mT if g.size(-2) > g.size(-1) else factor
+    eye = torch.eye(wide.size(-2), dtype=torch.float64).expand(*wide.shape[:-1], wide.size(-2))
+    torch.testing.assert_close(wide @ wide.mT, eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close((g * factor).sum((-2, -1)), torch.linalg.matrix_norm(g, ord="nuc"))
+
+
+# float32 carries 24 bits, bfloat16 8; five steps multiply a rounding error by up to the map's slope on small singular
+# values, so the bound is on how far the image's singular values leave the certified interval.
+@pytest.mark.parametrize("method", ["newton-schulz", "gram"])
+@pytest.mark.parametrize(("dtype", "margin"), [(torch.float32, 1e-4), (torch.bfloat16, 0.06)])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 96)], ids=str)
+def test_low_precision_stays_in_the_certified_interval(method, dtype, margin, shape, rng):
+    u, _ = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=rng, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=rng, dtype=torch.float64))
+    spectrum = torch.logspace(-1.5, 0, min(shape), dtype=torch.float64)
+    g = (u * spectrum) @ v.mT
+    lower = float(spectrum.min() / torch.linalg.vector_norm(spectrum))
+    low, high = COEFFICIENTS["polar_express"].certify(lower).image
+    values = torch.linalg.svdvals(polar(g.float(), method=method, dtype=dtype).double())
+    assert values.min() >= low - margin
+    assert values.max() <= high + margin
+
+
+@pytest.mark.parametrize("method", ["svd", *POLYNOMIAL])
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-10, 1e10, 1e30, 1e37])
+def test_scale_does_not_matter(method, scale, rng):
+    g = torch.randn(2, 5, 9, generator=rng)
+    torch.testing.assert_close(polar(g * scale, method=method), polar(g, method=method), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["svd", *POLYNOMIAL])
+def test_rank_one_keeps_its_direction(method, rng):
+    u, v = torch.randn(12, generator=rng), torch.randn(30, generator=rng)
+    expected = torch.outer(u / u.norm(), v / v.norm())
+    factor = polar(torch.outer(u, v), method=method, coefficients="cubic12")
+    torch.testing.assert_close(factor, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("method", ["newton-schulz", "gram"])
+def test_rank_one_in_bfloat16_descends(name, method, rng):
+    g = torch.outer(torch.randn(64, generator=rng), torch.randn(256, generator=rng))
+    factor = polar(g, method=method, coefficients=name, dtype=torch.bfloat16)
+    gain = (g * factor).sum() / torch.linalg.matrix_norm(g, ord="nuc")
+    assert 0.6 < gain < 1.3
+
+
+@pytest.mark.parametrize("method", ["svd", *POLYNOMIAL])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_non_finite_and_a_zero_matrix_leave_their_neighbour_alone(method, bad, rng):
+    g = torch.randn(3, 4, 10, generator=rng)
+    expected = polar(g, method=method)[0]
+    g[1], g[2, 0, 0] = 0, bad
+    result = polar(g, method=method)
+    assert torch.equal(result[0], expected)
+    assert (result[1] == 0).all()
+    assert result[2].isnan().any()
+
+
+@given(
+    batch=st.integers(1, 5),
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 6),
+    cap=st.sampled_from([1, 500, 10**6]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_batch_is_its_matrices_whatever_the_memory_cap(batch, rows, columns, cap):
+    g = torch.randn(batch, rows, columns, generator=torch.Generator().manual_seed(batch), dtype=torch.float64)
+    together = polar(g, memory_cap=cap)
+    torch.testing.assert_close(together, torch.stack([polar(one) for one in g]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(polar(g.mT), together.mT, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (3, 0)], ids=str)
+def test_nothing_comes_from_nothing(shape):
+    assert polar(torch.zeros(shape)).shape == shape
+
+
+def test_types_and_memory_are_the_callers(rng):
+    g = torch.randn(4, 4, generator=rng)
+    assert polar(g.bfloat16()).dtype == torch.bfloat16
+    before = g.clone()
+    polar(g).fill_(7)
+    polar(torch.zeros(2, 2)).fill_(7)
+    assert torch.equal(g, before)
+
+
+def test_the_operation_counts_are_those_of_the_field():
+    # in units of k³ at aspect ratio r: standard 20 r + 10; Gram with one restart 8 r + 28, without 4 r + 34
+    steps = COEFFICIENTS["polar_express"].steps
+    half, single = torch.finfo(torch.bfloat16).eps, torch.finfo(torch.float32).eps
+    for ratio in (1, 2, 4, 8):
+        assert flops("newton-schulz", 64, 64 * ratio, steps, eps=half) == (20 * ratio + 10) * 64**3
+        assert flops("gram", 64, 64 * ratio, steps, eps=half) == (8 * ratio + 28) * 64**3
+        assert flops("gram", 64, 64 * ratio, steps, eps=single) == (4 * ratio + 34) * 64**3
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: polar(torch.ones(3)), ValueError, "polar takes (*batch, m, n), got shape (3,)"),
+        (
+            lambda: polar(torch.ones(2, 2).int()),
+            TypeError,
+            "takes a real floating-point tensor, got torch.int32",
+        ),
+        (
+            lambda: polar(torch.ones(2, 2).cfloat()),
+            TypeError,
+            "takes a real floating-point tensor, got torch.complex64",
+        ),
+        (
+            lambda: polar(torch.ones(2, 2), method="grm"),
+            ValueError,
+            "Unknown polar method 'grm'; did you mean 'gram'?",
+        ),
+        (lambda: polar(torch.ones(2, 2), memory_cap=0), ValueError, "positive memory_cap in bytes, got 0"),
+        (lambda: polar(torch.ones(2, 2), coefficients="x"), ValueError, "Unknown coefficients 'x'; valid: "),
+    ],
+)
+def test_the_error_says_what_came_and_what_was_expected(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()
