@@ -1,3 +1,27 @@
 """Optimizers that are steepest descent in a chosen norm, and a lab that compares them."""
 
+from steepest.anatomy import Plan, View, route
+from steepest.geometry import AdaInf, Frobenius, Norm, Sign, Spectral
+from steepest.linalg import describe, minimax, polar
+from steepest.optim import Adam, Muon, MuonAdam, NonFiniteError, SteepestDescent
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdaInf",
+    "Adam",
+    "Frobenius",
+    "Muon",
+    "MuonAdam",
+    "NonFiniteError",
+    "Norm",
+    "Plan",
+    "Sign",
+    "Spectral",
+    "SteepestDescent",
+    "View",
+    "describe",
+    "minimax",
+    "polar",
+    "route",
+]

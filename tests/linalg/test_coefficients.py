@@ -161,7 +161,7 @@ def test_describe_shows_every_step_and_the_certificate():
         (
             lambda: get_coefficients("jordn"),
             ValueError,
-            "Unknown coefficients 'jordn'; did you mean 'jordan'?",
+            "Unknown coefficients 'jordn': did you mean 'jordan'?",
         ),
         (
             lambda: get_coefficients([1.0, 2.0]),

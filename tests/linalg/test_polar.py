@@ -150,10 +150,10 @@ def test_the_operation_counts_are_those_of_the_field():
         (
             lambda: polar(torch.ones(2, 2), method="grm"),
             ValueError,
-            "Unknown polar method 'grm'; did you mean 'gram'?",
+            "Unknown polar method 'grm': did you mean 'gram'?",
         ),
         (lambda: polar(torch.ones(2, 2), memory_cap=0), ValueError, "positive memory_cap in bytes, got 0"),
-        (lambda: polar(torch.ones(2, 2), coefficients="x"), ValueError, "Unknown coefficients 'x'; valid: "),
+        (lambda: polar(torch.ones(2, 2), coefficients="x"), ValueError, "Unknown coefficients 'x'. Valid: cans, "),
     ],
 )
 def test_the_error_says_what_came_and_what_was_expected(call, error, message):

@@ -7,7 +7,8 @@ products of one matrix. For each norm
 A vector is a 1 x n matrix. Norms that adapt take the second moment V of the gradient, shaped like M.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from steepest.geometry.scale import ScaleRule, scale_factor
 from steepest.linalg import Coefficients, PolarMethod, get_coefficients, polar
-from steepest.linalg.names import closest
+from steepest.names import unknown_name
 
 MATRIX = (-2, -1)
 
@@ -26,17 +27,16 @@ class Norm(Protocol):
     Contract, for every M != 0: dual(M) = -<M, lmo(M)>, primal(lmo(M)) = 1, and <M, W> <= dual(M) · primal(W) for all W;
     lmo(0) = 0; nothing is written to the arguments.
 
+
     Attributes:
         adapts: Whether the norm needs the second moment V. Otherwise V is ignored and may be None.
-        matrix: Whether the norm looks at a weight as a linear map, so that its view (which axis is fan-out, which parts
-            are fused) matters. Otherwise it sees a bag of entries.
+        matrix: Whether the norm sees a linear map, so that fan-out, fan-in and fused parts matter.
     """
 
-    @property
-    def adapts(self) -> bool: ...
-    @property
-    def matrix(self) -> bool: ...
-    def primal(self, w: Tensor, /, v: Tensor | None = None) -> Tensor:
+    adapts: ClassVar[bool]
+    matrix: ClassVar[bool]
+
+    def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Norm of W: (*batch, m, n) to (*batch,), in weight units."""
         ...
 
@@ -49,8 +49,21 @@ class Norm(Protocol):
         ...
 
 
+class _Printed:
+    """A norm prints as its name and the options that are not the default, for plans and tables."""
+
+    def __str__(self) -> str:
+        changed = [
+            f"{option.name}={getattr(self, option.name)}"
+            for option in fields(self)  # pyright: ignore[reportArgumentType] - subclasses are dataclasses
+            if getattr(self, option.name) != option.default
+        ]
+        name = next(name for name, kind in NORMS.items() if kind is type(self))
+        return " ".join([name, *changed])
+
+
 @dataclass(frozen=True)
-class Spectral:
+class Spectral(_Printed):
     """Largest singular value, divided by a scale s that depends on the shape: ‖W‖ = σ_max(W) / s, lmo = -s U Vᵀ.
 
     Args:
@@ -68,7 +81,7 @@ class Spectral:
 
     scale: ScaleRule = "original"
     polar: PolarMethod = "auto"
-    coefficients: str | Coefficients | tuple[tuple[float, float, float], ...] = "polar_express"
+    coefficients: str | Coefficients | Sequence[Sequence[float]] = "polar_express"
     dtype: torch.dtype | None = None
     adapts: ClassVar[bool] = False
     matrix: ClassVar[bool] = True
@@ -78,7 +91,7 @@ class Spectral:
         get_coefficients(self.coefficients)
         polar(torch.zeros(0, 1, 1), method=self.polar)
 
-    def primal(self, w: Tensor, /, v: Tensor | None = None) -> Tensor:
+    def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """σ_max(W) / s, by a singular value decomposition."""
         return torch.linalg.matrix_norm(w, ord=2) / scale_factor(self.scale, *w.shape[-2:])
 
@@ -93,13 +106,13 @@ class Spectral:
 
 
 @dataclass(frozen=True)
-class Frobenius:
+class Frobenius(_Printed):
     """Root of the sum of squares: lmo = -M / ‖M‖, normalised gradient descent."""
 
     adapts: ClassVar[bool] = False
     matrix: ClassVar[bool] = False
 
-    def primal(self, w: Tensor, /, v: Tensor | None = None) -> Tensor:
+    def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """‖W‖_F."""
         return torch.linalg.vector_norm(w, dim=MATRIX)
 
@@ -116,13 +129,13 @@ class Frobenius:
 
 
 @dataclass(frozen=True)
-class Sign:
+class Sign(_Printed):
     """Largest absolute entry: lmo = -sign(M), sign descent."""
 
     adapts: ClassVar[bool] = False
     matrix: ClassVar[bool] = False
 
-    def primal(self, w: Tensor, /, v: Tensor | None = None) -> Tensor:
+    def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Largest |w_ij|; 0 for a weight without entries."""
         return torch.linalg.vector_norm(w, ord=torch.inf, dim=MATRIX) if w.numel() else w.new_zeros(w.shape[:-2])
 
@@ -136,7 +149,7 @@ class Sign:
 
 
 @dataclass(frozen=True)
-class AdaInf:
+class AdaInf(_Printed):
     """Adam's norm: max |w| (sqrt(v) + eps) / |m|, whose constrained step is Adam's -m / (sqrt(v) + eps).
 
     An entry with m = 0 has infinite weight: it does not move.
@@ -164,12 +177,10 @@ class AdaInf:
             raise ValueError("AdaInf needs the second moment v of the gradient, got None; pass v shaped like m.")
         return v.sqrt().add_(self.eps)
 
-    def primal(self, w: Tensor, /, v: Tensor | None = None) -> Tensor:
-        """Not a function of W and V alone: the norm depends on M too. Use `primal_at`."""
-        raise ValueError("AdaInf's norm depends on the momentum m as well; call primal_at(w, m, v).")
-
-    def primal_at(self, w: Tensor, m: Tensor, v: Tensor) -> Tensor:
-        """max |w| (sqrt(v) + eps) / |m| over entries, 0/0 counting as 0; (*batch, m, n) to (*batch,)."""
+    def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        """max |w| (sqrt(v) + eps) / |m| over entries, 0/0 counting as 0: this norm depends on M too."""
+        if m is None:
+            raise ValueError("AdaInf.primal needs the momentum m that the norm was built at, got None; pass m and v.")
         weighted = w.abs() * self._root(v) / m.abs()
         return torch.where(w == 0, 0.0, weighted).amax(dim=MATRIX)
 
@@ -207,7 +218,7 @@ def get_norm(norm: str | Norm) -> Norm:
     """
     if isinstance(norm, str):
         if norm not in NORMS:
-            raise ValueError(f"Unknown norm {norm!r}; {closest(norm, NORMS)}")
+            raise ValueError(unknown_name("norm", norm, NORMS))
         return NORMS[norm]()
     if isinstance(norm, type) or not all(hasattr(norm, name) for name in ("lmo", "dual", "adapts", "matrix")):
         raise TypeError(f"norm takes a name or an object such as Spectral(), got {norm!r}.")

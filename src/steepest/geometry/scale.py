@@ -3,7 +3,7 @@
 import math
 from typing import Literal, get_args
 
-from steepest.linalg.names import closest
+from steepest.names import unknown_name
 
 ScaleRule = Literal["original", "match_rms_adamw", "spectral", "none"]
 
@@ -35,7 +35,7 @@ def scale_factor(rule: ScaleRule, fan_out: int, fan_in: int) -> float:
         [1.0, 4.0, 0.5, 1.0]
     """
     if rule not in get_args(ScaleRule):
-        raise ValueError(f"Unknown scale {rule!r}; {closest(str(rule), get_args(ScaleRule))}")
+        raise ValueError(unknown_name("scale", rule, get_args(ScaleRule)))
     if rule == "none" or fan_out == 0 or fan_in == 0:
         return 1.0
     if rule == "match_rms_adamw":

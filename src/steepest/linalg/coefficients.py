@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steepest.linalg.names import closest
+from steepest.names import unknown_name
 
 Triple = tuple[float, float, float]
 
@@ -80,9 +80,9 @@ class Coefficients:
         if not certificate.safe:
             raise ValueError(
                 f"Coefficients {self.name!r} are unsafe on the singular values (0, {1 + SLACK}]: the smallest p(x)/x "
-                f"is {certificate.smallest_gain:.3g} (zero or less flips a direction, and the step climbs), the largest "
-                f"value {certificate.peak:.3g} (at most {LARGEST_PEAK:g} is allowed). Choose a listed set, divide the "
-                "argument of each step by 1.01, or design a set with minimax(lower, steps)."
+                f"is {certificate.smallest_gain:.3g} (zero or less flips a direction, and the step climbs), the "
+                f"largest value {certificate.peak:.3g} (at most {LARGEST_PEAK:g} is allowed). Choose a listed set, "
+                "divide the argument of each step by 1.01, or design a set with minimax(lower, steps)."
             )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ def get_coefficients(coefficients: str | Coefficients | Sequence[Sequence[float]
         return coefficients
     if isinstance(coefficients, str):
         if coefficients not in COEFFICIENTS:
-            raise ValueError(f"Unknown coefficients {coefficients!r}; {closest(coefficients, COEFFICIENTS)}")
+            raise ValueError(unknown_name("coefficients", coefficients, COEFFICIENTS))
         return COEFFICIENTS[coefficients]
     try:
         steps = tuple((float(a), float(b), float(c)) for a, b, c in coefficients)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from steepest.linalg.coefficients import Coefficients, Triple, get_coefficients
-from steepest.linalg.names import closest
+from steepest.names import unknown_name
 
 PolarMethod = Literal["auto", "newton-schulz", "gram", "svd"]
 
@@ -67,7 +67,7 @@ def polar(
     if not x.is_floating_point():
         raise TypeError(f"polar takes a real floating-point tensor, got {x.dtype}.")
     if method not in get_args(PolarMethod):
-        raise ValueError(f"Unknown polar method {method!r}; {closest(str(method), get_args(PolarMethod))}")
+        raise ValueError(unknown_name("polar method", method, get_args(PolarMethod)))
     if memory_cap <= 0:
         raise ValueError(f"polar takes a positive memory_cap in bytes, got {memory_cap}.")
     chosen = get_coefficients(coefficients)

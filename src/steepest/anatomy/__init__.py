@@ -1,0 +1,21 @@
+"""From a model to matrices: what each parameter is, and how it is read as batches of fan-out by fan-in matrices."""
+
+from steepest.anatomy.plan import ROLES, Plan, PlanRow, Role
+from steepest.anatomy.routing import Override, Rule, route
+from steepest.anatomy.views import CONV1D, EXPERTS, EXPERTS_TRANSPOSED, LINEAR, View, conv
+
+__all__ = [
+    "CONV1D",
+    "EXPERTS",
+    "EXPERTS_TRANSPOSED",
+    "LINEAR",
+    "ROLES",
+    "Override",
+    "Plan",
+    "PlanRow",
+    "Role",
+    "Rule",
+    "View",
+    "conv",
+    "route",
+]

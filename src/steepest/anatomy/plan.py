@@ -1,0 +1,226 @@
+"""The plan: what every parameter of a model is, how it is read as matrices, and why. Made before the first step."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Literal, get_args, overload
+
+from torch import Tensor
+
+from steepest.anatomy.views import View
+
+Role = Literal["matrix", "embedding", "head", "vector"]
+ROLES: tuple[Role, ...] = get_args(Role)
+UNKNOWN = "unknown:"
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One distinct parameter.
+
+    Args:
+        name: Its first name in the model, without the prefixes of wrappers.
+        shape: Its full shape, also when it is sharded.
+        role: What it does in the model.
+        view: How it is a set of matrices; None for a parameter that is none.
+        norm: Name of the norm its update is measured in: a label, until an optimizer puts its own.
+        reason: Why it has this role, in plain words; starts with "unknown:" if nothing is known about it.
+        trainable: Whether it requires a gradient.
+        parameter: The parameter itself. Rows are compared without it.
+        lr: Learning rate, once an optimizer has one for it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    view: View | None
+    norm: str
+    reason: str
+    trainable: bool
+    parameter: Tensor = field(repr=False, compare=False)
+    lr: float | None = None
+
+    @property
+    def numel(self) -> int:
+        """How many numbers the whole parameter has."""
+        return math.prod(self.shape)
+
+    def blocks(self) -> tuple[tuple[int, int, int], ...]:
+        """Shapes (B, m, n) of its batches of matrices; empty without a view."""
+        return self.view.blocks(self.shape) if self.view else ()
+
+
+@dataclass(frozen=True)
+class Plan(Sequence[PlanRow]):
+    """One row per distinct parameter, in the order of the model. `str(plan)` is a table."""
+
+    rows: tuple[PlanRow, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> PlanRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PlanRow]: ...
+    def __getitem__(self, index: int | slice) -> PlanRow | Sequence[PlanRow]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    @property
+    def unknown(self) -> tuple[PlanRow, ...]:
+        """Rows about which nothing is known; they are treated as vectors."""
+        return tuple(row for row in self if row.reason.startswith(UNKNOWN))
+
+    def row(self, name: str) -> PlanRow:
+        """The row of a parameter.
+
+        Args:
+            name: As in `PlanRow.name`.
+
+        Returns:
+            Its row.
+
+        Raises:
+            KeyError: If no parameter has this name.
+        """
+        names = [row.name for row in self]
+        if name not in names:
+            raise KeyError(f"The plan has no parameter {name!r}.{near_miss(name, names)}")
+        return self.rows[names.index(name)]
+
+    def parameters(self, role: Role | None = None) -> list[Tensor]:
+        """The trainable parameters of a role.
+
+        Args:
+            role: Which role; None for all.
+
+        Returns:
+            The parameters themselves, in the order of the model.
+        """
+        return [row.parameter for row in self if row.trainable and role in (None, row.role)]
+
+    def counts(self) -> dict[Role, int]:
+        """How many parameters (tensors) each role has, frozen ones included; roles without any are zero."""
+        return {role: sum(row.role == role for row in self) for role in ROLES}
+
+    def assert_counts(self, **expected: int) -> None:
+        """Fails unless each named role has exactly so many parameters; a line for a training script or a test.
+
+        Args:
+            expected: Role to number of tensors, for example `matrix=48, embedding=2`.
+
+        Raises:
+            AssertionError: If a count differs; the message lists the parameters of that role.
+            ValueError: If a name is not a role.
+        """
+        counts = {str(role): count for role, count in self.counts().items()}
+        for role in expected:
+            if role not in counts:
+                raise ValueError(f"{role!r} is not a role. Roles are {', '.join(ROLES)}.{near_miss(role, ROLES)}")
+        wrong = [
+            f"{role}: expected {count}, found {counts[role]} ({counts[role] - count:+d}): "
+            + (", ".join(row.name for row in self if row.role == role) or "none")
+            for role, count in expected.items()
+            if counts[role] != count
+        ]
+        if wrong:
+            raise AssertionError("The plan has other counts than expected.\n" + "\n".join(wrong))
+
+    def table(self, *, collapse: bool = True) -> str:
+        """The plan as text.
+
+        Args:
+            collapse: One line for parameters that differ by a layer number only, which is then printed as *.
+
+        Returns:
+            Lines of name, shape, role, view, norm, learning rate, numbers and reason, then totals per role.
+        """
+        lines: dict[tuple[str, ...], list[PlanRow]] = {}
+        for row in self:
+            name = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name) if collapse else row.name
+            shape = "x".join(map(str, row.shape)) or "scalar"
+            view = str(row.view) if row.view else "-"
+            reason = row.reason if row.trainable else f"frozen; {row.reason}"
+            lr = "-" if row.lr is None else f"{row.lr:g}"
+            lines.setdefault((name, shape, row.role, view, row.norm, lr, reason), []).append(row)
+        cells = [
+            (
+                row.name if len(rows) == 1 else key[0],
+                *key[1:6],
+                f"{sum(row.numel for row in rows):,}",
+                str(len(rows)),
+                key[6],
+            )
+            for key, rows in lines.items()
+            for row in rows[:1]
+        ]
+        header = ("parameter", "shape", "role", "view", "norm", "lr", "numbers", "tensors", "reason")
+        return "\n".join((*_aligned([header, *cells]), "", *_aligned(self._totals())))
+
+    def to_json(self) -> str:
+        """The plan as a JSON list of rows, views as text; for `--json` and for keeping next to a run."""
+        return json.dumps(
+            [
+                {
+                    "name": row.name,
+                    "shape": list(row.shape),
+                    "role": row.role,
+                    "view": str(row.view) if row.view else None,
+                    "norm": row.norm,
+                    "lr": row.lr,
+                    "numel": row.numel,
+                    "trainable": row.trainable,
+                    "reason": row.reason,
+                }
+                for row in self
+            ],
+            indent=1,
+        )
+
+    def _totals(self) -> list[tuple[str, ...]]:
+        total = sum(row.numel for row in self)
+        totals = [("total", "tensors", "numbers", "share")]
+        for role in ROLES:
+            numel = sum(row.numel for row in self if row.role == role)
+            share = f"{numel / total:.1%}" if total else "-"
+            totals.append((role, str(self.counts()[role]), f"{numel:,}", share))
+        totals.append(("all", str(len(self)), f"{total:,}", f"{len(self.unknown)} unknown"))
+        return totals
+
+
+def near_miss(word: str, valid: Sequence[str]) -> str:
+    """A suggestion to append to an error.
+
+    Args:
+        word: What was typed.
+        valid: What could have been typed.
+
+    Returns:
+        " Did you mean 'x'?", or nothing if no candidate is close.
+    """
+    near = get_close_matches(word, valid, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns padded to one width; those of numbers to the right."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [column[0] in ("numbers", "tensors", "share") for column in columns]
+    padded = [
+        [
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        ]
+        for row in rows
+    ]
+    return ["  ".join(cells).rstrip() for cells in padded]

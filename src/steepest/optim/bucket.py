@@ -1,0 +1,110 @@
+"""Parameters of one layout, worked on together: gradients in, directions out, weights moved."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steepest.anatomy import View
+from steepest.geometry import Norm
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters of one group with the same shape, view, dtype and device.
+
+    Args:
+        parameters: At least one.
+        view: How one of them is a set of matrices. None: a bag of entries, one row.
+    """
+
+    parameters: tuple[Tensor, ...]
+    view: View | None
+
+    def matrices(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Gather tensors shaped like the parameters into batches, parameter by parameter.
+
+        Args:
+            tensors: One per parameter.
+
+        Returns:
+            One batch (P·B, m, n) per block of the view, P the number of parameters.
+        """
+        if self.view is None:
+            return (torch.stack([tensor.reshape(1, -1) for tensor in tensors]),)
+        split = [self.view.split_tensor(tensor) for tensor in tensors]
+        if len(split) == 1:
+            return split[0]
+        return tuple(torch.cat(part) for part in zip(*split, strict=True))
+
+    def parameter_shaped(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `matrices`.
+
+        Args:
+            batches: As `matrices` returns them.
+
+        Returns:
+            One tensor per parameter; may share memory with the batches.
+        """
+        shape = self.parameters[0].shape
+        if self.view is None:
+            return [row.reshape(shape) for row in batches[0]]
+        view, count = self.view, len(self.parameters)
+        pieces = [batch.chunk(count) if count > 1 else (batch,) for batch in batches]
+        return [view.merge(blocks, shape) for blocks in zip(*pieces, strict=True)]
+
+
+def directions(
+    bucket: Bucket, norm: Norm, averages: Sequence[Tensor], squares: Sequence[Tensor] | None
+) -> tuple[list[Tensor], Tensor]:
+    """Steepest directions for momenta shaped like the parameters.
+
+    Args:
+        bucket: Of the parameters.
+        norm: Whose unit ball.
+        averages: Debiased momenta, one per parameter.
+        squares: Debiased second moments, for a norm that adapts.
+
+    Returns:
+        Directions to add, shaped like the parameters, and the sum of squares of all their entries, 0-d float32 or
+        wider.
+    """
+    batches = bucket.matrices(averages)
+    moments = bucket.matrices(squares) if squares is not None else [None] * len(batches)
+    moves = [norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True)]
+    size = torch.stack([torch.linalg.vector_norm(move).square() for move in moves]).sum()
+    return bucket.parameter_shaped(moves), size
+
+
+def apply_(
+    parameters: Sequence[Tensor],
+    moves: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    accept: Tensor | None = None,
+) -> None:
+    """W <- (1 - lr · weight_decay) W + lr · move, rounded once.
+
+    Args:
+        parameters: Written to.
+        moves: One per parameter, float32 or wider.
+        lr: Learning rate, a number or a 0-d tensor.
+        weight_decay: Decoupled, times the learning rate.
+        accept: A 0-d boolean on the device; where it is False nothing changes. None means True.
+    """
+    shrink = 1 - lr * weight_decay
+    if accept is not None:
+        moves = [torch.where(accept, move, 0.0) for move in moves]
+        shrink = torch.where(accept, torch.as_tensor(shrink, dtype=moves[0].dtype, device=accept.device), 1.0)
+    direct = parameters[0].dtype == moves[0].dtype
+    wide = list(parameters) if direct else [p.to(moves[0].dtype) for p in parameters]
+    if isinstance(shrink, Tensor) or shrink != 1:
+        torch._foreach_mul_(wide, shrink)
+    if isinstance(lr, Tensor):
+        torch._foreach_add_(wide, torch._foreach_mul(list(moves), lr))
+    else:
+        torch._foreach_add_(wide, list(moves), alpha=lr)
+    if not direct:  # half precision: decay and move together, else both would be lost to rounding one by one
+        torch._foreach_copy_(list(parameters), wide)

@@ -1,0 +1,95 @@
+"""A step with a gradient or loss that is not finite must leave no trace."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from steepest.names import unknown_name
+
+OnNonFinite = Literal["skip", "raise"]
+
+
+class NonFiniteError(ArithmeticError):
+    """A gradient or the loss holds NaN or infinity, and the optimizer was told to raise."""
+
+
+class Guard:
+    """Decides whether a step may be taken, and remembers how many were not.
+
+    On the CPU the answer is known at once. On an accelerator it stays on the device, as a 0-d boolean by which every
+    write is masked, so that training never waits for it; the warning then comes with the next `skipped_steps()`. With
+    "raise" the host must wait.
+
+    Args:
+        on_nonfinite: "skip" leaves parameters and state as they are, counts, and warns once; "raise" raises.
+
+    Raises:
+        ValueError: If `on_nonfinite` is neither.
+    """
+
+    def __init__(self, on_nonfinite: OnNonFinite) -> None:
+        if on_nonfinite not in get_args(OnNonFinite):
+            raise ValueError(unknown_name("on_nonfinite", on_nonfinite, get_args(OnNonFinite)))
+        self.on_nonfinite: OnNonFinite = on_nonfinite
+        self._warned = False
+        self._skipped: int | Tensor = 0
+
+    def admit(self, names: Sequence[str], gradients: Sequence[Tensor], loss: Tensor | float | None) -> bool | Tensor:
+        """Whether all gradients and the loss are finite.
+
+        Args:
+            names: Of the parameters, for the message.
+            gradients: One per name.
+            loss: The loss of this step, if known.
+
+        Returns:
+            True or False on the CPU, else a 0-d boolean on the first gradient's device.
+
+        Raises:
+            NonFiniteError: If something is not finite and `on_nonfinite` is "raise".
+        """
+        device = gradients[0].device
+        # The largest absolute entry is finite exactly if all entries are, and cannot overflow.
+        finite = torch.stack(
+            [peak.isfinite().to(device) for peak in torch._foreach_norm(list(gradients), ord=torch.inf)]
+        )
+        loss_finite = torch.as_tensor(True if loss is None else loss).detach().to(device).isfinite().all()
+        admitted = finite.all() & loss_finite
+        if device.type != "cpu" and self.on_nonfinite == "skip":
+            self._skipped = self._skipped + (~admitted).long()
+            return admitted
+        if bool(admitted):
+            return True
+        culprit = "the loss" if not bool(loss_finite) else f"the gradient of {names[int(finite.int().argmin())]!r}"
+        if self.on_nonfinite == "raise":
+            raise NonFiniteError(
+                f"{culprit} is not finite; nothing was changed. Look for an overflow, a division by zero or a too "
+                "large learning rate, or build the optimizer with on_nonfinite='skip' to pass over such steps."
+            )
+        self._skipped = self._skipped + 1
+        self._warn(culprit)
+        return False
+
+    def skipped_steps(self) -> int:
+        """Number of steps that were not taken; waits for the device, and warns if it was the first to know."""
+        count = int(self._skipped)
+        if count:
+            self._warn("a gradient or the loss")
+        return count
+
+    def restore(self, skipped: int) -> None:
+        """Continue counting from a checkpoint's number."""
+        self._skipped = skipped
+
+    def _warn(self, culprit: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{culprit} is not finite: this step is skipped, parameters and state stay as they are. Further ones "
+                "are counted in diagnostics()['skipped_steps'] without a warning.",
+                RuntimeWarning,
+                stacklevel=5,
+            )

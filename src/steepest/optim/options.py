@@ -1,0 +1,123 @@
+"""Options of a parameter group: their names, what they may be, and one value per role."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from steepest.anatomy import ROLES, Role, View
+from steepest.geometry import AdaInf, Norm, Spectral, get_norm
+from steepest.names import unknown_name
+
+# What users may write into a group. Everything the optimizer keeps per group is declared here and at construction,
+# because a key that appears later is dropped by distributed checkpoints.
+GROUP_KEYS = ("params", "role", "norm", "view", "lr", "momentum", "nesterov", "weight_decay", "betas")
+# torch and its schedulers add these to groups they have seen.
+FOREIGN_KEYS = ("param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "skipped_steps")
+DEFAULT_NORMS: Mapping[Role, Norm] = {
+    "matrix": Spectral(),
+    "embedding": AdaInf(),
+    "head": AdaInf(),
+    "vector": AdaInf(),
+}
+
+
+def for_role(option: str, value: object, role: Role) -> object:
+    """An option's value for one role: the value itself, or its entry if it is a mapping from roles.
+
+    Args:
+        option: Name, for the message.
+        value: A value, or a mapping from role to value.
+        role: Which.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: If the mapping has no entry for the role, or an entry for something that is no role.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    for key in value:
+        if key not in ROLES:
+            raise ValueError(f"{option}: {unknown_name('role', key, ROLES)}")
+    if role not in value:
+        raise ValueError(f"{option}={dict(value)} has no entry for the role {role!r}, which this model has; add one.")
+    return value[role]
+
+
+def check_group(group: Mapping[str, object], *, where: str) -> None:
+    """Refuse a group with an option that is unknown or out of range.
+
+    Args:
+        group: With every key of `GROUP_KEYS` but "view".
+        where: Which group, for the message.
+
+    Raises:
+        ValueError: If a key is not known, or a number is out of range.
+        TypeError: If a value is of the wrong type.
+    """
+    for key in group:
+        if key not in GROUP_KEYS and key not in FOREIGN_KEYS:
+            raise ValueError(f"{where}: {unknown_name('option', key, GROUP_KEYS)}")
+    role = group["role"]
+    if role not in ROLES:
+        raise ValueError(f"{where}: {unknown_name('role', role, ROLES)}")
+    _check_number(where, "lr", group["lr"], low=0.0, high=math.inf)
+    _check_number(where, "momentum", group["momentum"], low=0.0, high=1.0)
+    _check_number(where, "weight_decay", group["weight_decay"], low=0.0, high=math.inf)
+    betas = group["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"{where}: betas must be two numbers in [0, 1), got {betas!r}.")
+    for beta in betas:
+        _check_number(where, "betas", beta, low=0.0, high=1.0)
+    if not isinstance(group["nesterov"], bool):
+        raise TypeError(f"{where}: nesterov must be True or False, got {group['nesterov']!r}.")
+    view = group.get("view")
+    if view is not None and not isinstance(view, View):
+        raise TypeError(f"{where}: view must be a View, such as View(groups=4), or None, got {view!r}.")
+    get_norm(group["norm"])  # pyright: ignore[reportArgumentType] - it checks
+
+
+def _check_number(where: str, option: str, value: object, *, low: float, high: float) -> None:
+    if isinstance(value, Tensor):  # a tensor learning rate stays on its device unread
+        if value.numel() != 1 or not value.is_floating_point():
+            raise TypeError(f"{where}: {option} as a tensor must hold one real number, got shape {tuple(value.shape)}.")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{where}: {option} must be a number, got {value!r}.")
+    if not low <= value < high:
+        interval = f"in [{low:g}, {high:g})" if math.isfinite(high) else f"finite and at least {low:g}"
+        raise ValueError(f"{where}: {option} must be {interval}, got {value!r}.")
+
+
+def check_parameter(name: str, parameter: object) -> Tensor:
+    """Refuse what cannot be optimised here.
+
+    Args:
+        name: For the message.
+        parameter: Anything.
+
+    Returns:
+        The parameter.
+
+    Raises:
+        TypeError: If it is not a tensor, or not of real floating point.
+        ValueError: If it is sparse, or the result of an operation.
+    """
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{name!r} must be a tensor, got {type(parameter).__name__}.")
+    if is_lazy(parameter):
+        raise ValueError(
+            f"{name!r} has no shape yet; run one batch through the lazy module before building the optimizer."
+        )
+    if not parameter.is_floating_point():
+        remedy = "Optimise torch.view_as_real of it." if parameter.is_complex() else "Leave it out of the optimizer."
+        raise TypeError(f"{name!r} must be of real floating point, got {parameter.dtype}. {remedy}")
+    if parameter.layout != torch.strided:
+        raise ValueError(f"{name!r} must be dense, got layout {parameter.layout}.")
+    if not parameter.is_leaf:
+        raise ValueError(f"{name!r} is the result of an operation, not a leaf tensor; pass the tensor it came from.")
+    return parameter

@@ -1,0 +1,185 @@
+"""Named optimizers: each chooses the pieces of `SteepestDescent` and nothing else."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from steepest.anatomy import Role
+from steepest.geometry import AdaInf, ScaleRule, Spectral
+from steepest.linalg import Coefficients, PolarMethod
+from steepest.optim.descent import SteepestDescent
+from steepest.optim.guard import OnNonFinite
+from steepest.optim.parameters import Parameters
+
+# Learning rate of everything that is no matrix, relative to that of the matrices: the ratio of arXiv:2510.09827's
+# default. Under "match_rms_adamw" both kinds of update have one size, and one learning rate serves both.
+ADAM_LR_RATIO = 0.1
+
+T = TypeVar("T")
+
+
+def _per_role(matrix: T, others: T, vector: T | None = None) -> dict[Role, T]:
+    return {"matrix": matrix, "embedding": others, "head": others, "vector": others if vector is None else vector}
+
+
+class Muon(SteepestDescent):
+    """Spectral descent for matrices, Adam for everything else.
+
+    The four variants of the literature are `nesterov` on or off, times `weight_decay` zero or not. With
+    `nesterov=True, coefficients="jordan"` the matrix update is that of `torch.optim.Muon`.
+
+    Args:
+        params: A module, or as for `SteepestDescent`.
+        lr: Learning rate of the matrices, in units of the spectral norm (times the scale) per step.
+        momentum: Of the matrices.
+        nesterov: Of the matrices.
+        weight_decay: Decoupled, for matrices, embeddings and head; not for vectors (gains, biases).
+        adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else lr / 10.
+        betas: Adam's, for everything else.
+        eps: Adam's.
+        scale: Length of the step by shape: "original", "match_rms_adamw", "spectral" or "none".
+        coefficients: Of the polynomial methods.
+        polar: "auto", "newton-schulz", "gram" or "svd".
+        dtype: Of the matrix products; None: bfloat16 on CUDA, float32 elsewhere, float64 for float64 parameters.
+        on_nonfinite: "skip" or "raise".
+
+    Raises:
+        ValueError: If an option or parameter does not fit.
+        TypeError: If an option or parameter is of the wrong type.
+
+    Source:
+        Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 0.02,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        adam_lr: float | Tensor | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        scale: ScaleRule = "original",
+        coefficients: str | Coefficients | Sequence[Sequence[float]] = "polar_express",
+        polar: PolarMethod = "auto",
+        dtype: torch.dtype | None = None,
+        on_nonfinite: OnNonFinite = "skip",
+    ) -> None:
+        spectral = Spectral(scale=scale, polar=polar, coefficients=coefficients, dtype=dtype)
+        if adam_lr is None:
+            adam_lr = lr * (1.0 if scale == "match_rms_adamw" else ADAM_LR_RATIO)
+        super().__init__(
+            params,
+            lr=_per_role(lr, adam_lr),
+            momentum=momentum,
+            nesterov=_per_role(nesterov, False),
+            weight_decay=_per_role(weight_decay, weight_decay, 0.0),
+            betas=betas,
+            norms=_per_role(spectral, AdaInf(eps=eps)),
+            on_nonfinite=on_nonfinite,
+        )
+
+
+class MuonAdam(Muon):
+    """Constrained steepest descent in the largest of the spectral norms and Adam's norm.
+
+    The same step as `Muon` with this cell's choices: plain momentum, one decay rate for all averages, no scale by
+    shape, and a learning rate ratio of ten.
+
+    Args:
+        params: As for `Muon`.
+        lr: Learning rate of the matrices; everything else has a tenth of it unless `adam_lr` is given.
+        momentum: Of the matrices, and the first of `betas` unless these are given.
+        weight_decay: As for `Muon`.
+        adam_lr: As for `Muon`.
+        betas: As for `Muon`; None: (momentum, 0.95).
+        eps: Adam's.
+        scale: As for `Muon`.
+        coefficients: As for `Muon`.
+        polar: As for `Muon`.
+        dtype: As for `Muon`.
+        on_nonfinite: As for `Muon`.
+
+    Raises:
+        ValueError: If an option or parameter does not fit.
+        TypeError: If an option or parameter is of the wrong type.
+
+    Source:
+        Crawshaw, Modi, Liu and Gower, arXiv:2510.09827.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 0.02,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        adam_lr: float | Tensor | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        scale: ScaleRule = "none",
+        coefficients: str | Coefficients | Sequence[Sequence[float]] = "polar_express",
+        polar: PolarMethod = "auto",
+        dtype: torch.dtype | None = None,
+        on_nonfinite: OnNonFinite = "skip",
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum=momentum,
+            nesterov=False,
+            weight_decay=weight_decay,
+            adam_lr=adam_lr,
+            betas=betas or (momentum, 0.95),
+            eps=eps,
+            scale=scale,
+            coefficients=coefficients,
+            polar=polar,
+            dtype=dtype,
+            on_nonfinite=on_nonfinite,
+        )
+
+
+class Adam(SteepestDescent):
+    """Adam, with decoupled weight decay for everything but vectors: steepest descent in Adam's own norm.
+
+    Args:
+        params: A module, or as for `SteepestDescent`.
+        lr: Learning rate, about the largest change of an entry per step.
+        betas: Weights of the old averages of gradients and of their squares.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled; not for vectors (gains, biases).
+        on_nonfinite: "skip" or "raise".
+
+    Raises:
+        ValueError: If an option or parameter does not fit.
+        TypeError: If an option or parameter is of the wrong type.
+
+    Source:
+        Kingma and Ba, arXiv:1412.6980, Algorithm 1; Loshchilov and Hutter, arXiv:1711.05101 (decoupled decay).
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        on_nonfinite: OnNonFinite = "skip",
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            weight_decay=_per_role(weight_decay, weight_decay, 0.0),
+            betas=betas,
+            norms=_per_role(AdaInf(eps=eps), AdaInf(eps=eps)),
+            on_nonfinite=on_nonfinite,
+        )

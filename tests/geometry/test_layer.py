@@ -1,0 +1,116 @@
+"""Each norm's contract, by sampling, by a numerical search and by hand."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steepest.geometry import NORMS, AdaInf, Frobenius, Sign, Spectral, get_norm, scale_factor
+
+EXACT = [
+    Spectral(scale="original", polar="svd"),
+    Spectral(scale="match_rms_adamw", polar="svd"),
+    Spectral(scale="spectral", polar="svd"),
+    Spectral(scale="none", polar="svd"),
+    Frobenius(),
+    Sign(),
+    AdaInf(eps=1e-3),
+]
+SHAPES = [(1, 1), (3, 7), (7, 3), (2, 5, 5), (2, 2, 1, 4)]
+
+
+def moments(shape, rng):
+    m = torch.randn(shape, generator=rng, dtype=torch.float64)
+    v = torch.rand(shape, generator=rng, dtype=torch.float64)
+    return m, v
+
+
+@pytest.mark.parametrize("norm", EXACT, ids=repr)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_contract(norm, shape, rng):
+    m, v = moments(shape, rng)
+    d = norm.lmo(m, v)
+    gain = (m * d).sum((-2, -1))
+    torch.testing.assert_close(gain, -norm.dual(m, v), rtol=1e-12, atol=0)
+    torch.testing.assert_close(norm.primal(d, m, v), torch.ones_like(gain), rtol=1e-12, atol=0)
+    for spread in (0.0, 1e-3, 1e-1, 1.0, 10.0):  # from the best direction to arbitrary ones
+        w = d + spread * torch.randn(300, *shape, generator=rng, dtype=torch.float64)
+        assert ((m * w).sum((-2, -1)) / norm.primal(w, m, v) >= gain - 1e-12).all()
+
+
+@pytest.mark.parametrize("norm", EXACT, ids=repr)
+def test_arguments_are_not_written_to_and_zero_stays_zero(norm, rng):
+    m, v = moments((3, 4, 5), rng)
+    before = m.clone(), v.clone()
+    norm.lmo(m, v)
+    norm.dual(m, v)
+    assert torch.equal(m, before[0])
+    assert torch.equal(v, before[1])
+    assert (norm.lmo(torch.zeros(2, 3), torch.zeros(2, 3)) == 0).all()
+
+
+@pytest.mark.parametrize("norm", EXACT, ids=repr)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 4), (0, 2, 2)], ids=str)
+def test_nothing_comes_from_nothing(norm, shape):
+    empty = torch.zeros(shape)
+    assert norm.lmo(empty, empty).shape == shape
+
+
+@given(power=st.integers(-30, 30), seed=st.integers(0, 20))
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("norm", [norm for norm in EXACT if not norm.adapts], ids=repr)
+def test_the_direction_does_not_depend_on_the_gradients_scale(norm, power, seed):
+    m = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(norm.lmo(m * 10.0**power), norm.lmo(m), rtol=1e-4, atol=1e-4)
+
+
+def test_adams_step_is_the_direction_of_its_norm(rng):
+    m, v = moments((4, 5), rng)
+    torch.testing.assert_close(AdaInf(eps=1e-8).lmo(m, v), -m / (v.sqrt() + 1e-8), rtol=1e-15, atol=0)
+    assert (AdaInf(eps=0.0).lmo(torch.zeros(2, 2), torch.zeros(2, 2)) == 0).all()
+
+
+def test_the_rules_for_the_scale_are_those_of_torch():
+    from torch.optim._muon import _adjust_lr
+
+    for shape in [(3, 7), (7, 3), (4, 4), (1, 9)]:
+        for rule in ("original", "match_rms_adamw"):
+            expected = _adjust_lr(1.0, rule, torch.Size(shape))
+            assert scale_factor(rule, *shape) == pytest.approx(expected, rel=1e-15)
+
+
+def test_names_and_objects_are_taken():
+    assert get_norm("sign") == Sign()
+    assert get_norm(Spectral(scale="none")) == Spectral(scale="none")
+    assert {type(get_norm(name)) for name in NORMS} == set(NORMS.values())
+
+
+def test_norms_print_their_name_and_what_was_changed():
+    assert str(Spectral()) == "spectral"
+    assert str(Spectral(scale="none", polar="svd")) == "spectral scale=none polar=svd"
+    assert str(AdaInf(eps=1e-6)) == "ada_inf eps=1e-06"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: get_norm("spectra"), ValueError, "Unknown norm 'spectra': did you mean 'spectral'?"),
+        (lambda: get_norm(Spectral), TypeError, "norm takes a name or an object such as Spectral(), got <class"),
+        (lambda: get_norm(3), TypeError, "norm takes a name or an object such as Spectral(), got 3"),
+        (lambda: Spectral(scale="orginal"), ValueError, "Unknown scale 'orginal': did you mean 'original'?"),
+        (lambda: Spectral(polar="svdd"), ValueError, "Unknown polar method 'svdd': did you mean 'svd'?"),
+        (lambda: Spectral(coefficients="cns"), ValueError, "Unknown coefficients 'cns': did you mean 'cans'?"),
+        (lambda: AdaInf(eps=-1.0), ValueError, "AdaInf takes eps >= 0, got eps=-1.0"),
+        (
+            lambda: AdaInf().lmo(torch.ones(2, 2)),
+            ValueError,
+            "AdaInf needs the second moment v of the gradient, got None",
+        ),
+        (lambda: AdaInf().primal(torch.ones(2, 2)), ValueError, "AdaInf.primal needs the momentum m"),
+    ],
+)
+def test_the_error_says_what_came_and_what_was_expected(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()
