@@ -302,6 +302,13 @@ def test_expert_matrices_compute_what_the_experts_compute(make, rng):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_experts_of_an_older_transformers_declare_nothing():
+    experts = gpt_oss().model.layers[0].mlp.experts
+    expected = route(experts)
+    del experts.is_transposed, experts.is_concatenated
+    assert route(experts) == expected
+
+
 @pytest.mark.parametrize(
     ("path", "arguments", "view"),
     [
@@ -340,21 +347,25 @@ def test_shapes_of_the_pair_prove_the_layout_of_unknown_experts(gate_up, down, v
     assert plan[0].reason.endswith("fused gate, up of unknown order kept whole")
 
 
-def test_experts_that_fit_no_layout_are_unknown():
-    plan = route(Experts((4, 32, 48), (4, 32, 48)))
+@pytest.mark.parametrize("shapes", [((4, 32, 48), (4, 32, 48)), ((4, 32, 20), (4, 32, 16)), ((4, 32, 48), (32, 16))])
+def test_experts_that_fit_no_layout_are_unknown(shapes):
+    plan = route(Experts(*shapes))
     assert len(plan.unknown) == 2
     assert {row.role for row in plan} == {"vector"}
 
 
-def test_fused_qkv_of_an_unknown_class_is_kept_whole_and_says_so():
-    class Attention(torch.nn.Module):
-        num_heads = 4
+class Phi3Attention(torch.nn.Module):
+    """A namesake of the class in transformers, about whose order of rows nothing is known."""
 
-        def __init__(self):
-            super().__init__()
-            self.qkv = torch.nn.Linear(32, 96)
-            self.proj = torch.nn.Linear(32, 32)
+    def __init__(self, heads):
+        super().__init__()
+        self.num_heads = heads
+        self.qkv = torch.nn.Linear(32, 96)
+        self.proj = torch.nn.Linear(32, 32)
 
-    row = route(Attention()).row("qkv.weight")
+
+@pytest.mark.parametrize("heads", [4, 7, None])
+def test_fused_qkv_of_an_unknown_class_is_kept_whole_and_says_so(heads):
+    row = route(Phi3Attention(heads)).row("qkv.weight")
     assert str(row.view) == "linear"
     assert re.search(r"fused q, k, v of unknown order kept whole$", row.reason)

@@ -503,9 +503,15 @@ def test_diagnostics_say_how_far_weights_moved(rng):
     assert report["matrix/update_rms"] == pytest.approx((weight - before).square().mean().sqrt().item())
     assert report["matrix/update_rms"] == pytest.approx(0.3 * 0.2)
     assert report["matrix/orthogonality_error"] < 1e-12
-    optimizer = Muon([weight], coefficients=[(1.0, 0.0, 0.0)])  # no orthogonalisation at all
+    optimizer = Muon([weight], coefficients=[(1.0, 0.0, 0.0)])  # no orthogonalisation: the matrix over its norm
     optimizer.step()
-    assert optimizer.diagnostics()["matrix/orthogonality_error"] == pytest.approx(1 - 1 / 6)
+    s = torch.linalg.svdvals(weight.grad / weight.grad.norm())
+    expected = (s**3 - s).norm() / s.norm()
+    assert optimizer.diagnostics()["matrix/orthogonality_error"] == pytest.approx(expected.item())
+    weight.grad = torch.outer(weight.grad[:, 0], weight.grad[0])  # rank one: orthogonal where there is anything
+    optimizer = Muon([weight], polar="svd")
+    optimizer.step()
+    assert optimizer.diagnostics()["matrix/orthogonality_error"] < 1e-12
 
 
 def test_the_plan_shows_norms_and_learning_rates():

@@ -23,16 +23,15 @@ def find_heads(model: nn.Module, groups: Sequence[Sequence[Site]], roles: Sequen
         roles: The role of each parameter by its type.
 
     Returns:
-        `id` of each head's parameter to the reason. Empty if there is none, or if it is tied to the token table.
+        `id` of each head's parameter to the reason; a parameter that is a token table stays one.
     """
     matrices = [sites[0] for sites, role in zip(groups, roles, strict=True) if role == "matrix"]
     tables = [sites for sites, role in zip(groups, roles, strict=True) if role == "embedding"]
-    by_id = {id(site.parameter): site for site in matrices}
     inner = unwrap(model)
     declared = list(_declared(inner))
     if declared:
-        return {key: "output head named by the model" for key in declared if key in by_id}
-    if any(len({kinds(site.module)[0] for site in sites}) > 1 for sites in tables):
+        return dict.fromkeys(declared, "output head named by the model")
+    if any(len({kinds(site.module)[:1] for site in sites}) > 1 for sites in tables):
         return {}  # a table tied with another kind of module: that one is the head
     inside = _inside_blocks(inner)
     outside = [site for site in matrices if id(site.module) not in inside]
@@ -41,7 +40,14 @@ def find_heads(model: nn.Module, groups: Sequence[Sequence[Site]], roles: Sequen
     if reading_out:
         return {id(site.parameter): f"output head: one row per row of the token table, {rows}" for site in reading_out}
     last = matrices[-1] if len(matrices) > 1 else None
-    return {id(last.parameter): "output head: the last matrix of the model"} if last and last in outside else {}
+    if last and id(last.module) not in inside and _is_layer(last):
+        return {id(last.parameter): "output head: the last matrix of the model"}
+    return {}
+
+
+def _is_layer(site: Site) -> bool:
+    """A linear layer or a convolution of any library, rather than experts, a recurrence or fused attention."""
+    return site.leaf == "weight" and any(hasattr(site.module, fan) for fan in ("out_features", "out_channels", "nf"))
 
 
 def _declared(model: nn.Module) -> Iterator[int]:

@@ -143,7 +143,7 @@ def _stored_in_out(site: Site) -> bool | None:
         return declared
     pair = [getattr(site.module, leaf, None) for leaf in ("gate_up_proj", "down_proj")]
     sizes = [size for weight in pair if isinstance(weight, Tensor) and weight.ndim == 3 for size in weight.shape[1:]]
-    if len(sizes) != 4 or 0 in sizes:
+    if len(sizes) != 4:
         return None
     a, b, c, d = sizes
     if a == 2 * d and b == c:

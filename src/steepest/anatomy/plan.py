@@ -142,29 +142,30 @@ class Plan(Sequence[PlanRow]):
             collapse: One line for parameters that differ by a layer number only, which is then printed as *.
 
         Returns:
-            Lines of name, shape, role, view, norm, learning rate, numbers and reason, then totals per role.
+            Lines of name, shape, role, view, norm, learning rate (once there is one), numbers, tensors and reason, then
+            totals per role.
         """
-        lines: dict[tuple[str, ...], list[PlanRow]] = {}
+        alike: dict[tuple[str, ...], list[PlanRow]] = {}
         for row in self:
             name = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name) if collapse else row.name
             shape = "x".join(map(str, row.shape)) or "scalar"
             view = str(row.view) if row.view else "-"
-            reason = row.reason if row.trainable else f"frozen; {row.reason}"
             lr = "-" if row.lr is None else f"{row.lr:g}"
-            lines.setdefault((name, shape, row.role, view, row.norm, lr, reason), []).append(row)
-        cells = [
-            (
-                row.name if len(rows) == 1 else key[0],
-                *key[1:6],
-                f"{sum(row.numel for row in rows):,}",
-                str(len(rows)),
-                key[6],
-            )
-            for key, rows in lines.items()
-            for row in rows[:1]
+            reason = row.reason if row.trainable else f"frozen; {row.reason}"
+            alike.setdefault((name, shape, row.role, view, row.norm, lr, reason), []).append(row)
+        lines: list[tuple[str, ...]] = [
+            ("parameter", "shape", "role", "view", "norm", "lr", "numbers", "tensors", "reason")
         ]
-        header = ("parameter", "shape", "role", "view", "norm", "lr", "numbers", "tensors", "reason")
-        return "\n".join((*_aligned([header, *cells]), "", *_aligned(self._totals())))
+        for (_, *cells, reason), rows in alike.items():
+            name = ".".join(
+                part[0] if len(set(part)) == 1 else "*"
+                for part in zip(*(row.name.split(".") for row in rows), strict=True)
+            )
+            numbers = f"{sum(row.numel for row in rows):,}"
+            lines.append((name, *cells, numbers, str(len(rows)), reason))
+        if all(row.lr is None for row in self):
+            lines = [line[:5] + line[6:] for line in lines]
+        return "\n".join((*_aligned(lines), "", *_aligned(self._totals())))
 
     def to_json(self) -> str:
         """The plan as a JSON list of rows, views as text; for `--json` and for keeping next to a run."""

@@ -169,9 +169,8 @@ def _attention(site: Site) -> Verdict | None:
     if site.leaf == "in_proj_weight":
         view = View(split=(site.module.embed_dim,) * 3)
         return Verdict("matrix", view, f"weight of {_kind(site)}, q, k, v fused")
-    if site.leaf in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-        return Verdict("matrix", LINEAR, f"weight of {_kind(site)}")
-    return None
+    is_weight = site.leaf in ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return Verdict("matrix", LINEAR, f"weight of {_kind(site)}") if is_weight else None
 
 
 def _bilinear(site: Site) -> Verdict | None:

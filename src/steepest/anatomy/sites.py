@@ -16,7 +16,7 @@ _WRAPPING_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrappe
 _WRAPPING_CLASSES = ("DistributedDataParallel", "DataParallel", "AveragedModel", "DeepSpeedEngine")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
     """A parameter as an attribute of a module.
 

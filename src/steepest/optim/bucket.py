@@ -57,7 +57,7 @@ class Bucket:
 
 def directions(
     bucket: Bucket, norm: Norm, averages: Sequence[Tensor], squares: Sequence[Tensor] | None
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[Tensor, ...]:
     """Steepest directions for momenta shaped like the parameters.
 
     Args:
@@ -67,14 +67,11 @@ def directions(
         squares: Debiased second moments, for a norm that adapts.
 
     Returns:
-        Directions to add, shaped like the parameters, and the sum of squares of all their entries, 0-d float32 or
-        wider.
+        Directions to add, one batch (P·B, m, n) per block of the view.
     """
     batches = bucket.matrices(averages)
     moments = bucket.matrices(squares) if squares is not None else [None] * len(batches)
-    moves = [norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True)]
-    size = torch.stack([torch.linalg.vector_norm(move).square() for move in moves]).sum()
-    return bucket.parameter_shaped(moves), size
+    return tuple(norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True))
 
 
 def apply_(

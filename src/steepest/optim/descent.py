@@ -200,11 +200,12 @@ class SteepestDescent(Optimizer):
             average_(seconds, torch._foreach_mul(gradients, gradients), beta2, accept=accept)
             squares = _divided(seconds, debias(beta2, count))
 
-        moves, size = directions(bucket, norm, averages, squares)
+        batches = directions(bucket, norm, averages, squares)
         lr = cast(float | Tensor, group["lr"])
-        lr = lr.to(moves[0].device) if isinstance(lr, Tensor) else lr
+        lr = lr.to(batches[0].device) if isinstance(lr, Tensor) else lr
+        self._record.add(group["role"], norm, batches, lr=lr)
+        moves = bucket.parameter_shaped(batches)
         apply_(bucket.parameters, moves, lr=lr, weight_decay=group["weight_decay"], accept=accept)
-        self._record.add(group["role"], norm, bucket, size=size, lr=lr)
 
     def _buckets(self, parameters: Sequence[Tensor]) -> Iterator[Bucket]:
         """Parameters of one group, together where they have one layout; in order of first appearance."""
@@ -221,8 +222,8 @@ class SteepestDescent(Optimizer):
         Returns:
             "skipped_steps": steps passed over because something was not finite. Per role that moved:
             "ROLE/update_rms": root mean square of the entries added to the weights, decay not counted;
-            "ROLE/orthogonality_error": for the spectral norm, |mean of squared singular values of U Vᵀ - 1| over the
-            matrices of full rank; 0 for an exact polar factor.
+            "ROLE/orthogonality_error": for the spectral norm, the largest ‖Q Qᵀ Q - Q‖_F / ‖Q‖_F over one polar factor
+            Q of each layout; 0 for an exact one, whatever its rank.
         """
         self._publish_skips()
         return {"skipped_steps": float(self._guard.skipped_steps()), **self._record.read()}

@@ -1,0 +1,97 @@
+"""Tune the methods of the demo races: every method gets the same number of tried settings, on one seed that no race uses.
+
+    .venv/bin/python docs/results/tuning/tune.py --out out/tuning
+
+Each method has a 3 x 3 grid, by factors of two, over the learning rate of the matrices inside the model and that of
+everything else. Runs are kept in --out and never trained twice; `rows.csv` and `environment.json` are written here.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from steepest.lab.config import RunConfig, configure
+from steepest.lab.display import RaceDisplay
+from steepest.lab.fields import read_text
+from steepest.lab.ledger import write_whole
+from steepest.lab.pool import Pool
+from steepest.lab.race import default_workers
+from steepest.lab.result import read_result
+from steepest.lab.study import run_directory
+from steepest.lab.tasks import make_task
+
+HERE = Path(__file__).parent
+SEED = 1000
+# Centres: (learning rate of matrices, of everything else), found by a coarse search by hand.
+CENTRES = {
+    "text": {"adamw": (0.004, 0.016), "torch-muon": (0.04, 0.02), "muon": (0.04, 0.02), "muonadam": (0.04, 0.02)},
+    "digits": {"adamw": (0.01, 0.01), "torch-muon": None, "muon": (0.04, 0.01), "muonadam": (0.04, 0.01)},
+}
+FACTORS = (0.5, 1.0, 2.0)
+
+
+def configs(name: str) -> list[RunConfig]:
+    """All runs of a task."""
+    task = make_task(name, "demo")
+    return [
+        configure(task, method=method, seed=SEED, options={"lr": centre[0] * a, "other_lr": centre[1] * b})
+        for method, centre in CENTRES[name].items()
+        if centre is not None
+        for a, b in itertools.product(FACTORS, FACTORS)
+    ]
+
+
+def main() -> None:
+    """Train what is missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/tuning"))
+    parser.add_argument("--tasks", nargs="+", default=list(CENTRES))
+    options = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    for name in options.tasks:
+        runs = configs(name)
+        for config in runs:
+            directory = run_directory(options.out, config)
+            directory.mkdir(parents=True, exist_ok=True)
+            write_whole(directory / "config.json", config.to_json())
+        members = {m: [run_directory(options.out, c) for c in runs if c.method == m] for m in CENTRES[name]}
+        members = {method: found for method, found in members.items() if found}
+        with RaceDisplay(members, steps=runs[0].steps, console=Console()) as display:
+            failed = Pool(default_workers()).train([run_directory(options.out, c) for c in runs], tick=display.update)
+        if failed:
+            raise SystemExit(f"These runs failed: {failed}")
+        for config in runs:
+            directory = run_directory(options.out, config)
+            result = read_result(directory / "result.json")
+            if result is None:
+                raise SystemExit(f"{directory} has no result.")
+            rows.append(
+                {
+                    "task": name,
+                    "preset": config.preset,
+                    "method": config.method,
+                    "lr": config.options["lr"],
+                    "other_lr": config.options["other_lr"],
+                    "seed": config.seed,
+                    "status": result.status,
+                    "final_loss": result.final_loss,
+                    "train_s": round(result.train_s, 1),
+                    "run": directory.name,
+                    "code": config.code,
+                    "data": config.data.sha256[:12],
+                }
+            )
+            environment = json.loads(read_text(directory / "environment.json", remedy="Delete the run's directory."))
+            write_whole(HERE / "environment.json", json.dumps(environment, indent=2) + "\n")
+    with (HERE / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""What defines a run: one frozen record, written as `config.json`, and the hash that names the run's directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import steepest
+from steepest.lab.fields import Fields, parse_object
+from steepest.lab.methods import resolve
+from steepest.lab.records import Tuning
+from steepest.lab.tasks import DataIdentity, Task
+from steepest.lab.tuned import OptionValue
+from steepest.names import unknown_name
+
+FORMAT = 1
+_REMEDY = "Delete the run's directory and repeat the command: only this run is trained again."
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that the numbers of a run depend on, apart from the machine.
+
+    Args:
+        task: Name of the task.
+        preset: Size of the task.
+        method: Name of the method that trains the model.
+        options: Every option of the method, defaults included.
+        seed: Of the weights and of the order of the examples.
+        steps: Optimizer steps, at least 1.
+        batch_size: Examples per step, at least 1.
+        eval_every: Steps from one evaluation to the next, at least 1; the last step is always evaluated.
+        tuning: How the options were found; None for options chosen by hand, at an unknown budget.
+        code: Version of the code that trains.
+        data: Which data, exactly.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    task: str
+    preset: str
+    method: str
+    options: Mapping[str, OptionValue]
+    seed: int
+    steps: int
+    batch_size: int
+    eval_every: int
+    tuning: Tuning | None
+    code: str
+    data: DataIdentity
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("steps", 1), ("batch_size", 1), ("eval_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {getattr(self, name)}.")
+
+    def to_json(self) -> str:
+        """The content of `config.json`."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, path: Path) -> RunConfig:
+        """Read what `to_json` wrote.
+
+        Args:
+            text: Content of the file.
+            path: The file, for error messages.
+
+        Raises:
+            RecordError: If anything is missing, unknown, of the wrong type or out of range; it names file and key.
+        """
+        fields = parse_object(text, path, remedy=_REMEDY)
+        _only(fields, {"format", *(field.name for field in dataclasses.fields(cls))})
+        fields.expect("format", FORMAT)
+        tuning = fields.inner_or_none("tuning")
+        return cls(
+            task=fields.text("task"),
+            preset=fields.text("preset"),
+            method=fields.text("method"),
+            options=_options(fields.inner("options")),
+            seed=fields.count("seed"),
+            steps=fields.count("steps", least=1),
+            batch_size=fields.count("batch_size", least=1),
+            eval_every=fields.count("eval_every", least=1),
+            tuning=None if tuning is None else _tuning(tuning),
+            code=fields.text("code"),
+            data=_data(fields.inner("data")),
+        )
+
+
+def configure(
+    task: Task,
+    *,
+    method: str,
+    seed: int,
+    options: Mapping[str, OptionValue] | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    eval_every: int | None = None,
+) -> RunConfig:
+    """The config of one run: what is not given comes from the task's preset and the method's defaults for it.
+
+    Args:
+        task: Data, model and sizes.
+        method: A key of `METHODS`.
+        seed: Of the weights and of the order of the examples, at least 0.
+        options: Options of the method that differ from its defaults; the tuning record then no longer applies.
+        steps: None for the preset's.
+        batch_size: None for the preset's.
+        eval_every: None for the preset's.
+
+    Raises:
+        ValueError: If a name is unknown or a number out of range.
+    """
+    budget = task.budget
+    resolved = resolve(method, task=task.name, preset=task.preset, options=options or {})
+    return RunConfig(
+        task=task.name,
+        preset=task.preset,
+        method=method,
+        options=resolved.options,
+        seed=seed,
+        steps=budget.steps if steps is None else steps,
+        batch_size=budget.batch_size if batch_size is None else batch_size,
+        eval_every=budget.eval_every if eval_every is None else eval_every,
+        tuning=resolved.tuning,
+        code=code_version(),
+        data=task.data_identity(),
+    )
+
+
+def run_hash(config: RunConfig) -> str:
+    """The name of the run's directory: 16 hexadecimal digits.
+
+    The name of the data does not count, its content does: a folder may be moved.
+    """
+    content = dataclasses.asdict(config)
+    content["data"] = config.data.sha256
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code_version() -> str:
+    """Package version and a hash of the sources that a run's numbers can depend on: all but reports and commands."""
+    return f"{steepest.__version__}+{hash_sources(Path(steepest.__file__).parent)}"
+
+
+def hash_sources(package: Path) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 over the sources below `package` that train.
+
+    Of the lab these are the files named below, `tasks` and `models`; `cli` is left out.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if not re.match(r"cli[./]|lab/(?!(train|training|methods|combined|schedule)\.py|tasks/|models/)", name):
+            digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _only(fields: Fields, valid: set[str]) -> None:
+    for key in fields.values:
+        if key not in valid:
+            raise fields.error(key, f"absent. {unknown_name('key', key, valid)[:-1]}")
+
+
+def _options(fields: Fields) -> dict[str, OptionValue]:
+    options: dict[str, OptionValue] = {}
+    for key, value in fields.values.items():
+        if not isinstance(value, bool | int | float | str):
+            raise fields.error(key, "a number, true, false or a string")
+        options[key] = value
+    return options
+
+
+def _tuning(fields: Fields) -> Tuning:
+    _only(fields, {field.name for field in dataclasses.fields(Tuning)})
+    edge = fields.values.get("edge", False)
+    if not isinstance(edge, bool):
+        raise fields.error("edge", "true or false")
+    return Tuning(fields.count_or_none("trials"), fields.text_or_none("source"), edge)
+
+
+def _data(fields: Fields) -> DataIdentity:
+    _only(fields, {field.name for field in dataclasses.fields(DataIdentity)})
+    return DataIdentity(fields.text("name"), fields.text("sha256"), fields.count("bytes"))

@@ -1,0 +1,201 @@
+"""Methods by name: each builds an optimizer from a model and plain options.
+
+The options of a method are the keywords of its builder, their defaults are chosen by hand; `tuned.py` holds the ones
+that a search found for a task and preset.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from steepest.anatomy import route
+from steepest.lab.combined import CombinedOptimizer
+from steepest.lab.records import Tuning
+from steepest.lab.tuned import TUNED, OptionValue, Tuned
+from steepest.names import unknown_name
+from steepest.optim import Adam, Muon, MuonAdam
+
+
+def adamw(
+    model: nn.Module,
+    *,
+    lr: float = 0.004,
+    other_lr: float = 0.016,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """torch.optim.AdamW, with `lr` for the matrices inside the model and `other_lr` for the rest.
+
+    Two rates, because all other methods here have two: with one, AdamW would be the only one held back by the rates
+    that its embedding and its matrices must share.
+    """
+    matrices, rest = _matrices_and_rest(model)
+    groups = [{"params": matrices, "lr": lr}, {"params": rest, "lr": other_lr}]
+    return torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=weight_decay)
+
+
+def sgd(model: nn.Module, *, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 0.0) -> Optimizer:
+    """torch.optim.SGD on all parameters, with Nesterov momentum."""
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True)
+
+
+def torch_muon(
+    model: nn.Module,
+    *,
+    lr: float = 0.04,
+    other_lr: float = 0.01,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """torch.optim.Muon on the matrices inside the model, torch.optim.AdamW on the rest.
+
+    Raises:
+        ValueError: If a matrix is stored in a tensor that is not 2-D, which torch's Muon does not take.
+    """
+    for row in route(model):
+        if row.trainable and row.role == "matrix" and len(row.shape) != 2:
+            raise ValueError(f"'torch-muon' takes 2-D matrices only, {row.name} is {row.shape}. Use 'muon' instead.")
+    matrices, rest = _matrices_and_rest(model)
+    return CombinedOptimizer(
+        torch.optim.Muon(matrices, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
+        torch.optim.AdamW(rest, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    )
+
+
+def _matrices_and_rest(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    plan = route(model)
+    matrices = plan.parameters("matrix")
+    return matrices, [row.parameter for row in plan if row.trainable and row.role != "matrix"]
+
+
+def muon(
+    model: nn.Module,
+    *,
+    lr: float = 0.04,
+    other_lr: float = 0.01,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """steepest.Muon, with `other_lr` as its `adam_lr`."""
+    return Muon(model, lr, adam_lr=other_lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+
+
+def muonadam(
+    model: nn.Module, *, lr: float = 0.04, other_lr: float = 0.01, momentum: float = 0.95, weight_decay: float = 0.0
+) -> Optimizer:
+    """steepest.MuonAdam, with `other_lr` as its `adam_lr`."""
+    return MuonAdam(model, lr, adam_lr=other_lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def adam(
+    model: nn.Module,
+    *,
+    lr: float = 0.004,
+    other_lr: float = 0.016,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """steepest.Adam, with `lr` for the matrices inside the model and `other_lr` for the rest."""
+    optimizer = Adam(model, lr, betas=(beta1, beta2), weight_decay=weight_decay)
+    for group in optimizer.param_groups:
+        group["lr"] = lr if group["role"] == "matrix" else other_lr
+    return optimizer
+
+
+METHODS: Mapping[str, Callable[..., Optimizer]] = {
+    "adamw": adamw,
+    "sgd": sgd,
+    "torch-muon": torch_muon,
+    "muon": muon,
+    "muon-plain": partial(muon, nesterov=False),
+    "muon-wd": partial(muon, weight_decay=0.1),
+    "muon-plain-wd": partial(muon, nesterov=False, weight_decay=0.1),
+    "muonadam": muonadam,
+    "adam": adam,
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Every option of a method, and how they were found; None where that was by hand."""
+
+    options: Mapping[str, OptionValue]
+    tuning: Tuning | None
+
+
+def options_of(method: str) -> dict[str, OptionValue]:
+    """The options of a method with the defaults of its signature.
+
+    Raises:
+        ValueError: If the method is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(unknown_name("method", method, METHODS))
+    parameters = inspect.signature(METHODS[method]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def resolve(method: str, *, task: str, preset: str, options: Mapping[str, OptionValue]) -> Resolved:
+    """Fill in what `options` leaves open.
+
+    Args:
+        method: A key of `METHODS`.
+        task: Name of the task; with `preset` it selects the row of `TUNED`.
+        preset: Size of the task.
+        options: What was asked for; if it differs from the tuned options, their tuning record no longer applies.
+
+    Raises:
+        ValueError: If the method or an option is unknown.
+        TypeError: If an option has the wrong type.
+    """
+    defaults = options_of(method)
+    tuned = TUNED.get((task, preset), {}).get(method, Tuned())
+    found = {**defaults, **check_options(method, tuned.options)}
+    wanted = {**found, **check_options(method, options)}
+    return Resolved(wanted, tuned.tuning if wanted == found else None)
+
+
+def check_options(method: str, options: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
+    """The options, whole numbers made floats where the method takes floats.
+
+    Raises:
+        ValueError: If the method or an option is unknown.
+        TypeError: If an option has the wrong type.
+    """
+    defaults = options_of(method)
+    return {name: _checked(method, name, value, defaults) for name, value in options.items()}
+
+
+def build_optimizer(method: str, model: nn.Module, options: Mapping[str, OptionValue]) -> Optimizer:
+    """The optimizer of a method for a model.
+
+    Args:
+        method: A key of `METHODS`.
+        model: Its parameters are optimized.
+        options: Options of the method; missing ones take the defaults of its signature.
+
+    Raises:
+        ValueError: If the method or an option is unknown, or the optimizer refuses a value.
+        TypeError: If an option has the wrong type.
+    """
+    return METHODS[method](model, **check_options(method, options))
+
+
+def _checked(method: str, name: str, value: OptionValue, defaults: Mapping[str, OptionValue]) -> OptionValue:
+    if name not in defaults:
+        raise ValueError(unknown_name(f"option of the method {method!r}", name, defaults))
+    kind = type(defaults[name])
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"The option {name!r} of the method {method!r} takes a {kind.__name__}, got {value!r}.")
+    return value

@@ -1,0 +1,1 @@
+"""The models of the tasks: small, plain, and the same for every method."""

@@ -1,0 +1,78 @@
+"""Where the numbers of a run go: `metrics.jsonl`, which is the truth, and TensorBoard events for the eye."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Self
+
+from steepest.lab.ledger import MetricsFile
+from steepest.lab.tasks import Evaluation
+
+
+class Recorder:
+    """Writes the rows of a run. Use it as a context manager.
+
+    Args:
+        run_dir: The run's directory.
+        step: Optimizer steps done so far; later rows are dropped, see `MetricsFile`.
+
+    Raises:
+        ModuleNotFoundError: If TensorBoard is not installed.
+        RecordError: If the rows so far are damaged.
+    """
+
+    def __init__(self, run_dir: Path, *, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "A training run writes TensorBoard events, and tensorboard is not installed: "
+                "pip install 'steepest[lab]'."
+            ) from error
+        self._metrics = MetricsFile(run_dir / "metrics.jsonl", step=step)
+        self._events = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+
+    def train(
+        self,
+        *,
+        step: int,
+        tokens: int,
+        loss: float,
+        lr: float,
+        forward_backward_s: float,
+        optimizer_s: float,
+        train_s: float,
+    ) -> None:
+        """Record one optimizer step; a loss that is not finite becomes null with "diverged": true."""
+        seconds = {"forward_backward_s": forward_backward_s, "optimizer_s": optimizer_s, "train_s": train_s}
+        row = {"kind": "train", "step": step, "tokens": tokens, **_finite(loss), "lr": lr, **seconds}
+        self._metrics.append(row)
+        self._events.add_scalar("loss/train", loss, step)
+        self._events.add_scalar("lr", lr, step)
+        self._events.add_scalar("time/forward_backward", forward_backward_s, step)
+        self._events.add_scalar("time/optimizer", optimizer_s, step)
+
+    def evaluation(self, result: Evaluation, *, step: int, tokens: int, train_s: float) -> None:
+        """Record one evaluation; a loss that is not finite becomes null with "diverged": true."""
+        row = {"kind": "eval", "step": step, "tokens": tokens, **_finite(result.loss), "accuracy": result.accuracy}
+        self._metrics.append({**row, "train_s": train_s})
+        self._events.add_scalar("loss/eval", result.loss, step)
+        if result.accuracy is not None:
+            self._events.add_scalar("accuracy/eval", result.accuracy, step)
+
+    def sync(self) -> None:
+        """Bring all rows and events so far to the disk."""
+        self._metrics.sync()
+        self._events.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+        self._events.close()
+
+
+def _finite(loss: float) -> dict[str, object]:
+    return {"loss": loss} if math.isfinite(loss) else {"loss": None, "diverged": True}

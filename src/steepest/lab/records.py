@@ -1,0 +1,339 @@
+"""Stored records of a race, read back and validated: what is in the files, or an error, never a guess.
+
+A study directory holds `study.json` and one directory per run under `runs/`. The files may have been edited,
+cut short or sent by a stranger, so every field is checked before anything is computed from it, and what two files
+both say is compared. Text is kept as it is: whoever displays it escapes it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from steepest.lab.fields import Fields, RecordError, parse_object, read_text
+
+FORMAT = 1
+
+Status = Literal["finished", "diverged", "unfinished"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the options of a method were chosen.
+
+    Args:
+        trials: Number of tried settings; None when it is not known.
+        source: Where the search is recorded; None when it is not.
+        edge: Whether the best setting lay at the edge of what was tried.
+    """
+
+    trials: int | None
+    source: str | None
+    edge: bool
+
+
+@dataclass(frozen=True)
+class Data:
+    """Identity of the data a run read: its name, the SHA-256 of its content, its size in bytes."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """What defines a run (`config.json`). `tuning` is None when the options were chosen by hand."""
+
+    task: str
+    preset: str
+    method: str
+    options: Mapping[str, object]
+    seed: int
+    steps: int
+    batch_size: int
+    eval_every: int
+    tuning: Tuning | None
+    code: str
+    data: Data
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One optimizer step, counted from 1. Seconds; `train_s` is cumulative and leaves evaluations out."""
+
+    step: int
+    tokens: int
+    loss: float | None
+    lr: float
+    forward_backward_s: float
+    optimizer_s: float
+    train_s: float
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """One evaluation after `step` steps; `loss` is None where it was not finite."""
+
+    step: int
+    tokens: int
+    loss: float | None
+    accuracy: float | None
+    train_s: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run that has ended came to (`result.json`); a diverged one has no final loss."""
+
+    status: Literal["finished", "diverged"]
+    steps: int
+    final_loss: float | None
+    final_accuracy: float | None
+    train_s: float
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. `name` is its directory under `runs/`; `result` is None while it has not ended."""
+
+    name: str
+    config: Config
+    environment: Mapping[str, object]
+    train: tuple[TrainRow, ...]
+    evals: tuple[EvalRow, ...]
+    result: Result | None
+
+    @property
+    def status(self) -> Status:
+        """Whether the run has ended, and how."""
+        return "unfinished" if self.result is None else self.result.status
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A run the study asks for that cannot be used; `problem` is None when it has simply not been started."""
+
+    method: str
+    seed: int
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A race: what was asked for (`study.json`), the runs that exist, and those that do not."""
+
+    task: str
+    preset: str
+    methods: tuple[str, ...]
+    baseline: str
+    seeds: tuple[int, ...]
+    target: float | None
+    command: str
+    created: datetime
+    runs: tuple[Run, ...]
+    absent: tuple[Absent, ...]
+
+
+def read_study(study_dir: Path) -> Study:
+    """Read a race and all of its runs.
+
+    A run that cannot be read does not spoil the others: it is listed in `absent` with what is wrong with it.
+
+    Args:
+        study_dir: The directory that holds `study.json`.
+
+    Raises:
+        RecordError: If `study.json` is missing, damaged, or not a race.
+    """
+    path = study_dir / "study.json"
+    remedy = "Repeat the race's command with the same output directory: it writes the file anew and keeps all runs."
+    study = parse_object(read_text(path, remedy=remedy), path, remedy=remedy)
+    study.expect("format", FORMAT)
+    study.expect("kind", "race")
+    methods, seeds = study.texts("methods"), study.counts("seeds")
+    if study.text("baseline") not in methods:
+        raise study.error("baseline", f"one of the methods {list(methods)}")
+    names = _run_names(study, methods, seeds)
+    asked = [(method, seed) for method in methods for seed in seeds]
+    found = [_find_run(study_dir, names.get(key), *key) for key in asked]
+    return Study(
+        task=study.text("task"),
+        preset=study.text("preset"),
+        methods=methods,
+        baseline=study.text("baseline"),
+        seeds=seeds,
+        target=study.real_or_none("target") if "target" in study.values else None,
+        command=study.text("command"),
+        created=_time(study, "created"),
+        runs=tuple(run for run in found if isinstance(run, Run)),
+        absent=tuple(run for run in found if isinstance(run, Absent)),
+    )
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read one run, finished or not.
+
+    Raises:
+        RecordError: If a file is damaged, or `result.json` does not follow from the rows of `metrics.jsonl`.
+    """
+    remedy = f"Delete the directory {run_dir.name} and repeat the race's command: only this run is trained again."
+    config = _config(_read(run_dir / "config.json", remedy))
+    result_path, metrics_path = run_dir / "result.json", run_dir / "metrics.jsonl"
+    result = _result(_read(result_path, remedy)) if result_path.exists() else None
+    train, evals = _metrics(metrics_path, remedy) if metrics_path.exists() or result else ((), ())
+    _agree(result_path, result, config, evals, remedy)
+    environment_path = run_dir / "environment.json"
+    lost = "Delete this file: only the description of the machine is lost."
+    environment = _read(environment_path, lost).values if environment_path.exists() else {}
+    return Run(run_dir.name, config, environment, train, evals, result)
+
+
+def _read(path: Path, remedy: str) -> Fields:
+    return parse_object(read_text(path, remedy=remedy), path, remedy=remedy)
+
+
+def _time(fields: Fields, key: str) -> datetime:
+    try:
+        return datetime.fromisoformat(fields.text(key))
+    except ValueError:
+        raise fields.error(key, "a time such as 2025-01-31T12:00:00+00:00") from None
+
+
+def _run_names(study: Fields, methods: tuple[str, ...], seeds: tuple[int, ...]) -> dict[tuple[str, int], str]:
+    runs = study.inner("runs")
+    names: dict[tuple[str, int], str] = {}
+    for name in runs.values:
+        if not re.fullmatch(r"[0-9a-f]{16}", name):  # it becomes a path
+            raise runs.error(name, "named by 16 hexadecimal digits")
+        run = runs.inner(name)
+        key = run.text("method"), run.count("seed")
+        if key[0] not in methods or key[1] not in seeds:
+            raise runs.error(name, f"one of the methods {list(methods)} with one of the seeds {list(seeds)}")
+        if key in names:
+            raise runs.error(name, f"the only run of {key[0]!r} with seed {key[1]}, which {names[key]} is already")
+        names[key] = name
+    return names
+
+
+def _find_run(study_dir: Path, name: str | None, method: str, seed: int) -> Run | Absent:
+    run_dir = study_dir / "runs" / (name or "")
+    if name is None or not (run_dir / "config.json").exists():
+        return Absent(method, seed, None)
+    try:
+        run = read_run(run_dir)
+    except RecordError as problem:
+        return Absent(method, seed, str(problem).replace(f"{study_dir}/", ""))
+    if (run.config.method, run.config.seed) != (method, seed):
+        actual = f"{run.config.method!r} with seed {run.config.seed}"
+        problem = f"runs/{name}/config.json: the run is {actual}, study.json says {method!r} with seed {seed}."
+        return Absent(method, seed, f"{problem} Delete the directory {name} and repeat the race's command.")
+    return run
+
+
+def _config(fields: Fields) -> Config:
+    fields.expect("format", FORMAT)
+    tuning, data = fields.inner_or_none("tuning"), fields.inner("data")
+    if not re.fullmatch(r"[0-9a-f]{64}", data.text("sha256")):
+        raise data.error("sha256", "64 hexadecimal digits")
+    return Config(
+        task=fields.text("task"),
+        preset=fields.text("preset"),
+        method=fields.text("method"),
+        options=fields.inner("options").values,
+        seed=fields.count("seed"),
+        steps=fields.count("steps", least=1),
+        batch_size=fields.count("batch_size", least=1),
+        eval_every=fields.count("eval_every", least=1),
+        tuning=None if tuning is None else _tuning(tuning),
+        code=fields.text("code"),
+        data=Data(data.text("name"), data.text("sha256"), data.count("bytes")),
+    )
+
+
+def _tuning(fields: Fields) -> Tuning:
+    edge = fields.values.get("edge", False)
+    if not isinstance(edge, bool):
+        raise fields.error("edge", "true or false")
+    return Tuning(fields.count_or_none("trials"), fields.text_or_none("source"), edge)
+
+
+def _result(fields: Fields) -> Result:
+    fields.expect("format", FORMAT)
+    status = fields.text("status")
+    if status not in ("finished", "diverged"):
+        raise fields.error("status", "'finished' or 'diverged'")
+    if status == "diverged":
+        fields.expect("final_loss", None)
+    return Result(
+        status=status,
+        steps=fields.count("steps"),
+        final_loss=fields.real("final_loss") if status == "finished" else None,
+        final_accuracy=fields.real_or_none("final_accuracy"),
+        train_s=fields.seconds("train_s"),
+        peak_memory_bytes=fields.count_or_none("peak_memory_bytes"),
+    )
+
+
+def _metrics(path: Path, remedy: str) -> tuple[tuple[TrainRow, ...], tuple[EvalRow, ...]]:
+    """The rows of a run; a last line without its line end is still being written, and left out."""
+    train: list[TrainRow] = []
+    evals: list[EvalRow] = []
+    for number, line in enumerate(read_text(path, remedy=remedy).split("\n")[:-1], start=1):
+        fields = parse_object(line, path, remedy=remedy, where=f"line {number}: ")
+        match fields.text("kind"):
+            case "train":
+                train.append(_train_row(fields))
+                _check_order(fields, [row.step for row in train[-2:]])
+            case "eval":
+                evals.append(_eval_row(fields))
+                _check_order(fields, [row.step for row in evals[-2:]])
+            case _:
+                raise fields.error("kind", "'train' or 'eval'")
+    return tuple(train), tuple(evals)
+
+
+def _check_order(fields: Fields, steps: list[int]) -> None:
+    if len(steps) == 2 and steps[1] <= steps[0]:
+        raise fields.error("step", f"larger than {steps[0]}, the one before it")
+
+
+def _train_row(fields: Fields) -> TrainRow:
+    return TrainRow(
+        step=fields.count("step", least=1),
+        tokens=fields.count("tokens"),
+        loss=fields.real_or_none("loss"),
+        lr=fields.real("lr"),
+        forward_backward_s=fields.seconds("forward_backward_s"),
+        optimizer_s=fields.seconds("optimizer_s"),
+        train_s=fields.seconds("train_s"),
+    )
+
+
+def _eval_row(fields: Fields) -> EvalRow:
+    return EvalRow(
+        step=fields.count("step"),
+        tokens=fields.count("tokens"),
+        loss=fields.real_or_none("loss"),
+        accuracy=fields.real_or_none("accuracy"),
+        train_s=fields.seconds("train_s"),
+    )
+
+
+def _agree(path: Path, result: Result | None, config: Config, evals: tuple[EvalRow, ...], remedy: str) -> None:
+    """Refuse a finished run whose result is not the last row of its own metrics."""
+    if result is None or result.status == "diverged":
+        return
+    last = evals[-1] if evals else None
+    if last is None or last.step != config.steps or result.steps != config.steps:
+        got = f"the last evaluation is at step {last.step if last else None}, the result at step {result.steps}"
+        raise RecordError(path, f"the run counts as finished with {config.steps} steps, but {got}", remedy)
+    if last.loss is None or not math.isclose(last.loss, result.final_loss or 0.0, rel_tol=1e-6):
+        problem = f"final_loss is {result.final_loss}, but the last evaluation in metrics.jsonl is {last.loss}"
+        raise RecordError(path, problem, remedy)

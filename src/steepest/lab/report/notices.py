@@ -1,0 +1,126 @@
+"""What a reader must know before believing the numbers: unequal tuning, missing, diverged and foreign runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from steepest.lab.records import Run, Tuning
+from steepest.lab.report import wording
+from steepest.lab.report.results import Race
+from steepest.lab.report.wording import plain
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A box on the page. A "stop" takes a conclusion away, a "warning" weakens one, a "note" informs."""
+
+    level: Literal["stop", "warning", "note"]
+    title: str
+    lines: tuple[str, ...]
+
+
+def notices(race: Race) -> tuple[Notice, ...]:
+    """All notices, the most serious first."""
+    found = (
+        _unequal_tuning(race),
+        _set_aside(race),
+        _diverged(race),
+        _missing(race),
+        _edge(race),
+        _few_seeds(race),
+        _machines(race),
+        _unknown_tuning(race),
+    )
+    return tuple(notice for notice in found if notice is not None)
+
+
+def tuned(tuning: Tuning | None) -> str:
+    """How a method was tuned, in words."""
+    if tuning is None or tuning.trials is None:
+        return "an unknown number of tried settings"
+    return wording.counted(tuning.trials, "tried setting")
+
+
+def _unequal_tuning(race: Race) -> Notice | None:
+    if race.ranked:
+        return None
+    budgets = [f"{plain(name)} was tuned with {tuned(tuning)}" for name, tuning in race.chosen.tuning.items()]
+    remedy = "Whoever searches longer finds more. Tune all of them over the same number of settings, then race again."
+    return Notice("stop", "Not ranked: unequal tuning", (f"{wording.listed(budgets)}.", remedy))
+
+
+def _set_aside(race: Race) -> Notice | None:
+    if not race.chosen.set_aside:
+        return None
+    lines = [
+        f"{_who(aside.run)}: "
+        + wording.listed([f"{key} {plain(own)} instead of {plain(other)}" for key, own, other in aside.differences])
+        for aside in race.chosen.set_aside
+    ]
+    remedy = "They count nowhere below. To compare them, repeat the race's command: it trains what does not match."
+    return Notice("stop", "Runs made under other conditions are left out", (*lines, remedy))
+
+
+def _diverged(race: Race) -> Notice | None:
+    runs = [run for method in race.methods for run in method.runs if run.status == "diverged"]
+    if not runs:
+        return None
+    lines = [f"{_who(run)}: the loss was not finite after step {run.result.steps}" for run in runs if run.result]
+    return Notice("warning", "Diverged", (*lines, "Such a method has no mean; a smaller learning rate may help."))
+
+
+def _missing(race: Race) -> Notice | None:
+    lines = [
+        f"{plain(absent.method)}, seed {absent.seed}: {plain(absent.problem or 'not started')}"
+        for absent in race.study.absent
+    ]
+    for run in race.study.runs:
+        if run.status == "unfinished":
+            done = max((row.step for row in (*run.train, *run.evals)), default=0)
+            lines.append(f"{_who(run)}: at step {done:,} of {run.config.steps:,}")
+    if not lines:
+        return None
+    asked = len(race.study.methods) * len(race.study.seeds)
+    title = f"{len(lines)} of {wording.counted(asked, 'run')} missing"
+    remedy = "Repeat the race's command to go on; finished runs are kept. Read the verdict when all have ended."
+    return Notice("warning", title, (*lines, remedy))
+
+
+def _edge(race: Race) -> Notice | None:
+    names = [plain(name) for name, tuning in race.chosen.tuning.items() if tuning is not None and tuning.edge]
+    if not names:
+        return None
+    line = (
+        f"The best setting of {wording.listed(names)} lay at the edge of what was tried: a better one may lie beyond."
+    )
+    return Notice("warning", "Tuned at the edge of the grid", (line, "Widen the grid and sweep again."))
+
+
+def _few_seeds(race: Race) -> Notice | None:
+    if len(race.study.seeds) > 1:
+        return None
+    line = "The spread between seeds is unknown: no intervals and no verdicts. Run at least 3."
+    return Notice("warning", "One seed", (line,))
+
+
+def _machines(race: Race) -> Notice | None:
+    runs = [run for method in race.methods for run in method.runs]
+    keys = sorted({key for run in runs for key in run.environment})
+    differing = [plain(key) for key in keys if len({repr(run.environment.get(key)) for run in runs}) > 1]
+    if not differing:
+        return None
+    line = f"The runs differ in {wording.listed(differing)}: read times and memory with care."
+    return Notice("note", "More than one environment", (line,))
+
+
+def _unknown_tuning(race: Race) -> Notice | None:
+    tuning = race.chosen.tuning.values()
+    if not race.ranked or not tuning or any(one is not None and one.trials is not None for one in tuning):
+        return None
+    line = "No method has a record of how its options were found: a method may look worse than it is."
+    return Notice("note", "Tuning unknown", (line,))
+
+
+def _who(run: Run) -> str:
+    return f"{plain(run.config.method)}, seed {run.config.seed}"

@@ -1,0 +1,182 @@
+"""A figure as plotly draws it in the page: traces and layout, ready for `Plotly.newPlot`."""
+
+from __future__ import annotations
+
+import html
+from typing import Literal
+
+from steepest.lab.report import wording
+from steepest.lab.report.figures import Axis, Curve, Figure, Row
+from steepest.lab.report.palette import PAPER, Style
+
+Theme = Literal["light", "dark"]
+Json = dict[str, object]
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+_INK = {"light": "#1b1f24", "dark": "#e8eaed"}
+_MUTED = {"light": "#5f6873", "dark": "#9aa4af"}
+_HAIRLINE = {"light": "#e6e6df", "dark": "#2a2f36"}
+_SYMBOL = {
+    "circle": "circle",
+    "square": "square",
+    "triangle": "triangle-up",
+    "diamond": "diamond",
+    "cross": "cross",
+    "x": "x",
+}
+
+
+def to_plotly(figure: Figure, *, theme: Theme) -> Json:
+    """The figure as {"data": [...], "layout": {...}}; text from outside is escaped for plotly's own markup."""
+    traces = [_band(curve, theme) for curve in figure.curves if curve.low]
+    traces += [_line(curve, theme) for curve in figure.curves]
+    for row in figure.rows:
+        traces += [_dots(row, theme), _mean(row, theme)]
+    layout: Json = {
+        "height": figure.height,
+        "margin": {"l": 8, "r": _right_margin(figure), "t": 24, "b": 8, "pad": 4},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": FONT, "size": 13, "color": _MUTED[theme]},
+        "showlegend": False,
+        "hovermode": "closest" if figure.rows else "x",
+        "hoverlabel": {"bgcolor": PAPER[theme], "font": {"family": FONT, "color": _INK[theme]}},
+        "xaxis": _axis(figure.x, theme, grid=bool(figure.rows)),
+        "yaxis": _axis(figure.y, theme, grid=bool(figure.curves)),
+        "shapes": _rule_line(figure, theme),
+        "annotations": [*_labels(figure, theme), *_rule_text(figure, theme)],
+    }
+    return {"data": traces, "layout": layout}
+
+
+def _right_margin(figure: Figure) -> int:
+    return 16 + 9 * max((len(label.text) for label in figure.labels), default=0)
+
+
+def _axis(axis: Axis, theme: Theme, *, grid: bool) -> Json:
+    ticks: Json = {}
+    if axis.ticks is not None:
+        places, texts = [place for place, _ in axis.ticks], [_escaped(text) for _, text in axis.ticks]
+        ticks = {"tickmode": "array", "tickvals": places, "ticktext": texts}
+    return {
+        "title": {"text": axis.title, "standoff": 10, "font": {"size": 13}},
+        "range": [axis.low, axis.high],
+        "showgrid": grid,
+        "gridcolor": _HAIRLINE[theme],
+        "zeroline": False,
+        "automargin": True,
+        "nticks": 5,
+        **ticks,
+    }
+
+
+def _band(curve: Curve, theme: Theme) -> Json:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [*curve.x, *reversed(curve.x)],
+        "y": [*curve.high, *reversed(curve.low)],
+        "fill": "toself",
+        "fillcolor": _translucent(curve.style.colour(theme)),
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+    }
+
+
+def _line(curve: Curve, theme: Theme) -> Json:
+    ranges = [
+        f" ({wording.loss(a)}{wording.DASH}{wording.loss(b)})" for a, b in zip(curve.low, curve.high, strict=True)
+    ]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": _escaped(wording.shortened(curve.name)),
+        "x": curve.x,
+        "y": curve.y,
+        "text": ranges or [""] * len(curve.x),
+        "hovertemplate": "%{y:.3f}%{text}",
+        "line": {"color": curve.style.colour(theme), "width": 2.25, "dash": curve.style.dash},
+        "marker": _marker(curve.style, theme, size=7) | {"maxdisplayed": 8},
+    }
+
+
+def _dots(row: Row, theme: Theme) -> Json:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": row.values,
+        "y": [row.y_values] * len(row.values),
+        "hovertemplate": "one seed: %{x:+.3f}<extra></extra>",
+        "marker": _marker(row.style, theme, size=8) | {"opacity": 0.4},
+    }
+
+
+def _mean(row: Row, theme: Theme) -> Json:
+    colour = row.style.colour(theme)
+    trace: Json = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [row.mean],
+        "y": [row.y],
+        "hovertemplate": "mean: %{x:+.3f}<extra></extra>",
+        "marker": _marker(row.style, theme, size=14),
+    }
+    if row.interval is not None:
+        up, down = row.interval.high - row.mean, row.mean - row.interval.low
+        bar: Json = {"type": "data", "symmetric": False, "array": [up], "arrayminus": [down]}
+        trace["error_x"] = bar | {"color": colour, "thickness": 2.5, "width": 6}
+    return trace
+
+
+def _marker(style: Style, theme: Theme, *, size: int) -> Json:
+    return {
+        "color": style.colour(theme),
+        "symbol": _SYMBOL[style.marker],
+        "size": size,
+        "line": {"width": 1, "color": PAPER[theme]},
+    }
+
+
+def _labels(figure: Figure, theme: Theme) -> list[Json]:
+    return [
+        {
+            "x": label.x,
+            "y": label.y,
+            "text": _escaped(label.text),
+            "xanchor": "left",
+            "xshift": 8,
+            "showarrow": False,
+            "font": {"color": label.style.colour(theme), "size": 13, "weight": 600},
+        }
+        for label in figure.labels
+    ]
+
+
+def _rule_line(figure: Figure, theme: Theme) -> list[Json]:
+    if figure.rule is None:
+        return []
+    along, across = ("y", "x") if figure.rule.axis == "y" else ("x", "y")
+    value = figure.rule.value
+    line: Json = {"color": _MUTED[theme], "width": 1.25, "dash": "dot"}
+    span: Json = {f"{across}0": 0, f"{across}1": 1, f"{across}ref": "paper", f"{along}0": value, f"{along}1": value}
+    return [{"type": "line", "layer": "below", "line": line, **span}]
+
+
+def _rule_text(figure: Figure, theme: Theme) -> list[Json]:
+    if figure.rule is None:
+        return []
+    text: Json = {"text": _escaped(figure.rule.text), "showarrow": False, "font": {"color": _MUTED[theme], "size": 12}}
+    if figure.rule.axis == "y":
+        place: Json = {"x": 0, "xref": "paper", "xanchor": "left", "y": figure.rule.value, "yanchor": "top"}
+    else:
+        place = {"x": figure.rule.value, "xanchor": "center", "y": 1, "yref": "paper", "yanchor": "bottom"}
+    return [text | place]
+
+
+def _translucent(colour: str) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.16)"
+
+
+def _escaped(text: str) -> str:
+    return html.escape(text, quote=False)

@@ -1,0 +1,186 @@
+"""From comparable runs to the numbers of the report: one record for each method, and the verdicts over all pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from steepest.lab.records import Run, Study
+from steepest.lab.report.comparable import Comparable, comparable
+from steepest.lab.statistics import (
+    Ratio,
+    Summary,
+    Verdict,
+    first_crossing,
+    paired_verdicts,
+    steps_ratio,
+    summarize,
+)
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """All that the report says of one method. Seconds, bytes, milliseconds for one step.
+
+    Args:
+        name: As in the study.
+        runs: Its comparable runs, by seed.
+        finals: Final evaluation loss by seed of the runs that have ended; None for a diverged one.
+        final: Over seeds; None if no run has ended or one has diverged.
+        accuracy: Final accuracy over seeds; None where the task has none.
+        steps: Steps to the target by seed of the runs that have ended; None where it was not reached.
+        mean_steps: Over seeds; None unless all of them reached the target.
+        ratio: Steps over the baseline's, seed by seed; None for the baseline, and where no seed is shared.
+        forward_backward_ms: Median over all steps of all runs.
+        optimizer_ms: Likewise.
+        train_s: Training time over seeds of the runs that have ended.
+        memory: Largest peak over those runs.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+    finals: Mapping[int, float | None]
+    final: Summary | None
+    accuracy: Summary | None
+    steps: Mapping[int, float | None]
+    mean_steps: float | None
+    ratio: Ratio | None
+    forward_backward_ms: float | None
+    optimizer_ms: float | None
+    train_s: Summary | None
+    memory: int | None
+
+    @property
+    def diverged(self) -> tuple[int, ...]:
+        """Seeds of its diverged runs."""
+        return tuple(seed for seed, loss in self.finals.items() if loss is None)
+
+
+@dataclass(frozen=True)
+class Race:
+    """A study with everything computed that the report shows.
+
+    Args:
+        study: What was read.
+        chosen: The runs the numbers come from.
+        target: Loss to reach: the study's own, else the baseline's mean final loss; None while that is unknown.
+        methods: Results in the study's order.
+        ranked: Whether the methods may be ranked; if not, there are no verdicts and no ratios.
+        verdicts: One for each pair of methods that have runs.
+    """
+
+    study: Study
+    chosen: Comparable
+    target: float | None
+    methods: tuple[MethodResult, ...]
+    ranked: bool
+    verdicts: tuple[Verdict, ...]
+
+    def method(self, name: str) -> MethodResult:
+        """The results of one method."""
+        return next(method for method in self.methods if method.name == name)
+
+
+def read_race(study: Study) -> Race:
+    """Compute all numbers of the report from the stored runs."""
+    chosen = comparable(study)
+    ranked = chosen.equally_tuned
+    finals = {name: _finals(runs) for name, runs in chosen.runs.items()}
+    target = study.target if study.target is not None else _mean(finals[study.baseline])
+    base = chosen.runs[study.baseline]
+    methods = tuple(
+        _method_result(
+            name,
+            runs,
+            steps={run.config.seed: _own_steps(run, study, target) for run in _ended(runs)}
+            if target is not None
+            else {},
+            ratio=_ratio(runs, base, study.target) if ranked and name != study.baseline else None,
+        )
+        for name, runs in chosen.runs.items()
+    )
+    have_runs = {name: own for name, own in finals.items() if chosen.runs[name]}
+    verdicts = paired_verdicts(have_runs) if ranked else ()
+    return Race(study, chosen, target, methods, ranked, verdicts)
+
+
+def _method_result(
+    name: str, runs: tuple[Run, ...], *, steps: Mapping[int, float | None], ratio: Ratio | None
+) -> MethodResult:
+    finals = _finals(runs)
+    results = [run.result for run in runs if run.result is not None]
+    memory = [result.peak_memory_bytes for result in results if result.peak_memory_bytes is not None]
+    reached = _all_known(steps.values())
+    return MethodResult(
+        name=name,
+        runs=runs,
+        finals=finals,
+        final=summarize(_all_known(finals.values())),
+        accuracy=summarize(_all_known(result.final_accuracy for result in results)),
+        steps=steps,
+        mean_steps=fmean(reached) if reached else None,
+        ratio=ratio,
+        forward_backward_ms=_milliseconds([row.forward_backward_s for run in runs for row in run.train]),
+        optimizer_ms=_milliseconds([row.optimizer_s for run in runs for row in run.train]),
+        train_s=summarize([result.train_s for result in results]),
+        memory=max(memory, default=None),
+    )
+
+
+def _ended(runs: Iterable[Run]) -> list[Run]:
+    return [run for run in runs if run.result is not None]
+
+
+def _finals(runs: Iterable[Run]) -> dict[int, float | None]:
+    return {run.config.seed: run.result.final_loss for run in runs if run.result is not None}
+
+
+def _all_known(values: Iterable[float | None]) -> list[float]:
+    """The values if none is None, else nothing: a mean over the others would flatter."""
+    listed = list(values)
+    known = [value for value in listed if value is not None]
+    return known if len(known) == len(listed) else []
+
+
+def _mean(finals: Mapping[int, float | None]) -> float | None:
+    known = _all_known(finals.values())
+    return fmean(known) if known else None
+
+
+def _milliseconds(seconds: Sequence[float]) -> float | None:
+    return 1000 * median(seconds) if seconds else None
+
+
+def _crossing(run: Run, target: float) -> float | None:
+    return first_crossing([row.step for row in run.evals], [row.loss for row in run.evals], target)
+
+
+def _own_steps(run: Run, study: Study, target: float) -> float | None:
+    """Steps of one run to the target; for a baseline whose own mean is the target, to its own final loss.
+
+    About half of the baseline's runs end above their mean, so that one cannot ask when they come down to it.
+    """
+    own = study.target is None and run.config.method == study.baseline
+    final = run.result.final_loss if own and run.result is not None else None
+    return _crossing(run, target if final is None else final)
+
+
+def _ratio(runs: Iterable[Run], base: Iterable[Run], target: float | None) -> Ratio | None:
+    """Steps over the baseline's to the study's target, or else to the loss the baseline ended at with that seed.
+
+    With the baseline's final loss taken seed by seed, its spread is part of the interval. None if a baseline run does
+    not reach the target itself: there is then nothing to divide by.
+    """
+    others = {run.config.seed: run for run in _ended(base)}
+    pairs: list[tuple[float, float | None, int]] = []
+    for run in _ended(runs):
+        other = others.get(run.config.seed)
+        if other is None or other.result is None:
+            continue
+        goal = target if target is not None else other.result.final_loss
+        base_steps = None if goal is None else _crossing(other, goal)
+        if goal is None or base_steps is None:
+            return None
+        pairs.append((base_steps, _crossing(run, goal), run.config.steps))
+    return steps_ratio(pairs)

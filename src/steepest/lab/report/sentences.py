@@ -1,0 +1,236 @@
+"""What the numbers mean, in plain sentences: the headline, the summary, one sentence for each pair of methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steepest.lab.report import wording
+from steepest.lab.report.figures import data_unit
+from steepest.lab.report.results import Race
+from steepest.lab.report.wording import plain
+from steepest.lab.report.wording import shortened as short
+from steepest.lab.statistics import MOST_SEEDS, Interval, Ratio, Verdict
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number worth showing large, and what it is."""
+
+    number: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A sentence about a pair: what holds, and the numbers behind it."""
+
+    claim: str
+    evidence: str
+
+
+def headline(race: Race) -> str:
+    """Who won, in one line; or that nobody did."""
+    names = [short(method.name) for method in race.methods]
+    if not race.ranked:
+        return "Not ranked: the methods were not tuned alike"
+    if len(names) == 1:
+        return f"{names[0]}: one method, nothing to compare"
+    if not any(method.finals for method in race.methods):
+        return "No run has ended yet"
+    won = winner(race)
+    if won is None:
+        return ("So far undecided" if waiting(race) else "Undecided") + f" between {_standing(race)}"
+    return ("So far: " if waiting(race) else "") + _victory(race, won)
+
+
+def winner(race: Race) -> str | None:
+    """The method that is better than each of the others, if there is one."""
+    beaten = _beaten_by(race)
+    others = len(race.methods) - 1
+    wins = {name: sum(name in victors for victors in beaten.values()) for name in beaten}
+    return next((name for name, number in wins.items() if number == others > 0), None)
+
+
+def waiting(race: Race) -> int:
+    """Number of runs that the study asks for and that have not ended."""
+    asked = len(race.study.methods) * len(race.study.seeds)
+    return asked - sum(run.result is not None for run in race.study.runs)
+
+
+def summary(race: Race) -> str:
+    """Task, sizes, seeds and data in one paragraph."""
+    study = race.study
+    methods = wording.listed([plain(name) for name in study.methods])
+    task = f"the task {plain(study.task)}, preset {plain(study.preset)}"
+    opening = f"{methods} trained the same model on {task}"
+    seeds = f"{wording.counted(len(study.seeds), 'seed')} each ({', '.join(map(str, study.seeds))})"
+    run = next((method.runs[0] for method in race.methods if method.runs), None)
+    if run is None:
+        return f"{opening}, {seeds}. No run has been started."
+    data, last = run.config.data, run.evals[-1] if run.evals else None
+    per_step = f" of {last.tokens // last.step:,} {data_unit(study)}" if last is not None and last.step else ""
+    return (
+        f"{opening}: {wording.counted(run.config.steps, 'step')}{per_step}, {seeds}. "
+        "Runs with the same seed start from the same weights and see the data in the same order. "
+        f"Data: {plain(data.name)}, {wording.size(data.bytes)}, SHA-256 {data.sha256[:12]}\N{HORIZONTAL ELLIPSIS} "
+        "Lower loss is better; it is measured on held-out data after the last step."
+    )
+
+
+def facts(race: Race) -> tuple[Fact, ...]:
+    """By how much the winner beats the baseline, and how sure that is; empty if there is no such winner."""
+    won, base = winner(race), race.study.baseline
+    verdict = next((verdict for verdict in race.verdicts if (verdict.first, verdict.second) == (won, base)), None)
+    if won is None or verdict is None or verdict.difference is None or verdict.interval is None or verdict.p is None:
+        return ()
+    own, other, ratio = race.method(won), race.method(base), race.method(won).ratio
+    steps = (
+        Fact(
+            wording.share(ratio),
+            f"of {wording.possessive(base)} steps {_goal(race)}{_steps_interval(ratio)}",
+        )
+        if ratio
+        else None
+    )
+    losses = f"in final loss, {wording.spread(own.final)} against {wording.spread(other.final)}"
+    change = Fact(wording.signed(verdict.difference), f"{losses}; 95% interval {wording.between(verdict.interval)}")
+    pairs = len(race.verdicts)
+    corrected = f", corrected for {pairs} comparisons" if pairs > 1 else ""
+    sure = Fact(wording.p_value(verdict.p), f"paired t-test over {wording.counted(verdict.n, 'seed')}{corrected}")
+    return tuple(fact for fact in (steps, change, sure) if fact is not None)
+
+
+def pairs(race: Race, *, with_baseline: bool) -> list[Comparison]:
+    """The pairs that the baseline is part of, or the others."""
+    base = race.study.baseline
+    chosen = [verdict for verdict in race.verdicts if (base in (verdict.first, verdict.second)) == with_baseline]
+    return [_comparison(verdict, race) for verdict in chosen]
+
+
+def _comparison(verdict: Verdict, race: Race) -> Comparison:
+    """One pair of methods in a sentence."""
+    first, second = plain(verdict.first), plain(verdict.second)
+    undecided = f"{first} against {second} is undecided:"
+    if verdict.diverged:
+        return Comparison(f"{first} and {second} are not compared:", f"{_divergences(verdict, race)}.")
+    if verdict.difference is None:
+        return Comparison(f"{first} and {second} are not compared yet:", "no seed has ended for both.")
+    if verdict.interval is None or verdict.p is None:
+        change = f"final loss {_change(verdict.difference)} with seed {_shared_seed(verdict, race)}"
+        return Comparison(undecided, f"one seed cannot tell; run at least 3 ({change}).")
+    numbers = f"(95% interval {_range(verdict)}; {wording.p_value(verdict.p)}, {wording.counted(verdict.n, 'seed')})"
+    if verdict.outcome == "undecided":
+        change = f"final loss {_change(verdict.difference)} on average {numbers}"
+        return Comparison(undecided, f"{change}. {_more_seeds(verdict)}")
+    constant = " The difference is the same with every seed." if verdict.interval.low == verdict.interval.high else ""
+    change = f"final loss {_change(verdict.difference)} {numbers}"
+    return Comparison(f"{first} is {verdict.outcome} than {second}:", f"{change}.{constant}")
+
+
+def methodology(race: Race) -> tuple[str, ...]:
+    """How the numbers were computed, a sentence or two each."""
+    base = plain(race.study.baseline)
+    if race.study.target is None:
+        target = f"The target is the mean final loss of {base}; {base} itself is timed to its own final loss."
+        ratio = f"to the final loss of {base} with the same seed"
+    else:
+        target = "The target was set by the study."
+        ratio = "to the target"
+    steps = "Steps are counted to the first time the evaluation loss is there, on straight lines between evaluations."
+    share = (
+        f"Steps against {base}: steps {ratio}, over those {base} took; geometric mean over seeds, "
+        "with a 95% Student interval on the logarithms."
+    )
+    verdicts = (
+        "Verdicts: paired t-tests on the final loss by seed, Holm-corrected over all pairs at 5%. Seeds still needed: "
+        "for 80% power at the observed effect, at the strictest corrected level."
+    )
+    times = (
+        "\N{PLUS-MINUS SIGN} is the standard deviation over seeds. Time per step: medians over all steps. "
+        "Training: mean over seeds, evaluation not counted. Peak memory: the largest of the process."
+    )
+    return (f"{target} {steps}", *((share, verdicts) if race.ranked and len(race.methods) > 1 else ()), times)
+
+
+def _victory(race: Race, won: str) -> str:
+    base = race.study.baseline
+    if won == base:
+        return f"{short(won)}, the baseline, wins"
+    ratio, own = race.method(won).ratio, race.method(won).final
+    if ratio is not None and not ratio.censored:
+        goal = "the target" if race.study.target is not None else "the same loss"
+        return f"{short(won)} wins: {goal} in {wording.percent(ratio.value)} of {wording.possessive(short(base))} steps"
+    return f"{short(won)} wins with a final loss of {wording.spread(own)}"
+
+
+def _standing(race: Race) -> str:
+    """The methods that no other is better than, and who is behind."""
+    beaten = _beaten_by(race)
+    ahead = [short(name) for name, victors in beaten.items() if not victors]
+    behind = [short(name) for name, victors in beaten.items() if victors]
+    few = len(beaten) <= 4
+    contenders = wording.listed(ahead) if few else wording.counted(len(ahead), "method")
+    if not behind:
+        return contenders
+    losers = wording.listed(behind) if few else f"the other {len(behind)}"
+    return f"{contenders}; {losers} {'is' if len(behind) == 1 else 'are'} behind"
+
+
+def _beaten_by(race: Race) -> dict[str, set[str]]:
+    """For each method those that are better than it."""
+    beaten: dict[str, set[str]] = {method.name: set() for method in race.methods}
+    for verdict in race.verdicts:
+        if verdict.outcome == "better":
+            beaten[verdict.second].add(verdict.first)
+        elif verdict.outcome == "worse":
+            beaten[verdict.first].add(verdict.second)
+    return beaten
+
+
+def _goal(race: Race) -> str:
+    return "to the target" if race.study.target is not None else "to the same loss"
+
+
+def _steps_interval(ratio: Ratio) -> str:
+    if ratio.interval is None:
+        return ""
+    return f"; 95% interval {wording.percent(ratio.interval.low)} to {wording.percent(ratio.interval.high)}"
+
+
+def _change(difference: float) -> str:
+    if difference == 0:
+        return "the same"
+    return f"{'lower' if difference < 0 else 'higher'} by {wording.loss(abs(difference))}"
+
+
+def _range(verdict: Verdict) -> str:
+    """The interval in the words of the sentence: of the size of the change when decided, signed when not."""
+    interval = verdict.interval or Interval(0.0, 0.0)
+    if verdict.outcome == "better":
+        interval = Interval(-interval.high, -interval.low)
+    return wording.between(interval)
+
+
+def _more_seeds(verdict: Verdict) -> str:
+    if verdict.more_seeds is not None:
+        more = wording.counted(verdict.more_seeds, "more seed")
+        return f"About {more} would tell, if the difference is what it looks like."
+    if verdict.difference == 0:
+        return "There is no difference for more seeds to find."
+    return f"Even {MOST_SEEDS:,} seeds would not tell: if there is a difference, it is too small to matter."
+
+
+def _divergences(verdict: Verdict, race: Race) -> str:
+    each: list[str] = []
+    for name in verdict.diverged:
+        method = race.method(name)
+        seeds = (
+            f"seed{'s' if len(method.diverged) > 1 else ''} {wording.listed([str(seed) for seed in method.diverged])}"
+        )
+        each.append(f"{plain(name)} diverged with {seeds}")
+    return f"{wording.listed(each)}, and a mean over the seeds that survived would flatter"
+
+
+def _shared_seed(verdict: Verdict, race: Race) -> int:
+    first, second = race.method(verdict.first).finals, race.method(verdict.second).finals
+    return next(seed for seed in first if seed in second)

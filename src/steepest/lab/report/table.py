@@ -1,0 +1,98 @@
+"""The table of the report: one line for each method, each cell a number and what lies behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from steepest.lab.report import wording
+from steepest.lab.report.results import MethodResult, Race
+from steepest.lab.report.wording import DASH, FIXED, NARROW
+
+DOT = " \N{MIDDLE DOT} "
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is read first, and the lines of small print under it."""
+
+    text: str
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table."""
+
+    title: str
+    cell: Callable[[MethodResult, Race], Cell]
+
+
+def columns(race: Race) -> tuple[Column, ...]:
+    """The columns for which the study has data."""
+    goal = "target" if race.target is None else f"target {wording.loss(race.target)}"
+    chosen = [Column("Final loss", _final), Column(f"Steps to {goal}", _steps)]
+    if race.ranked and len(race.methods) > 1:
+        chosen.append(Column(f"Steps against {wording.shortened(race.study.baseline)}", _ratio))
+    if any(method.accuracy for method in race.methods):
+        chosen.append(Column("Final accuracy", _accuracy))
+    return (*chosen, Column("Time per step", _step_time), Column("Training", _training), Column("Peak memory", _memory))
+
+
+def _final(method: MethodResult, race: Race) -> Cell:
+    if not method.finals:
+        return Cell(DASH, ("no run has ended",))
+    seeds = DOT.join("diverged" if loss is None else wording.loss(loss) for loss in method.finals.values())
+    return Cell(wording.spread(method.final), (f"n{FIXED}={FIXED}{len(method.finals)}: {seeds}",))
+
+
+def _steps(method: MethodResult, race: Race) -> Cell:
+    if not method.steps:
+        return Cell(DASH)
+    given = method.runs[0].config.steps
+    seeds = DOT.join(f">{given:,}" if steps is None else f"{steps:,.0f}" for steps in method.steps.values())
+    if method.mean_steps is not None:
+        return Cell(f"{method.mean_steps:,.0f}", (seeds,))
+    reached = sum(steps is not None for steps in method.steps.values())
+    return Cell("not reached" if reached == 0 else f"by {reached} of {len(method.steps)} seeds", (seeds,))
+
+
+def _ratio(method: MethodResult, race: Race) -> Cell:
+    ratio = method.ratio
+    if method.name == race.study.baseline:
+        return Cell("baseline")
+    if ratio is None:
+        return Cell(DASH)
+    value = wording.percent(ratio.value)
+    if ratio.censored:
+        return Cell(f"over {value}", (f"not reached by {ratio.censored} of {ratio.n} seeds",))
+    if ratio.interval is None:
+        return Cell(value, ("one seed: no interval",))
+    return Cell(value, (f"{wording.percent(ratio.interval.low)} to {wording.percent(ratio.interval.high)}",))
+
+
+def _accuracy(method: MethodResult, race: Race) -> Cell:
+    accuracy = method.accuracy
+    if accuracy is None:
+        return Cell(DASH)
+    spread = () if accuracy.sd is None else (f"\N{PLUS-MINUS SIGN}{FIXED}{100 * accuracy.sd:.1f}",)
+    return Cell(f"{100 * accuracy.mean:.1f}%", spread)
+
+
+def _step_time(method: MethodResult, race: Race) -> Cell:
+    if method.forward_backward_ms is None or method.optimizer_ms is None:
+        return Cell(DASH)
+    parts = (f"forward, backward {_ms(method.forward_backward_ms)}", f"optimizer {_ms(method.optimizer_ms)}")
+    return Cell(f"{_ms(method.forward_backward_ms + method.optimizer_ms)}{NARROW}ms", parts)
+
+
+def _training(method: MethodResult, race: Race) -> Cell:
+    return Cell(DASH if method.train_s is None else wording.duration(method.train_s.mean))
+
+
+def _memory(method: MethodResult, race: Race) -> Cell:
+    return Cell(DASH if method.memory is None else wording.size(method.memory))
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.1f}"

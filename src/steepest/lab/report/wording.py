@@ -1,0 +1,97 @@
+"""Numbers and names as a reader sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from steepest.lab.statistics import Interval, Ratio, Summary
+
+DASH = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+FIXED = "\N{NO-BREAK SPACE}"
+NARROW = "\N{NARROW NO-BREAK SPACE}"
+
+
+def plain(name: str) -> str:
+    """A name in which every control and invisible character shows, so that none can rearrange the text around it."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name)
+
+
+def shortened(name: str, *, length: int = 20) -> str:
+    """A plain name cut to what fits beside a curve."""
+    text = plain(name)
+    return text if len(text) <= length else f"{text[: length - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def possessive(name: str) -> str:
+    """A plain name in the genitive."""
+    return f"{plain(name)}\N{RIGHT SINGLE QUOTATION MARK}s"
+
+
+def listed(items: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 run", "2 runs", "1,000 runs"."""
+    return f"{number:,}{FIXED}{noun}{'' if number == 1 else 's'}"
+
+
+def loss(value: float) -> str:
+    """A loss, or the size of a difference of losses: three decimals, or two digits where that is too coarse."""
+    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.2g}"
+
+
+def signed(value: float) -> str:
+    """A difference of losses with its sign, such as "+0.021"."""
+    return f"{'+' if value > 0 else MINUS if value < 0 else ''}{loss(abs(value))}"
+
+
+def spread(summary: Summary | None) -> str:
+    """Mean and standard deviation, such as "1.731 ± 0.012"."""
+    if summary is None:
+        return DASH
+    if summary.sd is None:
+        return loss(summary.mean)
+    sd = f"{summary.sd:.3f}" if summary.sd >= 0.0005 and summary.mean >= 0.01 else f"{summary.sd:.2g}"
+    return f"{loss(summary.mean)}{FIXED}±{FIXED}{sd}"
+
+
+def between(interval: Interval) -> str:
+    """The ends of an interval, such as "0.103 to 0.124"; with signs where it does not lie above 0."""
+    write = loss if interval.low > 0 else signed
+    return f"{write(interval.low)} to {write(interval.high)}"
+
+
+def percent(ratio: float) -> str:
+    """0.594 as "59%"."""
+    return f"{100 * ratio:.0f}%"
+
+
+def share(ratio: Ratio) -> str:
+    """A ratio of steps as "59%", or as a lower bound."""
+    return percent(ratio.value) if ratio.censored == 0 else f"at least {percent(ratio.value)}"
+
+
+def p_value(p: float) -> str:
+    """ "p = 0.012", or "p < 0.001"."""
+    return f"p{FIXED}<{FIXED}0.001" if p < 0.001 else f"p{FIXED}={FIXED}{p:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """ "0.4 s", "21 s", "4 min 05 s", "2 h 07 min"."""
+    if seconds < 120:
+        return f"{seconds:.1f}{NARROW}s" if seconds < 10 else f"{seconds:.0f}{NARROW}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 120:
+        return f"{minutes}{NARROW}min {rest:02d}{NARROW}s"
+    return f"{minutes // 60}{NARROW}h {minutes % 60:02d}{NARROW}min"
+
+
+def size(number: int) -> str:
+    """Bytes in decimal units: "512 B", "12.3 MB"."""
+    exponent = min(4, (len(str(abs(number))) - 1) // 3)
+    value = number / 1000**exponent
+    decimals = 0 if exponent == 0 or value >= 100 else 1
+    return f"{value:.{decimals}f}{NARROW}{('B', 'kB', 'MB', 'GB', 'TB')[exponent]}"

@@ -1,0 +1,84 @@
+"""What a task is: data, a model, a loss and a metric, at one of several sizes."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+PresetName = Literal["demo", "tiny", "small"]
+Batch = tuple[Tensor, Tensor]  # inputs and targets, first dimension: examples
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """Which data, exactly: runs are compared only if their `sha256` is the same."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run is: optimizer steps, examples per step, and steps from one evaluation to the next."""
+
+    steps: int
+    batch_size: int
+    eval_every: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss on the validation set (natural log), and the share of right answers where that means something."""
+
+    loss: float
+    accuracy: float | None = None
+
+
+class Task(Protocol):
+    """Data + model + loss + metric. Nothing in it depends on the method that trains the model."""
+
+    @property
+    def name(self) -> str:
+        """Its key in `TASKS`."""
+        ...
+
+    @property
+    def preset(self) -> PresetName:
+        """Its size."""
+        ...
+
+    @property
+    def budget(self) -> Budget:
+        """The length of a run, unless its config says otherwise."""
+        ...
+
+    @property
+    def train_size(self) -> int:
+        """Number of training examples; a run walks through them in a seeded order."""
+        ...
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Predictions that the loss of one example averages over."""
+        ...
+
+    def data_identity(self) -> DataIdentity:
+        """Which data, exactly."""
+        ...
+
+    def build_model(self, seed: int) -> nn.Module:
+        """A fresh model whose weights depend on `seed` only."""
+        ...
+
+    def batch(self, examples: Tensor) -> Batch:
+        """Inputs and targets of the training examples (B,), int64 indices below `train_size`."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss over the batch, 0-d, natural log."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Loss and metric over the validation examples, the same ones each time."""
+        ...

@@ -1,0 +1,171 @@
+"""One training run: from a config to a finished run directory, whatever happens in between.
+
+The directory is the truth. A finished run is not run again; an interrupted one, even by `kill -9`, goes on from its
+last checkpoint and ends with the numbers it would have had without the interruption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Generator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from steepest.lab.config import RunConfig, code_version, run_hash
+from steepest.lab.environment import describe_environment
+from steepest.lab.fields import parse_object, read_text
+from steepest.lab.ledger import locked, write_whole
+from steepest.lab.recorder import Recorder
+from steepest.lab.result import Result, read_result
+from steepest.lab.tasks import Task, make_task
+from steepest.lab.training import Training
+
+__all__ = ["Interrupted", "Result", "RunMismatchError", "train_run"]
+
+
+class Interrupted(Exception):  # noqa: N818 - like KeyboardInterrupt, it reports no error
+    """The run was asked to stop; it is saved and goes on when `train_run` is called again."""
+
+
+class RunMismatchError(ValueError):
+    """The directory, the data or the code is not what the config says."""
+
+
+def train_run(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    data: Path | None = None,
+    checkpoint_every: int = 25,
+    keep_checkpoint: bool = False,
+    threads: int | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Result:
+    """Bring a run to its end: return its stored result, or go on from its checkpoint, or start it.
+
+    Args:
+        config: The run.
+        run_dir: Its directory; made if need be.
+        data: Where the data of the user is, for a config that was made with it.
+        checkpoint_every: Steps from one checkpoint to the next; at most so many are repeated after a crash.
+        keep_checkpoint: Whether the last checkpoint, with the trained weights, outlives the run.
+        threads: CPU threads; None for torch's present number. A run that goes on keeps the number it started with,
+            because sums depend on it.
+        stop: Asked after every step; True saves a checkpoint and raises `Interrupted`.
+
+    Returns:
+        The result, the same however often the run was interrupted, apart from times and memory.
+
+    Raises:
+        Interrupted: If `stop` returned True before the last step.
+        RunBusyError: If another process is training this run.
+        RunMismatchError: If the directory holds another run, or data or code differ from the config.
+        CheckpointError: If the checkpoint is damaged.
+        RecordError: If another file of the run is damaged.
+        ValueError: If `checkpoint_every` or `threads` is below 1, or a name in the config is unknown.
+        ModuleNotFoundError: If a package of the `lab` extra is missing.
+    """
+    for name, value in (("checkpoint_every", checkpoint_every), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if (result := _stored_result(config, run_dir)) is not None:
+        return result
+    with locked(run_dir):
+        if (result := _stored_result(config, run_dir)) is not None:  # finished while we came here
+            return result
+        if config.code != code_version():
+            problem = f"The run was configured for the code {config.code}, this is {code_version()}."
+            raise RunMismatchError(f"{problem} Use that version, or make a new config in a new directory.")
+        task = _load_task(config, data)
+        write_whole(run_dir / "config.json", config.to_json())
+        checkpoint = run_dir / "checkpoint.pt"
+        with _environment(run_dir, resuming=checkpoint.exists(), threads=threads), torch.random.fork_rng(devices=[]):
+            training = Training(config, task)
+            if checkpoint.exists():
+                training.load(checkpoint)
+            result = _train(training, run_dir, checkpoint_every, stop)
+        write_whole(run_dir / "result.json", result.to_json())
+        if not keep_checkpoint:
+            checkpoint.unlink(missing_ok=True)
+        return result
+
+
+def _train(training: Training, run_dir: Path, checkpoint_every: int, stop: Callable[[], bool] | None) -> Result:
+    config = training.config
+    with Recorder(run_dir, step=training.step) as recorder:
+
+        def save() -> None:
+            recorder.sync()  # rows first: a checkpoint without them could not be used
+            training.save(run_dir / "checkpoint.pt")
+
+        if training.step == 0:
+            training.evaluate(recorder)
+        while training.step < config.steps and not training.diverged:
+            training.train_step(recorder)
+            last = training.step == config.steps
+            if last or training.diverged or training.step % config.eval_every == 0:
+                training.evaluate(recorder)
+            if last or training.diverged:
+                save()
+            elif stop is not None and stop():
+                save()
+                message = f"Stopped after step {training.step} of {config.steps}, saved in {run_dir}."
+                raise Interrupted(f"{message} Repeat the command to go on.")
+            elif training.step % checkpoint_every == 0:
+                save()
+    return training.result(finished=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def _stored_result(config: RunConfig, run_dir: Path) -> Result | None:
+    """The result of a finished run; refuses a directory that holds another run, finished or not."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        return None
+    stored = RunConfig.from_json(read_text(path, remedy="Delete the run's directory."), path=path)
+    if run_hash(stored) != run_hash(config):
+        pairs = ((key, getattr(stored, key), getattr(config, key)) for key in RunConfig.__dataclass_fields__)
+        changes = "; ".join(f"{key} is {old!r} there, {new!r} here" for key, old, new in pairs if old != new)
+        raise RunMismatchError(f"{run_dir} holds another run: {changes}. Choose another directory, or delete it.")
+    return read_result(run_dir / "result.json")
+
+
+def _load_task(config: RunConfig, data: Path | None) -> Task:
+    task = make_task(config.task, config.preset, data=data)
+    identity = task.data_identity()
+    if identity.sha256 != config.data.sha256:
+        problem = f"The run reads {config.data.name!r} ({config.data.sha256[:12]}), here is {identity.name!r}"
+        remedy = "Give the same --data, on the same Python version; runs on different data are never mixed."
+        raise RunMismatchError(f"{problem} ({identity.sha256[:12]}). {remedy}")
+    return task
+
+
+@contextlib.contextmanager
+def _environment(run_dir: Path, *, resuming: bool, threads: int | None) -> Generator[None]:
+    """Set the number of threads for a while, and record the machine: the first one, and each that took over."""
+    path = run_dir / "environment.json"
+    remedy = "Delete the run's directory and repeat the command: only this run is trained again."
+    started = parse_object(read_text(path, remedy=remedy), path, remedy=remedy) if resuming else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(started.count("threads", least=1) if started else threads or before)
+    try:
+        here = describe_environment()
+        content = here if started is None else _taken_over(started.values, here)
+        write_whole(path, json.dumps(content, indent=2) + "\n")
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _taken_over(started: Mapping[str, object], here: Mapping[str, object]) -> dict[str, object]:
+    """The first environment, with those that took over under "resumed", `here` being the last of them."""
+    first = {key: value for key, value in started.items() if key != "resumed"}
+    resumed = started.get("resumed")
+    sessions = [first, *(cast(list[object], resumed) if isinstance(resumed, list) else []), here]
+    later = [new for old, new in itertools.pairwise(sessions) if new != old]
+    return {**first, "resumed": later} if later else first

@@ -1,0 +1,174 @@
+"""The live objects of a run, and one step of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from steepest.lab.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from steepest.lab.config import RunConfig, run_hash
+from steepest.lab.methods import build_optimizer
+from steepest.lab.recorder import Recorder
+from steepest.lab.result import Result
+from steepest.lab.schedule import cooldown
+from steepest.lab.tasks import Evaluation, Task
+from steepest.lab.tasks.order import ExampleOrder, derive_seed
+
+
+@dataclass
+class Counters:
+    """What has been done and what it took; seconds go on counting after an interruption."""
+
+    step: int = 0
+    forward_backward_s: float = 0.0
+    optimizer_s: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+class Training:
+    """Model, optimizer, schedule and order of examples of one run, from step 0 or from a checkpoint.
+
+    Args:
+        config: The run.
+        task: Its task, loaded.
+
+    Raises:
+        ValueError: If the config names an unknown method or option.
+    """
+
+    def __init__(self, config: RunConfig, task: Task) -> None:
+        self.config = config
+        self.task = task
+        self.counters = Counters()
+        self.diverged = False
+        self.last_evaluation: Evaluation | None = None
+        self.model = task.build_model(config.seed)
+        torch.manual_seed(derive_seed("method", config.seed))  # for methods that draw random numbers
+        self.optimizer = build_optimizer(config.method, self.model, config.options)
+        self.scheduler = LambdaLR(self.optimizer, partial(cooldown, steps=config.steps))
+        self.order = ExampleOrder(task.train_size, seed=config.seed)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.counters.step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens (or images) seen."""
+        return self.step * self.config.batch_size * self.task.tokens_per_example
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of training."""
+        return self.counters.forward_backward_s + self.counters.optimizer_s
+
+    def train_step(self, recorder: Recorder) -> None:
+        """Train on the next batch and record it; a loss that is not finite changes no weight."""
+        lr = float(self.config.options["lr"]) * cooldown(self.step, steps=self.config.steps)
+        start = time.perf_counter()
+        batch = self.task.batch(self.order.take(self.config.batch_size))
+        loss = self.task.loss(self.model, batch)
+        loss.backward()
+        value = loss.item()
+        middle = time.perf_counter()
+        self.diverged = not math.isfinite(value)
+        if not self.diverged:
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+        end = time.perf_counter()
+        self.counters.step += 1
+        self.counters.forward_backward_s += middle - start
+        self.counters.optimizer_s += end - middle
+        recorder.train(
+            step=self.step,
+            tokens=self.tokens,
+            loss=value,
+            lr=lr,
+            forward_backward_s=middle - start,
+            optimizer_s=end - middle,
+            train_s=self.train_s,
+        )
+
+    def evaluate(self, recorder: Recorder) -> None:
+        """Evaluate and record it; the clocks of the run stand still."""
+        if self.diverged:
+            self.last_evaluation = Evaluation(math.nan)
+        else:
+            self.model.eval()
+            self.last_evaluation = self.task.evaluate(self.model)
+            self.model.train()
+            self.diverged = not math.isfinite(self.last_evaluation.loss)
+        recorder.evaluation(self.last_evaluation, step=self.step, tokens=self.tokens, train_s=self.train_s)
+
+    def result(self, *, finished: str) -> Result:
+        """The result after the last step."""
+        last = None if self.diverged else self.last_evaluation
+        return Result(
+            status="diverged" if self.diverged else "finished",
+            steps=self.step,
+            final_loss=last.loss if last else None,
+            final_accuracy=last.accuracy if last else None,
+            train_s=self.train_s,
+            optimizer_s=self.counters.optimizer_s,
+            forward_backward_s=self.counters.forward_backward_s,
+            peak_memory_bytes=max(self.counters.peak_memory_bytes, _peak_memory()),
+            finished=finished,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint of everything that the next step depends on."""
+        self.counters.peak_memory_bytes = max(self.counters.peak_memory_bytes, _peak_memory())
+        save_checkpoint(path, self._state())
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            CheckpointError: If it is damaged or of another run.
+        """
+        state = load_checkpoint(path, keys=set(self._state()))
+        if state["run"] != run_hash(self.config):
+            raise CheckpointError(path, f"it is of the run {state['run']}, this is {run_hash(self.config)}")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.order.load_state_dict(state["order"])
+            self.counters = Counters(**state["counters"])
+            self.diverged = state["diverged"]
+            self.last_evaluation = None if state["evaluation"] is None else Evaluation(**state["evaluation"])
+            torch.set_rng_state(state["random"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise CheckpointError(path, f"its content does not fit the run: {problem}") from problem
+
+    def _state(self) -> dict[str, Any]:
+        evaluation = self.last_evaluation
+        return {
+            "run": run_hash(self.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "order": self.order.state_dict(),
+            "random": torch.get_rng_state(),
+            "counters": dataclasses.asdict(self.counters),
+            "diverged": self.diverged,
+            "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),
+        }
+
+
+def _peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,68 @@
+"""A process that trains one run: `python -m steepest.lab.worker RUN_DIR`. A race starts several of them.
+
+It stops at a signal, and when the process that started it is gone: it saves a checkpoint first, so that whoever comes
+next goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from steepest.lab.config import RunConfig
+from steepest.lab.fields import read_text
+from steepest.lab.ledger import RunBusyError
+from steepest.lab.train import Interrupted, train_run
+
+INTERRUPTED = 130  # as a shell reports Ctrl-C
+BUSY = 75  # EX_TEMPFAIL: another process has the run; try again
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train the run whose `config.json` is in a directory.
+
+    Args:
+        arguments: Command line without the program; None takes the process's own.
+
+    Returns:
+        Exit code: 0 finished, INTERRUPTED, BUSY; anything else comes with an exception.
+    """
+    parser = argparse.ArgumentParser(prog="python -m steepest.lab.worker")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--data", type=Path, default=None)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    parent = os.getppid()
+    path = options.run_dir / "config.json"
+    config = RunConfig.from_json(
+        read_text(path, remedy="Repeat the race's command: it writes the file anew."), path=path
+    )
+    try:
+        train_run(
+            config,
+            options.run_dir,
+            data=options.data,
+            threads=options.threads,
+            stop=lambda: stopped or os.getppid() != parent,
+        )
+    except Interrupted:
+        return INTERRUPTED
+    except RunBusyError as busy:
+        print(busy, file=sys.stderr)  # noqa: T201 - the race keeps this in the run's log
+        return BUSY
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

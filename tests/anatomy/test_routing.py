@@ -1,0 +1,539 @@
+"""Roles of torch's own modules, heads, ties, wrappers, overrides and everything that is refused."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
+
+from steepest.anatomy import LINEAR, Rule, View, route
+
+
+def summary(model, **options):
+    """name -> (role, view) of everything that is no plain vector."""
+    plan = route(model, **options)
+    return {row.name: (row.role, str(row.view)) for row in plan if row.role != "vector"}
+
+
+def role_of(model, name):
+    return route(model).row(name).role
+
+
+class Block(nn.Module):
+    def __init__(self, dim=8):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, 2 * dim)
+        self.down = nn.Linear(2 * dim, dim)
+
+
+class LanguageModel(nn.Module):
+    """vocab 16; as many positions as features, so that a block's width looks like a table's rows."""
+
+    def __init__(self, *, tied=False, blocks=2):
+        super().__init__()
+        self.tokens = nn.Embedding(16, 8)
+        self.positions = nn.Embedding(8, 8)
+        self.blocks = nn.ModuleList([Block() for _ in range(blocks)])
+        self.head = nn.Linear(8, 16, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+
+# --- torch modules ---------------------------------------------------------------------------------------------------
+
+
+def test_attention_in_projection_is_three_matrices():
+    plan = route(nn.MultiheadAttention(8, 2, add_bias_kv=True))
+    assert plan.row("in_proj_weight").blocks() == ((1, 8, 8),) * 3
+    assert plan.row("in_proj_weight").reason == "weight of MultiheadAttention, q, k, v fused"
+    assert plan.row("out_proj.weight").role == "matrix"
+    assert plan.counts() == {"matrix": 2, "embedding": 0, "head": 0, "vector": 4}
+
+
+def test_attention_with_other_key_width_has_separate_matrices():
+    found = summary(nn.MultiheadAttention(8, 2, kdim=6, vdim=4))
+    weights = ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
+    assert found == dict.fromkeys(weights, ("matrix", "linear"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.LSTM(6, 4), {"weight_ih_l0": "split=4+4+4+4", "weight_hh_l0": "split=4+4+4+4"}),
+        (nn.GRU(6, 4), {"weight_ih_l0": "split=4+4+4", "weight_hh_l0": "split=4+4+4"}),
+        (nn.RNN(6, 4), {"weight_ih_l0": "linear", "weight_hh_l0": "linear"}),
+        (nn.LSTMCell(6, 4), {"weight_ih": "split=4+4+4+4", "weight_hh": "split=4+4+4+4"}),
+        (nn.GRUCell(6, 4), {"weight_ih": "split=4+4+4", "weight_hh": "split=4+4+4"}),
+        (nn.RNNCell(6, 4), {"weight_ih": "linear", "weight_hh": "linear"}),
+        (
+            nn.LSTM(6, 4, proj_size=3),
+            {"weight_ih_l0": "split=4+4+4+4", "weight_hh_l0": "split=4+4+4+4", "weight_hr_l0": "linear"},
+        ),
+    ],
+    ids=str,
+)
+def test_recurrent_weights_fall_into_gates(layer, expected):
+    assert summary(layer) == {name: ("matrix", view) for name, view in expected.items()}
+
+
+def test_gates_of_an_lstm_are_rows_in_torch_order(rng):
+    """The first two blocks of a two-gate step by hand: i and f; c' = f c + i g, h' = o tanh(c')."""
+    cell = nn.LSTMCell(3, 4, bias=False)
+    plan = route(cell)
+    x, h, c = (torch.randn(1, size, generator=rng) for size in (3, 4, 4))
+    ih, hh = (plan.row(name).view.split_tensor(getattr(cell, name)) for name in ("weight_ih", "weight_hh"))
+    i, f, g, o = (x @ a[0].mT + h @ b[0].mT for a, b in zip(ih, hh, strict=True))
+    expected = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    torch.testing.assert_close(cell(x, (h, c)), (o.sigmoid() * expected.tanh(), expected))
+
+
+def test_a_stack_of_encoder_layers_has_no_head():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    plan = route(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    plan.assert_counts(matrix=8, head=0, embedding=0)
+    assert route(layer).counts()["head"] == 0
+    assert plan.row("layers.1.self_attn.in_proj_weight").view == View(split=(8, 8, 8))
+
+
+def test_convolutions():
+    model = nn.ModuleDict({
+        "plain": nn.Conv2d(3, 8, 3),
+        "gray": nn.Conv2d(1, 8, 3),
+        "grouped": nn.Conv2d(8, 12, 3, groups=4),
+        "depthwise": nn.Conv1d(8, 8, 5, groups=8),
+        "multiplied": nn.Conv2d(8, 16, 3, groups=8),
+        "up": nn.ConvTranspose2d(8, 6, 2),
+        "up_grouped": nn.ConvTranspose1d(8, 6, 2, groups=2),
+        "up_depthwise": nn.ConvTranspose1d(8, 16, 2, groups=8),
+        "volume": nn.Conv3d(2, 4, 2),
+    })  # fmt: skip
+    plan = route(model, overrides={"volume.weight": "matrix"})
+    expected = {
+        "plain": ("matrix", ((1, 8, 27),)),
+        "gray": ("matrix", ((1, 8, 9),)),
+        "grouped": ("matrix", ((4, 3, 18),)),
+        "depthwise": ("vector", ()),
+        "multiplied": ("vector", ()),
+        "up": ("matrix", ((1, 6, 32),)),
+        "up_grouped": ("matrix", ((2, 3, 8),)),
+        "up_depthwise": ("vector", ()),
+        "volume": ("matrix", ((1, 4, 16),)),
+    }
+    assert {name: (plan.row(f"{name}.weight").role, plan.row(f"{name}.weight").blocks()) for name in model} == expected
+    assert plan.row("depthwise.weight").reason == "depthwise filters of Conv1d: each sees one channel"
+
+
+def test_bilinear_joins_its_two_inputs():
+    row = route(nn.Bilinear(3, 4, 5)).row("weight")
+    assert (row.role, row.blocks()) == ("matrix", ((1, 5, 12),))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.LayerNorm((4, 6)), nn.RMSNorm(8), nn.GroupNorm(2, 8), nn.BatchNorm2d(8), nn.InstanceNorm1d(8, affine=True)],
+)
+def test_gains_are_vectors_whatever_their_shape(norm):
+    plan = route(norm)
+    assert {row.role for row in plan} == {"vector"}
+    assert {row.reason for row in plan} <= {f"gain of {type(norm).__name__}", f"bias of {type(norm).__name__}"}
+
+
+def test_odd_shapes():
+    model = nn.Module()
+    model.row = nn.Linear(7, 1)
+    model.column = nn.Linear(1, 7)
+    model.narrow = nn.Linear(512, 2)
+    model.empty = nn.Linear(5, 4)
+    model.empty.weight = nn.Parameter(torch.zeros(0, 5))
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    model.token = nn.Parameter(torch.zeros(1, 1, 8))
+    model.counter = nn.Parameter(torch.zeros(3, 4, dtype=torch.int32), requires_grad=False)
+    model.phase = nn.Parameter(torch.zeros(3, 4, dtype=torch.complex64))
+    model.last = nn.Linear(4, 4)
+    plan = route(model)
+    reasons = {row.name: (row.role, row.reason) for row in plan if "bias" not in row.name}
+    assert reasons == {
+        "scale": ("vector", "scalar of Module"),
+        "token": ("vector", "1-D but for unit dimensions, in Module"),
+        "counter": ("vector", "not real floating point: torch.int32"),
+        "phase": ("vector", "not real floating point: torch.complex64"),
+        "row.weight": ("vector", "weight of Linear, but of one row or column"),
+        "column.weight": ("vector", "weight of Linear, but of one row or column"),
+        "narrow.weight": ("matrix", "weight of Linear"),
+        "empty.weight": ("vector", "empty"),
+        "last.weight": ("head", "output head: the last matrix of the model"),
+    }
+
+
+def test_a_head_of_one_row_is_a_head():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    assert summary(model) == {"0.weight": ("matrix", "linear"), "2.weight": ("head", "linear")}
+
+
+def test_lookalikes_are_told_by_their_declared_sizes():
+    class Dense(nn.Module):
+        def __init__(self, shape):
+            super().__init__()
+            self.in_features, self.out_features = 3, 5
+            self.weight = nn.Parameter(torch.zeros(shape))
+
+    class Table(nn.Module):
+        num_embeddings, embedding_dim = 9, 4
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(9, 4))
+
+    assert summary(Dense((5, 3))) == {"weight": ("matrix", "linear")}
+    assert summary(Dense((3, 5))) == {"weight": ("matrix", "transposed")}
+    assert summary(Table()) == {"weight": ("embedding", "transposed")}
+    assert len(route(Dense((4, 4))).unknown) == 1
+
+
+def test_routers_by_class_and_by_place():
+    class SomeRouter(nn.Linear):
+        pass
+
+    class TopKRouter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+            self.score = nn.Linear(8, 4)
+
+    class Moe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(8, 4, bias=False)
+            self.experts = nn.ModuleList([Block(), Block()])
+
+    class Glu(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(8, 4, bias=False)
+
+    assert route(SomeRouter(8, 4)).row("weight").reason == "router weight, one row per expert (SomeRouter)"
+    assert [row.reason for row in route(TopKRouter())] == [
+        "gain of LayerNorm",
+        "bias of LayerNorm",
+        "router weight, one row per expert (Linear)",
+        "bias of Linear",
+    ]
+    assert role_of(Moe(), "gate.weight") == "vector"
+    assert role_of(Glu(), "gate.weight") == "matrix"
+
+
+def test_tables_held_by_the_model_itself():
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.zeros(1, 5, 8))
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
+            self.query_tokens = nn.Parameter(torch.zeros(1, 4, 8))
+
+    plan = route(Vision(), strict=True)
+    assert [(row.role, row.view) for row in plan] == [("embedding", None), ("vector", None), ("embedding", None)]
+
+
+# --- heads and ties --------------------------------------------------------------------------------------------------
+
+
+def test_the_head_has_a_row_per_token():
+    plan = route(LanguageModel())
+    plan.assert_counts(matrix=4, embedding=2, head=1)
+    assert plan.row("head.weight").reason == "output head: one row per row of the token table, 16"
+
+
+def test_a_tied_head_is_its_embedding_and_one_row():
+    plan = route(LanguageModel(tied=True))
+    assert plan.row("tokens.weight").reason == "lookup table of Embedding, tied with head.weight"
+    plan.assert_counts(matrix=4, embedding=2, head=0)
+    assert "head.weight" not in [row.name for row in plan]
+
+
+def test_a_tie_is_seen_in_either_order_of_registration():
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 16, bias=False)
+            self.tokens = nn.Embedding(16, 8)
+            self.tokens.weight = self.head.weight
+            self.mix = nn.Linear(8, 8)
+
+    assert summary(HeadFirst()) == {"head.weight": ("embedding", "transposed"), "mix.weight": ("matrix", "linear")}
+
+
+def test_what_the_model_names_goes_first():
+    class Named(LanguageModel):
+        def __init__(self):
+            super().__init__()
+            self.readout = nn.Linear(8, 20)
+            self.extra = nn.Linear(8, 20)
+
+        def get_output_embeddings(self):
+            return self.readout
+
+    class Several(Named):
+        def get_output_embeddings(self):
+            return nn.ModuleList([self.readout, self.extra])
+
+    class Speechless(LanguageModel):
+        def get_output_embeddings(self):
+            raise NotImplementedError
+
+    assert [row.name for row in route(Named()) if row.role == "head"] == ["readout.weight"]
+    assert [row.name for row in route(Several()) if row.role == "head"] == ["readout.weight", "extra.weight"]
+    assert [row.name for row in route(Speechless()) if row.role == "head"] == ["head.weight"]
+
+
+def test_the_last_matrix_is_the_head_unless_it_is_the_only_one_or_in_a_block():
+    convnet = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 10))
+    assert [row.name for row in route(convnet) if row.role == "head"] == ["2.weight"]
+    assert summary(nn.Linear(3, 4)) == {"weight": ("matrix", "linear")}
+    assert route(nn.Sequential(nn.Linear(3, 8), Block(), Block())).counts()["head"] == 0
+    assert route(nn.ModuleList([Block()])).counts()["head"] == 0
+    other = Block()
+    other.shortcut = nn.Linear(8, 8)  # blocks of one class are alike, whatever is in them
+    assert route(nn.Sequential(Block(), other)).counts()["head"] == 0
+    assert route(nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2)])).row("1.weight").role == "head"
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)]
+    assert route(nn.Sequential(*layers, nn.Sequential(nn.Linear(4, 2)))).row("3.0.weight").role == "head"
+    assert route(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))).counts()["head"] == 0
+
+
+def test_parametrized_weights_keep_their_role():
+    model = nn.Sequential(orthogonal(nn.Linear(4, 6)), nn.ReLU(), orthogonal(nn.Linear(6, 3)))
+    assert summary(model) == {
+        "0.parametrizations.weight.original": ("matrix", "linear"),
+        "2.parametrizations.weight.original": ("head", "linear"),
+    }
+    assert route(model)[1].reason == "weight of Linear"
+    (factor,) = route(weight_norm(nn.Linear(4, 6))).unknown
+    assert factor.name == "parametrizations.weight.original1"
+
+
+# --- wrappers, devices, shards ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def rows(plan):
+    return [(row.name, row.shape, row.role, str(row.view), row.reason) for row in plan]
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_blocks(model):
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = compiled(block)
+    return model
+
+
+def checkpointed_blocks(model):
+    for number, block in enumerate(model.blocks):
+        model.blocks[number] = checkpoint_wrapper(block)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        compiled,
+        nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+        compiled_blocks,
+        checkpointed_blocks,
+        lambda model: nn.DataParallel(compiled(checkpointed_blocks(model))),
+    ],
+)
+def test_wrappers_do_not_change_the_plan(wrap, tied):
+    model = LanguageModel(tied=tied)
+    assert rows(route(wrap(copy.deepcopy(model)))) == rows(route(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_without_memory_has_the_same_plan(tied):
+    with torch.device("meta"):
+        model = LanguageModel(tied=tied)
+    assert rows(route(model)) == rows(route(LanguageModel(tied=tied)))
+
+
+def test_a_submodule_that_is_called_module_keeps_its_name():
+    outer = nn.Module()
+    outer.module = nn.Linear(3, 4)
+    assert [row.name for row in route(outer)] == ["module.weight", "module.bias"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ddp_and_fsdp_do_not_change_the_plan(one_rank, tied):
+    plain = LanguageModel(tied=tied)
+    expected = rows(route(plain))
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    assert rows(route(wrapped)) == expected
+    mesh = init_device_mesh("cpu", (1,))
+    for block in plain.blocks:
+        for part in (block.up, block):
+            fully_shard(part, mesh=mesh)
+    fully_shard(plain, mesh=mesh)
+    plan = route(plain)
+    assert rows(plan) == expected
+    assert all(isinstance(parameter, torch.distributed.tensor.DTensor) for parameter in plan.parameters())
+
+
+def test_parameters_of_zero_3_keep_their_full_shape():
+    layer = nn.Linear(6, 4, bias=False)
+    layer.weight.data = torch.empty(0)
+    layer.weight.ds_shape = torch.Size((4, 6))
+    row = route(layer).row("weight")
+    assert (row.shape, row.role) == ((4, 6), "matrix")
+
+
+def test_frozen_parameters_are_listed_and_not_handed_out():
+    model = LanguageModel()
+    model.tokens.requires_grad_(False)
+    plan = route(model)
+    assert not plan.row("tokens.weight").trainable
+    assert "frozen; lookup table" in str(plan)
+    assert len(plan.parameters("embedding")) == 1
+    assert plan.counts()["embedding"] == 2
+    assert len(plan.parameters()) == len(plan) - 1
+
+
+def test_lazy_parameters_are_refused():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=re.escape("Parameters without a shape yet: 0.weight, 0.bias. Send one batch")):
+        route(model)
+
+
+def test_flattened_shards_are_refused():
+    class FlatParameter(nn.Parameter):
+        pass
+
+    model = nn.Module()
+    model._flat_param = FlatParameter(torch.zeros(12))
+    with pytest.raises(ValueError, match=re.escape("_flat_param with shape (12,) is a flattened FSDP1 shard")):
+        route(model)
+    layer = nn.Linear(3, 4)
+    layer.weight = nn.Parameter(torch.zeros(12))
+    with pytest.raises(ValueError, match=re.escape("weight is the weight of a Linear but has shape (12,). Route the")):
+        route(layer)
+
+
+def test_a_view_that_does_not_fit_its_module_names_the_parameter():
+    layer = nn.MultiheadAttention(8, 2)
+    layer.in_proj_weight = nn.Parameter(torch.zeros(20, 8))  # somebody else's layout
+    with pytest.raises(ValueError, match=r"in_proj_weight: View 'split=8\+8\+8' does not fit shape \(20, 8\)"):
+        route(layer)
+
+
+def test_only_models_are_routed():
+    with pytest.raises(
+        TypeError, match=r"route takes a torch.nn.Module, got list. Pass the model, not its parameters."
+    ):
+        route(list(nn.Linear(2, 2).parameters()))
+
+
+# --- unknown parameters and overrides --------------------------------------------------------------------------------
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.mixing = nn.Parameter(torch.zeros(8, 12))
+        self.kernel = nn.Parameter(torch.zeros(2, 3, 4))
+
+
+def test_what_nobody_understands_is_a_vector_and_counted():
+    plan = route(Custom())
+    assert [row.name for row in plan.unknown] == ["mixing", "kernel"]
+    assert plan.row("kernel").role == "vector"
+    assert plan.row("kernel").reason == "unknown: 3-D parameter of Custom, whose layout is not known"
+    assert "2 unknown" in str(plan)
+
+
+def test_strict_lists_all_unknown_parameters():
+    message = (
+        "2 parameters are of unknown layout:\n"
+        "  mixing (8, 12): 2-D parameter of Custom, whose layout is not known\n"
+        "  kernel (2, 3, 4): 3-D parameter of Custom, whose layout is not known\n"
+        "Say what they are, for example overrides={'mixing': 'vector'} or a View, or pass strict=False"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        route(Custom(), strict=True)
+    frozen = Custom()
+    frozen.mixing.requires_grad_(False)
+    frozen.kernel.requires_grad_(False)
+    assert len(route(frozen, strict=True).unknown) == 2
+
+
+def test_overrides_set_role_and_view():
+    overrides = {
+        "mix*": View(split=(4, 4)),
+        "kernel": Rule(role="matrix", view=View(experts=True, transposed=True)),
+        "first.*": "vector",
+        "first.weight": "head",
+    }
+    plan = route(Custom(), overrides=overrides, strict=True)
+    assert plan.row("mixing").blocks() == ((1, 4, 12), (1, 4, 12))
+    assert plan.row("mixing").reason == "override 'mix*'"
+    assert plan.row("kernel").blocks() == ((2, 4, 3),)
+    assert plan.row("first.bias").role == "vector"
+    assert (plan.row("first.weight").role, plan.row("first.weight").view) == ("head", LINEAR)
+
+
+def test_an_exact_name_wins_then_the_later_pattern():
+    assert role_after({"weight": "vector", "*": "matrix", "w*": "head"}) == "vector"
+    assert role_after({"*": "matrix", "w*": "head"}) == "head"
+    assert role_after({"w*": "head", "*": "matrix"}) == "matrix"
+    model = nn.Module()
+    model.register_parameter("w[0]", nn.Parameter(torch.zeros(2, 2)))  # a name that is no pattern of itself
+    assert route(model, overrides={"w[0]": "matrix"})[0].role == "matrix"
+
+
+def role_after(overrides):
+    return route(nn.Linear(4, 4, bias=False), overrides=overrides).row("weight").role
+
+
+def test_a_rule_keeps_what_it_does_not_set():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+    plan = route(model, overrides={"0.in_proj_weight": Rule(role="matrix"), "1.weight": Rule(view=View(heads=2))})
+    assert plan.row("0.in_proj_weight").view == View(split=(8, 8, 8))
+    assert plan.row("1.weight").blocks() == ((2, 4, 8),)
+
+
+def test_an_override_reaches_a_tied_parameter_by_any_name():
+    plan = route(LanguageModel(tied=True), overrides={"head.weight": Rule(role="head", view=LINEAR)})
+    assert (plan.row("tokens.weight").role, plan.row("tokens.weight").view) == ("head", LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"first.wieght": "vector"}, ValueError, "'first.wieght' matches no parameter. Did you mean 'first.weight'?"),
+        ({"zzz": "vector"}, ValueError, "'zzz' matches no parameter. The model has mixing, kernel, first.weight"),
+        ({"kernel": "matrx"}, ValueError, "asks for the role 'matrx'. Roles are matrix, embedding, head, vector."),
+        ({"kernel": "matrx"}, ValueError, "Did you mean 'matrix'?"),
+        ({"kernel": 3}, TypeError, "The override 'kernel' must be a role, a View or a Rule, got int."),
+        ({"f*": View(split=(3, 4))}, ValueError, "The override 'f*' for first.weight: View 'split=3+4' does not fit"),
+        ({"first.bias": "matrix"}, ValueError, "for first.bias: View 'linear' does not fit shape (8,)"),
+        ({"kernel": Rule("vector", LINEAR)}, ValueError, "gives a vector the view 'linear'. Leave out one of them."),
+    ],
+)
+def test_overrides_that_cannot_be_meant_are_refused(overrides, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        route(Custom(), overrides=overrides)

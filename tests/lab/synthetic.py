@@ -1,0 +1,176 @@
+"""Studies made up for tests: directories as a race writes them, with curves whose every constant is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SHA = hashlib.sha256(b"data").hexdigest()
+STEPS, EVERY, TOKENS = 150, 10, 2048
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A method that ends at loss `end`, reaching it as if `speed` times as many steps had been taken.
+
+    loss(t) = end + drop * log(STEPS / max(1, speed * t)), plus a shift of each seed that all methods share, plus one
+    of its own. So a method of twice the speed ends lower by drop * log(2), and needs half the steps.
+    """
+
+    speed: float = 1.0
+    noise: float = 0.004
+    options: Mapping[str, Any] = field(default_factory=lambda: {"lr": 0.02})
+    trials: int | None = 6
+    edge: bool = False
+    optimizer_s: float = 0.012
+    end: float = 1.73
+    drop: float = 0.25
+    diverges: Mapping[int, int] = field(default_factory=dict)  # seed: step
+    stops: Mapping[int, int] = field(default_factory=dict)  # seed: last step of an unfinished run
+    absent: Sequence[int] = ()
+    data_sha256: str = SHA
+    code: str = "0.1.0+0123456789ab"
+    accuracy: float | None = None
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+
+def loss_at(pace: Pace, step: int, shift: float) -> float:
+    return pace.end + shift + pace.drop * math.log(STEPS / max(1.0, pace.speed * step))
+
+
+def write_study(
+    study_dir: Path, paces: Mapping[str, Pace], *, seeds: Sequence[int] = (0, 1, 2), **changes: Any
+) -> Path:
+    """Write a study of these methods, the first being the baseline; `changes` overwrite keys of study.json."""
+    runs = {
+        hashlib.sha256(repr((method, seed)).encode()).hexdigest()[:16]: (method, seed)
+        for method in paces
+        for seed in seeds
+    }
+    study = {
+        "format": 1,
+        "kind": "race",
+        "task": "text",
+        "preset": "demo",
+        "methods": list(paces),
+        "baseline": next(iter(paces)),
+        "seeds": list(seeds),
+        "runs": {name: {"method": method, "seed": seed} for name, (method, seed) in runs.items()},
+        "command": f"steepest race --task text --preset demo --methods {','.join(paces)} --seeds {len(seeds)} --out race",
+        "created": "2025-01-31T12:00:00+00:00",
+    }
+    study_dir.mkdir(parents=True, exist_ok=True)
+    (study_dir / "study.json").write_text(json.dumps(study | changes))
+    for name, (method, seed) in runs.items():
+        if seed not in paces[method].absent:
+            _write_run(study_dir / "runs" / name, method, paces[method], seed)
+    return study_dir
+
+
+def run_dir(study_dir: Path, method: str, seed: int) -> Path:
+    runs = json.loads((study_dir / "study.json").read_text())["runs"]
+    return study_dir / "runs" / next(n for n, run in runs.items() if run == {"method": method, "seed": seed})
+
+
+def _write_run(run: Path, method: str, pace: Pace, seed: int) -> None:
+    shared, own = random.Random(f"seed {seed}"), random.Random(f"{method} {seed}")
+    shift = shared.gauss(0, 0.02) + own.gauss(0, pace.noise)
+    last = pace.stops.get(seed, pace.diverges.get(seed, STEPS))
+    config = {
+        "format": 1,
+        "task": "text",
+        "preset": "demo",
+        "method": method,
+        "options": dict(pace.options),
+        "seed": seed,
+        "steps": STEPS,
+        "batch_size": 16,
+        "eval_every": EVERY,
+        "tuning": None if pace.trials is None else {"trials": pace.trials, "source": "sweep", "edge": pace.edge},
+        "code": pace.code,
+        "data": {"name": "python-stdlib 3.11.7", "sha256": pace.data_sha256, "bytes": 12_345_678},
+    }
+    environment = {"python": "3.11.7", "torch": "2.13.0", "cpu model": "Example CPU", "threads": 1, "git commit": None}
+    environment |= {"packages": {"numpy": "2.4.6", "plotly": "7.1.0"}, **pace.environment}
+    rows = [_eval(pace, 0, shift, 0.0)]
+    seconds = 0.0
+    for step in range(1, last + 1):
+        lost = pace.diverges.get(seed) == step
+        forward_backward, optimizer = 0.12 * own.uniform(0.95, 1.1), pace.optimizer_s * own.uniform(0.95, 1.1)
+        seconds += forward_backward + optimizer
+        loss = None if lost else loss_at(pace, step, shift + own.gauss(0, 0.05))
+        row: dict[str, Any] = {"kind": "train", "step": step, "tokens": TOKENS * step, "loss": loss, "lr": 0.02}
+        row |= {"forward_backward_s": forward_backward, "optimizer_s": optimizer, "train_s": seconds}
+        rows.append(row | ({"diverged": True} if lost else {}))
+        if lost:
+            rows.append(_eval(pace, step, None, seconds) | {"diverged": True})
+        elif step % EVERY == 0 or step == STEPS:
+            rows.append(_eval(pace, step, shift, seconds))
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if seed not in pace.stops:
+        diverged = seed in pace.diverges
+        result = {
+            "format": 1,
+            "status": "diverged" if diverged else "finished",
+            "steps": last,
+            "final_loss": rows[-1]["loss"],
+            "final_accuracy": None if diverged else rows[-1]["accuracy"],
+            "train_s": seconds,
+            "optimizer_s": 1.8,
+            "forward_backward_s": 18.0,
+            "peak_memory_bytes": 412_000_000 + 1_000_000 * seed,
+            "finished": "2025-01-31T12:01:00+00:00",
+        }
+        (run / "result.json").write_text(json.dumps(result))
+
+
+def _eval(pace: Pace, step: int, shift: float | None, seconds: float) -> dict[str, Any]:
+    loss = None if shift is None else loss_at(pace, step, shift)
+    accuracy = pace.accuracy if loss is not None else None
+    return {
+        "kind": "eval",
+        "step": step,
+        "tokens": TOKENS * step,
+        "loss": loss,
+        "accuracy": accuracy,
+        "train_s": seconds,
+    }
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    "</script><script>alert(1)</script>",
+    "$\\frac{",
+    "_a\u202eb\x00\n\u2028c" + "x" * 60,
+)
+
+SCENARIOS: dict[str, tuple[dict[str, Pace], dict[str, Any]]] = {
+    "clear": (
+        {"adamw": Pace(), "muon": Pace(speed=1.7, optimizer_s=0.03), "muonadam": Pace(speed=1.35, optimizer_s=0.035)},
+        {},
+    ),
+    "undecided": ({"adamw": Pace(noise=0.02), "muon": Pace(speed=1.05, noise=0.02)}, {}),
+    "diverged": ({"adamw": Pace(), "muon": Pace(speed=1.7), "sgd": Pace(speed=0.6, diverges={1: 64})}, {}),
+    "missing": ({"adamw": Pace(), "muon": Pace(speed=1.7, absent=(2,), stops={1: 37})}, {}),
+    "one-seed": ({"adamw": Pace(), "muon": Pace(speed=1.7)}, {"seeds": (0,)}),
+    "unequal": ({"adamw": Pace(), "muon": Pace(speed=1.7, trials=1), "sgd": Pace(speed=0.7, trials=None)}, {}),
+    "hostile": (
+        {"adamw": Pace(), **{name: Pace(speed=1.2 + i / 5, options={name: name}) for i, name in enumerate(HOSTILE)}},
+        {"task": "<b>task</b>"},
+    ),
+    "many": ({f"method-{i}": Pace(speed=1 + 0.1 * i, accuracy=0.9) for i in range(9)}, {"task": "digits"}),
+}
+
+
+def write_scenario(study_dir: Path, name: str) -> Path:
+    paces, changes = SCENARIOS[name]
+    return write_study(study_dir, paces, **changes)

@@ -1,0 +1,108 @@
+from typing import get_args
+
+import pytest
+import torch
+
+from steepest.lab.tasks import TASKS, PresetName, make_task
+from steepest.lab.tasks.text import TextTask
+
+PRESETS = get_args(PresetName)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", TASKS)
+def test_every_preset_trains_and_evaluates(name, preset):  # conformance of every task
+    task = make_task(name, preset)
+    assert (task.name, task.preset) == (name, preset)
+    model = task.build_model(0)
+    examples = torch.tensor([0, task.train_size - 1])
+    batch = task.batch(examples)
+    assert len(batch[0]) == len(batch[1]) == 2
+    loss = task.loss(model, batch)
+    loss.backward()
+    assert loss.shape == ()
+    assert all(p.grad is not None for p in model.parameters())
+    assert len(task.data_identity().sha256) == 64
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_weights_depend_on_the_seed_only(name):
+    task = make_task(name)
+    state = torch.get_rng_state()
+    first = torch.nn.utils.parameters_to_vector(task.build_model(1).parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    again, other = (torch.nn.utils.parameters_to_vector(task.build_model(s).parameters()) for s in (1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_loss_of_a_batch_is_the_mean_over_its_examples(name):
+    task = make_task(name)
+    model = task.build_model(0).eval()
+    torch.nn.init.normal_(model.head.weight)
+    single = [task.loss(model, task.batch(torch.tensor([i]))) for i in (3, 5)]
+    torch.testing.assert_close(task.loss(model, task.batch(torch.tensor([3, 5]))), sum(single) / 2)
+
+
+def test_text_predicts_the_next_byte_of_its_own_windows(tmp_path):
+    text = bytes(i % 251 for i in range(129 * 100))
+    (tmp_path / "a").write_bytes(text)
+    task = TextTask("demo", data=tmp_path / "a")
+    inputs, targets = task.batch(torch.tensor([2, 0]))
+    assert bytes(inputs[0].tolist()) == text[258 : 258 + 128]
+    assert bytes(targets[0].tolist()) == text[259 : 259 + 128]
+    assert bytes(inputs[1].tolist()) == text[:128]
+    assert task.train_size == 95
+    assert len(task.validation_windows) == 5
+
+
+def test_text_evaluates_on_distinct_windows_that_it_never_trains_on():
+    task = TextTask("demo")
+    windows = {bytes(window.tolist()) for window in task.validation_windows.to(torch.uint8)}
+    assert len(windows) == 64
+    assert not windows & {bytes(window) for window in task.train_windows.numpy()}
+
+
+def test_text_evaluation_is_the_mean_over_all_validation_bytes(rng):
+    task = TextTask("demo")
+    model = task.build_model(0)
+    torch.nn.init.normal_(model.head.weight, generator=rng)
+    windows = task.validation_windows
+    with torch.no_grad():
+        scores = model(windows[:, :-1]).log_softmax(-1)
+    expected = -scores.gather(-1, windows[:, 1:, None]).double().mean()
+    assert task.evaluate(model).loss == pytest.approx(expected.item(), rel=1e-6)
+    assert task.evaluate(model).accuracy is None
+
+
+def test_digits_splits_all_images_once():
+    task = make_task("digits")
+    images = torch.cat([task.train_images, task.validation_images]).flatten(1)
+    assert images.shape == (1797, 64)
+    assert (images.min(), images.max()) == (-1, 1)
+    assert len(images.unique(dim=0)) == 1797  # no image is in both parts
+    assert len(task.validation_images) == 360
+    assert task.evaluate(task.build_model(0)).accuracy == pytest.approx(0.1, abs=0.05)  # zero logits: always "0"
+
+
+def test_too_little_text_is_refused(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(2000))
+    with pytest.raises(ValueError, match=r"The validation part of 'a' has 100 bytes; one window takes 129.*--data"):
+        TextTask("demo", data=tmp_path / "a")
+
+
+def test_unknown_names_are_answered_with_the_valid_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"Unknown task 'txet': did you mean 'text'\? Valid: digits, text"):
+        make_task("txet")
+    with pytest.raises(ValueError, match=r"Unknown preset 'tny': did you mean 'tiny'\? Valid: demo, small, tiny"):
+        make_task("text", "tny")
+    with pytest.raises(ValueError, match="'digits' has its own images, got --data"):
+        make_task("digits", data=tmp_path)
+
+
+def test_digits_without_scikit_learn_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs scikit-learn.*pip install 'steepest\[lab\]'"):
+        make_task("digits")

@@ -1,0 +1,150 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import steepest
+from steepest.lab.config import RunConfig, code_version, configure, hash_sources, run_hash
+from steepest.lab.fields import RecordError
+from steepest.lab.methods import options_of
+from steepest.lab.records import Tuning
+from steepest.lab.tasks import DataIdentity, make_task
+
+PATH = Path("runs/config.json")
+CONFIG = RunConfig(
+    task="text",
+    preset="demo",
+    method="muon",
+    options={"lr": 0.02, "nesterov": True},
+    seed=3,
+    steps=150,
+    batch_size=16,
+    eval_every=10,
+    tuning=Tuning(trials=6, source="docs/results/tuning.json", edge=False),
+    code="0.1.0+0123456789ab",
+    data=DataIdentity("python-stdlib 3.11.7", "ab" * 32, 123),
+)
+texts = st.text(min_size=1, max_size=8)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+configs = st.builds(
+    RunConfig,
+    task=texts,
+    preset=texts,
+    method=texts,
+    options=st.dictionaries(texts, numbers | st.booleans() | texts | st.integers(-9, 9), max_size=3),
+    seed=st.integers(0, 2**62),
+    steps=st.integers(1, 2**62),
+    batch_size=st.integers(1, 99),
+    eval_every=st.integers(1, 99),
+    tuning=st.none() | st.builds(Tuning, st.none() | st.integers(0, 99), st.none() | texts, st.booleans()),
+    code=texts,
+    data=st.builds(DataIdentity, texts, texts, st.integers(0, 99)),
+)
+
+
+@given(configs)
+def test_a_config_survives_its_file(config):
+    again = RunConfig.from_json(config.to_json(), path=PATH)
+    assert again == config
+    assert run_hash(again) == run_hash(config)
+
+
+def test_the_hash_is_the_same_on_every_machine_and_day():
+    assert run_hash(CONFIG) == "9542f64c4fd31aad"
+    reordered = dataclasses.replace(CONFIG, options={"nesterov": True, "lr": 0.02})
+    assert run_hash(reordered) == run_hash(CONFIG)
+
+
+CHANGES = [
+    {"task": "digits"},
+    {"preset": "tiny"},
+    {"method": "adamw"},
+    {"options": {"lr": 0.03, "nesterov": True}},
+    {"options": {"lr": 0.02}},
+    {"seed": 4},
+    {"steps": 151},
+    {"batch_size": 17},
+    {"eval_every": 11},
+    {"tuning": None},
+    {"code": "0.1.0+0123456789ac"},
+    {"data": DataIdentity("python-stdlib 3.11.7", "ac" * 32, 123)},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+def test_the_hash_sees_every_change(change):
+    assert run_hash(dataclasses.replace(CONFIG, **change)) != run_hash(CONFIG)
+
+
+def test_every_field_is_tested_for_the_hash():
+    assert {key for change in CHANGES for key in change} == {f.name for f in dataclasses.fields(RunConfig)}
+
+
+def test_moving_the_data_changes_no_hash():
+    moved = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, name="elsewhere"))
+    assert run_hash(moved) == run_hash(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 1}, r"lr must be absent. Unknown key 'lr'"),
+        ({"seeed": 1}, r"seeed must be absent. Unknown key 'seeed': did you mean 'seed'"),
+        ({"format": 2}, "format must be 1, got 2"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": "150"}, "steps must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"task": ""}, "task must be a non-empty string"),
+        ({"options": {"lr": None}}, "options.lr must be a number, true, false or a string, got None"),
+        ({"options": [1]}, "options must be an object"),
+        ({"tuning": {"trials": 1, "source": None, "edge": 1}}, "tuning.edge must be true or false"),
+        ({"tuning": {"trials": 1, "source": None, "who": 1}}, "tuning.who must be absent"),
+        ({"data": {"name": "x", "sha256": "y"}}, "data.bytes must be a whole number"),
+        ({"data": {"name": "x", "sha256": "y", "bytes": 1, "url": "z"}}, "data.url must be absent"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name_and_key(change, message):
+    content = {**json.loads(CONFIG.to_json()), **change}
+    with pytest.raises(RecordError, match=rf"^runs/config.json: .*{message}.*Delete the run's directory"):
+        RunConfig.from_json(json.dumps(content), path=PATH)
+
+
+@pytest.mark.parametrize(("name", "least"), [("seed", 0), ("steps", 1), ("batch_size", 1), ("eval_every", 1)])
+def test_a_number_out_of_range_is_refused(name, least):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least {least}, got {least - 1}"):
+        dataclasses.replace(CONFIG, **{name: least - 1})
+
+
+def test_what_is_not_given_comes_from_the_preset():
+    task = make_task("digits")
+    config = configure(task, method="sgd", seed=1, options={"lr": 0.5}, steps=7)
+    assert (config.task, config.preset, config.seed, config.steps) == ("digits", "demo", 1, 7)
+    assert (config.batch_size, config.eval_every) == (task.budget.batch_size, task.budget.eval_every)
+    assert config.options == {**options_of("sgd"), "lr": 0.5}
+    assert config.data == task.data_identity()
+    assert config.code == code_version()
+    assert config.code.startswith(f"{steepest.__version__}+")
+
+
+def test_the_code_version_sees_what_trains_and_nothing_else(tmp_path):
+    files = ["__init__.py", "optim/descent.py", "cli.py", "cli/race.py", "client.py"]
+    files += [f"lab/{name}.py" for name in ("train", "training", "methods", "combined", "schedule", "tasks/text")]
+    files += [f"lab/{name}.py" for name in ("models/gpt", "report/html", "records", "race", "tuned", "trainer")]
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1\n")
+    before = hash_sources(tmp_path)
+    assert len(before) == 12
+    seen = set()
+    for name in files:
+        (tmp_path / name).write_text("x = 2\n")
+        if hash_sources(tmp_path) != before:
+            seen.add(name)
+        (tmp_path / name).write_text("x = 1\n")
+    unseen = {"cli.py", "cli/race.py", "lab/report/html.py", "lab/records.py", "lab/race.py", "lab/tuned.py"}
+    assert set(files) - seen == unseen | {"lab/trainer.py"}
+    assert hash_sources(tmp_path) == before

@@ -1,0 +1,113 @@
+import pytest
+import torch
+
+from steepest.lab import methods
+from steepest.lab.methods import METHODS, build_optimizer, check_options, options_of, resolve
+from steepest.lab.models.gpt import GPT, GPTConfig
+from steepest.lab.records import Tuning
+from steepest.lab.tasks import TASKS, make_task
+from steepest.lab.tuned import TUNED, Tuned
+
+
+def model_and_loss(rng: torch.Generator):
+    model = GPT(GPTConfig(vocabulary=13, layers=2, width=16, head_size=8))
+    tokens = torch.randint(13, (4, 9), generator=rng)
+
+    def loss() -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    return model, loss
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_lowers_the_loss_with_its_own_defaults(method, rng):
+    model, loss = model_and_loss(rng)
+    optimizer = build_optimizer(method, model, options_of(method))
+    first = loss().item()
+    for _ in range(15):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss().item() < 0.8 * first
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_is_in_exactly_one_group_with_its_learning_rate(method, rng):
+    model, _ = model_and_loss(rng)
+    optimizer = build_optimizer(method, model, {"lr": 0.25})
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rates)
+    inside = {id(p) for name, p in model.named_parameters() if name.startswith("blocks") and p.ndim == 2}
+    other = options_of(method).get("other_lr", 0.25)
+    assert rates == {id(p): 0.25 if id(p) in inside else other for p in model.parameters()}
+
+
+def test_steepest_adam_is_adamw(rng):
+    updates = []
+    for method in ("adam", "adamw"):
+        torch.manual_seed(0)
+        model, loss = model_and_loss(torch.Generator().manual_seed(1))
+        optimizer = build_optimizer(method, model, {"lr": 0.01, "other_lr": 0.02})
+        for _ in range(3):
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        updates.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(*updates, rtol=1e-4, atol=1e-5)
+
+
+def test_the_four_variants_of_muon_differ_as_their_names_say():
+    names = ("muon", "muon-plain", "muon-wd", "muon-plain-wd")
+    variants = {(options_of(name)["nesterov"], options_of(name)["weight_decay"]) for name in names}
+    assert variants == {(True, 0.0), (False, 0.0), (True, 0.1), (False, 0.1)}
+
+
+def test_what_is_asked_for_comes_before_what_was_tuned_before_the_default(monkeypatch):
+    record = Tuning(trials=6, source="docs/results/tuning.json", edge=False)
+    table = {("text", "demo"): {"muon": Tuned({"lr": 0.5}, record)}}
+    monkeypatch.setattr(methods, "TUNED", table)
+    tuned = resolve("muon", task="text", preset="demo", options={})
+    assert tuned.options == {**options_of("muon"), "lr": 0.5}
+    assert tuned.tuning == record
+    assert resolve("muon", task="text", preset="demo", options={"lr": 0.5}).tuning == record
+    asked = resolve("muon", task="text", preset="demo", options={"momentum": 0.5})
+    assert asked.options == {**options_of("muon"), "lr": 0.5, "momentum": 0.5}
+    assert asked.tuning is None  # nobody searched around this momentum
+    plain = resolve("muon", task="text", preset="tiny", options={})
+    assert plain.options == options_of("muon")
+    assert plain.tuning is None
+
+
+def test_every_entry_of_the_table_is_valid():
+    assert TUNED
+    for (task, preset), entries in TUNED.items():
+        assert task in TASKS
+        assert make_task(task, preset).preset == preset
+        for method, entry in entries.items():
+            assert check_options(method, entry.options).keys() == entry.options.keys()
+
+
+def test_whole_numbers_become_floats_where_floats_are_meant():
+    options = resolve("adamw", task="text", preset="demo", options={"lr": 1}).options
+    assert type(options["lr"]) is float
+
+
+def test_unknown_names_are_answered_with_the_valid_ones():
+    with pytest.raises(ValueError, match=r"Unknown method 'adanw': did you mean 'adamw'\? Valid: adam, adamw, muon"):
+        options_of("adanw")
+    with pytest.raises(ValueError, match="Unknown option of the method 'sgd' 'momentun': did you mean 'momentum'"):
+        check_options("sgd", {"momentun": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"), [("lr", "big", "float"), ("lr", True, "float"), ("nesterov", 1, "bool")]
+)
+def test_a_value_of_the_wrong_type_is_refused(name, value, kind):
+    with pytest.raises(TypeError, match=f"option '{name}' of the method 'muon' takes a {kind}, got {value!r}"):
+        check_options("muon", {name: value})
+
+
+def test_torch_muon_refuses_convolutions_by_name():
+    model = make_task("digits").build_model(0)
+    with pytest.raises(ValueError, match=r"2-D matrices only, features.0.weight is \(32, 1, 3, 3\). Use 'muon'"):
+        build_optimizer("torch-muon", model, {})

@@ -1,0 +1,263 @@
+"""A whole race in real processes: finished runs are kept, interrupted ones go on, and nothing is lost or done twice."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from steepest.lab.config import configure, run_hash
+from steepest.lab.fields import RecordError
+from steepest.lab.pool import read_progress
+from steepest.lab.race import FailedRunsError, default_workers, run_race
+from steepest.lab.study import Race, StudyMismatchError, run_directory, write_study
+from steepest.lab.tasks import make_task
+from steepest.lab.worker import BUSY, INTERRUPTED
+
+COMMAND = ["race", "--task", "digits", "--methods", "adamw,muon", "--seeds", "2", "--workers", "2"]
+TIMED = ("forward_backward_s", "optimizer_s", "train_s")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task("digits", "demo")
+
+
+def race(task, **changes):
+    fields = {"methods": ("adamw", "muon"), "seeds": (0, 1), "baseline": "adamw", "options": {}}
+    return Race(task=task, **{**fields, **changes})
+
+
+def steepest(*words, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "steepest", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        **options,
+    )
+
+
+def rows_of(out):
+    """All rows of all runs but for times: what must not depend on interruptions."""
+    return {
+        path.parent.name: [
+            {key: value for key, value in json.loads(line).items() if key not in TIMED}
+            for line in path.read_text().splitlines()
+        ]
+        for path in sorted(out.glob("runs/*/metrics.jsonl"))
+    }
+
+
+def modified(out):
+    return {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted race."""
+    out = tmp_path_factory.mktemp("race") / "out"
+    process = steepest(*COMMAND, "--out", str(out))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()
+    return out, output.decode()
+
+
+def test_a_race_leaves_runs_a_report_and_a_line_per_run(finished):
+    out, output = finished
+    assert len(list(out.glob("runs/*/result.json"))) == 4
+    assert (out / "report.html").stat().st_size < 6 * 2**20
+    assert len(list(out.glob("plots/*.png"))) >= 3
+    assert sorted(line for line in output.splitlines() if "finished" in line) == [
+        f"{method}: run {index} of 2 finished" for method in ("adamw", "muon") for index in (1, 2)
+    ]
+    assert output.splitlines()[-1] == f"Report: {out}/report.html"
+
+
+def test_methods_start_from_the_same_weights_and_see_the_same_data(finished):
+    out, _ = finished
+    study = json.loads((out / "study.json").read_text())
+    by_key = {
+        (run["method"], run["seed"]): rows for name, run in study["runs"].items() for rows in [rows_of(out)[name]]
+    }
+    for seed in (0, 1):
+        first = [by_key[method, seed][0] for method in ("adamw", "muon")]
+        assert first[0] == first[1]  # the evaluation before the first step
+        assert by_key["adamw", seed][1]["loss"] == by_key["muon", seed][1]["loss"]  # the first batch, before any update
+    assert by_key["adamw", 0][0] != by_key["adamw", 1][0]
+
+
+def test_repeating_the_command_trains_nothing(finished):
+    out, _ = finished
+    before = modified(out)
+    process = steepest(*COMMAND, "--out", str(out))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert modified(out) == before
+    assert "finished" not in output.decode()
+
+
+def test_more_seeds_and_methods_add_only_what_is_missing(finished, task):
+    out, _ = finished
+    before = modified(out)
+    bigger = race(task, methods=("adamw", "muon", "sgd"), seeds=(0, 1))
+    run_race(bigger, out, command="steepest race ...", workers=2, console=Console(file=io.StringIO()))
+    after = modified(out)
+    assert before.items() <= after.items()
+    assert len(after) == 6
+    write_study(out, race(task), race(task).configs(), command="steepest race ...")  # as it was, for the other tests
+
+
+@pytest.mark.parametrize("moment", [3.0, 4.5, 6.5])
+def test_a_race_killed_at_any_moment_ends_with_the_same_numbers(finished, tmp_path, moment):
+    out = tmp_path / "out"
+    process = steepest(*COMMAND, "--out", str(out))
+    time.sleep(moment)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    kept = modified(out)
+    again = steepest(*COMMAND, "--out", str(out))
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output.decode()
+    assert rows_of(out) == rows_of(finished[0])
+    assert kept.items() <= modified(out).items()
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(finished, tmp_path):
+    out = tmp_path / "out"
+    process = steepest(*COMMAND, "--out", str(out))
+    deadline = time.monotonic() + 60
+    while not list(out.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in output.decode()
+    again = steepest(*COMMAND, "--out", str(out))
+    again.communicate(timeout=300)
+    assert again.returncode == 0
+    assert rows_of(out) == rows_of(finished[0])
+
+
+def test_a_killed_worker_is_replaced(finished, tmp_path):
+    out = tmp_path / "out"
+    process = steepest(*COMMAND, "--out", str(out))
+    deadline = time.monotonic() + 60
+    locks = []
+    while not locks and time.monotonic() < deadline:
+        locks = [path for path in out.glob("runs/*/lock") if path.read_text().strip()]
+        time.sleep(0.02)
+    os.kill(int(locks[0].read_text()), signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()
+    assert rows_of(out) == rows_of(finished[0])
+
+
+def test_a_damaged_run_is_reported_and_the_others_are_kept(finished, tmp_path, task):
+    out = tmp_path / "out"
+    one = race(task, methods=("adamw",), seeds=(0, 1))
+    configs = one.configs()
+    write_study(out, one, configs, command="steepest race")
+    broken = run_directory(out, configs[0])
+    (broken / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    (broken / "environment.json").write_text("{}")
+    with pytest.raises(FailedRunsError, match=rf"1 of 2 runs ended with an error; read .*{broken.name}/worker\.log"):
+        run_race(one, out, command="steepest race", workers=2, console=Console(file=io.StringIO()))
+    assert (out / "report.html").exists()
+    assert (run_directory(out, configs[1]) / "result.json").exists()
+
+
+def test_progress_is_read_from_the_last_whole_line(tmp_path):
+    assert read_progress(tmp_path, steps=9).step == 0
+    rows = [json.dumps({"kind": "train", "step": step, "loss": 1.0 / step}) + "\n" for step in range(1, 400)]
+    (tmp_path / "metrics.jsonl").write_text("".join(rows) + '{"kind": "train", "st')
+    assert read_progress(tmp_path, steps=1000).step == 399
+    assert read_progress(tmp_path, steps=1000).loss == pytest.approx(1 / 399)
+    (tmp_path / "result.json").write_text("{}")
+    assert read_progress(tmp_path, steps=1000).step == 1000
+
+
+def test_a_display_on_a_terminal_shows_every_method(finished, task):
+    from steepest.lab.display import RaceDisplay
+
+    out, _ = finished
+    runs = {
+        method: [run_directory(out, c) for c in race(task).configs() if c.method == method]
+        for method in ("adamw", "muon")
+    }
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    with RaceDisplay(runs, steps=150, console=console) as display:
+        display.update()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+    for method in ("adamw", "muon "):
+        assert re.search(rf"{method} .*300/300 steps loss \d\.\d+", text)
+    assert re.search(r"all .*600/600 steps", text)
+
+
+def test_workers_exit_as_documented(finished, tmp_path, task):
+    config = configure(task, method="adamw", seed=5)
+    run = tmp_path / run_hash(config)
+    run.mkdir()
+    (run / "config.json").write_text(config.to_json())
+    worker = [sys.executable, "-m", "steepest.lab.worker", str(run)]
+    first = subprocess.Popen(worker, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (run / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    first.send_signal(signal.SIGSTOP)
+    second = subprocess.run(worker, capture_output=True, check=False)
+    assert second.returncode == BUSY
+    assert b"is being trained by process" in second.stderr
+    first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGCONT)
+    first.communicate(timeout=60)
+    assert first.returncode in (INTERRUPTED, 0)
+
+
+def test_one_worker_per_core():
+    assert 1 <= default_workers() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("adamw", "moun")}, "Unknown method 'moun': did you mean 'muon'?"),
+        ({"methods": ("adamw", "adamw")}, "A race takes each method once and at least one, got adamw, adamw"),
+        ({"methods": ()}, "A race takes each method once and at least one, got none"),
+        ({"baseline": "sgd"}, "The baseline 'sgd', which is not among the methods adamw, muon; add it"),
+        ({"options": {"sgd": {"lr": 0.1}}}, "An option is given for 'sgd', which is not among the methods adamw, muon"),
+        ({"seeds": ()}, "A race takes at least one seed, got none"),
+    ],
+)
+def test_a_race_that_makes_no_sense_is_refused(task, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        race(task, **changes)
+
+
+@pytest.mark.parametrize(("name", "value"), [("workers", 0), ("threads", -1)])
+def test_numbers_below_one_are_refused(task, tmp_path, name, value):
+    options = {"workers": 1, "threads": 1, name: value}
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
+        run_race(race(task), tmp_path, command="", **options)
+
+
+def test_another_study_in_the_directory_is_refused(finished):
+    out, _ = finished
+    other = race(make_task("digits", "tiny"))
+    with pytest.raises(
+        StudyMismatchError, match="holds a race on 'digits' at preset 'demo', not on 'digits' at 'tiny'"
+    ):
+        write_study(out, other, other.configs(), command="")
+
+
+def test_a_damaged_study_is_refused(tmp_path, task):
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(RecordError, match="not valid JSON"):
+        write_study(tmp_path, race(task), [], command="")

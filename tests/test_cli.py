@@ -1,0 +1,143 @@
+"""The command line: what it prints, and how it ends."""
+
+import json
+import re
+
+import pytest
+
+from steepest.cli import main
+
+
+def run(capsys, *words):
+    """Exit code, standard output, standard error; argparse exits by itself."""
+    try:
+        code = main(words)
+    except SystemExit as left:
+        code = left.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", ["race", "train", "plan", "report"])
+def test_every_command_has_help_with_examples(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"  steepest {command} " in out.split("examples:")[1]
+
+
+def test_the_plan_lists_every_parameter(capsys):
+    code, out, _ = run(capsys, "plan", "--task", "digits")
+    assert code == 0
+    assert "0 unknown" in out
+    code, out, _ = run(capsys, "plan", "--task", "digits", "--json")
+    rows = json.loads(out)
+    assert {row["role"] for row in rows} == {"matrix", "head", "vector"}
+    assert all(row["lr"] > 0 for row in rows)
+
+
+def test_one_run_can_be_trained_and_is_not_trained_twice(capsys, tmp_path):
+    words = ["train", "--task", "digits", "--method", "muon", "--steps", "3", "--out", str(tmp_path / "run")]
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert re.match(r"Final loss \d\.\d{4} after 3 steps in \d+\.\d s: ", out)
+    code, out, _ = run(capsys, *words, "--json")
+    assert code == 0
+    assert json.loads(out)["steps"] == 3
+
+
+def test_the_report_can_be_written_anew(capsys, tmp_path):
+    out = tmp_path / "race"
+    words = ["race", "--task", "digits", "--methods", "adamw", "--seeds", "1", "--out", str(out), "--json"]
+    code, printed, _ = run(capsys, *words)
+    assert code == 0
+    report = json.loads(printed.splitlines()[-1])["report"]
+    before = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    code, printed, _ = run(capsys, "report", str(out))
+    assert code == 0
+    assert printed == f"Report: {report}\n"
+    assert (out / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["rase"], "invalid choice: 'rase'"),
+        (["race", "--methods", "adamw,moun", "--out", "OUT"], "Unknown method 'moun': did you mean 'muon'?"),
+        (["race", "--methods", "adamw,,muon"], "'adamw,,muon' has an empty name; write them as adamw,muon"),
+        (["race", "--seeds", "0"], "'0' must be a whole number of at least 1"),
+        (["race", "--seeds", "many"], "'many' must be a whole number of at least 1"),
+        (["race", "--workers", "-2"], "'-2' must be a whole number of at least 1"),
+        (["race", "--task", "txt"], "Unknown task 'txt': did you mean 'text'? Valid: digits, text."),
+        (["race", "--preset", "dmo"], "Unknown preset 'dmo': did you mean 'demo'? Valid: demo, small, tiny."),
+        (["race", "--task", "digits", "--data", "x"], "The task 'digits' has its own images, got --data 'x'"),
+        (["race", "--data", "/nowhere/text"], "/nowhere/text"),
+        (["race", "--task", "digits", "--baseline", "sgd", "--out", "OUT"], "The baseline 'sgd', which is not among"),
+        (["race", "--task", "digits", "--set", "lr=1", "--out", "OUT"], "write METHOD.OPTION=VALUE"),
+        (["race", "--set", "muon.lr"], "'muon.lr' must look like lr=0.02"),
+        (["race", "--task", "digits", "--set", "muon.lrr=1", "--out", "OUT"], "did you mean 'lr'?"),
+        (["race", "--task", "digits", "--set", "muon.lr=high", "--out", "OUT"], "takes a float, got 'high'"),
+        (["race", "--task", "digits", "--set", "sgd.lr=1", "--out", "OUT"], "An option is given for 'sgd'"),
+        (["train", "--method", "muon"], "the following arguments are required: --out"),
+        (
+            ["train", "--method", "mun", "--task", "digits", "--out", "OUT"],
+            "Unknown method 'mun': did you mean 'muon'?",
+        ),
+        (
+            ["train", "--method", "muon", "--task", "digits", "--seed", "-1", "--out", "OUT"],
+            "seed must be a whole number",
+        ),
+        (["plan", "--method", "adamw"], "'adamw' is not a method of this library and has no plan"),
+    ],
+)
+def test_wrong_usage_ends_with_two_and_says_what_to_do(capsys, tmp_path, words, message):
+    code, _, err = run(capsys, *(str(tmp_path / "out") if word == "OUT" else word for word in words))
+    assert code == 2
+    assert message in err
+
+
+def test_a_directory_without_a_study_is_a_failure(capsys, tmp_path):
+    code, _, err = run(capsys, "report", str(tmp_path))
+    assert code == 1
+    assert f"{tmp_path}/study.json: the file is missing" in err
+
+
+def test_an_output_that_cannot_be_written_is_a_failure(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = run(capsys, "race", "--task", "digits", "--out", str(tmp_path / "file"))
+    assert code == 1
+    assert "file" in err
+
+
+def test_a_corrupt_run_directory_is_a_failure(capsys, tmp_path):
+    words = ["train", "--task", "digits", "--method", "sgd", "--steps", "2", "--out", str(tmp_path / "run")]
+    assert run(capsys, *words)[0] == 0
+    (tmp_path / "run" / "result.json").write_text("{broken")
+    code, _, err = run(capsys, *words)
+    assert code == 1
+    assert "result.json: not valid JSON" in err
+
+
+def test_another_run_in_the_directory_is_refused(capsys, tmp_path):
+    words = ["train", "--task", "digits", "--method", "sgd", "--steps", "2", "--out", str(tmp_path / "run")]
+    assert run(capsys, *words)[0] == 0
+    code, _, err = run(capsys, *words, "--seed", "1")
+    assert code == 2
+    assert "holds another run: seed is 0 there, 1 here" in err
+
+
+def test_the_lab_is_needed_and_named(capsys, monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def without_rich(name, *arguments, **options):
+        if name.startswith("rich") or name == "steepest.lab.race":
+            raise ModuleNotFoundError("No module named 'rich'", name="rich")
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_rich)
+    code, _, err = run(capsys, "race", "--task", "digits")
+    assert code == 1
+    assert "pip install 'steepest[lab]'" in err
