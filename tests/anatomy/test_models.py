@@ -3,7 +3,6 @@
 Models are built from small configs on the meta device: nothing is downloaded and no number is computed.
 """
 
-import re
 from fnmatch import fnmatchcase
 
 import pytest
@@ -361,6 +360,7 @@ class Phi3Attention(torch.nn.Module):
         super().__init__()
         self.num_heads = heads
         self.qkv = torch.nn.Linear(32, 96)
+        self.gate_up_proj = torch.nn.Linear(32, 96)
         self.proj = torch.nn.Linear(32, 32)
 
 
@@ -368,4 +368,10 @@ class Phi3Attention(torch.nn.Module):
 def test_fused_qkv_of_an_unknown_class_is_kept_whole_and_says_so(heads):
     row = route(Phi3Attention(heads)).row("qkv.weight")
     assert str(row.view) == "linear"
-    assert re.search(r"fused q, k, v of unknown order kept whole$", row.reason)
+    assert row.reason == "weight of Linear, fused q, k, v of unknown order kept whole"
+
+
+def test_fused_gate_and_up_of_an_unknown_class_are_kept_whole_and_say_so():
+    row = route(Phi3Attention(4)).row("gate_up_proj.weight")
+    assert str(row.view) == "linear"
+    assert row.reason == "weight of Linear, fused gate, up of unknown order kept whole"

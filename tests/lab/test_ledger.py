@@ -81,6 +81,14 @@ def test_numbers_that_json_does_not_know_are_not_written(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+def test_what_a_killed_writer_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".checkpoint.pt.123.tmp").write_bytes(b"half")
+    (tmp_path / "checkpoint.pt").write_bytes(b"whole")
+    (tmp_path / ".config.json.123.tmp").write_bytes(b"of somebody who plans runs just now")
+    with locked(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [".config.json.123.tmp", "checkpoint.pt", "lock"]
+
+
 def hold(run_dir, held, release):
     with locked(run_dir):
         held.set()

@@ -62,7 +62,9 @@ def fused_linear(site: Site) -> tuple[View, str]:
             return View(transposed=True, split=(fan_in,) * parts), f", {fused} fused"
         return CONV1D, ""
     fan_out = site.shape[0]
-    if site.attribute in _GATE_UP and fan_out % 2 == 0:
+    if site.attribute in _GATE_UP:  # every class of transformers puts gate before up; others may not
+        if fan_out % 2 or not any(_is_of_transformers(kind) for kind in type(site.owner).__mro__):
+            return LINEAR, ", fused gate, up of unknown order kept whole"
         return View(split=(fan_out // 2,) * 2), ", gate, up fused"
     if site.attribute in _QKV:
         view = _fused_qkv(site)
@@ -162,4 +164,8 @@ def _gate_first(site: Site) -> bool | None:
 
 def _is_one_of(names: Set[str], module: nn.Module | None) -> bool:
     """Whether the class of a module, or a base of it, is one of those in transformers; a namesake elsewhere is not."""
-    return any(kind.__name__ in names and kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+    return any(kind.__name__ in names and _is_of_transformers(kind) for kind in type(module).__mro__)
+
+
+def _is_of_transformers(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.")

@@ -6,7 +6,7 @@ table, a router.
 Which matrices are optimised as such does not depend on their size. Only two shapes are excluded: a matrix with
 m = 1 or n = 1, whose polar factor is the normalised gradient, and depthwise filters, each of which sees one channel.
 There is no limit on the smallest side or the aspect ratio: low-rank adapters and grouped key projections are narrow and
-do well as matrices, and with a limit a width sweep would change the optimizer halfway.
+in practice go to Muon all the same, and with a limit a width sweep would change the optimizer halfway.
 """
 
 import re

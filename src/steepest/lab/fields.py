@@ -62,9 +62,11 @@ class Fields:
     def real(self, key: str) -> float:
         """A finite number."""
         value = self.values.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
-            raise self.error(key, "a finite number")
-        return float(value)
+        if isinstance(value, float) and math.isfinite(value):
+            return value
+        if isinstance(value, int) and _is_count(value, -LARGEST):
+            return float(value)
+        raise self.error(key, "a finite number")
 
     def seconds(self, key: str) -> float:
         """A finite number of at least 0."""

@@ -36,6 +36,9 @@ def locked(run_dir: Path) -> Generator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
+        for unfinished in run_dir.glob(".*.tmp"):  # of a holder that was killed
+            if not unfinished.name.startswith(".config.json."):  # which is written without the lock, too
+                unfinished.unlink()
         yield
 
 

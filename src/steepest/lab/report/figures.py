@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +27,7 @@ class Axis:
     title: str
     low: float
     high: float
+    logarithmic: bool = False
     ticks: tuple[tuple[float, str], ...] | None = None
 
 
@@ -129,12 +131,13 @@ def _differences(race: Race, looks: dict[str, Style]) -> Figure | None:
     marks = "Small marks: seeds. Large mark and bar: their mean and its 95% confidence interval, for this pair alone."
     if not any(row.interval for row in rows):
         marks = "One seed: there is no interval."
+    ticks = tuple((row.y, wording.shortened(row.name, length=14)) for row in rows)
     return Figure(
         key="difference",
         title=f"Final loss against {name}",
         caption=f"Final evaluation loss minus that of {name} with the same seed; left of the line is better. {marks}",
         x=Axis("difference in final loss", min(ends) - margin, max(ends) + margin),
-        y=Axis("", rows[-1].y - 0.75, 0.6, tuple((row.y, wording.shortened(row.name, length=14)) for row in rows)),
+        y=Axis("", rows[-1].y - 0.75, 0.6, ticks=ticks),
         height=110 + 52 * len(rows),
         rows=tuple(rows),
         rule=Rule("x", 0.0, name),
@@ -157,18 +160,18 @@ def _losses(
     if not curves:
         return None
     right = max(curve.x[-1] for curve in curves) or 1.0
-    low, high = _loss_range(curves, right, race.target)
+    y = _loss_axis(curves, right, race.target)
     target = None if race.target is None else Rule("y", race.target, f"target {wording.loss(race.target)}")
     return Figure(
         key=f"loss-{key}",
         title=f"Loss by {key}",
         caption=" ".join(_caption(race, curves, key)),
         x=Axis(x_title, 0.0, 1.015 * right),
-        y=Axis("evaluation loss", low, high),
+        y=y,
         height=400,
         curves=tuple(curves),
         rule=target,
-        labels=_end_labels(curves, low, high),
+        labels=_end_labels(curves, y),
     )
 
 
@@ -222,27 +225,36 @@ def _curve(method: MethodResult, style: Style, place: Callable[[EvalRow], float]
     )
 
 
-def _loss_range(curves: Sequence[Curve], right: float, target: float | None) -> tuple[float, float]:
-    """From the lowest loss to the highest after the first tenth, but never above where the curves start."""
+def _loss_axis(curves: Sequence[Curve], right: float, target: float | None) -> Axis:
+    """From the lowest loss to the highest after the first tenth, but never above where the curves start.
+
+    Logarithmic where that spans a decade.
+    """
     lowest = [value for curve in curves for value in curve.low or curve.y]
     floor = min(lowest if target is None else [*lowest, target])
     start = max(curve.y[0] for curve in curves)
     later = [y for curve in curves for x, y in zip(curve.x, curve.high or curve.y, strict=True) if x >= 0.1 * right]
     ceiling = min(max(later, default=start), start)
+    if 0 < 10 * floor < ceiling:
+        stretch = ceiling / floor
+        return Axis("evaluation loss", floor * stretch**-0.06, ceiling * stretch**0.04, logarithmic=True)
     height = (ceiling - floor) or 1.0
-    return floor - 0.06 * height, ceiling + 0.04 * height
+    return Axis("evaluation loss", floor - 0.06 * height, ceiling + 0.04 * height)
 
 
-def _end_labels(curves: Sequence[Curve], low: float, high: float) -> tuple[Label, ...]:
+def _end_labels(curves: Sequence[Curve], axis: Axis) -> tuple[Label, ...]:
     """The name of each curve at its end, moved as little as possible where two would touch.
 
     Least squares under the constraint of a gap between neighbours: isotonic regression once the gaps are taken out.
     """
+    scale: Callable[[float], float] = math.log if axis.logarithmic else float
+    back: Callable[[float], float] = math.exp if axis.logarithmic else float
     ordered = sorted(curves, key=lambda curve: curve.y[-1])
-    gaps = [i * 0.055 * (high - low) for i in range(len(ordered))]  # one line of text
-    ends = [min(curve.y[-1], high) - gap for curve, gap in zip(ordered, gaps, strict=True)]
+    line = 0.055 * (scale(axis.high) - scale(axis.low))  # height of one line of text
+    gaps = [i * line for i in range(len(ordered))]
+    ends = [scale(min(curve.y[-1], axis.high)) - gap for curve, gap in zip(ordered, gaps, strict=True)]
     places = [float(place) for place in isotonic_regression(ends).x]
     return tuple(
-        Label(curve.x[-1], place + gap, wording.shortened(curve.name) + curve.mark, curve.style)
+        Label(curve.x[-1], back(place + gap), wording.shortened(curve.name) + curve.mark, curve.style)
         for curve, place, gap in zip(ordered, places, gaps, strict=True)
     )

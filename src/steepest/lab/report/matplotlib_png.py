@@ -6,7 +6,7 @@ from io import BytesIO
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
 from steepest.lab.report.figures import Curve, Figure, Row
@@ -79,6 +79,11 @@ def _draw_row(axes: Axes, row: Row) -> None:
 
 
 def _draw_frame(axes: Axes, figure: Figure) -> None:
+    if figure.y.logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(which="minor", length=0)
     axes.set_xlim(figure.x.low, figure.x.high)
     axes.set_ylim(figure.y.low, figure.y.high)
     axes.spines[:].set_visible(False)
@@ -87,7 +92,8 @@ def _draw_frame(axes: Axes, figure: Figure) -> None:
     axes.tick_params(length=0, colors=_MUTED, labelsize=10)
     for side, axis in ((axes.xaxis, figure.x), (axes.yaxis, figure.y)):
         side.set_label_text(axis.title, color=_MUTED, fontsize=10.5, parse_math=False)
-        side.set_major_locator(MaxNLocator(6))
+        if not axis.logarithmic:
+            side.set_major_locator(MaxNLocator(6))
         if axis.ticks is not None:
             side.set_ticks([place for place, _ in axis.ticks], [text for _, text in axis.ticks], parse_math=False)
     if figure.rule is not None:
@@ -106,6 +112,7 @@ def _draw_text(axes: Axes, figure: Figure) -> None:
             color=label.style.light,
             fontsize=10.5,
             fontweight="bold",
+            bbox={"facecolor": PAPER["light"], "alpha": 0.75, "edgecolor": "none", "pad": 1},
             annotation_clip=False,
             parse_math=False,
         )

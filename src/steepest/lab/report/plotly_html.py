@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from typing import Literal
 
 from steepest.lab.report import wording
@@ -60,14 +61,21 @@ def _axis(axis: Axis, theme: Theme, *, grid: bool) -> Json:
         ticks = {"tickmode": "array", "tickvals": places, "ticktext": texts}
     return {
         "title": {"text": axis.title, "standoff": 10, "font": {"size": 13}},
-        "range": [axis.low, axis.high],
+        "type": "log" if axis.logarithmic else "linear",
+        "range": [_place(axis, axis.low), _place(axis, axis.high)],
         "showgrid": grid,
         "gridcolor": _HAIRLINE[theme],
         "zeroline": False,
         "automargin": True,
         "nticks": 5,
+        "minor": {"showgrid": False},
         **ticks,
     }
+
+
+def _place(axis: Axis, value: float) -> float:
+    """A value as plotly wants it in ranges and annotations, though not in traces and shapes."""
+    return math.log10(value) if axis.logarithmic else value
 
 
 def _band(curve: Curve, theme: Theme) -> Json:
@@ -77,7 +85,7 @@ def _band(curve: Curve, theme: Theme) -> Json:
         "x": [*curve.x, *reversed(curve.x)],
         "y": [*curve.high, *reversed(curve.low)],
         "fill": "toself",
-        "fillcolor": _translucent(curve.style.colour(theme)),
+        "fillcolor": _translucent(curve.style.colour(theme), 0.16),
         "line": {"width": 0},
         "hoverinfo": "skip",
     }
@@ -141,11 +149,12 @@ def _labels(figure: Figure, theme: Theme) -> list[Json]:
     return [
         {
             "x": label.x,
-            "y": label.y,
+            "y": _place(figure.y, label.y),
             "text": _escaped(label.text),
             "xanchor": "left",
             "xshift": 8,
             "showarrow": False,
+            "bgcolor": _translucent(PAPER[theme], 0.75),
             "font": {"color": label.style.colour(theme), "size": 13, "weight": 600},
         }
         for label in figure.labels
@@ -167,15 +176,21 @@ def _rule_text(figure: Figure, theme: Theme) -> list[Json]:
         return []
     text: Json = {"text": _escaped(figure.rule.text), "showarrow": False, "font": {"color": _MUTED[theme], "size": 12}}
     if figure.rule.axis == "y":
-        place: Json = {"x": 0, "xref": "paper", "xanchor": "left", "y": figure.rule.value, "yanchor": "top"}
+        place: Json = {
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "y": _place(figure.y, figure.rule.value),
+            "yanchor": "top",
+        }
     else:
         place = {"x": figure.rule.value, "xanchor": "center", "y": 1, "yref": "paper", "yanchor": "bottom"}
     return [text | place]
 
 
-def _translucent(colour: str) -> str:
+def _translucent(colour: str, opacity: float) -> str:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.16)"
+    return f"rgba({red},{green},{blue},{opacity})"
 
 
 def _escaped(text: str) -> str:

@@ -37,18 +37,24 @@ def headline(race: Race) -> str:
         return f"{names[0]}: one method, nothing to compare"
     if not any(method.finals for method in race.methods):
         return "No run has ended yet"
-    won = winner(race)
+    contenders = _contenders(race)
+    if len(contenders) < 2:
+        return f"Only {short(contenders[0])} did not diverge" if contenders else "Every method diverged"
+    won, lost = winner(race), [short(method.name) for method in race.methods if method.diverged]
+    diverged = f"; {wording.listed(lost)} diverged" if lost else ""
     if won is None:
-        return ("So far undecided" if waiting(race) else "Undecided") + f" between {_standing(race)}"
-    return ("So far: " if waiting(race) else "") + _victory(race, won)
+        return ("So far undecided" if waiting(race) else "Undecided") + f" between {_standing(race)}{diverged}"
+    return ("So far: " if waiting(race) else "") + _victory(race, won) + diverged
 
 
 def winner(race: Race) -> str | None:
-    """The method that is better than each of the others, if there is one."""
+    """The method that is better than each of the others that did not diverge, if there is one."""
     beaten = _beaten_by(race)
-    others = len(race.methods) - 1
-    wins = {name: sum(name in victors for victors in beaten.values()) for name in beaten}
-    return next((name for name, number in wins.items() if number == others > 0), None)
+    for name in beaten:
+        others = [victors for other, victors in beaten.items() if other != name]
+        if others and all(name in victors for victors in others):
+            return name
+    return None
 
 
 def waiting(race: Race) -> int:
@@ -176,9 +182,14 @@ def _standing(race: Race) -> str:
     return f"{contenders}; {losers} {'is' if len(behind) == 1 else 'are'} behind"
 
 
+def _contenders(race: Race) -> list[str]:
+    """The methods that did not diverge; the others have no final loss to compare."""
+    return [method.name for method in race.methods if not method.diverged]
+
+
 def _beaten_by(race: Race) -> dict[str, set[str]]:
-    """For each method those that are better than it."""
-    beaten: dict[str, set[str]] = {method.name: set() for method in race.methods}
+    """For each contender those that are better than it."""
+    beaten: dict[str, set[str]] = {name: set() for name in _contenders(race)}
     for verdict in race.verdicts:
         if verdict.outcome == "better":
             beaten[verdict.second].add(verdict.first)
@@ -217,7 +228,7 @@ def _more_seeds(verdict: Verdict) -> str:
         return f"About {more} would tell, if the difference is what it looks like."
     if verdict.difference == 0:
         return "There is no difference for more seeds to find."
-    return f"Even {MOST_SEEDS:,} seeds would not tell: if there is a difference, it is too small to matter."
+    return f"At a difference as small as it looks, even {MOST_SEEDS:,} seeds would not tell."
 
 
 def _divergences(verdict: Verdict, race: Race) -> str:

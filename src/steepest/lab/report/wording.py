@@ -38,9 +38,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,}{FIXED}{noun}{'' if number == 1 else 's'}"
 
 
-def loss(value: float) -> str:
-    """A loss, or the size of a difference of losses: three decimals, or two digits where that is too coarse."""
-    return f"{value:.3f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.2g}"
+def loss(value: float, *, like: float | None = None) -> str:
+    """A loss, or the size of a difference: three decimals, more for small ones, or as many as `like` has."""
+    scale = abs(value if like is None else like)
+    if value == 0 or 0.1 <= scale < 1000:
+        return f"{value:.3f}"
+    return f"{value:.4f}" if 0.01 <= scale < 0.1 else f"{value:.2g}"
 
 
 def signed(value: float) -> str:
@@ -54,8 +57,7 @@ def spread(summary: Summary | None) -> str:
         return DASH
     if summary.sd is None:
         return loss(summary.mean)
-    sd = f"{summary.sd:.3f}" if summary.sd >= 0.0005 and summary.mean >= 0.01 else f"{summary.sd:.2g}"
-    return f"{loss(summary.mean)}{FIXED}±{FIXED}{sd}"
+    return f"{loss(summary.mean)}{FIXED}±{FIXED}{loss(summary.sd, like=summary.mean)}"
 
 
 def between(interval: Interval) -> str:
@@ -65,8 +67,8 @@ def between(interval: Interval) -> str:
 
 
 def percent(ratio: float) -> str:
-    """0.594 as "59%"."""
-    return f"{100 * ratio:.0f}%"
+    """A ratio such as "59%", or "12 times" where per cent are no longer read easily."""
+    return f"{100 * ratio:.0f}%" if ratio < 10 else f"{ratio:,.0f}{FIXED}times"
 
 
 def share(ratio: Ratio) -> str:

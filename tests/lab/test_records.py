@@ -1,0 +1,236 @@
+"""Stored records: read as written, and refused with the file, the problem and the remedy when they are not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from steepest.lab.fields import Fields, RecordError
+from steepest.lab.records import Absent, Study, read_run, read_study
+from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, run_dir, write_study
+
+DELETED = "Delete the directory [0-9a-f]{16} and repeat the race's command"
+
+
+@pytest.fixture
+def study_dir(tmp_path: Path) -> Path:
+    return write_study(tmp_path, {"adamw": Pace(), "muon": Pace(speed=1.7)}, seeds=(0, 1))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def only_problem(study: Study) -> str:
+    [absent] = study.absent
+    assert absent.problem is not None
+    return absent.problem
+
+
+def test_what_was_written_is_read(study_dir: Path) -> None:
+    study = read_study(study_dir)
+    assert (study.task, study.preset, study.methods, study.baseline) == ("text", "demo", ("adamw", "muon"), "adamw")
+    assert (study.seeds, study.target, study.created.year, study.absent) == ((0, 1), None, 2025, ())
+    assert [(run.config.method, run.config.seed) for run in study.runs] == [
+        ("adamw", 0),
+        ("adamw", 1),
+        ("muon", 0),
+        ("muon", 1),
+    ]
+    run = study.runs[2]
+    assert run.status == "finished"
+    assert run.config.options == {"lr": 0.02}
+    assert run.config.tuning is not None
+    assert run.config.tuning.trials == 6
+    assert [row.step for row in run.train] == list(range(1, STEPS + 1))
+    assert [row.step for row in run.evals] == list(range(0, STEPS + 1, EVERY))
+    assert run.evals[-1].tokens == STEPS * TOKENS
+    assert run.result is not None
+    assert run.result.final_loss == run.evals[-1].loss
+    assert run.environment["torch"] == "2.13.0"
+
+
+def test_runs_not_started_going_on_and_diverged_are_told_apart(tmp_path: Path) -> None:
+    pace = Pace(stops={1: 37}, diverges={2: 64}, absent=(3,))
+    study = read_study(write_study(tmp_path, {"adamw": pace}, seeds=(0, 1, 2, 3)))
+    assert [run.status for run in study.runs] == ["finished", "unfinished", "diverged"]
+    assert study.runs[1].evals[-1].step == 30
+    assert study.runs[2].evals[-1].loss is None
+    assert study.absent == (Absent("adamw", 3, None),)
+
+
+def test_a_line_still_being_written_is_left_out(study_dir: Path) -> None:
+    run = run_dir(study_dir, "muon", 1)
+    (run / "result.json").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert len(read_run(run).train) == STEPS
+
+
+def test_a_run_without_environment_is_still_a_run(study_dir: Path) -> None:
+    run = run_dir(study_dir, "muon", 1)
+    (run / "environment.json").unlink()
+    assert read_run(run).environment == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"study\.json: the file is missing\. Repeat the race's command"),
+        (b"\xff\xfe", r"study\.json: the file cannot be read .*utf-8.* Repeat the race's command"),
+        (b"{", r"study\.json: not valid JSON .*Repeat the race's command"),
+        (b"[" * 100_000, r"study\.json: not valid JSON .*recursion.* Repeat the race's command"),
+        (b"[]", r"study\.json: expected a JSON object, got list\. Repeat the race's command"),
+    ],
+)
+def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, message: str) -> None:
+    path = study_dir / "study.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RecordError, match=message):
+        read_study(study_dir)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format", 2, "format must be 1, got 2"),
+        ("kind", "sweep", "kind must be 'race', got 'sweep'"),
+        ("methods", [], "methods must be a list of different, non-empty strings, got \\[\\]"),
+        ("methods", ["adamw", "adamw"], "methods must be a list of different"),
+        ("methods", ["adamw", 3], "methods must be a list of different"),
+        ("baseline", "sgd", r"baseline must be one of the methods \['adamw', 'muon'\], got 'sgd'"),
+        ("seeds", [0, -1], "seeds must be a list of different whole numbers of at least 0"),
+        ("seeds", [0, True], "seeds must be a list of different whole numbers"),
+        ("task", "", "task must be a non-empty string, got ''"),
+        ("created", "yesterday", "created must be a time such as 2025-01-31T12:00:00"),
+        ("target", "1.7", "target must be a finite number, got '1.7'"),
+        ("runs", [], "runs must be an object, got \\[\\]"),
+        ("runs", {"../../etc": {}}, r"runs\.\.\./\.\./etc must be named by 16 hexadecimal digits"),
+        (
+            "runs",
+            {"0" * 16: {"method": "sgd", "seed": 0}},
+            r"runs\.0{16} must be one of the methods \['adamw', 'muon'\]",
+        ),
+        ("runs", {"0" * 16: {"method": "muon", "seed": 9}}, r"with one of the seeds \[0, 1\]"),
+        (
+            "runs",
+            {"0" * 16: {"method": "muon", "seed": 0}, "1" * 16: {"method": "muon", "seed": 0}},
+            "runs.1{16} must be the only run of 'muon' with seed 0, which 0{16} is already",
+        ),
+    ],
+)
+def test_a_study_with_a_wrong_field(study_dir: Path, key: str, value: object, message: str) -> None:
+    edit(study_dir / "study.json", lambda study: study.update({key: value}))
+    with pytest.raises(RecordError, match=rf"study\.json: {message}.*\. Repeat the race's command"):
+        read_study(study_dir)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"format": 9}, "format must be 1, got 9"),
+        ("config.json", {"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ("config.json", {"steps": True}, "steps must be a whole number of at least 1, got True"),
+        ("config.json", {"seed": 2**63}, "seed must be a whole number of at least 0"),
+        ("config.json", {"options": None}, "options must be an object, got None"),
+        (
+            "config.json",
+            {"tuning": {"trials": -1, "source": None}},
+            "tuning.trials must be a whole number of at least 0",
+        ),
+        ("config.json", {"tuning": {"trials": 1}}, "tuning.source must be a non-empty string, got nothing"),
+        (
+            "config.json",
+            {"tuning": {"trials": 1, "source": None, "edge": 1}},
+            "tuning.edge must be true or false, got 1",
+        ),
+        (
+            "config.json",
+            {"data": {"name": "x", "sha256": "12", "bytes": 1}},
+            "data.sha256 must be 64 hexadecimal digits",
+        ),
+        ("result.json", {"status": "won"}, "status must be 'finished' or 'diverged', got 'won'"),
+        ("result.json", {"status": "diverged"}, "final_loss must be None, got 1"),
+        ("result.json", {"final_loss": None}, "final_loss must be a finite number, got None"),
+        ("result.json", {"train_s": -1.0}, "train_s must be a number of seconds of at least 0, got -1.0"),
+        ("result.json", {"final_loss": 1.0}, "final_loss is 1.0, but the last evaluation in metrics.jsonl is 1"),
+        ("result.json", {"steps": 149}, "finished with 150 steps, but .* at step 150, the result at step 149"),
+        ("config.json", {"seed": 0}, "the run is 'muon' with seed 0, study.json says 'muon' with seed 1"),
+    ],
+)
+def test_a_damaged_run_is_named_and_does_not_spoil_the_others(
+    study_dir: Path, file: str, change: dict[str, Any], message: str
+) -> None:
+    run = run_dir(study_dir, "muon", 1)
+    edit(run / file, lambda values: values.update(change))
+    study = read_study(study_dir)
+    assert len(study.runs) == 3
+    assert re.match(rf"runs/{run.name}/{file}: .*{message}.*{DELETED}", only_problem(study))
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "message"),
+    [
+        (4, "garbage", "line 4: not valid JSON"),
+        (1, '{"kind": "test"}', "line 1: kind must be 'train' or 'eval', got 'test'"),
+        (3, '{"kind": "train", "step": 1}', "line 3: step must be larger than 1|line 3: tokens must be a whole number"),
+        (2, '{"kind": "eval", "step": 0, "tokens": 0, "loss": NaN}', "line 2: not valid JSON .NaN is not a number"),
+        (2, '{"kind": "eval", "step": 0, "tokens": 0, "loss": 1e999}', "line 2: not valid JSON .1e999 is not a number"),
+        (
+            2,
+            '{"kind": "eval", "step": 0, "tokens": 0, "loss": 1, "accuracy": null, "train_s": 0}',
+            "line 2: step must be larger than 0, the one before it, got 0",
+        ),
+    ],
+)
+def test_a_damaged_row_is_named(study_dir: Path, number: int, line: str, message: str) -> None:
+    path = run_dir(study_dir, "adamw", 0) / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+    assert re.search(rf"metrics\.jsonl: ({message}).*{DELETED}", only_problem(read_study(study_dir)))
+
+
+def test_a_finished_run_needs_its_rows(study_dir: Path) -> None:
+    (run_dir(study_dir, "adamw", 0) / "metrics.jsonl").unlink()
+    assert re.search(rf"metrics\.jsonl: the file is missing. {DELETED}", only_problem(read_study(study_dir)))
+
+
+def test_a_damaged_environment_costs_only_itself(study_dir: Path) -> None:
+    (run_dir(study_dir, "adamw", 0) / "environment.json").write_text("?")
+    expected = r"environment\.json: not valid JSON .*Delete this file: only the description of the machine is lost\."
+    assert re.search(expected, only_problem(read_study(study_dir)))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(value=JSON, key=st.sampled_from(["steps", "tuning", "data", "options", "seed", "code", "format", "eval_every"]))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_value_of_a_config_gets_through_as_another_kind_of_error(study_dir: Path, value: object, key: str) -> None:
+    run = run_dir(study_dir, "muon", 0)
+    original = (run / "config.json").read_text()
+    edit(run / "config.json", lambda config: config.update({key: value}))
+    study = read_study(study_dir)  # raises nothing: the run is either read or listed as absent
+    (run / "config.json").write_text(original)
+    assert len(study.runs) + len(study.absent) == 4
+
+
+def test_long_values_are_cut_in_errors() -> None:
+    error = Fields(Path("a.json"), {"key": "x" * 500}, "Do this.").error("key", "short")
+    assert len(str(error)) < 150
