@@ -1,6 +1,6 @@
 """Optimizers that are steepest descent in a chosen norm, and a lab that compares them."""
 
-from steepest.anatomy import Plan, View, route
+from steepest.anatomy import Plan, Rule, View, route
 from steepest.geometry import AdaInf, Frobenius, Norm, Sign, Spectral
 from steepest.linalg import describe, minimax, polar
 from steepest.optim import Adam, Muon, MuonAdam, NonFiniteError, SteepestDescent
@@ -16,6 +16,7 @@ __all__ = [
     "NonFiniteError",
     "Norm",
     "Plan",
+    "Rule",
     "Sign",
     "Spectral",
     "SteepestDescent",

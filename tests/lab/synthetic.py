@@ -62,7 +62,7 @@ def write_study(
         "baseline": next(iter(paces)),
         "seeds": list(seeds),
         "runs": {name: {"method": method, "seed": seed} for name, (method, seed) in runs.items()},
-        "command": f"steepest race --task text --preset demo --methods {','.join(paces)} --seeds {len(seeds)} --out race",
+        "command": f"steepest race --methods {','.join(paces)} --seeds {len(seeds)} --task text --out out/race",
         "created": "2025-01-31T12:00:00+00:00",
     }
     study_dir.mkdir(parents=True, exist_ok=True)

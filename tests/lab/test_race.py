@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 from rich.console import Console
 
 from steepest.lab.config import configure, run_hash
@@ -18,6 +19,7 @@ from steepest.lab.pool import read_progress
 from steepest.lab.race import FailedRunsError, default_workers, run_race
 from steepest.lab.study import Race, StudyMismatchError, run_directory, write_study
 from steepest.lab.tasks import make_task
+from steepest.lab.training import Training
 from steepest.lab.worker import BUSY, INTERRUPTED
 
 COMMAND = ["race", "--task", "digits", "--methods", "adamw,muon", "--seeds", "2", "--workers", "2"]
@@ -80,17 +82,18 @@ def test_a_race_leaves_runs_a_report_and_a_line_per_run(finished):
     assert output.splitlines()[-1] == f"Report: {out}/report.html"
 
 
-def test_methods_start_from_the_same_weights_and_see_the_same_data(finished):
-    out, _ = finished
-    study = json.loads((out / "study.json").read_text())
-    by_key = {
-        (run["method"], run["seed"]): rows for name, run in study["runs"].items() for rows in [rows_of(out)[name]]
-    }
+def test_methods_start_from_the_same_weights_and_see_the_same_data(task):
+    starts = {}
     for seed in (0, 1):
-        first = [by_key[method, seed][0] for method in ("adamw", "muon")]
-        assert first[0] == first[1]  # the evaluation before the first step
-        assert by_key["adamw", seed][1]["loss"] == by_key["muon", seed][1]["loss"]  # the first batch, before any update
-    assert by_key["adamw", 0][0] != by_key["adamw", 1][0]
+        for method in ("adamw", "sgd", "muon", "muonadam", "adam"):
+            training = Training(configure(task, method=method, seed=seed), task)
+            weights = torch.cat([p.detach().flatten() for p in training.model.parameters()])
+            examples = torch.cat([training.order.take(64) for _ in range(50)])
+            starts.setdefault(seed, (weights, examples))
+            assert torch.equal(weights, starts[seed][0])
+            assert torch.equal(examples, starts[seed][1])
+    assert not torch.equal(starts[0][0], starts[1][0])
+    assert not torch.equal(starts[0][1], starts[1][1])
 
 
 def test_repeating_the_command_trains_nothing(finished):

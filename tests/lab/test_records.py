@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, run_dir, write_study
 
 from steepest.lab.fields import Fields, RecordError
 from steepest.lab.records import Absent, Study, read_run, read_study
-from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, run_dir, write_study
 
 DELETED = "Delete the directory [0-9a-f]{16} and repeat the race's command"
 
@@ -85,11 +85,11 @@ def test_a_run_without_environment_is_still_a_run(study_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"study\.json: the file is missing\. Repeat the race's command"),
-        (b"\xff\xfe", r"study\.json: the file cannot be read .*utf-8.* Repeat the race's command"),
-        (b"{", r"study\.json: not valid JSON .*Repeat the race's command"),
-        (b"[" * 100_000, r"study\.json: not valid JSON .*recursion.* Repeat the race's command"),
-        (b"[]", r"study\.json: expected a JSON object, got list\. Repeat the race's command"),
+        (None, r"study\.json: the file is missing\. Delete the file and repeat the race's command"),
+        (b"\xff\xfe", r"study\.json: the file cannot be read .*utf-8.* Delete the file and repeat the race's command"),
+        (b"{", r"study\.json: not valid JSON .*Delete the file and repeat the race's command"),
+        (b"[" * 100_000, r"study\.json: not valid JSON .*recursion.* Delete the file and repeat the race's command"),
+        (b"[]", r"study\.json: expected a JSON object, got list\. Delete the file and repeat the race's command"),
     ],
 )
 def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, message: str) -> None:
@@ -122,7 +122,7 @@ def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, mes
             {"0" * 16: {"method": "sgd", "seed": 0}},
             r"runs\.0{16} must be one of the methods \['adamw', 'muon'\]",
         ),
-        ("runs", {"0" * 16: {"method": "muon", "seed": 9}}, r"with one of the seeds \[0, 1\]"),
+        ("runs", {"0" * 16: {"method": "muon", "seed": 9}}, r".*with one of the seeds \[0, 1\]"),
         (
             "runs",
             {"0" * 16: {"method": "muon", "seed": 0}, "1" * 16: {"method": "muon", "seed": 0}},
@@ -132,7 +132,7 @@ def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, mes
 )
 def test_a_study_with_a_wrong_field(study_dir: Path, key: str, value: object, message: str) -> None:
     edit(study_dir / "study.json", lambda study: study.update({key: value}))
-    with pytest.raises(RecordError, match=rf"study\.json: {message}.*\. Repeat the race's command"):
+    with pytest.raises(RecordError, match=rf"study\.json: {message}.*\. Delete the file and repeat the race's command"):
         read_study(study_dir)
 
 
@@ -221,7 +221,7 @@ JSON = st.recursive(
 
 
 @given(value=JSON, key=st.sampled_from(["steps", "tuning", "data", "options", "seed", "code", "format", "eval_every"]))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_value_of_a_config_gets_through_as_another_kind_of_error(study_dir: Path, value: object, key: str) -> None:
     run = run_dir(study_dir, "muon", 0)
     original = (run / "config.json").read_text()

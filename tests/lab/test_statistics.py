@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.random import Generator, default_rng
+from numpy.typing import NDArray
 from scipy import stats
 
 from steepest.lab.statistics import (
@@ -23,7 +24,12 @@ from steepest.lab.statistics import (
 )
 
 LOSSES = st.lists(st.none() | st.floats(0.1, 9), min_size=1, max_size=8)
+FloatArray = NDArray[np.float64]
 MANY = 2000  # simulated races; the standard error of a rate of 5% is then 0.5%
+
+
+def _t(draws: FloatArray) -> FloatArray:
+    return draws.mean(1) / (draws.std(1, ddof=1) / math.sqrt(draws.shape[1]))
 
 
 @pytest.fixture
@@ -59,7 +65,7 @@ def test_differences_without_spread() -> None:
 
 
 @given(losses=LOSSES, target=st.floats(0.1, 9))
-def test_the_first_crossing_is_the_one_a_fine_grid_finds(losses: list[float | None], target: float) -> None:
+def test_the_first_crossing_is_on_the_first_segment_that_comes_down_to_the_target(losses: list[float | None], target: float) -> None:
     steps = list(range(0, 10 * len(losses), 10))
     values = [math.inf if loss is None else loss for loss in losses]
     found = first_crossing(steps, losses, target)
@@ -72,9 +78,8 @@ def test_the_first_crossing_is_the_one_a_fine_grid_finds(losses: list[float | No
     if first == 0 or math.isinf(values[first - 1]):
         assert found == steps[first]
         return
-    grid = np.linspace(steps[first - 1], steps[first], 1001)
-    line = np.interp(grid, steps[first - 1 : first + 1], values[first - 1 : first + 1])
-    assert found == pytest.approx(grid[np.argmax(line <= target + 1e-12)], abs=0.011)
+    expected = np.interp(target, values[first - 1 : first + 1][::-1], steps[first - 1 : first + 1][::-1])
+    assert found == pytest.approx(float(expected))
 
 
 def test_a_crossing_by_hand() -> None:
@@ -138,7 +143,7 @@ def test_needed_seeds_give_the_power_and_one_less_does_not(effect: float, rng: G
     for seeds, expected in ((n, True), (n - 1, False)):
         if seeds >= 2:
             draws = rng.normal(effect, 1, size=(20_000, seeds))
-            rejected = float(np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05))
+            rejected = float(np.mean(np.abs(_t(draws)) > stats.t.ppf(0.975, seeds - 1)))
             assert rejected >= 0.8 - 0.0085 if expected else rejected < 0.8 + 0.0085
 
 
@@ -209,23 +214,23 @@ def test_an_undecided_pair_needs_at_least_one_more_seed(finals: list[dict[int, f
         assert verdict.more_seeds is None or (verdict.more_seeds >= 1 and verdict.outcome == "undecided")
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize("methods", [2, 4])
+@pytest.mark.parametrize(("methods", "seeds"), [(2, 2), (2, 5), (3, 3)])
 def test_equal_methods_are_rarely_told_apart(methods: int, seeds: int, rng: Generator) -> None:
-    """Family-wise error of at most 5%, tested with n = 2000 races: up to 6.5% is within three standard errors."""
-    draws = rng.normal(size=(MANY, methods, seeds)) + rng.normal(size=(MANY, 1, seeds))  # seeds shift all alike
+    """Family-wise error of at most 5%: over 1000 races, up to 7% is within three standard errors."""
+    races = 1000
+    draws = rng.normal(size=(races, methods, seeds)) + rng.normal(size=(races, 1, seeds))  # seeds shift all alike
     wrong = 0
     for race in draws:
         finals = {str(i): dict(enumerate(map(float, row))) for i, row in enumerate(race)}
         wrong += any(verdict.outcome != "undecided" for verdict in paired_verdicts(finals))
-    assert wrong / MANY <= 0.065
+    assert wrong / races <= 0.07
 
 
 def test_a_true_difference_is_found_with_the_promised_power(rng: Generator) -> None:
-    seeds = seeds_needed(1.5)
+    races, seeds = 1000, seeds_needed(1.5)
     assert seeds is not None
     found = 0
-    for row in rng.normal(-1.5, 1, size=(MANY, seeds)):
+    for row in rng.normal(-1.5, 1, size=(races, seeds)):
         finals = {"base": dict.fromkeys(range(seeds), 0.0), "new": dict(enumerate(map(float, row)))}
         found += paired_verdicts(finals)[0].outcome == "better"
-    assert found / MANY >= 0.8 - 0.027  # three standard errors
+    assert found / races >= 0.8 - 0.038  # three standard errors

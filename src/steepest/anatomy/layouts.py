@@ -19,7 +19,7 @@ _PARTS_FIRST = frozenset({
     "Florence2VisionWindowAttention", "Glm4vMoeVisionAttention", "Glm4vVisionAttention", "Glm5NextVisionAttention",
     "GlmImageVisionAttention", "GlmOcrVisionAttention", "GotOcr2VisionAttention", "HieraMaskUnitAttention",
     "InstructBlipAttention", "InstructBlipVideoAttention", "MgpstrAttention", "ModernBertAttention", "MptAttention",
-    "PPFormulaNetVisionAttention", "Phi3Attention", "Phi4MultimodalAttention", "Qwen2VLVisionAttention",
+    "PPFormulaNetVisionAttention", "Phi3Attention", "Phi4MultimodalAttention",
     "Qwen2_5_VLVisionAttention", "Qwen3OmniMoeVisionAttention", "Qwen3VLMoeVisionAttention", "Qwen3VLVisionAttention",
     "Qwen3_5MoeVisionAttention", "Qwen3_5VisionAttention", "Qwen4ExpVisionAttention", "Sam2MultiScaleAttention",
     "SamHQVisionAttention", "SamVisionAttention", "SegGptAttention", "SLANeXtVisionAttention",
@@ -38,7 +38,7 @@ _KEY_VALUE_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads")
 _STACKS = frozenset({
     "InklingSharedExperts", "JetMoeParallelExperts", "KyutaiSpeechToTextFlexibleLinear", "MoshiFlexibleLinear",
 })  # fmt: skip
-# Experts without a declaration whose gate rows come before their up rows, and those whose rows alternate.
+# Experts without a declaration (in this or an earlier release): gate rows before up rows, or in alternation.
 _GATE_THEN_UP = frozenset({
     "Llama4TextExperts", "LongcatFlashExperts", "Qwen3VLMoeTextExperts", "Step3p7Experts",
 })  # fmt: skip

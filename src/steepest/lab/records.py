@@ -153,7 +153,7 @@ def read_study(study_dir: Path) -> Study:
         RecordError: If `study.json` is missing, damaged, or not a race.
     """
     path = study_dir / "study.json"
-    remedy = "Repeat the race's command with the same output directory: it writes the file anew and keeps all runs."
+    remedy = "Delete the file and repeat the race's command: finished runs are found by their content."
     study = parse_object(read_text(path, remedy=remedy), path, remedy=remedy)
     study.expect("format", FORMAT)
     study.expect("kind", "race")

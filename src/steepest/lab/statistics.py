@@ -115,7 +115,7 @@ def first_crossing(steps: Sequence[int], losses: Sequence[float | None], target:
     before: tuple[int, float] | None = None
     for step, loss in zip(steps, losses, strict=True):
         if loss is not None and loss <= target:
-            if before is None or before[1] == loss:
+            if before is None:
                 return float(step)
             return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
         before = None if loss is None else (step, loss)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from steepest.lab.ledger import write_whole
 from steepest.lab.records import read_study
 
 __all__ = ["write_report"]
@@ -41,14 +41,7 @@ def write_report(study_dir: Path) -> Path:
     for stale in {f"{key}.png" for key in KEYS} - set(images):
         (plots / stale).unlink(missing_ok=True)
     for name, content in images.items():
-        _replace(plots / name, content)
+        write_whole(plots / name, content)
     path = study_dir / "report.html"
-    _replace(path, page.encode("utf-8"))
+    write_whole(path, page)
     return path
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write so that a reader sees the old file or the new one, and never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
@@ -26,19 +27,21 @@ _MARKER = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "cross
 
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG; the same figure gives the same bytes. No text is read as mathematics."""
-    canvas = Canvas(figsize=(_WIDTH / 100, figure.height / 100), layout="constrained", facecolor=PAPER["light"])
-    axes = canvas.add_subplot(facecolor=PAPER["light"])
+    size = (_WIDTH / 100, figure.height / 100)
+    canvas = FigureCanvasAgg(Canvas(size, dpi=200, layout="constrained", facecolor=PAPER["light"]))
+    axes = canvas.figure.add_subplot(facecolor=PAPER["light"])
     for curve in figure.curves:
         _draw_curve(axes, curve)
     for row in figure.rows:
         _draw_row(axes, row)
     _draw_frame(axes, figure)
     _draw_text(axes, figure)
-    drawn, small = BytesIO(), BytesIO()
-    canvas.savefig(drawn, format="png", dpi=200)
+    canvas.draw()
     # few colours are in use: a palette makes the file a third of the size
-    Image.open(drawn).convert("RGB").quantize(colors=192, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    return small.getvalue()
+    drawn = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    buffer = BytesIO()
+    drawn.quantize(colors=192, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
 
 
 def _draw_curve(axes: Axes, curve: Curve) -> None:

@@ -78,7 +78,7 @@ def _missing(race: Race) -> Notice | None:
     for run in race.study.runs:
         if run.status == "unfinished":
             done = max((row.step for row in (*run.train, *run.evals)), default=0)
-            lines.append(f"{_who(run)}: at step {done:,} of {run.config.steps:,}")
+            lines.append(f"{_who(run)}: {f'at step {done:,} of {run.config.steps:,}' if done else 'not started'}")
     if not lines:
         return None
     asked = len(race.study.methods) * len(race.study.seeds)

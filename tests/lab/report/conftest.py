@@ -1,0 +1,13 @@
+"""The reports of all scenarios, written once for all tests of the page."""
+
+from pathlib import Path
+
+import pytest
+from tests.lab.synthetic import SCENARIOS, write_scenario
+
+from steepest.lab.report import write_report
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: write_report(write_scenario(tmp_path_factory.mktemp(name), name)) for name in SCENARIOS}

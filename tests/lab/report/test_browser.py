@@ -1,0 +1,141 @@
+"""The page in a real browser: drawn, silent, offline, inert, readable on a phone, printable."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.support.ui import WebDriverWait
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on the PATH")
+
+SCENARIOS = ("clear", "diverged", "hostile", "many")
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+DRAWN = "return document.querySelectorAll('figure.drawn .plot svg.main-svg').length"
+
+
+@pytest.fixture(scope="module")
+def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    options = ChromeOptions()
+    options.binary_location = BROWSER or ""
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = Chrome(options=options, service=ChromeService(shutil.which("chromedriver") or "chromedriver"))
+    yield driver
+    driver.quit()
+
+
+def show(chrome: Chrome, page: Path, *, width: int = 1280, height: int = 900, theme: str = "light") -> None:
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    features = [{"name": "prefers-color-scheme", "value": theme}]
+    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
+    for log in ("browser", "performance"):
+        chrome.get_log(log)  # what came before
+    chrome.get(page.as_uri())
+    WebDriverWait(chrome, 20).until(lambda driver: driver.execute_script(DRAWN) >= 3)
+
+
+def requests(chrome: Chrome) -> list[str]:
+    events: list[dict[str, Any]] = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
+    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_figure_is_drawn_and_nothing_is_fetched_or_complained_of(
+    chrome: Chrome, pages: dict[str, Path], name: str
+) -> None:
+    show(chrome, pages[name])
+    figures = chrome.execute_script("return document.querySelectorAll('figure').length")
+    marks = "f.querySelector('.plot path.point, .plot path.js-line')"
+    with_marks = f"return [...document.querySelectorAll('figure')].filter(f => {marks}).length"
+    assert chrome.execute_script(with_marks) == figures == 4
+    asked = requests(chrome)
+    assert pages[name].as_uri() in asked
+    assert [url for url in asked if url.split(":")[0] not in ("file", "data", "blob")] == []
+    assert chrome.get_log("browser") == []
+
+
+def test_hostile_names_do_nothing(chrome: Chrome, pages: dict[str, Path]) -> None:
+    show(chrome, pages["hostile"])  # an alert would make every later command fail
+    assert chrome.execute_script("return document.querySelectorAll('img[src=x], b').length") == 0
+    assert chrome.execute_script("return document.scripts.length") == 3
+    labels = chrome.execute_script("return [...document.querySelectorAll('.annotation text')].map(t => t.textContent)")
+    assert "</script><script>al…" in labels
+    chrome.execute_script(
+        "const s = document.createElement('script'); s.text = 'window.intruded = 1'; document.body.append(s)"
+    )
+    assert chrome.execute_script("return window.intruded") is None  # the policy holds for what gets in all the same
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_phone_never_scrolls_sideways(chrome: Chrome, pages: dict[str, Path], name: str) -> None:
+    show(chrome, pages[name], width=375, height=812)
+    width, shown = chrome.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    assert width <= shown == 375
+    outside = (
+        "return [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 376).length"
+    )
+    assert chrome.execute_script(outside) == 0
+
+
+def test_names_too_long_to_stand_beside_a_curve_are_in_a_key(chrome: Chrome, pages: dict[str, Path]) -> None:
+    show(chrome, pages["hostile"], width=375, height=812)
+    assert (
+        chrome.execute_script("return getComputedStyle(document.querySelector('#loss-steps .key')).display") == "flex"
+    )
+    show(chrome, pages["clear"], width=375, height=812)
+    assert (
+        chrome.execute_script("return getComputedStyle(document.querySelector('#loss-steps .key')).display") == "none"
+    )
+
+
+def test_a_dark_page_has_light_text_and_dark_figures(chrome: Chrome, pages: dict[str, Path]) -> None:
+    show(chrome, pages["clear"], theme="dark")
+    paper = "return getComputedStyle(document.body).backgroundColor"
+    label = "return document.querySelector('#loss-steps .annotation text').style.fill"
+    assert chrome.execute_script(paper) == "rgb(20, 23, 27)"
+    dark = chrome.execute_script(label)
+    show(chrome, pages["clear"])
+    assert chrome.execute_script(label) != dark
+
+
+def test_print_shows_the_static_figures(chrome: Chrome, pages: dict[str, Path]) -> None:
+    show(chrome, pages["clear"])
+    pdf = base64.b64decode(chrome.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
+    assert pdf.startswith(b"%PDF")
+    assert pdf.count(b"/Subtype /Image") >= 4
+    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    displays = "return ['img', '.plot'].map(s => getComputedStyle(document.querySelector('figure ' + s)).display)"
+    assert chrome.execute_script(displays) == ["block", "none"]
+
+
+def test_without_scripts_the_static_figures_stay(chrome: Chrome, pages: dict[str, Path]) -> None:
+    chrome.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        chrome.get(pages["clear"].as_uri())
+        shot = base64.b64decode(
+            chrome.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})["data"]
+        )
+        assert len(shot) > 50_000
+        assert chrome.find_element("css selector", "figure img").is_displayed()
+        assert not chrome.find_element("css selector", "figure .plot").is_displayed()
+    finally:
+        chrome.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

@@ -1,0 +1,63 @@
+"""Which runs count, and when methods may be ranked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.lab.synthetic import Pace, run_dir, write_study
+
+from steepest.lab.records import read_study
+from steepest.lab.report.comparable import comparable
+
+OTHER = "f" * 64
+
+
+def test_runs_that_differ_in_method_and_seed_only_all_count(tmp_path: Path) -> None:
+    chosen = comparable(read_study(write_study(tmp_path, {"adamw": Pace(), "muon": Pace(options={"lr": 0.3})})))
+    assert {name: len(runs) for name, runs in chosen.runs.items()} == {"adamw": 3, "muon": 3}
+    assert chosen.set_aside == ()
+    assert chosen.equally_tuned
+
+
+@pytest.mark.parametrize(
+    ("pace", "key", "own"),
+    [(Pace(data_sha256=OTHER), "data sha256", OTHER), (Pace(code="0.2.0+1"), "code", "0.2.0+1")],
+)
+def test_runs_on_other_data_or_code_are_set_aside(tmp_path: Path, pace: Pace, key: str, own: str) -> None:
+    chosen = comparable(read_study(write_study(tmp_path, {"adamw": Pace(), "muon": pace})))
+    assert chosen.runs["muon"] == ()
+    assert [(aside.run.config.method, aside.differences[0][:2]) for aside in chosen.set_aside] == [
+        ("muon", (key, own))
+    ] * 3
+
+
+def test_on_a_tie_the_baseline_says_what_counts_wherever_it_stands(tmp_path: Path) -> None:
+    paces = {"muon": Pace(), "adamw": Pace(data_sha256=OTHER)}
+    chosen = comparable(read_study(write_study(tmp_path, paces, baseline="adamw")))
+    assert (len(chosen.runs["adamw"]), len(chosen.runs["muon"])) == (3, 0)
+
+
+def test_a_seed_with_other_options_is_set_aside(tmp_path: Path) -> None:
+    study = write_study(tmp_path, {"adamw": Pace(), "muon": Pace()})
+    config = run_dir(study, "muon", 1) / "config.json"
+    config.write_text(config.read_text().replace('"lr": 0.02', '"lr": 0.07'))
+    chosen = comparable(read_study(study))
+    assert [run.config.seed for run in chosen.runs["muon"]] == [0, 2]
+    assert chosen.set_aside[0].differences == (("options", '{"lr": 0.07}', '{"lr": 0.02}'),)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [(6, 6, True), (None, None, True), (6, 1, False), (6, None, False), (0, None, False)],
+)
+def test_methods_are_ranked_only_with_equal_budgets(
+    tmp_path: Path, one: int | None, other: int | None, equal: bool
+) -> None:
+    study = read_study(write_study(tmp_path, {"adamw": Pace(trials=one), "muon": Pace(trials=other)}, seeds=(0,)))
+    assert comparable(study).equally_tuned == equal
+
+
+def test_an_empty_study_has_nothing_to_set_aside(tmp_path: Path) -> None:
+    chosen = comparable(read_study(write_study(tmp_path, {"adamw": Pace(absent=(0,))}, seeds=(0,))))
+    assert (chosen.runs, chosen.set_aside, chosen.tuning) == ({"adamw": ()}, (), {})

@@ -1,0 +1,166 @@
+"""Figures as plain data, and the two ways they are drawn."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.lab.synthetic import HOSTILE, Pace, loss_at, write_scenario, write_study
+
+from steepest.lab.records import read_study
+from steepest.lab.report.figures import KEYS, Figure, figures
+from steepest.lab.report.matplotlib_png import to_png
+from steepest.lab.report.palette import PAPER, styles
+from steepest.lab.report.plotly_html import Theme, to_plotly
+from steepest.lab.report.results import read_race
+
+
+def drawn(study_dir: Path, paces: dict[str, Pace], **changes: Any) -> dict[str, Figure]:
+    return {figure.key: figure for figure in figures(read_race(read_study(write_study(study_dir, paces, **changes))))}
+
+
+def scenario(study_dir: Path, name: str) -> dict[str, Figure]:
+    return {figure.key: figure for figure in figures(read_race(read_study(write_scenario(study_dir, name))))}
+
+
+def test_there_are_four_figures_each_with_a_known_key(tmp_path: Path) -> None:
+    assert list(scenario(tmp_path / "a", "clear")) == ["difference", "loss-steps", "loss-tokens", "loss-time"]
+    assert "loss-samples" in scenario(tmp_path / "b", "many")
+    assert set(scenario(tmp_path / "c", "many")) <= set(KEYS)
+
+
+def test_curves_are_means_in_a_band_from_the_lowest_to_the_highest_seed(tmp_path: Path) -> None:
+    pace = Pace()
+    curve = drawn(tmp_path, {"adamw": pace})["loss-steps"].curves[0]
+    assert curve.x == tuple(range(0, 151, 10))
+    exact = [loss_at(pace, int(step), 0) for step in curve.x]
+    assert np.ptp(np.array(curve.y) - exact) < 1e-9  # all seeds are the same curve, shifted
+    assert all(low < mean < high for low, mean, high in zip(curve.low, curve.y, curve.high, strict=True))
+
+
+def test_one_seed_has_no_band_and_no_interval(tmp_path: Path) -> None:
+    shown = scenario(tmp_path, "one-seed")
+    assert all(curve.low == () for curve in shown["loss-steps"].curves)
+    assert shown["difference"].rows[0].interval is None
+    assert "there is no interval" in shown["difference"].caption
+
+
+def test_a_curve_ends_where_its_first_seed_diverges(tmp_path: Path) -> None:
+    figure = scenario(tmp_path, "diverged")["loss-steps"]
+    curve = figure.curves[-1]
+    assert (curve.name, curve.x[-1]) == ("sgd", 60)
+    assert "sgd ✕" in [label.text for label in figure.labels]
+    assert "✕: a run diverged there." in figure.caption
+
+
+def test_runs_on_their_way_are_drawn_only_before_any_has_ended(tmp_path: Path) -> None:
+    going = drawn(tmp_path / "going", {"adamw": Pace(stops={0: 37, 1: 84})}, seeds=(0, 1))["loss-steps"]
+    assert (going.curves[0].x[-1], going.labels[0].text) == (30, "adamw …")
+    assert "…: no run has ended yet." in going.caption
+    ended = drawn(tmp_path / "ended", {"adamw": Pace(stops={0: 37})}, seeds=(0, 1))["loss-steps"]
+    assert ended.curves[0].x[-1] == 150
+
+
+def test_nothing_is_drawn_from_nothing(tmp_path: Path) -> None:
+    assert drawn(tmp_path, {"adamw": Pace(absent=(0,))}, seeds=(0,)) == {}
+
+
+def test_the_target_is_drawn_and_said(tmp_path: Path) -> None:
+    own = drawn(tmp_path / "own", {"adamw": Pace(), "muon": Pace()})["loss-time"]
+    assert own.rule is not None
+    assert (own.rule.axis, own.rule.text) == ("y", "target 1.723")
+    given = drawn(tmp_path / "given", {"adamw": Pace(), "muon": Pace()}, target=1.9)["loss-steps"]
+    assert given.rule is not None
+    assert given.rule.value == 1.9
+    assert "Dotted: the target, set by the study." in given.caption
+
+
+def test_refused_races_show_curves_and_no_comparison(tmp_path: Path) -> None:
+    assert list(scenario(tmp_path, "unequal")) == ["loss-steps", "loss-tokens", "loss-time"]
+
+
+def test_losses_over_decades_are_drawn_on_a_logarithmic_axis(tmp_path: Path) -> None:
+    small = drawn(tmp_path / "small", {"adamw": Pace(end=0.02), "muon": Pace(end=0.03)})["loss-steps"]
+    assert small.y.logarithmic
+    assert 0 < small.y.low < 0.02 < small.y.high
+    assert not drawn(tmp_path / "large", {"adamw": Pace()})["loss-steps"].y.logarithmic
+    layout = to_plotly(small, theme="light")["layout"]
+    assert isinstance(layout, dict)
+    assert layout["yaxis"]["range"][0] == pytest.approx(np.log10(small.y.low))
+    assert layout["annotations"][0]["y"] == pytest.approx(np.log10(small.labels[0].y))
+    assert to_png(small).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["many", "hostile", "clear"])
+def test_labels_keep_their_order_and_do_not_touch(tmp_path: Path, name: str) -> None:
+    figure = scenario(tmp_path, name)["loss-steps"]
+    heights = [label.y for label in figure.labels]
+    assert min(np.diff(heights)) >= 0.0549 * (figure.y.high - figure.y.low)
+    ends = sorted(curve.y[-1] for curve in figure.curves)
+    assert np.mean(heights) == pytest.approx(np.mean(ends))  # moved up as much as down
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_plotly_gets_every_curve_band_label_and_rule(tmp_path: Path, theme: Theme) -> None:
+    figure = scenario(tmp_path, "clear")["loss-steps"]
+    page = json.loads(json.dumps(to_plotly(figure, theme=theme), allow_nan=False))
+    lines = [trace for trace in page["data"] if "name" in trace]
+    assert [trace["name"] for trace in lines] == ["adamw", "muon", "muonadam"]
+    assert [trace["y"] for trace in lines] == [list(curve.y) for curve in figure.curves]
+    assert len([trace for trace in page["data"] if trace.get("fill") == "toself"]) == 3
+    assert len(page["layout"]["annotations"]) == 4
+    assert page["layout"]["shapes"][0]["y0"] == figure.rule.value if figure.rule else False
+
+
+def test_plotly_gets_names_escaped_for_its_own_markup(tmp_path: Path) -> None:
+    for figure in scenario(tmp_path, "hostile").values():
+        text = json.dumps(to_plotly(figure, theme="light"))
+        assert "<img" not in text
+        assert "</script" not in text
+        assert "&lt;" in text
+
+
+@pytest.mark.parametrize("key", ["difference", "loss-steps"])
+def test_the_png_is_the_same_each_time_and_shows_each_method(tmp_path: Path, key: str) -> None:
+    figure = scenario(tmp_path, "clear")[key]
+    png = to_png(figure)
+    assert png == to_png(figure)
+    image = np.asarray(Image.open(BytesIO(png)).convert("RGB")).astype(int)
+    assert image.shape == (2 * figure.height, 1640, 3)
+    for mark in (*figure.curves, *figure.rows):
+        colour = [int(mark.style.light[i : i + 2], 16) for i in (1, 3, 5)]
+        close = np.abs(image - colour).sum(-1) < 24  # the palette of the file has 192 colours
+        assert close.sum() > 200
+
+
+def test_matplotlib_draws_any_name(tmp_path: Path) -> None:
+    figures = drawn(tmp_path, {name: Pace() for name in HOSTILE}, seeds=(0,))
+    for key in ("difference", "loss-steps"):
+        assert to_png(figures[key]).startswith(b"\x89PNG")
+
+
+def test_every_method_looks_different_and_the_baseline_is_the_grey_one() -> None:
+    names = [f"method {i}" for i in range(40)]
+    looks = styles(names, baseline="method 7")
+    assert list(looks) == names
+    assert looks["method 7"].index == 0
+    assert len({(look.light, look.dash, look.marker) for look in looks.values()}) == 40
+
+
+def luminance(colour: str) -> float:
+    channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_colours_can_be_read_as_text(theme: Theme) -> None:
+    """Contrast by WCAG 2.2, success criterion 1.4.3."""
+    for look in styles([str(i) for i in range(8)], baseline="0").values():
+        dim, bright = sorted((luminance(look.colour(theme)), luminance(PAPER[theme])))
+        assert (bright + 0.05) / (dim + 0.05) >= 4.5
