@@ -71,6 +71,12 @@ def finished(tmp_path_factory):
     return out, output.decode()
 
 
+@pytest.fixture(scope="module")
+def expected(finished):
+    """The numbers of the uninterrupted race."""
+    return rows_of(finished[0])
+
+
 def test_a_race_leaves_runs_a_report_and_a_line_per_run(finished):
     out, output = finished
     assert len(list(out.glob("runs/*/result.json"))) == 4
@@ -106,7 +112,7 @@ def test_repeating_the_command_trains_nothing(finished):
     assert "finished" not in output.decode()
 
 
-def test_more_seeds_and_methods_add_only_what_is_missing(finished, task):
+def test_more_seeds_and_methods_add_only_what_is_missing(finished, expected, task):
     out, _ = finished
     before = modified(out)
     bigger = race(task, methods=("adamw", "muon", "sgd"), seeds=(0, 1))
@@ -117,8 +123,8 @@ def test_more_seeds_and_methods_add_only_what_is_missing(finished, task):
     write_study(out, race(task), race(task).configs(), command="steepest race ...")  # as it was, for the other tests
 
 
-@pytest.mark.parametrize("moment", [3.0, 4.5, 6.5])
-def test_a_race_killed_at_any_moment_ends_with_the_same_numbers(finished, tmp_path, moment):
+@pytest.mark.parametrize("moment", [4.0, 7.0])
+def test_a_race_killed_at_any_moment_ends_with_the_same_numbers(expected, tmp_path, moment):
     out = tmp_path / "out"
     process = steepest(*COMMAND, "--out", str(out))
     time.sleep(moment)
@@ -128,11 +134,11 @@ def test_a_race_killed_at_any_moment_ends_with_the_same_numbers(finished, tmp_pa
     again = steepest(*COMMAND, "--out", str(out))
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output.decode()
-    assert rows_of(out) == rows_of(finished[0])
+    assert rows_of(out) == expected
     assert kept.items() <= modified(out).items()
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(finished, tmp_path):
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(expected, tmp_path):
     out = tmp_path / "out"
     process = steepest(*COMMAND, "--out", str(out))
     deadline = time.monotonic() + 60
@@ -146,10 +152,10 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(finished, tmp_path):
     again = steepest(*COMMAND, "--out", str(out))
     again.communicate(timeout=300)
     assert again.returncode == 0
-    assert rows_of(out) == rows_of(finished[0])
+    assert rows_of(out) == expected
 
 
-def test_a_killed_worker_is_replaced(finished, tmp_path):
+def test_a_killed_worker_is_replaced(expected, tmp_path):
     out = tmp_path / "out"
     process = steepest(*COMMAND, "--out", str(out))
     deadline = time.monotonic() + 60
@@ -160,7 +166,7 @@ def test_a_killed_worker_is_replaced(finished, tmp_path):
     os.kill(int(locks[0].read_text()), signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output.decode()
-    assert rows_of(out) == rows_of(finished[0])
+    assert rows_of(out) == expected
 
 
 def test_a_damaged_run_is_reported_and_the_others_are_kept(finished, tmp_path, task):

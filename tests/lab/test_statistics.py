@@ -65,7 +65,7 @@ def test_differences_without_spread() -> None:
 
 
 @given(losses=LOSSES, target=st.floats(0.1, 9))
-def test_the_first_crossing_is_on_the_first_segment_that_comes_down_to_the_target(losses: list[float | None], target: float) -> None:
+def test_the_first_crossing_is_that_of_numpys_interpolation(losses: list[float | None], target: float) -> None:
     steps = list(range(0, 10 * len(losses), 10))
     values = [math.inf if loss is None else loss for loss in losses]
     found = first_crossing(steps, losses, target)

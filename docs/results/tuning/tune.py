@@ -2,7 +2,7 @@
 
     .venv/bin/python docs/results/tuning/tune.py --out out/tuning
 
-Each method has a 3 x 3 grid, by factors of two, over the learning rate of the matrices inside the model and that of
+Each method has a 3 x 4 grid, by factors of two, over the learning rate of the matrices inside the model and that of
 everything else. Runs are kept in --out and never trained twice; `rows.csv` and `environment.json` are written here.
 """
 
@@ -31,7 +31,7 @@ CENTRES = {
     "text": {"adamw": (0.004, 0.016), "torch-muon": (0.04, 0.02), "muon": (0.04, 0.02), "muonadam": (0.04, 0.02)},
     "digits": {"adamw": (0.01, 0.01), "muon": (0.04, 0.01), "muonadam": (0.04, 0.01)},
 }
-FACTORS = (0.5, 1.0, 2.0)
+FACTORS, OTHER_FACTORS = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0)
 
 
 def configs(name: str) -> list[RunConfig]:
@@ -40,7 +40,7 @@ def configs(name: str) -> list[RunConfig]:
     return [
         configure(task, method=method, seed=SEED, options={"lr": centre[0] * a, "other_lr": centre[1] * b})
         for method, centre in CENTRES[name].items()
-        for a, b in itertools.product(FACTORS, FACTORS)
+        for a, b in itertools.product(FACTORS, OTHER_FACTORS)
     ]
 
 

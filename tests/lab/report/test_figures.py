@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from tests.lab.synthetic import HOSTILE, Pace, loss_at, write_scenario, write_study
 
@@ -152,10 +153,13 @@ def test_every_method_looks_different_and_the_baseline_is_the_grey_one() -> None
     assert len({(look.light, look.dash, look.marker) for look in looks.values()}) == 40
 
 
-def luminance(colour: str) -> float:
+def linear(colour: str) -> NDArray[np.float64]:
     channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def luminance(colour: str) -> float:
+    return float(linear(colour) @ [0.2126, 0.7152, 0.0722])
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -164,3 +168,32 @@ def test_colours_can_be_read_as_text(theme: Theme) -> None:
     for look in styles([str(i) for i in range(8)], baseline="0").values():
         dim, bright = sorted((luminance(look.colour(theme)), luminance(PAPER[theme])))
         assert (bright + 0.05) / (dim + 0.05) >= 4.5
+
+
+# what full protanopia and deuteranopia make of linear RGB: Machado, Oliveira and Fernandes, 2009
+BLINDNESS = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+}
+# linear RGB to Oklab: Ottosson, 2020, https://bottosson.github.io/posts/oklab/
+LMS = [
+    [0.4122214708, 0.5363325363, 0.0514459929],
+    [0.2119034982, 0.6806995451, 0.1073969566],
+    [0.0883024619, 0.2817188376, 0.6299787005],
+]
+OKLAB = [
+    [0.2104542553, 0.793617785, -0.0040720468],
+    [1.9779984951, -2.428592205, 0.4505937099],
+    [0.0259040371, 0.7827717662, -0.808675766],
+]
+
+
+@pytest.mark.parametrize("blindness", BLINDNESS)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_six_colours_stay_apart_for_red_green_blind_readers(theme: Theme, blindness: str) -> None:
+    """A distance of 0.02 in Oklab can just be seen; ask for more than twice that."""
+    looks = styles([str(i) for i in range(6)], baseline="0").values()
+    seen = np.array([np.clip(BLINDNESS[blindness] @ linear(look.colour(theme)), 0, 1) for look in looks])
+    lab = np.cbrt(seen @ np.transpose(LMS)) @ np.transpose(OKLAB)
+    distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
+    assert distances[np.triu_indices(6, 1)].min() > 0.05

@@ -38,7 +38,7 @@ def to_png(figure: Figure) -> bytes:
     _draw_text(axes, figure)
     canvas.draw()
     # few colours are in use: a palette makes the file a third of the size
-    drawn = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    drawn = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
     buffer = BytesIO()
     drawn.quantize(colors=192, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
     return buffer.getvalue()
