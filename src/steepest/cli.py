@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as missing:
         if (missing.name or "").startswith("steepest"):
             raise
-        print(f"error: {missing}. The commands need the lab: pip install 'steepest[lab]'.", file=sys.stderr)
+        remedy = "" if "steepest[lab]" in str(missing) else ". The commands need the lab: pip install 'steepest[lab]'."
+        print(f"error: {missing}{remedy}", file=sys.stderr)
         return FAILED
     except UsageError as wrong:
         print(f"error: {wrong}", file=sys.stderr)

@@ -10,10 +10,11 @@ import steepest
 from steepest.lab.config import RunConfig, code_version, configure, hash_sources, run_hash
 from steepest.lab.fields import RecordError
 from steepest.lab.methods import options_of
-from steepest.lab.records import Tuning
 from steepest.lab.tasks import DataIdentity, make_task
+from steepest.lab.tuned import Tuning
 
 PATH = Path("runs/config.json")
+SHA = "ab" * 32
 CONFIG = RunConfig(
     task="text",
     preset="demo",
@@ -25,9 +26,10 @@ CONFIG = RunConfig(
     eval_every=10,
     tuning=Tuning(trials=6, source="docs/results/tuning.json", edge=False),
     code="0.1.0+0123456789ab",
-    data=DataIdentity("python-stdlib 3.11.7", "ab" * 32, 123),
+    data=DataIdentity("python-stdlib 3.11.7", SHA, 123),
 )
 texts = st.text(min_size=1, max_size=8)
+digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 configs = st.builds(
     RunConfig,
@@ -41,7 +43,7 @@ configs = st.builds(
     eval_every=st.integers(1, 99),
     tuning=st.none() | st.builds(Tuning, st.none() | st.integers(0, 99), st.none() | texts, st.booleans()),
     code=texts,
-    data=st.builds(DataIdentity, texts, texts, st.integers(0, 99)),
+    data=st.builds(DataIdentity, texts, digests, st.integers(0, 99)),
 )
 
 
@@ -102,8 +104,9 @@ def test_moving_the_data_changes_no_hash():
         ({"options": [1]}, "options must be an object"),
         ({"tuning": {"trials": 1, "source": None, "edge": 1}}, "tuning.edge must be true or false"),
         ({"tuning": {"trials": 1, "source": None, "who": 1}}, "tuning.who must be absent"),
-        ({"data": {"name": "x", "sha256": "y"}}, "data.bytes must be a whole number"),
-        ({"data": {"name": "x", "sha256": "y", "bytes": 1, "url": "z"}}, "data.url must be absent"),
+        ({"data": {"name": "x", "sha256": "y", "bytes": 1}}, "data.sha256 must be 64 hexadecimal digits, got 'y'"),
+        ({"data": {"name": "x", "sha256": SHA}}, "data.bytes must be a whole number"),
+        ({"data": {"name": "x", "sha256": SHA, "bytes": 1, "url": "z"}}, "data.url must be absent"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name_and_key(change, message):

@@ -4,9 +4,8 @@ import torch
 from steepest.lab import methods
 from steepest.lab.methods import METHODS, build_optimizer, check_options, options_of, resolve
 from steepest.lab.models.gpt import GPT, GPTConfig
-from steepest.lab.records import Tuning
 from steepest.lab.tasks import TASKS, make_task
-from steepest.lab.tuned import TUNED, Tuned
+from steepest.lab.tuned import TUNED, Tuned, Tuning
 
 
 def model_and_loss(rng: torch.Generator):

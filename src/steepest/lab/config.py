@@ -14,9 +14,8 @@ from pathlib import Path
 import steepest
 from steepest.lab.fields import Fields, parse_object
 from steepest.lab.methods import resolve
-from steepest.lab.records import Tuning
 from steepest.lab.tasks import DataIdentity, Task
-from steepest.lab.tuned import OptionValue
+from steepest.lab.tuned import OptionValue, Tuning
 from steepest.names import unknown_name
 
 FORMAT = 1
@@ -66,17 +65,18 @@ class RunConfig:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, *, path: Path) -> RunConfig:
+    def from_json(cls, text: str, *, path: Path, remedy: str = _REMEDY) -> RunConfig:
         """Read what `to_json` wrote.
 
         Args:
             text: Content of the file.
             path: The file, for error messages.
+            remedy: What to do about a damaged file, for error messages.
 
         Raises:
             RecordError: If anything is missing, unknown, of the wrong type or out of range; it names file and key.
         """
-        fields = parse_object(text, path, remedy=_REMEDY)
+        fields = parse_object(text, path, remedy=remedy)
         _only(fields, {"format", *(field.name for field in dataclasses.fields(cls))})
         fields.expect("format", FORMAT)
         tuning = fields.inner_or_none("tuning")
@@ -191,4 +191,6 @@ def _tuning(fields: Fields) -> Tuning:
 
 def _data(fields: Fields) -> DataIdentity:
     _only(fields, {field.name for field in dataclasses.fields(DataIdentity)})
+    if not re.fullmatch(r"[0-9a-f]{64}", fields.text("sha256")):
+        raise fields.error("sha256", "64 hexadecimal digits")
     return DataIdentity(fields.text("name"), fields.text("sha256"), fields.count("bytes"))

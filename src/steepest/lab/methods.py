@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 
 from steepest.anatomy import route
 from steepest.lab.combined import CombinedOptimizer
-from steepest.lab.records import Tuning
-from steepest.lab.tuned import TUNED, OptionValue, Tuned
+from steepest.lab.tuned import TUNED, OptionValue, Tuned, Tuning
 from steepest.names import unknown_name
 from steepest.optim import Adam, Muon, MuonAdam
 

@@ -15,52 +15,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from steepest.lab.config import RunConfig
 from steepest.lab.fields import Fields, RecordError, parse_object, read_text
+from steepest.lab.result import Result, read_result
 
 FORMAT = 1
 
 Status = Literal["finished", "diverged", "unfinished"]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How the options of a method were chosen.
-
-    Args:
-        trials: Number of tried settings; None when it is not known.
-        source: Where the search is recorded; None when it is not.
-        edge: Whether the best setting lay at the edge of what was tried.
-    """
-
-    trials: int | None
-    source: str | None
-    edge: bool
-
-
-@dataclass(frozen=True)
-class Data:
-    """Identity of the data a run read: its name, the SHA-256 of its content, its size in bytes."""
-
-    name: str
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Config:
-    """What defines a run (`config.json`). `tuning` is None when the options were chosen by hand."""
-
-    task: str
-    preset: str
-    method: str
-    options: Mapping[str, object]
-    seed: int
-    steps: int
-    batch_size: int
-    eval_every: int
-    tuning: Tuning | None
-    code: str
-    data: Data
 
 
 @dataclass(frozen=True)
@@ -88,23 +49,11 @@ class EvalRow:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a run that has ended came to (`result.json`); a diverged one has no final loss."""
-
-    status: Literal["finished", "diverged"]
-    steps: int
-    final_loss: float | None
-    final_accuracy: float | None
-    train_s: float
-    peak_memory_bytes: int | None
-
-
-@dataclass(frozen=True)
 class Run:
     """One training run. `name` is its directory under `runs/`; `result` is None while it has not ended."""
 
     name: str
-    config: Config
+    config: RunConfig
     environment: Mapping[str, object]
     train: tuple[TrainRow, ...]
     evals: tuple[EvalRow, ...]
@@ -184,9 +133,9 @@ def read_run(run_dir: Path) -> Run:
         RecordError: If a file is damaged, or `result.json` does not follow from the rows of `metrics.jsonl`.
     """
     remedy = f"Delete the directory {run_dir.name} and repeat the race's command: only this run is trained again."
-    config = _config(_read(run_dir / "config.json", remedy))
-    result_path, metrics_path = run_dir / "result.json", run_dir / "metrics.jsonl"
-    result = _result(_read(result_path, remedy)) if result_path.exists() else None
+    config_path, result_path, metrics_path = (run_dir / f for f in ("config.json", "result.json", "metrics.jsonl"))
+    config = RunConfig.from_json(read_text(config_path, remedy=remedy), path=config_path, remedy=remedy)
+    result = read_result(result_path, remedy=remedy)
     train, evals = _metrics(metrics_path, remedy) if metrics_path.exists() or result else ((), ())
     _agree(result_path, result, config, evals, remedy)
     environment_path = run_dir / "environment.json"
@@ -237,50 +186,6 @@ def _find_run(study_dir: Path, name: str | None, method: str, seed: int) -> Run 
     return run
 
 
-def _config(fields: Fields) -> Config:
-    fields.expect("format", FORMAT)
-    tuning, data = fields.inner_or_none("tuning"), fields.inner("data")
-    if not re.fullmatch(r"[0-9a-f]{64}", data.text("sha256")):
-        raise data.error("sha256", "64 hexadecimal digits")
-    return Config(
-        task=fields.text("task"),
-        preset=fields.text("preset"),
-        method=fields.text("method"),
-        options=fields.inner("options").values,
-        seed=fields.count("seed"),
-        steps=fields.count("steps", least=1),
-        batch_size=fields.count("batch_size", least=1),
-        eval_every=fields.count("eval_every", least=1),
-        tuning=None if tuning is None else _tuning(tuning),
-        code=fields.text("code"),
-        data=Data(data.text("name"), data.text("sha256"), data.count("bytes")),
-    )
-
-
-def _tuning(fields: Fields) -> Tuning:
-    edge = fields.values.get("edge", False)
-    if not isinstance(edge, bool):
-        raise fields.error("edge", "true or false")
-    return Tuning(fields.count_or_none("trials"), fields.text_or_none("source"), edge)
-
-
-def _result(fields: Fields) -> Result:
-    fields.expect("format", FORMAT)
-    status = fields.text("status")
-    if status not in ("finished", "diverged"):
-        raise fields.error("status", "'finished' or 'diverged'")
-    if status == "diverged":
-        fields.expect("final_loss", None)
-    return Result(
-        status=status,
-        steps=fields.count("steps"),
-        final_loss=fields.real("final_loss") if status == "finished" else None,
-        final_accuracy=fields.real_or_none("final_accuracy"),
-        train_s=fields.seconds("train_s"),
-        peak_memory_bytes=fields.count_or_none("peak_memory_bytes"),
-    )
-
-
 def _metrics(path: Path, remedy: str) -> tuple[tuple[TrainRow, ...], tuple[EvalRow, ...]]:
     """The rows of a run; a last line without its line end is still being written, and left out."""
     train: list[TrainRow] = []
@@ -326,7 +231,7 @@ def _eval_row(fields: Fields) -> EvalRow:
     )
 
 
-def _agree(path: Path, result: Result | None, config: Config, evals: tuple[EvalRow, ...], remedy: str) -> None:
+def _agree(path: Path, result: Result | None, config: RunConfig, evals: tuple[EvalRow, ...], remedy: str) -> None:
     """Refuse a finished run whose result is not the last row of its own metrics."""
     if result is None or result.status == "diverged":
         return

@@ -45,20 +45,27 @@ class Result:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, allow_nan=False) + "\n"
 
 
-def read_result(path: Path) -> Result | None:
+def read_result(path: Path, *, remedy: str = _REMEDY) -> Result | None:
     """What the file says; None if the run has not ended.
+
+    Args:
+        path: The file.
+        remedy: What to do about a damaged file, for error messages.
 
     Raises:
         RecordError: If the file is damaged.
     """
     if not path.exists():
         return None
-    fields = parse_object(read_text(path, remedy=_REMEDY), path, remedy=_REMEDY)
+    fields = parse_object(read_text(path, remedy=remedy), path, remedy=remedy)
     fields.expect("format", FORMAT)
+    status = _status(fields)
+    if status == "diverged":
+        fields.expect("final_loss", None)
     return Result(
-        status=_status(fields),
+        status=status,
         steps=fields.count("steps"),
-        final_loss=fields.real_or_none("final_loss"),
+        final_loss=fields.real("final_loss") if status == "finished" else None,
         final_accuracy=fields.real_or_none("final_accuracy"),
         train_s=fields.seconds("train_s"),
         optimizer_s=fields.seconds("optimizer_s"),

@@ -6,9 +6,22 @@ A method without an entry runs with the defaults of its signature in `methods.py
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from steepest.lab.records import Tuning
-
 OptionValue = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the options of a method were chosen.
+
+    Args:
+        trials: Number of tried settings; None when it is not known.
+        source: Where the search is recorded; None when it is not.
+        edge: Whether the best setting lay at the edge of what was tried.
+    """
+
+    trials: int | None
+    source: str | None
+    edge: bool
 
 
 @dataclass(frozen=True)

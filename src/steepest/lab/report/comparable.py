@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from steepest.lab.records import Config, Run, Study, Tuning
+from steepest.lab.config import RunConfig
+from steepest.lab.records import Run, Study
+from steepest.lab.tuned import Tuning
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def comparable(study: Study) -> Comparable:
 Description = tuple[tuple[str, str], ...]
 
 
-def _conditions(config: Config) -> Description:
+def _conditions(config: RunConfig) -> Description:
     """What all runs of a race have in common."""
     return (
         ("task", config.task),
@@ -75,7 +77,7 @@ def _conditions(config: Config) -> Description:
     )
 
 
-def _choices(config: Config) -> Description:
+def _choices(config: RunConfig) -> Description:
     """What all runs of a method have in common."""
     options = json.dumps(dict(config.options), sort_keys=True)
     return (("options", options), ("tuning", str(config.tuning)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from steepest.lab.records import Run, Tuning
+from steepest.lab.records import Run
 from steepest.lab.report import wording
 from steepest.lab.report.results import Race
 from steepest.lab.report.wording import plain
+from steepest.lab.tuned import Tuning
 
 
 @dataclass(frozen=True)

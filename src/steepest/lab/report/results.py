@@ -110,7 +110,7 @@ def _method_result(
 ) -> MethodResult:
     finals = _finals(runs)
     results = [run.result for run in runs if run.result is not None]
-    memory = [result.peak_memory_bytes for result in results if result.peak_memory_bytes is not None]
+    memory = [result.peak_memory_bytes for result in results]
     reached = _all_known(steps.values())
     return MethodResult(
         name=name,
