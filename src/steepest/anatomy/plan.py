@@ -5,12 +5,12 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Literal, get_args, overload
 
 from torch import Tensor
 
 from steepest.anatomy.views import View
+from steepest.names import near_miss
 
 Role = Literal["matrix", "embedding", "head", "vector"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -196,20 +196,6 @@ class Plan(Sequence[PlanRow]):
             totals.append((role, str(self.counts()[role]), f"{numel:,}", share))
         totals.append(("all", str(len(self)), f"{total:,}", f"{len(self.unknown)} unknown"))
         return totals
-
-
-def near_miss(word: str, valid: Sequence[str]) -> str:
-    """A suggestion to append to an error.
-
-    Args:
-        word: What was typed.
-        valid: What could have been typed.
-
-    Returns:
-        " Did you mean 'x'?", or nothing if no candidate is close.
-    """
-    near = get_close_matches(word, valid, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -13,10 +13,11 @@ from typing import cast
 from torch import nn
 
 from steepest.anatomy.heads import find_heads
-from steepest.anatomy.plan import ROLES, UNKNOWN, Plan, PlanRow, Role, near_miss
+from steepest.anatomy.plan import ROLES, UNKNOWN, Plan, PlanRow, Role
 from steepest.anatomy.roles import Verdict, classify, is_rank_one
 from steepest.anatomy.sites import Site, distinct
 from steepest.anatomy.views import LINEAR, View
+from steepest.names import near_miss
 
 
 @dataclass(frozen=True)

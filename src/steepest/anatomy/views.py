@@ -18,7 +18,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal, NamedTuple, Self, get_args
 
 from torch import Tensor
@@ -96,9 +95,7 @@ class View:
             if any(value < 1 for value in values):
                 raise ValueError(f"View {option} must be positive, got {getattr(self, option)}. Leave it out for none.")
         if self.heads_dim not in get_args(HeadsDim):
-            near = get_close_matches(str(self.heads_dim), get_args(HeadsDim), n=1, cutoff=0.3)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"View heads_dim must be 'out' or 'in', got {self.heads_dim!r}.{hint}")
+            raise ValueError(f"View heads_dim must be 'out' or 'in', got {self.heads_dim!r}.")
         if self.heads_dim == "in" and not heads:
             raise ValueError("View heads_dim='in' says where heads lie, but heads is None. Give heads as well.")
         if self.interleave > 1 and not self.split:
