@@ -98,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", type=_assignment, default=[], metavar="METHOD.OPTION=VALUE", help="change an option"
     )
     race.add_argument("--out", type=Path, metavar="DIR", help="where runs and report go; default: out/TASK-PRESET")
+    race.add_argument(
+        "--steps", type=_count, metavar="N", help="of a run; default: the preset's, for which it is tuned"
+    )
     race.add_argument("--workers", type=_count, metavar="N", help="runs at once; default: one per core")
     race.add_argument("--json", action="store_true", help="print where the report is as JSON")
 
@@ -186,6 +189,7 @@ def _race(options: argparse.Namespace) -> int:
             seeds=tuple(range(options.seeds)),
             baseline=options.baseline or methods[0],
             options=_by_method(options.set),
+            steps=options.steps,
         )
         race.configs()
     out: Path = options.out or Path("out") / f"{task.name}-{task.preset}"
@@ -217,6 +221,8 @@ def _repeat(methods: Sequence[str], baseline: str, options: argparse.Namespace, 
     """The command that repeats a race, every choice spelled out."""
     words = ["steepest", "race", "--methods", ",".join(methods), "--baseline", baseline, "--seeds", str(options.seeds)]
     words += ["--task", options.task, "--preset", options.preset]
+    if options.steps is not None:
+        words += ["--steps", str(options.steps)]
     if options.data is not None:
         words += ["--data", str(options.data)]
     for name, value in options.set:

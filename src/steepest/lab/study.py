@@ -34,6 +34,7 @@ class Race:
         seeds: Of weights and order of examples; every method runs with each.
         baseline: The method that others are compared with; one of `methods`.
         options: Options by method that differ from its defaults.
+        steps: Optimizer steps of a run; None for the preset's.
 
     Raises:
         ValueError: If a method is unknown or listed twice, the baseline does not race, or there is no seed.
@@ -44,6 +45,7 @@ class Race:
     seeds: tuple[int, ...]
     baseline: str
     options: Mapping[str, Mapping[str, OptionValue]]
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         for method in (*self.methods, *self.options):
@@ -68,7 +70,7 @@ class Race:
             TypeError: If an option is of the wrong type.
         """
         return [
-            configure(self.task, method=method, seed=seed, options=self.options.get(method))
+            configure(self.task, method=method, seed=seed, options=self.options.get(method), steps=self.steps)
             for seed in self.seeds
             for method in self.methods
         ]
