@@ -3,7 +3,7 @@
     .venv/bin/python docs/results/tuning/tune.py --out out/tuning
 
 Each method has a 3 x 4 grid, by factors of two, over the learning rate of the matrices inside the model and that of
-everything else. Runs are kept in --out and never trained twice; `rows.csv` and `environment.json` are written here.
+everything else. Runs are kept in --out and never trained twice; `TASK.csv` and `environment.json` are written here.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SEED = 1000
 # Centres: (learning rate of matrices, of everything else), found by a coarse search by hand.
 CENTRES = {
     "text": {"adamw": (0.004, 0.016), "torch-muon": (0.04, 0.02), "muon": (0.04, 0.02), "muonadam": (0.04, 0.02)},
-    "digits": {"adamw": (0.01, 0.01), "muon": (0.04, 0.01), "muonadam": (0.04, 0.01)},
+    "digits": {"adamw": (0.01, 0.02), "muon": (0.04, 0.02), "muonadam": (0.02, 0.02)},
 }
 FACTORS, OTHER_FACTORS = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0)
 
@@ -50,45 +50,43 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/tuning"))
     parser.add_argument("--tasks", nargs="+", default=list(CENTRES))
     options = parser.parse_args()
-    rows: list[dict[str, object]] = []
     for name in options.tasks:
         runs = configs(name)
-        for config in runs:
-            directory = run_directory(options.out, config)
-            directory.mkdir(parents=True, exist_ok=True)
-            write_whole(directory / "config.json", config.to_json())
-        members = {m: [run_directory(options.out, c) for c in runs if c.method == m] for m in CENTRES[name]}
-        with RaceDisplay(members, steps=runs[0].steps, console=Console()) as display:
-            failed = Pool(default_workers()).train([run_directory(options.out, c) for c in runs], tick=display.update)
-        if failed:
-            raise SystemExit(f"These runs failed: {failed}")
-        for config in runs:
-            directory = run_directory(options.out, config)
-            result = read_result(directory / "result.json")
-            if result is None:
-                raise SystemExit(f"{directory} has no result.")
-            rows.append(
-                {
-                    "task": name,
-                    "preset": config.preset,
-                    "method": config.method,
-                    "lr": config.options["lr"],
-                    "other_lr": config.options["other_lr"],
-                    "seed": config.seed,
-                    "status": result.status,
-                    "final_loss": result.final_loss,
-                    "train_s": round(result.train_s, 1),
-                    "run": directory.name,
-                    "code": config.code,
-                    "data": config.data.sha256[:12],
-                }
-            )
-            environment = json.loads(read_text(directory / "environment.json", remedy="Delete the run's directory."))
-            write_whole(HERE / "environment.json", json.dumps(environment, indent=2) + "\n")
-    with (HERE / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        train(name, runs, options.out)
+        write_rows(name, runs, options.out)
+
+
+def train(name: str, runs: list[RunConfig], out: Path) -> None:
+    """Bring every run to its end."""
+    for config in runs:
+        directory = run_directory(out, config)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(directory / "config.json", config.to_json())
+    members = {method: [run_directory(out, c) for c in runs if c.method == method] for method in CENTRES[name]}
+    with RaceDisplay(members, steps=runs[0].steps, console=Console()) as display:
+        failed = Pool(default_workers()).train([run_directory(out, config) for config in runs], tick=display.update)
+    if failed:
+        raise SystemExit(f"These runs failed: {failed}")
+
+
+def write_rows(name: str, runs: list[RunConfig], out: Path) -> None:
+    """One row per run, and the machine of the first."""
+    rows: list[dict[str, object]] = []
+    for config in runs:
+        directory = run_directory(out, config)
+        result = read_result(directory / "result.json")
+        if result is None:
+            raise SystemExit(f"{directory} has no result.")
+        row = {"task": name, "preset": config.preset, "method": config.method, **config.options, "seed": config.seed}
+        row = {key: row[key] for key in ("task", "preset", "method", "lr", "other_lr", "seed")}
+        row |= {"status": result.status, "final_loss": result.final_loss, "train_s": round(result.train_s, 1)}
+        rows.append(row | {"run": directory.name, "code": config.code, "data": config.data.sha256[:12]})
+    with (HERE / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    environment = read_text(run_directory(out, runs[0]) / "environment.json", remedy="Delete the run's directory.")
+    write_whole(HERE / "environment.json", json.dumps(json.loads(environment), indent=2) + "\n")
 
 
 if __name__ == "__main__":
