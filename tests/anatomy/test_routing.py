@@ -537,3 +537,30 @@ def test_an_override_reaches_a_tied_parameter_by_any_name():
 def test_overrides_that_cannot_be_meant_are_refused(overrides, error, message):
     with pytest.raises(error, match=re.escape(message)):
         route(Custom(), overrides=overrides)
+
+
+def test_an_inner_layer_as_wide_as_the_vocabulary_is_no_head():
+    class ByteModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(256, 64)
+            self.up = nn.Linear(64, 256)
+            self.down = nn.Linear(256, 64)
+            self.out = nn.Linear(64, 256)
+
+    roles = {row.name: row.role for row in route(ByteModel())}
+    assert roles["up.weight"] == roles["down.weight"] == "matrix"
+    assert roles["out.weight"] == "head"
+
+
+def test_a_name_that_contains_a_word_of_tables_is_no_table():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w_query = nn.Parameter(torch.zeros(8, 8))
+            self.token_mix = nn.Parameter(torch.zeros(16, 16))
+            self.cls_token = nn.Parameter(torch.zeros(4, 8))
+
+    plan = route(Attention())
+    assert [row.name for row in plan.unknown] == ["w_query", "token_mix"]
+    assert plan.row("cls_token").role == "embedding"

@@ -92,6 +92,11 @@ def test_norms_print_their_name_and_what_was_changed():
     assert str(Spectral(scale="none", polar="svd")) == "spectral scale=none polar=svd"
     assert str(AdaInf(eps=1e-6)) == "ada_inf eps=1e-06"
 
+    class Mine(Sign):
+        pass
+
+    assert str(Mine()) == "Mine"
+
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
@@ -102,7 +107,10 @@ def test_norms_print_their_name_and_what_was_changed():
         (lambda: Spectral(scale="orginal"), ValueError, "Unknown scale 'orginal': did you mean 'original'?"),
         (lambda: Spectral(polar="svdd"), ValueError, "Unknown polar method 'svdd': did you mean 'svd'?"),
         (lambda: Spectral(coefficients="cns"), ValueError, "Unknown coefficients 'cns': did you mean 'cans'?"),
-        (lambda: AdaInf(eps=-1.0), ValueError, "AdaInf takes eps >= 0, got eps=-1.0"),
+        (lambda: AdaInf(eps=-1.0), ValueError, "AdaInf takes a finite number eps >= 0, got eps=-1.0"),
+        (lambda: AdaInf(eps="1e-8"), ValueError, "AdaInf takes a finite number eps >= 0, got eps='1e-8'"),
+        (lambda: AdaInf(eps=float("inf")), ValueError, "AdaInf takes a finite number eps >= 0, got eps=inf"),
+        (lambda: Spectral(dtype="bfloat16"), TypeError, "Spectral takes a dtype such as torch.float32, or None, got"),
         (
             lambda: AdaInf().lmo(torch.ones(2, 2)),
             ValueError,

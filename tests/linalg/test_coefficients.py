@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steepest.linalg import COEFFICIENTS, Coefficients, describe, get_coefficients, minimax
-from steepest.linalg.coefficients import LARGEST_PEAK, ROUNDING, SLACK, _stationary
+from steepest.linalg.coefficients import LARGEST_PEAK, ROUNDING, SLACK, _image, _stationary
 
 # Images of [l, 1] as peers' tables give them: computed by others, in float64, on a fine grid.
 PUBLISHED = [
@@ -23,6 +23,7 @@ PUBLISHED = [
     ("polar_express_1.05", 1e-2, 0.846, 1.124),
     ("polar_express_1.05", 1e-3, 0.729, 1.124),
     ("deepseek_v4", 1e-3, 1.000, 1.001),
+    ("cubic12", 1e-3, 1.000, 1.000),
 ]
 SLOPES = {
     "jordan": 485,
@@ -93,6 +94,16 @@ def test_the_image_is_that_of_a_fine_grid(name, lower):
     # step-wise extremes may be attained by different inputs only through a common one: images of intervals are exact
     assert values.min() == pytest.approx(low, abs=2e-3)
     assert values.max() == pytest.approx(high, abs=2e-3)
+
+
+@given(a=st.floats(0.5, 5), b=st.floats(-8, 8), c=st.floats(-8, 8) | st.sampled_from([0.0, 1e-17, -1e-17, 1e-9]))
+@settings(max_examples=200, deadline=None)
+def test_the_image_of_an_interval_is_exact_for_any_quintic(a, b, c):
+    x = torch.linspace(0.5, 1.0, 20_001, dtype=torch.float64)
+    values = x * (a + b * x**2 + c * x**4)
+    low, high = _image((a, b, c), 0.5, 1.0)
+    assert low == pytest.approx(values.min().item(), abs=1e-6)
+    assert high == pytest.approx(values.max().item(), abs=1e-6)
 
 
 def test_a_published_set_that_flips_directions_is_refused():
@@ -180,7 +191,7 @@ def test_describe_shows_every_step_and_the_certificate():
         ),
         (lambda: COEFFICIENTS["jordan"].certify(0.0), ValueError, "certify takes lower in (0, 1], got 0.0"),
         (lambda: minimax(0.0, 5), ValueError, "minimax takes lower in (0, 1), got 0.0"),
-        (lambda: minimax(0.1, 0), ValueError, "minimax takes at least one step, got steps=0"),
+        (lambda: minimax(0.1, 0), ValueError, "minimax takes a whole number of steps, at least one, got steps=0"),
         (
             lambda: minimax(0.1, 5, cushion=1.0),
             ValueError,

@@ -18,6 +18,34 @@ def linear():
 
 
 BUILD = {
+    "negative tensor lr": (
+        lambda: Muon(linear(), lr=torch.tensor(-1.0)),
+        ValueError,
+        "lr must be finite and at least 0, got -1.0",
+    ),
+    "momentum tensor": (
+        lambda: Muon(linear(), momentum=torch.tensor(0.9)),
+        TypeError,
+        "momentum must be a number, got tensor(0.9000)",
+    ),
+    "dtype text": (lambda: Muon(linear(), dtype="bfloat16"), TypeError, "Spectral takes a dtype such as torch.float32"),
+    "betas for a norm that does not adapt": (
+        lambda: Muon([{"params": [weight(2, 2)], "betas": (0.9, 0.95)}]),
+        ValueError,
+        "betas are for norms that adapt, and spectral does not; give momentum instead",
+    ),
+    "a module in a group": (
+        lambda: Muon([{"params": linear()}]),
+        TypeError,
+        "parameter group 0 has a module as 'params'; write module.parameters()",
+    ),
+    "view of a number": (lambda: View(split=4), TypeError, "View split must be a tuple of fan-outs"),
+    "view of a fraction": (lambda: View(heads=2.0), TypeError, "View heads must hold whole numbers, got 2.0"),
+    "a view that does not fit, for a norm that does not look": (
+        lambda: Muon([{"params": [("t", weight(6, 2))], "role": "embedding", "view": View(split=(2, 2))}]),
+        ValueError,
+        "does not fit shape (6, 2): split adds up to 4",
+    ),
     "negative lr": (lambda: Muon(linear(), lr=-1), ValueError, "lr must be finite and at least 0, got -1"),
     "lr nan": (lambda: Muon(linear(), lr=float("nan")), ValueError, "lr must be finite and at least 0, got nan"),
     "lr inf": (lambda: Adam(linear(), lr=float("inf")), ValueError, "lr must be finite and at least 0, got inf"),
@@ -25,7 +53,7 @@ BUILD = {
     "lr tensor of two": (
         lambda: Adam(linear(), lr=torch.ones(2)),
         TypeError,
-        "lr as a tensor must hold one real number, got shape (2,)",
+        "lr as a tensor must be a 0-d real number, got shape (2,)",
     ),
     "lr bool": (lambda: Adam(linear(), lr=True), TypeError, "lr must be a number, got True"),
     "lr misses a role": (
@@ -48,7 +76,11 @@ BUILD = {
     "betas of one": (lambda: Adam(linear(), betas=(0.9, 1.0)), ValueError, "betas must be in [0, 1), got 1.0"),
     "one beta": (lambda: Adam(linear(), betas=0.9), TypeError, "betas must be two numbers in [0, 1), got 0.9"),
     "nesterov number": (lambda: Muon(linear(), nesterov=1), TypeError, "nesterov must be True or False, got 1"),
-    "negative eps": (lambda: Adam(linear(), eps=-1e-8), ValueError, "AdaInf takes eps >= 0, got eps=-1e-08"),
+    "negative eps": (
+        lambda: Adam(linear(), eps=-1e-8),
+        ValueError,
+        "AdaInf takes a finite number eps >= 0, got eps=-1e-08",
+    ),
     "unknown scale": (
         lambda: Muon(linear(), scale="match_rms"),
         ValueError,
@@ -82,7 +114,7 @@ BUILD = {
         "Unknown on_nonfinite 'ignore'. Valid: raise, skip.",
     ),
     "no parameters": (lambda: Muon([]), ValueError, "optimizer got an empty parameter list"),
-    "module without parameters": (lambda: Muon(nn.ReLU()), ValueError, "ReLU has no parameters to optimise"),
+    "module without parameters": (lambda: Muon(nn.ReLU()), ValueError, "The model has no parameters to optimise"),
     "one tensor": (lambda: Muon(weight(2, 2)), TypeError, "got one tensor; write [tensor]"),
     "a number": (lambda: Muon([weight(2, 2), 3]), TypeError, "'params[1]' must be a tensor, got int"),
     "integers": (
@@ -186,6 +218,45 @@ def test_a_checkpoint_of_another_model_is_refused():
         ValueError, match=r"'momentum_buffer' of 'params\[0\]' has shape \(2, 3\), but \(3, 2\) is needed"
     ):
         Muon([weight(3, 2)]).load_state_dict(saved.state_dict())
+
+
+def test_a_refused_checkpoint_changes_nothing():
+    saved = Muon([weight(2, 3)], lr=0.7)
+    saved.param_groups[0]["params"][0].grad = torch.ones(2, 3)
+    saved.step()
+    other = Muon([weight(3, 2)], lr=0.1)
+    with pytest.raises(ValueError, match="has shape"):
+        other.load_state_dict(saved.state_dict())
+    assert other.param_groups[0]["lr"] == 0.1
+    assert not other.state
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused():
+    parameter = weight(2, 3)
+    peer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(2, 3)
+    peer.step()
+    with pytest.raises(ValueError, match=r"has the entry 'exp_avg', which is of another optimizer"):
+        Adam([parameter]).load_state_dict(peer.state_dict())
+
+
+def test_a_checkpoint_of_another_norm_is_refused():
+    with pytest.raises(ValueError, match="group 0 was saved with the norm 'Spectral' but has 'AdaInf' here"):
+        Adam([weight(2, 3)]).load_state_dict(Muon([weight(2, 3)]).state_dict())
+
+
+def test_norms_and_types_cannot_change_under_way():
+    parameter = weight(2, 3)
+    optimizer = Muon([parameter])
+    parameter.grad = torch.ones(2, 3)
+    optimizer.step()
+    optimizer.param_groups[0].update(norm=AdaInf(), beta2=0.9)
+    with pytest.raises(ValueError, match="A norm that adapts cannot replace another one after a step"):
+        optimizer.step()
+    parameter.data = parameter.data.double()
+    parameter.grad = torch.ones(2, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"became torch\.float64 after its state was made"):
+        optimizer.step()
 
 
 def test_a_checkpoint_with_other_roles_is_refused():

@@ -13,7 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from steepest import AdaInf, Adam, Frobenius, Muon, MuonAdam, NonFiniteError, Sign, Spectral, SteepestDescent, View
+from steepest import (
+    AdaInf,
+    Adam,
+    Frobenius,
+    Muon,
+    MuonAdam,
+    NonFiniteError,
+    Sign,
+    Spectral,
+    SteepestDescent,
+    View,
+    route,
+)
 from steepest.optim.guard import Guard
 
 RECIPES = {
@@ -249,9 +261,12 @@ def test_schedulers_with_arguments_of_their_own_work():
     model = network()
     optimizer = Muon(model, lr=0.02)
     one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.02, 0.002, 0.002], total_steps=5)
+    momenta = set()
     for step in range(4):
+        momenta.add(tuple(group["momentum"] for group in optimizer.param_groups))
         train(model, optimizer, [step])
         one_cycle.step()
+    assert len(momenta) > 2  # what the step reads is what the scheduler cycles, in every group
     optimizer = Muon(model, lr=0.02)
     cyclic = torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=1e-3, max_lr=2e-2)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
@@ -259,6 +274,109 @@ def test_schedulers_with_arguments_of_their_own_work():
         train(model, optimizer, [step])
         cyclic.step()
         plateau.step(1.0)
+
+
+def test_momentum_written_into_a_group_counts_for_every_norm():
+    a, b = network(torch.float64), network(torch.float64)
+    changed, built = Muon(a), Muon(b, momentum=0.5, betas=(0.5, 0.95))
+    for group in changed.param_groups:
+        group["momentum"] = 0.5
+    for x, y in zip(train(a, changed, range(3), torch.float64), train(b, built, range(3), torch.float64), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_huge_finite_gradients_do_not_become_infinite_averages(recipe):
+    weight = nn.Parameter(torch.zeros(3, 3))
+    optimizer = recipe([weight])
+    for size in (1e20, 1e37, 1.0, 1.0):
+        weight.grad = torch.full((3, 3), size)
+        optimizer.step()
+    assert weight.isfinite().all()
+    assert all(tensor.isfinite().all() for tensor in optimizer.state[weight].values())
+
+
+def test_a_plan_can_be_passed_and_changed_first():
+    model = network()
+    plan = route(model, overrides={"5.weight": "vector"})
+    groups = {group["role"]: group["param_names"] for group in Muon(plan).param_groups}
+    assert "5.weight" in groups["vector"]
+    assert "5.weight" not in groups["matrix"]
+
+
+def test_an_unknown_layout_is_warned_about_and_a_plan_settles_it():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixing = nn.Parameter(torch.zeros(4, 4))
+
+    model = nn.Sequential(nn.Linear(4, 4), Odd(), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match=r"The layout of 1\.mixing is not known") as seen:
+        Muon(model)
+    assert seen[0].filename == __file__
+    Muon(route(model, overrides={"1.mixing": "matrix"}))
+
+
+def test_frozen_integers_of_a_model_are_left_out():
+    model = network()
+    model.register_parameter("codes", nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False))
+    names = [name for group in Muon(model).param_groups for name in group["param_names"]]
+    assert "codes" not in names
+
+
+def test_hooks_of_the_user_may_reorder_a_state_dict():
+    first, second = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 2))
+    saved = Muon([("a", first), ("b", second)])
+    first.grad, second.grad = torch.full((2, 2), 1.0), torch.full((2, 2), 2.0)
+    saved.step()
+    optimizer = Muon([("b", second), ("a", first)])
+
+    def by_name(target, state_dict):
+        names = state_dict["param_groups"][0]["param_names"]
+        order = [names.index(name) for name in target.param_groups[0]["param_names"]]
+        state = {new: state_dict["state"][old] for new, old in enumerate(order)}
+        return {**state_dict, "state": state}
+
+    optimizer.register_load_state_dict_pre_hook(by_name)
+    after = []
+    optimizer.register_load_state_dict_post_hook(lambda o: after.append(o.state[first]["momentum_buffer"].clone()))
+    optimizer.load_state_dict(saved.state_dict())
+    assert torch.equal(optimizer.state[first]["momentum_buffer"], saved.state[first]["momentum_buffer"])
+    assert torch.equal(after[0], saved.state[first]["momentum_buffer"])
+
+
+def test_loaded_state_is_a_copy():
+    model = network()
+    optimizer = Muon(model)
+    train(model, optimizer, [0])
+    saved = optimizer.state_dict()
+    other = Muon(model)
+    other.load_state_dict(saved)
+    weight = model[5].weight
+    assert other.state[weight]["momentum_buffer"].data_ptr() != optimizer.state[weight]["momentum_buffer"].data_ptr()
+
+
+def test_each_group_has_a_tensor_learning_rate_of_its_own():
+    lr = torch.tensor(0.02)
+    optimizer = Muon(network(), lr=lr, adam_lr=lr)
+    optimizer.param_groups[0]["lr"].fill_(0.5)
+    assert [float(group["lr"]) for group in optimizer.param_groups[1:]] == pytest.approx([0.02, 0.02])
+    assert lr.item() == pytest.approx(0.02)
+
+
+def test_a_group_that_sets_an_option_needs_no_default_for_its_role():
+    weights = nn.Parameter(torch.zeros(2, 2))
+    optimizer = SteepestDescent([{"params": [weights], "role": "head", "lr": 0.1}], lr={"matrix": 0.02})
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_diagnostics_remember_the_rate_of_their_step():
+    lr = torch.tensor(0.5)
+    weights = nn.Parameter(torch.zeros(2, 2))
+    weights.grad = torch.eye(2)
+    optimizer = SteepestDescent([weights], lr=lr, norms={"matrix": Sign()})
+    optimizer.step()
+    optimizer.param_groups[0]["lr"].fill_(100.0)
+    assert optimizer.diagnostics()["matrix/update_rms"] == pytest.approx(0.5 * 0.5**0.5)
 
 
 def test_averaging_of_weights_works_beside_it():
@@ -416,16 +534,16 @@ def test_a_non_finite_gradient_leaves_no_trace_and_is_counted(recipe, bad):
     before = snapshot(model, optimizer)
     backward(model, 2)
     model[5].weight.grad[3, 3] = bad
-    with pytest.warns(RuntimeWarning, match=r"the gradient of '5\.weight' is not finite: this step is skipped"):
+    with pytest.warns(RuntimeWarning, match=r"the gradient of '5\.weight' is not finite: this step is skipped") as seen:
         optimizer.step()
+    assert seen[0].filename == __file__
     optimizer.step()  # the second time it is only counted
     for part, other in zip(before, snapshot(model, optimizer), strict=True):
         assert_same(part, other)
     assert optimizer.diagnostics()["skipped_steps"] == 2
     resumed = recipe(model)
     resumed.load_state_dict(optimizer.state_dict())
-    with pytest.warns(RuntimeWarning, match="is not finite"):
-        assert resumed.diagnostics()["skipped_steps"] == 2
+    assert resumed.diagnostics()["skipped_steps"] == 2  # and no second warning of what was warned about
 
 
 @pytest.mark.parametrize("how", ["loss", "closure"])

@@ -37,8 +37,8 @@ def find_heads(model: nn.Module, groups: Sequence[Sequence[Site]], roles: Sequen
     outside = [site for site in matrices if id(site.module) not in inside]
     rows = _token_rows(inner)
     reading_out = [site for site in outside if isinstance(site.module, nn.Linear) and site.shape[0] == rows]
-    if reading_out:
-        return {id(site.parameter): f"output head: one row per row of the token table, {rows}" for site in reading_out}
+    if reading_out:  # an inner layer may have that width by chance; the head comes last
+        return {id(reading_out[-1].parameter): f"output head: one row per row of the token table, {rows}"}
     last = matrices[-1] if len(matrices) > 1 else None
     if last and id(last.module) not in inside and _is_layer(last):
         return {id(last.parameter): "output head: the last matrix of the model"}

@@ -38,7 +38,7 @@ _ROUTER_KIND = re.compile(r"Router(MLP)?$|(MoE|Moe|TopK|Topk|Top\d)\w*Gat(e|ing)
 _TABLE_KIND = re.compile(r"(Embeddings?|PositionalEncoding)$")
 _TABLE_LEAF = re.compile(
     r"(^|_)(rel_)?pos(_|$)|(pos|level|seg|type)_?emb|position(al)?_?(emb|enc)|_(embeddings?|table)$"
-    r"|(^|_)(tokens?|query|queries|latents?)(_|$)"
+    r"|^(\w+_)?tokens?$|^(query|queries|latents?)$"
 )
 _STATE_DECAY = ("A_log", "A_logs")
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}

@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Literal, NamedTuple, Self, cast, get_args
 
 from torch import Tensor
 
@@ -71,6 +71,7 @@ class View:
 
     Raises:
         ValueError: If a number is not positive, or options exclude one another.
+        TypeError: If a number is not whole.
 
     Example:
         >>> qkv = View(split=(64, 32, 32), heads=(4, 2, 2))  # grouped-query attention, one matrix per head
@@ -89,9 +90,16 @@ class View:
     heads_dim: HeadsDim = "out"
 
     def __post_init__(self) -> None:
+        for option in ("split", "heads"):  # a list would not be hashable
+            if isinstance(getattr(self, option), list):
+                object.__setattr__(self, option, tuple(getattr(self, option)))
+        if not isinstance(cast(object, self.split), tuple):
+            raise TypeError(f"View split must be a tuple of fan-outs such as (64, 32, 32), got {self.split!r}.")
         heads = self._heads()
         counts = {"groups": (self.groups,), "split": self.split, "interleave": (self.interleave,), "heads": heads}
         for option, values in counts.items():
+            if not all(isinstance(cast(object, value), int) for value in values):
+                raise TypeError(f"View {option} must hold whole numbers, got {getattr(self, option)!r}.")
             if any(value < 1 for value in values):
                 raise ValueError(f"View {option} must be positive, got {getattr(self, option)}. Leave it out for none.")
         if self.heads_dim not in get_args(HeadsDim):
@@ -210,7 +218,7 @@ class View:
     def _heads(self) -> tuple[int, ...]:
         if self.heads is None:
             return ()
-        return (self.heads,) if isinstance(self.heads, int) else self.heads
+        return self.heads if isinstance(self.heads, tuple) else (self.heads,)
 
     def _strided(self, t: Tensor) -> list[Tensor]:
         """Parts with the nine dimensions of `_Part.sizes`, as strided views where `t` has the strides for it."""

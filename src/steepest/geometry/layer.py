@@ -7,9 +7,11 @@ products of one matrix. For each norm
 A vector is a 1 x n matrix. Norms that adapt take the second moment V of the gradient, shaped like M.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Protocol
+from numbers import Real
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +60,7 @@ class _Printed:
             for option in fields(self)  # pyright: ignore[reportArgumentType] - subclasses are dataclasses
             if getattr(self, option.name) != option.default
         ]
-        name = next(name for name, kind in NORMS.items() if kind is type(self))
+        name = next((name for name, kind in NORMS.items() if kind is type(self)), type(self).__name__)
         return " ".join([name, *changed])
 
 
@@ -74,6 +76,7 @@ class Spectral(_Printed):
 
     Raises:
         ValueError: If an option is not known.
+        TypeError: If `dtype` is not a floating-point type.
 
     Source:
         Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/; Bernstein and Newhouse, arXiv:2409.20325.
@@ -90,6 +93,8 @@ class Spectral(_Printed):
         scale_factor(self.scale, 1, 1)
         get_coefficients(self.coefficients)
         polar(torch.zeros(0, 1, 1), method=self.polar)
+        if self.dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(f"Spectral takes a dtype such as torch.float32, or None, got dtype={self.dtype!r}.")
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """σ_max(W) / s, by a singular value decomposition."""
@@ -169,8 +174,8 @@ class AdaInf(_Printed):
     matrix: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.eps >= 0:
-            raise ValueError(f"AdaInf takes eps >= 0, got eps={self.eps}.")
+        if not isinstance(cast(object, self.eps), Real) or not 0 <= self.eps < math.inf:
+            raise ValueError(f"AdaInf takes a finite number eps >= 0, got eps={self.eps!r}.")
 
     def _root(self, v: Tensor | None) -> Tensor:
         if v is None:

@@ -8,6 +8,7 @@ are roots of a quadratic, so images of intervals are computed here, not sampled.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -136,8 +137,10 @@ def _stationary(step: Triple) -> list[float]:
     if c == 0:
         squares = [-a / (3 * b)] if b != 0 else []
     else:
-        root = 9 * b * b - 20 * a * c
-        squares = [] if root < 0 else [(-3 * b + sign * math.sqrt(root)) / (10 * c) for sign in (-1, 1)]
+        discriminant = 9 * b * b - 20 * a * c
+        # the root that does not cancel, and the other from the product of both
+        half = -(3 * b + math.copysign(math.sqrt(max(discriminant, 0.0)), b)) / 2
+        squares = [] if discriminant < 0 or half == 0 else [half / (5 * c), a / half]
     return [math.sqrt(square) for square in squares if square > 0]
 
 
@@ -182,8 +185,8 @@ def minimax(lower: float, steps: int, *, cushion: float = 0.02407327424182761, s
     """
     if not 0 < lower < 1:
         raise ValueError(f"minimax takes lower in (0, 1), got {lower}.")
-    if steps < 1:
-        raise ValueError(f"minimax takes at least one step, got steps={steps}.")
+    if not isinstance(cast(object, steps), int) or steps < 1:
+        raise ValueError(f"minimax takes a whole number of steps, at least one, got steps={steps}.")
     if not 0 <= cushion < 1 or not 1 <= safety < 2:
         raise ValueError(f"minimax takes cushion in [0, 1) and safety in [1, 2), got {cushion} and {safety}.")
     low, high, designed = lower, 1.0, []

@@ -21,9 +21,9 @@ PolarMethod = Literal["auto", "newton-schulz", "gram", "svd"]
 # One chunk of a batch keeps its temporaries below this; larger batches are worked on chunk by chunk.
 MEMORY_CAP = 256 * 2**20
 # Rounding leaves an error of about eps in the null space of the Gram matrix, and a step with slope a enlarges it by
-# a². The Gram form starts anew from X before that passes this bound. For bfloat16 and the five steps in common use
-# this is the restart after two steps that others found by search; float32 needs none.
-LARGEST_NOISE = 2.0
+# a². The Gram form starts anew from X before that passes this bound: near 1 the eigenvalues that rounding made negative
+# grow faster still, and the iteration diverges.
+LARGEST_NOISE = 0.1
 
 
 def polar(
@@ -38,8 +38,9 @@ def polar(
 
     The result does not depend on the scale of a matrix: entries from 1e-30 to 1e30 are brought to size one first, in
     float32 or wider. A zero matrix gives zero, a matrix without entries gives itself; a non-finite entry spoils its
-    own matrix only. Singular values below `max(m, n) · eps · s_max`, with the eps of the input's dtype, count as zero
-    for "svd", while the polynomial methods send a singular value s to `coefficients(s / ‖X‖_F)`.
+    own matrix only. For "svd", singular values that the rounding of the input can have made count as zero: those below
+    8 eps s_max, with the eps of the input's dtype but of float32 at most. The polynomial methods send a singular value
+    s to `coefficients(s / ‖X‖_F)`.
 
     Args:
         x: (*batch, m, n), real floating point, any units.
@@ -78,7 +79,7 @@ def polar(
     wide = batch.mT if tall else batch
     rows, columns = wide.shape[-2:]
     compute = torch.float64 if method == "svd" else dtype or _compute_dtype(x)
-    iterate = _iteration(method, chosen, rows, columns, torch.finfo(x.dtype if method == "svd" else compute).eps)
+    iterate = _iteration(method, chosen, rows, columns, torch.finfo(_wide(x) if method == "svd" else compute).eps)
     # X, its next iterate, and three k x k matrices (Gram matrix, its polynomial, accumulated factor)
     per_matrix = (2 * rows * columns + 3 * rows * rows) * compute.itemsize
     chunks = wide.split(max(1, memory_cap // per_matrix))
@@ -117,9 +118,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.is_cuda else torch.float32
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _normalised(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Divide each matrix by its Frobenius norm, by way of its largest entry so that squares stay in range."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(_wide(x))
     largest = x.abs().amax(dim=(-2, -1), keepdim=True)
     x = x / torch.where(largest == 0, 1.0, largest)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
@@ -144,7 +149,7 @@ def _iteration(
 def _svd(x: Tensor, eps: float) -> Tensor:
     finite = x.isfinite().all(dim=(-2, -1), keepdim=True)
     u, s, vh = torch.linalg.svd(torch.where(finite, x, 0.0), full_matrices=False)
-    cutoff = s[..., :1] * max(x.shape[-2:]) * eps
+    cutoff = s[..., :1] * max(8 * eps, max(x.shape[-2:]) * torch.finfo(x.dtype).eps)
     return torch.where(finite, (u * (s > cutoff).unsqueeze(-2)) @ vh, torch.nan)
 
 

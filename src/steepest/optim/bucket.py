@@ -32,7 +32,8 @@ class Bucket:
             One batch (P·B, m, n) per block of the view, P the number of parameters.
         """
         if self.view is None:
-            return (torch.stack([tensor.reshape(1, -1) for tensor in tensors]),)
+            rows = [tensor.reshape(1, -1) for tensor in tensors]
+            return (torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0),)
         split = [self.view.split_tensor(tensor) for tensor in tensors]
         if len(split) == 1:
             return split[0]
@@ -56,7 +57,12 @@ class Bucket:
 
 
 def directions(
-    bucket: Bucket, norm: Norm, averages: Sequence[Tensor], squares: Sequence[Tensor] | None
+    bucket: Bucket,
+    norm: Norm,
+    averages: Sequence[Tensor],
+    squares: Sequence[Tensor] | None,
+    *,
+    accept: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Steepest directions for momenta shaped like the parameters.
 
@@ -65,13 +71,15 @@ def directions(
         norm: Whose unit ball.
         averages: Debiased momenta, one per parameter.
         squares: Debiased second moments, for a norm that adapts.
+        accept: A 0-d boolean on the device; where it is False the directions are zero. None means True.
 
     Returns:
         Directions to add, one batch (P·B, m, n) per block of the view.
     """
     batches = bucket.matrices(averages)
     moments = bucket.matrices(squares) if squares is not None else [None] * len(batches)
-    return tuple(norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True))
+    moves = tuple(norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True))
+    return moves if accept is None else tuple(torch.where(accept, move, 0.0) for move in moves)
 
 
 def apply_(
@@ -89,12 +97,11 @@ def apply_(
         moves: One per parameter, float32 or wider.
         lr: Learning rate, a number or a 0-d tensor.
         weight_decay: Decoupled, times the learning rate.
-        accept: A 0-d boolean on the device; where it is False nothing changes. None means True.
+        accept: A 0-d boolean on the device; where it is False nothing decays, and the moves must be zero. None means
+            True.
     """
-    shrink = 1 - lr * weight_decay
-    if accept is not None:
-        moves = [torch.where(accept, move, 0.0) for move in moves]
-        shrink = torch.where(accept, torch.as_tensor(shrink, dtype=moves[0].dtype, device=accept.device), 1.0)
+    decay = lr * weight_decay
+    shrink = 1 - (decay if accept is None else decay * accept.to(moves[0].dtype))
     direct = parameters[0].dtype == moves[0].dtype
     wide = list(parameters) if direct else [p.to(moves[0].dtype) for p in parameters]
     if isinstance(shrink, Tensor) or shrink != 1:

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from steepest.anatomy import ROLES, Plan, PlanRow, Role, View
+from steepest.anatomy import Plan, PlanRow, Role, View
 from steepest.geometry import Norm, get_norm
 from steepest.optim.bucket import Bucket, apply_, directions
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.guard import Guard, OnNonFinite
 from steepest.optim.momentum import average_, debias, look_ahead
-from steepest.optim.options import DEFAULT_NORMS, check_group, check_parameter, for_role
+from steepest.optim.options import DEFAULT_NORMS, check_betas, check_group, check_role, for_role
 from steepest.optim.parameters import Parameters, collect, complete_row
-from steepest.optim.state import MOMENTUM, SECOND, STEP, ensure_state, restored, state_dtype
+from steepest.optim.state import MOMENTUM, SECOND, STEP, check_saved, ensure_state, restored, state_dtype
 
 Group = dict[str, Any]
 PerRole = Mapping[Role, Any]
@@ -39,10 +39,11 @@ class SteepestDescent(Optimizer):
 
     Args:
         params: A module, whose parameters are routed to roles and views (`route`); or parameters, named parameters or
-            parameter groups. A group may set any option for itself, and `role` and `view`. Without a role, parameters
-            with two or more dimensions are matrices and the others vectors.
+            parameter groups, or a plan. A group may set any option for itself, and `role` and `view`. Without a role,
+            parameters with two or more dimensions are matrices and the others vectors.
         lr: Learning rate: the length of a step in the group's norm. A number or a 0-d tensor.
-        momentum: Weight of the old average of gradients, in [0, 1); for norms that do not adapt.
+        momentum: Weight of the old average of gradients, in [0, 1); for norms that do not adapt. In the groups, and so
+            for schedulers, "momentum" is this weight for every norm.
         nesterov: Look ahead by one gradient; for norms that do not adapt.
         weight_decay: Decoupled; the rate per step is lr times this, with the scheduled lr.
         betas: Weights of the old averages of gradients and of their squares, for norms that adapt (`AdaInf`).
@@ -85,13 +86,8 @@ class SteepestDescent(Optimizer):
         self._rows: dict[Tensor, PlanRow] = {}
         rows, groups = collect(params)
         self._rows.update(rows)
-        first: Role = "matrix"
-        # torch's schedulers look for these names among the defaults; each group has its own values.
-        defaults = {
-            key: for_role(key, value, first if not isinstance(value, Mapping) else next(iter(value), first))
-            for key, value in self._defaults_per_role.items()
-            if key != "norm"
-        }
+        # torch's schedulers look for these names among the defaults; what counts is in the groups.
+        defaults = {key: _any_role(self._defaults_per_role[key]) for key in ("lr", "momentum", "weight_decay")}
         super().__init__(groups, defaults)
 
     @property
@@ -118,21 +114,37 @@ class SteepestDescent(Optimizer):
         where = f"parameter group {len(self.param_groups)}"
         rows, groups = collect([param_group], known=self._rows, where=where)
         (group,) = groups
-        role = cast(Role, group["role"])
-        if role in ROLES:
-            for option, value in self._defaults_per_role.items():
-                group.setdefault(option, for_role(option, value, role))
+        self._complete(group, where)
         check_group(group, where=where)
-        norm = group["norm"] = get_norm(group["norm"])
-        for parameter, row in rows.items():
-            check_parameter(row.name, parameter)
-            if norm.matrix:
-                _check_matrix(row)
-        group["betas"] = tuple(group["betas"])
-        group.setdefault("view", None)
-        group["skipped_steps"] = 0
+        for row in rows.values():
+            _check_view(row, group["norm"])
         super().add_param_group(group)
         self._rows.update(rows)
+
+    def _complete(self, group: Group, where: str) -> None:
+        """Fill in what a group leaves open; `momentum` is the weight of the old average of gradients in every group."""
+        check_role(group["role"], where=where)
+        role = cast(Role, group["role"])
+
+        def default(option: str) -> Any:
+            return for_role(option, self._defaults_per_role[option], role)
+
+        norm = group["norm"] = get_norm(group["norm"] if "norm" in group else default("norm"))
+        if norm.adapts:
+            given = "betas" in group
+            betas = check_betas(where, group.pop("betas") if given else default("betas"))
+            group["momentum"] = betas[0] if given else group.get("momentum", betas[0])
+            group["beta2"] = betas[1] if given else group.get("beta2", betas[1])
+        elif "betas" in group:
+            raise ValueError(f"{where}: betas are for norms that adapt, and {norm} does not; give momentum instead.")
+        for option in ("lr", "momentum", "nesterov", "weight_decay"):
+            if option not in group:
+                group[option] = default(option)
+        if isinstance(group["lr"], Tensor):  # schedulers write into it: one per group
+            group["lr"] = group["lr"].clone()
+        group.setdefault("beta2", 0.0)
+        group.setdefault("view", None)
+        group["skipped_steps"] = 0
 
     @overload
     def step(self, closure: None = None, *, loss: Tensor | float | None = None) -> None: ...
@@ -170,7 +182,7 @@ class SteepestDescent(Optimizer):
         accept = admitted if isinstance(admitted, Tensor) else None
         self._record.clear()
         for group, members in present:
-            for bucket in self._buckets(members):
+            for bucket in self._buckets(members, matrix=group["norm"].matrix):
                 self._move(group, bucket, accept)
         return returned
 
@@ -184,7 +196,7 @@ class SteepestDescent(Optimizer):
         gradients = [cast(Tensor, parameter.grad).to(wide) for parameter in bucket.parameters]
         if accept is not None:
             accept = accept.to(gradients[0].device)
-        beta, beta2 = group["betas"] if norm.adapts else (group["momentum"], 0.0)
+        beta = group["momentum"]
         steps = [state[STEP] for state in states]
         torch._foreach_add_(steps, 1.0 if accept is None else accept.to(wide))
         count = torch.stack(steps)
@@ -197,21 +209,24 @@ class SteepestDescent(Optimizer):
         squares = None
         if norm.adapts:
             seconds = [state[SECOND] for state in states]
-            average_(seconds, torch._foreach_mul(gradients, gradients), beta2, accept=accept)
-            squares = _divided(seconds, debias(beta2, count))
+            squared = torch._foreach_mul(gradients, gradients)
+            torch._foreach_clamp_max_(squared, torch.finfo(wide).max)  # an infinite square would stay for ever
+            average_(seconds, squared, group["beta2"], accept=accept)
+            squares = _divided(seconds, debias(group["beta2"], count))
 
-        batches = directions(bucket, norm, averages, squares)
+        batches = directions(bucket, norm, averages, squares, accept=accept)
         lr = cast(float | Tensor, group["lr"])
         lr = lr.to(batches[0].device) if isinstance(lr, Tensor) else lr
         self._record.add(group["role"], norm, batches, lr=lr)
         moves = bucket.parameter_shaped(batches)
         apply_(bucket.parameters, moves, lr=lr, weight_decay=group["weight_decay"], accept=accept)
 
-    def _buckets(self, parameters: Sequence[Tensor]) -> Iterator[Bucket]:
+    def _buckets(self, parameters: Sequence[Tensor], *, matrix: bool) -> Iterator[Bucket]:
         """Parameters of one group, together where they have one layout; in order of first appearance."""
         alike: dict[tuple[object, ...], list[Tensor]] = {}
         for parameter in parameters:
-            key = (parameter.shape, self._rows[parameter].view, parameter.dtype, parameter.device)
+            view = self._rows[parameter].view if matrix else None
+            key = (parameter.shape, view, parameter.dtype, parameter.device)
             alike.setdefault(key, []).append(parameter)
         for (_, view, *_), members in alike.items():
             yield Bucket(tuple(members), cast(View | None, view))
@@ -250,27 +265,37 @@ class SteepestDescent(Optimizer):
             state_dict: What `state_dict` returned, from this or another world.
 
         Raises:
-            ValueError: If groups or shapes do not match, or a group was saved under another role.
+            ValueError: If groups, roles, kinds of norm or shapes do not match, or the state is of another optimizer.
+                Nothing is changed then.
         """
         kept = [dict(group) for group in self.param_groups]
-        saved_groups = cast(Sequence[Group], state_dict["param_groups"])
-        for index, (saved, group) in enumerate(zip(saved_groups, kept, strict=False)):
-            if saved.get("role", group["role"]) != group["role"]:
-                raise ValueError(
-                    f"Parameter group {index} was saved with the role {saved['role']!r} but has {group['role']!r} "
-                    "here. Build the optimizer as it was built when the state was saved."
-                )
-        super().load_state_dict(state_dict)
+        effective: dict[str, Any] = {}
+
+        def check(_: Optimizer, given: dict[str, Any]) -> None:
+            check_saved(given, self.param_groups, [self._rows[p].name for p in self._parameters()])
+            effective.update(given)
+
+        # Last before and first after: hooks of the user see, and may change, what they would see of any optimizer.
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore(effective, kept), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _restore(self, saved: dict[str, Any], kept: Sequence[Group]) -> None:
+        """Put back what torch's loading has replaced or rounded."""
         for group, old in zip(self.param_groups, kept, strict=True):
             group.update({key: old[key] for key in old if key not in group or key in ("norm", "view")})
-            group["betas"] = tuple(group["betas"])
-        indices = [index for group in saved_groups for index in group["params"]]
-        members = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(indices, members, strict=True):
-            if index in state_dict["state"]:
-                name = self._rows[parameter].name
-                self.state[parameter] = restored(state_dict["state"][index], parameter, name=name)
+        indices = [index for group in saved["param_groups"] for index in group["params"]]
+        for index, parameter in zip(indices, self._parameters(), strict=True):
+            if index in saved["state"]:
+                self.state[parameter] = restored(saved["state"][index], parameter)
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
@@ -294,11 +319,16 @@ def _dense_gradient(parameter: Tensor, name: str) -> Tensor:
     return gradient
 
 
-def _check_matrix(row: PlanRow) -> None:
+def _check_view(row: PlanRow, norm: Norm) -> None:
     """A norm of linear maps needs to know the map."""
-    if row.view is None:
+    if row.view is not None:
+        row.view.blocks(row.shape)
+    elif norm.matrix:
         raise ValueError(
             f"{row.name!r} of shape {tuple(row.shape)} has no view as matrices, which the group's norm needs. "
             "Give the group a view=, or another role or norm."
         )
-    row.view.blocks(row.shape)
+
+
+def _any_role(value: Any) -> Any:
+    return next(iter(value.values()), None) if isinstance(value, Mapping) else value

@@ -16,7 +16,7 @@ class _Entry:
     size: Tensor  # sum of squares of the directions' entries
     lr: float | Tensor
     entries: int
-    residual: Tensor | None
+    factor: Tensor | None  # one polar factor of the bucket
 
 
 @dataclass
@@ -39,12 +39,12 @@ class StepRecord:
             lr: Learning rate that multiplies them.
         """
         size = torch.stack([torch.linalg.vector_norm(batch).square() for batch in batches]).sum()
-        residual = None
-        if isinstance(norm, Spectral):  # one matrix per layout: a hundredth of what the polar factors cost
-            residual = _residual(batches[0][0] / scale_factor(norm.scale, *batches[0].shape[-2:]))
+        factor = None
+        if isinstance(norm, Spectral):  # a copy: the batch itself would stay in memory with it
+            factor = batches[0][0] / scale_factor(norm.scale, *batches[0].shape[-2:])
         if isinstance(lr, Tensor):  # a scheduler may overwrite it before it is read
             lr = lr.clone()
-        self.entries.append(_Entry(role, size, lr, sum(batch.numel() for batch in batches), residual))
+        self.entries.append(_Entry(role, size, lr, sum(batch.numel() for batch in batches), factor))
 
     def read(self) -> dict[str, float]:
         """Per role: "ROLE/update_rms" and, for spectral norms, "ROLE/orthogonality_error"."""
@@ -53,7 +53,7 @@ class StepRecord:
             of_role = [entry for entry in self.entries if entry.role == role]
             squares = sum(float(entry.size) * float(entry.lr) ** 2 for entry in of_role)
             result[f"{role}/update_rms"] = (squares / sum(entry.entries for entry in of_role)) ** 0.5
-            residuals = [float(entry.residual) for entry in of_role if entry.residual is not None]
+            residuals = [float(_residual(entry.factor)) for entry in of_role if entry.factor is not None]
             if residuals:
                 result[f"{role}/orthogonality_error"] = max(residuals)
         return result

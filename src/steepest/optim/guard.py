@@ -1,5 +1,6 @@
 """A step with a gradient or loss that is not finite must leave no trace."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -10,6 +11,8 @@ from torch import Tensor
 from steepest.names import unknown_name
 
 OnNonFinite = Literal["skip", "raise"]
+# From the warning through this file, the step and torch's wrappers of it to the line that called step().
+CALLER = 6
 
 
 class NonFiniteError(ArithmeticError):
@@ -38,7 +41,7 @@ class Guard:
         self._skipped: int | Tensor = 0
 
     def admit(self, names: Sequence[str], gradients: Sequence[Tensor], loss: Tensor | float | None) -> bool | Tensor:
-        """Whether all gradients and the loss are finite.
+        """Whether all gradients and the loss are finite, and small enough to be averaged without overflow.
 
         Args:
             names: Of the parameters, for the message.
@@ -52,11 +55,11 @@ class Guard:
             NonFiniteError: If something is not finite and `on_nonfinite` is "raise".
         """
         device = gradients[0].device
-        # The largest absolute entry is finite exactly if all entries are, and cannot overflow.
-        finite = torch.stack(
-            [peak.isfinite().to(device) for peak in torch._foreach_norm(list(gradients), ord=torch.inf)]
-        )
-        loss_finite = torch.as_tensor(True if loss is None else loss).detach().to(device).isfinite().all()
+        # The largest absolute entry is finite exactly if all are; the factor leaves room for a difference of two.
+        peaks = torch._foreach_norm(list(gradients), ord=torch.inf)
+        wide = [peak.to(device, torch.promote_types(peak.dtype, torch.float32)) for peak in peaks]
+        finite = torch.stack([(4 * peak).isfinite() for peak in wide])
+        loss_finite = _finite(loss, device)
         admitted = finite.all() & loss_finite
         if device.type != "cpu" and self.on_nonfinite == "skip":
             self._skipped = self._skipped + (~admitted).long()
@@ -81,8 +84,9 @@ class Guard:
         return count
 
     def restore(self, skipped: int) -> None:
-        """Continue counting from a checkpoint's number."""
+        """Continue counting from a checkpoint's number; what was skipped before was warned about before."""
         self._skipped = skipped
+        self._warned = skipped > 0
 
     def _warn(self, culprit: str) -> None:
         if not self._warned:
@@ -91,5 +95,12 @@ class Guard:
                 f"{culprit} is not finite: this step is skipped, parameters and state stay as they are. Further ones "
                 "are counted in diagnostics()['skipped_steps'] without a warning.",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=CALLER,
             )
+
+
+def _finite(loss: Tensor | float | None, device: torch.device) -> bool | Tensor:
+    """Without moving anything to the device that is not there yet."""
+    if isinstance(loss, Tensor):
+        return loss.detach().isfinite().all().to(device)
+    return loss is None or math.isfinite(loss)

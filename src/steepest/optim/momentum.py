@@ -39,7 +39,7 @@ def debias(beta: float, steps: Tensor) -> Tensor:
         >>> debias(0.9, torch.tensor([1.0, 2.0], dtype=torch.float64))
         tensor([0.1000, 0.1900], dtype=torch.float64)
     """
-    return -torch.expm1(steps * (math.log(beta) if beta > 0 else -torch.inf))
+    return -torch.expm1(steps * math.log(beta)) if beta > 0 else (steps > 0).to(steps.dtype)
 
 
 def look_ahead(buffers: Sequence[Tensor], gradients: Sequence[Tensor], beta: float) -> list[Tensor]:

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from steepest.anatomy import ROLES, Role, View
-from steepest.geometry import AdaInf, Norm, Spectral, get_norm
+from steepest.geometry import AdaInf, Norm, Spectral
 from steepest.names import unknown_name
 
 # What users may write into a group. Everything the optimizer keeps per group is declared here and at construction,
 # because a key that appears later is dropped by distributed checkpoints.
-GROUP_KEYS = ("params", "role", "norm", "view", "lr", "momentum", "nesterov", "weight_decay", "betas")
+GROUP_KEYS = ("params", "role", "norm", "view", "lr", "momentum", "nesterov", "weight_decay", "betas", "beta2")
 # torch and its schedulers add these to groups they have seen.
 FOREIGN_KEYS = ("param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "skipped_steps")
 DEFAULT_NORMS: Mapping[Role, Norm] = {
@@ -62,35 +63,65 @@ def check_group(group: Mapping[str, object], *, where: str) -> None:
     for key in group:
         if key not in GROUP_KEYS and key not in FOREIGN_KEYS:
             raise ValueError(f"{where}: {unknown_name('option', key, GROUP_KEYS)}")
-    role = group["role"]
-    if role not in ROLES:
-        raise ValueError(f"{where}: {unknown_name('role', role, ROLES)}")
     _check_number(where, "lr", group["lr"], low=0.0, high=math.inf)
     _check_number(where, "momentum", group["momentum"], low=0.0, high=1.0)
     _check_number(where, "weight_decay", group["weight_decay"], low=0.0, high=math.inf)
-    betas = group["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TypeError(f"{where}: betas must be two numbers in [0, 1), got {betas!r}.")
-    for beta in betas:
-        _check_number(where, "betas", beta, low=0.0, high=1.0)
+    _check_number(where, "beta2", group["beta2"], low=0.0, high=1.0)
     if not isinstance(group["nesterov"], bool):
         raise TypeError(f"{where}: nesterov must be True or False, got {group['nesterov']!r}.")
     view = group.get("view")
     if view is not None and not isinstance(view, View):
         raise TypeError(f"{where}: view must be a View, such as View(groups=4), or None, got {view!r}.")
-    get_norm(group["norm"])  # pyright: ignore[reportArgumentType] - it checks
 
 
 def _check_number(where: str, option: str, value: object, *, low: float, high: float) -> None:
-    if isinstance(value, Tensor):  # a tensor learning rate stays on its device unread
-        if value.numel() != 1 or not value.is_floating_point():
-            raise TypeError(f"{where}: {option} as a tensor must hold one real number, got shape {tuple(value.shape)}.")
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, Tensor) and option == "lr":
+        if value.ndim != 0 or not value.is_floating_point():
+            raise TypeError(f"{where}: lr as a tensor must be a 0-d real number, got shape {tuple(value.shape)}.")
+        if value.device.type != "cpu":  # on an accelerator it stays unread
+            return
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{where}: {option} must be a number, got {value!r}.")
+    value = float(value)
     if not low <= value < high:
         interval = f"in [{low:g}, {high:g})" if math.isfinite(high) else f"finite and at least {low:g}"
         raise ValueError(f"{where}: {option} must be {interval}, got {value!r}.")
+
+
+def check_role(role: object, *, where: str) -> None:
+    """Refuse what is no role.
+
+    Args:
+        role: What was given.
+        where: Which group, for the message.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if role not in ROLES:
+        raise ValueError(f"{where}: {unknown_name('role', role, ROLES)}")
+
+
+def check_betas(where: str, betas: object) -> tuple[float, float]:
+    """Weights of the old averages of gradients and of their squares.
+
+    Args:
+        where: Which group, for the message.
+        betas: What was given.
+
+    Returns:
+        The two numbers.
+
+    Raises:
+        TypeError: If it is not two numbers.
+        ValueError: If one is not in [0, 1).
+    """
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise TypeError(f"{where}: betas must be two numbers in [0, 1), got {betas!r}.")
+    for beta in betas:
+        _check_number(where, "betas", beta, low=0.0, high=1.0)
+    return float(betas[0]), float(betas[1])
 
 
 def check_parameter(name: str, parameter: object) -> Tensor:

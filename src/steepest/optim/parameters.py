@@ -1,18 +1,20 @@
 """From what users pass as `params` to groups of one role each, with a plan row per parameter."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from steepest.anatomy import LINEAR, ROLES, PlanRow, Role, View, route
+from steepest.anatomy import LINEAR, ROLES, Plan, PlanRow, Role, View, route
 from steepest.geometry import get_norm
 from steepest.optim.options import check_parameter
 
 Group = dict[str, Any]
-Parameters = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
+Parameters = nn.Module | Plan | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 Rows = dict[Tensor, PlanRow]
+CALLER = 5  # from the warning through collect, the optimizer and the recipe to the line that built it
 
 
 def collect(
@@ -21,7 +23,7 @@ def collect(
     """Sort parameters into groups of one role each.
 
     Args:
-        params: A module, parameters, named parameters, or groups.
+        params: A module, a plan, parameters, named parameters, or groups.
         known: Rows of parameters that were routed before.
         where: Name of the group that is being added, for messages.
 
@@ -32,8 +34,8 @@ def collect(
         TypeError: If an entry is not a tensor.
         ValueError: If a parameter appears twice, or a role or view must be given.
     """
-    if isinstance(params, nn.Module):
-        return _from_module(params)
+    if isinstance(params, nn.Module | Plan):
+        return _from_plan(params if isinstance(params, Plan) else route(params))
     if isinstance(params, Tensor):
         raise TypeError("params must be a module or an iterable of tensors, got one tensor; write [tensor].")
     entries = list(params)
@@ -62,10 +64,19 @@ def complete_row(row: PlanRow, group: Group) -> PlanRow:
     return replace(row, norm=str(group["norm"]), lr=float(lr))
 
 
-def _from_module(model: nn.Module) -> tuple[Rows, list[Group]]:
-    rows = {row.parameter: row for row in route(model)}
+def _from_plan(plan: Plan) -> tuple[Rows, list[Group]]:
+    """One group per role. Frozen integers, as of quantised layers, stay out: they can never have a gradient."""
+    rows = {row.parameter: row for row in plan if row.trainable or row.parameter.is_floating_point()}
     if not rows:
-        raise ValueError(f"{type(model).__name__} has no parameters to optimise.")
+        raise ValueError("The model has no parameters to optimise.")
+    unknown = [row.name for row in plan.unknown if row.trainable]
+    if unknown:
+        warnings.warn(
+            f"The layout of {', '.join(unknown)} is not known; the norm of vectors is used for them. Say what they are "
+            "with steepest.route(model, overrides=...) and pass the plan instead of the model.",
+            UserWarning,
+            stacklevel=CALLER,
+        )
     groups: list[Group] = []
     for role in ROLES:
         members = [(row.name, parameter) for parameter, row in rows.items() if row.role == role]
@@ -95,9 +106,11 @@ def _from_group(entry: Group, known: Mapping[Tensor, PlanRow], where: str) -> tu
     if "params" not in entry:
         raise ValueError(f"{where} has no 'params'; it has {', '.join(map(repr, entry))}.")
     members = entry["params"]
+    if isinstance(members, nn.Module):
+        raise TypeError(f"{where} has a module as 'params'; write module.parameters(), or pass the whole model alone.")
     named = _named([members] if isinstance(members, Tensor) else list(members), where)
     named = [(known[p].name if p in known and name.startswith(where) else name, p) for name, p in named]
-    role = cast(Role, entry.get("role") or _role_of(entry, [parameter for _, parameter in named], where))
+    role = cast(Role, entry.get("role") or _role_of([parameter for _, parameter in named], where))
     view = cast(View | None, entry.get("view"))
     matrix = get_norm(entry["norm"]).matrix if "norm" in entry else role == "matrix"
     rows: Rows = {}
@@ -110,9 +123,7 @@ def _from_group(entry: Group, known: Mapping[Tensor, PlanRow], where: str) -> tu
     return rows, {**entry, "params": named, "role": role}
 
 
-def _role_of(entry: Group, parameters: list[Tensor], where: str) -> Role:
-    if "norm" in entry:
-        return "matrix" if get_norm(entry["norm"]).matrix else "vector"
+def _role_of(parameters: list[Tensor], where: str) -> Role:
     kinds = {parameter.ndim >= 2 for parameter in parameters}
     if len(kinds) > 1:
         raise ValueError(

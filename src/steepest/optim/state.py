@@ -5,7 +5,8 @@ momentum_buffer   like the parameter, float32 or wider: average of gradients
 second_moment     like the parameter, float32 or wider: average of squared gradients, for norms that adapt
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +26,66 @@ def ensure_state(state: dict[str, Tensor], parameter: Tensor, *, adapts: bool) -
         state: Of the parameter, written to.
         parameter: Any shape.
         adapts: Whether the group's norm needs the second moment.
+
+    Raises:
+        ValueError: If the parameter has another dtype than when its state was made, or the norm did not adapt then.
     """
     dtype = state_dtype(parameter)
+    if MOMENTUM in state and state[MOMENTUM].dtype != dtype:
+        raise ValueError(
+            f"A parameter of shape {tuple(parameter.shape)} became {parameter.dtype} after its state was made. Convert "
+            "the model first, then build the optimizer and load its state dict."
+        )
+    if MOMENTUM in state and adapts and SECOND not in state:
+        raise ValueError("A norm that adapts cannot replace another one after a step; build a new optimizer.")
     if STEP not in state:
         state[STEP] = torch.zeros((), dtype=dtype, device=parameter.device)
-    if MOMENTUM not in state:
         state[MOMENTUM] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-    if adapts and SECOND not in state:
-        state[SECOND] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+        if adapts:
+            state[SECOND] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
 
 
-def restored(saved: Mapping[str, object], parameter: Tensor, *, name: str) -> dict[str, object]:
+def check_saved(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Refuse a state dict that does not belong to these groups, before anything of it is used.
+
+    Args:
+        saved: The state dict.
+        groups: Of the optimizer.
+        names: Of its parameters, in order.
+
+    Raises:
+        ValueError: If a role, a kind of norm, a key or a shape does not match. Numbers of groups and parameters are
+            left to torch, which compares them.
+    """
+    for index, (old, group) in enumerate(zip(saved["param_groups"], groups, strict=False)):
+        kind = type(group["norm"]).__name__
+        for what, there, here in (
+            ("role", old.get("role"), group["role"]),
+            ("norm", str(old.get("norm", kind)).partition("(")[0], kind),
+        ):
+            if there not in (None, here):
+                raise ValueError(
+                    f"Parameter group {index} was saved with the {what} {there!r} but has {here!r} here. Build the "
+                    "optimizer as it was built when the state was saved."
+                )
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    members = [parameter for group in groups for parameter in group["params"]]
+    for index, parameter, name in zip(indices, members, names, strict=False):
+        for key, value in saved["state"].get(index, {}).items():
+            if key not in (STEP, MOMENTUM, SECOND):
+                raise ValueError(
+                    f"The state of {name!r} has the entry {key!r}, which is of another optimizer; {STEP}, {MOMENTUM} "
+                    f"and {SECOND} are known here. Start with fresh state instead."
+                )
+            expected = torch.Size(()) if key == STEP else parameter.shape
+            if value.shape != expected:
+                raise ValueError(
+                    f"The state {key!r} of {name!r} has shape {tuple(value.shape)}, but {tuple(expected)} is needed. "
+                    "The checkpoint is of another model or of another order of parameters."
+                )
+
+
+def restored(saved: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
     """State of one parameter as it was saved, in its own precision on the parameter's device.
 
     torch's own loading casts every floating-point tensor to the parameter's dtype, which would round float32 moments
@@ -44,24 +94,9 @@ def restored(saved: Mapping[str, object], parameter: Tensor, *, name: str) -> di
     Args:
         saved: Entries of a state dict for this parameter.
         parameter: The parameter.
-        name: For the message.
 
     Returns:
-        New tensors; entries that are no tensors are passed on.
-
-    Raises:
-        ValueError: If a saved tensor has another shape than the parameter.
+        New tensors.
     """
-    result: dict[str, object] = {}
-    for key, value in saved.items():
-        if not isinstance(value, Tensor):
-            result[key] = value
-            continue
-        expected = torch.Size(()) if key == STEP else parameter.shape
-        if key in (STEP, MOMENTUM, SECOND) and value.shape != expected:
-            raise ValueError(
-                f"The state {key!r} of {name!r} has shape {tuple(value.shape)}, but {tuple(expected)} is needed. "
-                "The checkpoint is of another model or of another order of parameters."
-            )
-        result[key] = value.detach().to(device=parameter.device, dtype=state_dtype(parameter), copy=True)
-    return result
+    device, dtype = parameter.device, state_dtype(parameter)
+    return {key: value.detach().to(device=device, dtype=dtype, copy=True) for key, value in saved.items()}
