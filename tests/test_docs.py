@@ -8,7 +8,7 @@ import pytest
 from steepest.linalg import COEFFICIENTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -24,6 +24,26 @@ def test_every_link_to_a_file_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_is_half_written(page):
+    assert not re.search(r"^[A-Z_]{5,}$", page.read_text(), flags=re.MULTILINE)
+
+
+def test_the_table_of_tasks_is_that_of_the_code():
+    from steepest.lab.tasks import TASKS, make_task
+
+    page = (ROOT / "docs" / "lab.md").read_text()
+    for name in TASKS:
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
+        cells = [cell.strip().replace(",", "") for cell in row.strip("|").split("|")][-3:]
+        for preset, cell in zip(("demo", "tiny", "small"), cells, strict=True):
+            task = make_task(name, preset)
+            assert [int(number) for number in re.findall(r"\d+", cell)] == [
+                task.budget.steps,
+                task.budget.batch_size * task.tokens_per_example,
+            ]
 
 
 def test_the_table_of_coefficients_is_that_of_the_code():

@@ -1,0 +1,48 @@
+"""Two real processes under DistributedDataParallel take the step that one process takes on the whole batch."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from steepest import Muon
+
+WORLD, STEPS, EXAMPLES = 2, 4, 8
+
+
+def network():
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+
+
+def train(model, rows):
+    optimizer = Muon(model, weight_decay=0.1)
+    for step in range(STEPS):
+        x = torch.randn(EXAMPLES, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        model(x[rows]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    return names, [p.detach().clone() for p in model.parameters()]
+
+
+def rank_main(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
+    share = EXAMPLES // WORLD
+    result = train(DistributedDataParallel(network()), slice(rank * share, (rank + 1) * share))
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
+def test_two_ranks_are_one_process(tmp_path):
+    names, expected = train(network(), slice(None))
+    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=WORLD)
+    for rank in range(WORLD):
+        ours, weights = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert ours == names  # without the wrapper's prefix
+        for weight, other in zip(weights, expected, strict=True):
+            torch.testing.assert_close(weight, other, rtol=0, atol=1e-11)
