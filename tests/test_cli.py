@@ -25,6 +25,13 @@ def test_every_command_has_help_with_examples(capsys, command):
     assert f"  steepest {command} " in out.split("examples:")[1]
 
 
+def test_help_names_every_method():
+    from steepest.cli import METHODS
+    from steepest.lab import methods
+
+    assert METHODS.split(", ") == sorted(methods.METHODS)
+
+
 def test_the_plan_lists_every_parameter(capsys):
     code, out, _ = run(capsys, "plan", "--task", "digits")
     assert code == 0
@@ -50,7 +57,7 @@ def test_the_report_can_be_written_anew(capsys, tmp_path):
     words = ["race", "--task", "digits", "--methods", "adamw", "--seeds", "1", "--out", str(out), "--json"]
     code, printed, _ = run(capsys, *words)
     assert code == 0
-    report = json.loads(printed.splitlines()[-1])["report"]
+    report = json.loads(printed)["report"]
     before = (out / "report.html").read_bytes()
     (out / "report.html").unlink()
     code, printed, _ = run(capsys, "report", str(out))
@@ -88,6 +95,20 @@ def test_the_report_can_be_written_anew(capsys, tmp_path):
             ["train", "--method", "muon", "--task", "digits", "--seed", "-1", "--out", "OUT"],
             "seed must be a whole number",
         ),
+        (
+            ["train", "--method", "muon", "--task", "digits", "--set", "lr=-1", "--out", "OUT"],
+            "lr must be finite and at",
+        ),
+        (["train", "--method", "muon", "--task", "digits", "--set", "lr=NaN", "--out", "OUT"], "lr"),
+        (
+            ["race", "--task", "digits", "--set", "muon.lr=-1", "--out", "OUT"],
+            "lr must be finite and at least 0, got -1",
+        ),
+        (
+            ["race", "--task", "digits", "--methods", "torch-muon", "--out", "OUT"],
+            "'torch-muon' takes 2-D matrices only",
+        ),
+        (["plan", "--task", "digits", "--method", "torch-muon"], "'torch-muon' takes 2-D matrices only"),
         (["plan", "--method", "adamw"], "'adamw' is not a method of this library and has no plan"),
     ],
 )
@@ -100,7 +121,7 @@ def test_wrong_usage_ends_with_two_and_says_what_to_do(capsys, tmp_path, words, 
 def test_a_directory_without_a_study_is_a_failure(capsys, tmp_path):
     code, _, err = run(capsys, "report", str(tmp_path))
     assert code == 1
-    assert f"{tmp_path}/study.json: the file is missing" in err
+    assert f"{tmp_path}/study.json: no race here. Give the directory that race was given as --out" in err
 
 
 def test_an_output_that_cannot_be_written_is_a_failure(capsys, tmp_path):

@@ -20,6 +20,9 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 # torch's Muon takes no convolutions, so it is not in the race on images
 RACERS = {"text": ("adamw", "muon", "torch-muon", "muonadam"), "digits": ("adamw", "muon", "muonadam")}
 
+# spelled out, so that --help does not wait for torch; a test compares it with the registry
+METHODS = "adam, adamw, muon, muon-plain, muon-plain-wd, muon-wd, muonadam, sgd, torch-muon"
+
 RACE_EXAMPLES = """examples:
   steepest race --preset demo
   steepest race --methods adamw,muon --seeds 5 --out out/five
@@ -90,7 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     race = _command(commands, "race", _race, "train several methods alike and report who wins", RACE_EXAMPLES)
-    race.add_argument("--methods", type=_names, metavar="A,B,...", help=f"default: {','.join(RACERS['text'])}")
+    race.add_argument(
+        "--methods",
+        type=_names,
+        metavar="A,B,...",
+        help=f"of {METHODS}; default: {','.join(RACERS['text'])}, without torch-muon on digits",
+    )
     race.add_argument("--baseline", metavar="METHOD", help="what others are compared with; default: the first method")
     race.add_argument("--seeds", type=_count, default=3, metavar="N", help="runs per method; default: %(default)s")
     _add_task(race)
@@ -105,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     race.add_argument("--json", action="store_true", help="print where the report is as JSON")
 
     train = _command(commands, "train", _train, "train one run", TRAIN_EXAMPLES)
-    train.add_argument("--method", required=True, help="which optimizer")
+    train.add_argument("--method", required=True, help=f"one of {METHODS}")
     train.add_argument("--seed", type=int, default=0, help="of weights and data order; default: %(default)s")
     _add_task(train)
     train.add_argument("--set", action="append", type=_assignment, default=[], metavar="OPTION=VALUE")
@@ -175,7 +183,10 @@ def _assignment(text: str) -> tuple[str, bool | int | float | str]:
 
 
 def _race(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from steepest.lab.fields import RecordError
+    from steepest.lab.ledger import RunBusyError
     from steepest.lab.race import FailedRunsError, default_workers, run_race
     from steepest.lab.study import Race, StudyMismatchError
     from steepest.lab.tasks import make_task
@@ -194,11 +205,12 @@ def _race(options: argparse.Namespace) -> int:
         race.configs()
     out: Path = options.out or Path("out") / f"{task.name}-{task.preset}"
     command = _repeat(race.methods, race.baseline, options, out)
+    workers = options.workers or default_workers()
     try:
-        report = run_race(race, out, command=command, workers=options.workers or default_workers(), data=options.data)
+        report = run_race(race, out, command=command, workers=workers, data=options.data, console=Console(stderr=True))
     except StudyMismatchError as wrong:
         raise UsageError(str(wrong)) from wrong
-    except (FailedRunsError, RecordError) as failure:
+    except (FailedRunsError, RecordError, RunBusyError) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return FAILED
     print(json.dumps({"report": str(report)}) if options.json else f"Report: {report}")
@@ -235,6 +247,7 @@ def _train(options: argparse.Namespace) -> int:
     from steepest.lab.config import configure
     from steepest.lab.fields import RecordError
     from steepest.lab.ledger import RunBusyError
+    from steepest.lab.methods import check_buildable
     from steepest.lab.tasks import make_task
     from steepest.lab.train import Interrupted, RunMismatchError, train_run
 
@@ -242,6 +255,7 @@ def _train(options: argparse.Namespace) -> int:
         task = make_task(options.task, options.preset, data=options.data)
         changes = dict(options.set)
         config = configure(task, method=options.method, seed=options.seed, options=changes, steps=options.steps)
+        check_buildable(config.method, task, config.options)
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stopped.append(received))
@@ -279,7 +293,7 @@ def _plan(options: argparse.Namespace) -> int:
     with _checking_usage():
         task = make_task(options.task, options.preset, data=options.data)
         resolved = resolve(options.method, task=task.name, preset=task.preset, options={})
-    optimizer = build_optimizer(options.method, task.build_model(0), resolved.options)
+        optimizer = build_optimizer(options.method, task.build_model(0), resolved.options)
     if not isinstance(optimizer, SteepestDescent):
         raise UsageError(f"{options.method!r} is not a method of this library and has no plan; try muon or adam.")
     print(optimizer.plan.to_json() if options.json else optimizer.plan)

@@ -7,9 +7,13 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from steepest.lab.config import RunConfig, run_hash
+from steepest.lab.tasks import DataIdentity
+from steepest.lab.tuned import Tuning
 
 SHA = hashlib.sha256(b"data").hexdigest()
 STEPS, EVERY, TOKENS = 150, 10, 2048
@@ -29,6 +33,7 @@ class Pace:
     trials: int | None = 6
     edge: bool = False
     optimizer_s: float = 0.012
+    forward_backward_s: float = 0.12
     end: float = 1.73
     drop: float = 0.25
     diverges: Mapping[int, int] = field(default_factory=dict)  # seed: step
@@ -48,11 +53,8 @@ def write_study(
     study_dir: Path, paces: Mapping[str, Pace], *, seeds: Sequence[int] = (0, 1, 2), **changes: Any
 ) -> Path:
     """Write a study of these methods, the first being the baseline; `changes` overwrite keys of study.json."""
-    runs = {
-        hashlib.sha256(repr((method, seed)).encode()).hexdigest()[:16]: (method, seed)
-        for method in paces
-        for seed in seeds
-    }
+    configs = [_config(method, pace, seed) for method, pace in paces.items() for seed in seeds]
+    runs = {run_hash(config): config for config in configs}
     study = {
         "format": 1,
         "kind": "race",
@@ -61,15 +63,15 @@ def write_study(
         "methods": list(paces),
         "baseline": next(iter(paces)),
         "seeds": list(seeds),
-        "runs": {name: {"method": method, "seed": seed} for name, (method, seed) in runs.items()},
+        "runs": {name: {"method": config.method, "seed": config.seed} for name, config in runs.items()},
         "command": f"steepest race --methods {','.join(paces)} --seeds {len(seeds)} --task text --out out/race",
         "created": "2025-01-31T12:00:00+00:00",
     }
     study_dir.mkdir(parents=True, exist_ok=True)
     (study_dir / "study.json").write_text(json.dumps(study | changes))
-    for name, (method, seed) in runs.items():
-        if seed not in paces[method].absent:
-            _write_run(study_dir / "runs" / name, method, paces[method], seed)
+    for name, config in runs.items():
+        if config.seed not in paces[config.method].absent:
+            _write_run(study_dir / "runs" / name, config, paces[config.method])
     return study_dir
 
 
@@ -78,31 +80,48 @@ def run_dir(study_dir: Path, method: str, seed: int) -> Path:
     return study_dir / "runs" / next(n for n, run in runs.items() if run == {"method": method, "seed": seed})
 
 
-def _write_run(run: Path, method: str, pace: Pace, seed: int) -> None:
+def change_options(study_dir: Path, method: str, seed: int, options: Mapping[str, Any]) -> None:
+    """Make one run another one, under the name that it then has."""
+    run = run_dir(study_dir, method, seed)
+    config = RunConfig.from_json((run / "config.json").read_text(), path=run / "config.json")
+    changed = replace(config, options=options)
+    (run / "config.json").write_text(changed.to_json())
+    run.rename(run.with_name(run_hash(changed)))
+    path = study_dir / "study.json"
+    path.write_text(path.read_text().replace(run.name, run_hash(changed)))
+
+
+def _config(method: str, pace: Pace, seed: int) -> RunConfig:
+    return RunConfig(
+        task="text",
+        preset="demo",
+        method=method,
+        options=dict(pace.options),
+        seed=seed,
+        steps=STEPS,
+        batch_size=16,
+        eval_every=EVERY,
+        tuning=None if pace.trials is None else Tuning(pace.trials, "sweep", pace.edge),
+        code=pace.code,
+        data=DataIdentity("python-stdlib 3.11.7", pace.data_sha256, 12_345_678),
+    )
+
+
+def _write_run(run: Path, config: RunConfig, pace: Pace) -> None:
+    method, seed = config.method, config.seed
     shared, own = random.Random(f"seed {seed}"), random.Random(f"{method} {seed}")
     shift = shared.gauss(0, 0.02) + own.gauss(0, pace.noise)
     last = pace.stops.get(seed, pace.diverges.get(seed, STEPS))
-    config = {
-        "format": 1,
-        "task": "text",
-        "preset": "demo",
-        "method": method,
-        "options": dict(pace.options),
-        "seed": seed,
-        "steps": STEPS,
-        "batch_size": 16,
-        "eval_every": EVERY,
-        "tuning": None if pace.trials is None else {"trials": pace.trials, "source": "sweep", "edge": pace.edge},
-        "code": pace.code,
-        "data": {"name": "python-stdlib 3.11.7", "sha256": pace.data_sha256, "bytes": 12_345_678},
-    }
     environment = {"python": "3.11.7", "torch": "2.13.0", "cpu model": "Example CPU", "threads": 1, "git commit": None}
     environment |= {"packages": {"numpy": "2.4.6", "plotly": "7.1.0"}, **pace.environment}
     rows = [_eval(pace, 0, shift, 0.0)]
     seconds = 0.0
     for step in range(1, last + 1):
         lost = pace.diverges.get(seed) == step
-        forward_backward, optimizer = 0.12 * own.uniform(0.95, 1.1), pace.optimizer_s * own.uniform(0.95, 1.1)
+        forward_backward, optimizer = (
+            pace.forward_backward_s * own.uniform(0.95, 1.1),
+            pace.optimizer_s * own.uniform(0.95, 1.1),
+        )
         seconds += forward_backward + optimizer
         loss = None if lost else loss_at(pace, step, shift + own.gauss(0, 0.05))
         row: dict[str, Any] = {"kind": "train", "step": step, "tokens": TOKENS * step, "loss": loss, "lr": 0.02}
@@ -113,7 +132,7 @@ def _write_run(run: Path, method: str, pace: Pace, seed: int) -> None:
         elif step % EVERY == 0 or step == STEPS:
             rows.append(_eval(pace, step, shift, seconds))
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(config))
+    (run / "config.json").write_text(config.to_json())
     (run / "environment.json").write_text(json.dumps(environment))
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if seed not in pace.stops:

@@ -11,7 +11,7 @@ from steepest.lab.config import RunConfig, code_version, configure, hash_sources
 from steepest.lab.fields import RecordError
 from steepest.lab.methods import options_of
 from steepest.lab.tasks import DataIdentity, make_task
-from steepest.lab.tuned import Tuning
+from steepest.lab.tuned import TUNED, Tuning
 
 PATH = Path("runs/config.json")
 SHA = "ab" * 32
@@ -117,8 +117,9 @@ def test_a_damaged_file_is_refused_by_name_and_key(change, message):
 
 @pytest.mark.parametrize(("name", "least"), [("seed", 0), ("steps", 1), ("batch_size", 1), ("eval_every", 1)])
 def test_a_number_out_of_range_is_refused(name, least):
-    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least {least}, got {least - 1}"):
-        dataclasses.replace(CONFIG, **{name: least - 1})
+    for value in (least - 1, 2**63):  # no file may hold what its own reader refuses
+        with pytest.raises(ValueError, match=rf"{name} must be .* at least {least} and below 2\^63, got {value}\."):
+            dataclasses.replace(CONFIG, **{name: value})
 
 
 def test_what_is_not_given_comes_from_the_preset():
@@ -130,6 +131,22 @@ def test_what_is_not_given_comes_from_the_preset():
     assert config.data == task.data_identity()
     assert config.code == code_version()
     assert config.code.startswith(f"{steepest.__version__}+")
+
+
+def test_the_tuning_record_holds_for_the_length_batch_and_data_of_the_search_only(tmp_path):
+    task = make_task("text")
+    record = TUNED["text", "demo"]["muon"].tuning
+    steps, batch_size = task.budget.steps, task.budget.batch_size
+    same = {"steps": steps, "batch_size": batch_size, "eval_every": 1}
+    assert record is not None
+    assert configure(task, method="muon", seed=0).tuning == record
+    assert configure(task, method="muon", seed=0, **same).tuning == record
+    assert configure(task, method="muon", seed=0, steps=steps + 1).tuning is None
+    assert configure(task, method="muon", seed=0, batch_size=batch_size + 1).tuning is None
+    (tmp_path / "mine").write_bytes(bytes(9999))
+    mine = configure(make_task("text", data=tmp_path / "mine"), method="muon", seed=0)
+    assert mine.tuning is None
+    assert mine.options == configure(task, method="muon", seed=0).options
 
 
 def test_the_code_version_sees_what_trains_and_nothing_else(tmp_path):

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from steepest.lab.environment import describe_environment
@@ -15,6 +16,21 @@ def test_it_names_what_runs(monkeypatch):
     assert here["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert here["cpu"]
     assert here["git_commit"] is None or len(here["git_commit"]) == 40
+
+
+@pytest.mark.parametrize(("value", "workers"), [(None, None), ("1", 1), ("12", 12)])
+def test_it_tells_how_many_train_at_once(monkeypatch, value, workers):
+    monkeypatch.delenv("STEEPEST_WORKERS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("STEEPEST_WORKERS", value)
+    assert describe_environment()["workers"] == workers
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "two", "1.5", "9" * 5000])
+def test_a_number_of_workers_that_is_none_is_refused(monkeypatch, value):
+    monkeypatch.setenv("STEEPEST_WORKERS", value)
+    with pytest.raises(ValueError, match=f"STEEPEST_WORKERS must be a whole number of at least 1, got '{value}'"):
+        describe_environment()
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from steepest.lab import methods
-from steepest.lab.methods import METHODS, build_optimizer, check_options, options_of, resolve
+from steepest.lab.methods import METHODS, build_optimizer, check_buildable, check_options, options_of, resolve
 from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.lab.tasks import TASKS, make_task
 from steepest.lab.tuned import TUNED, Tuned, Tuning
@@ -72,9 +74,21 @@ def test_what_is_asked_for_comes_before_what_was_tuned_before_the_default(monkey
     asked = resolve("muon", task="text", preset="demo", options={"momentum": 0.5})
     assert asked.options == {**options_of("muon"), "lr": 0.5, "momentum": 0.5}
     assert asked.tuning is None  # nobody searched around this momentum
-    plain = resolve("muon", task="text", preset="tiny", options={})
-    assert plain.options == options_of("muon")
-    assert plain.tuning is None
+
+
+def test_other_presets_take_the_options_of_demo_and_other_tasks_do_not(monkeypatch):
+    record = Tuning(trials=6, source="docs/results/tuning.json", edge=False)
+    table = {("text", "demo"): {"muon": Tuned({"lr": 0.5}, record)}, ("text", "small"): {"muon": Tuned({}, record)}}
+    monkeypatch.setattr(methods, "TUNED", table)
+    for options, lr in (({}, 0.5), ({"lr": 0.25}, 0.25), ({"lr": 0.5}, 0.5)):
+        tiny = resolve("muon", task="text", preset="tiny", options=options)
+        assert tiny.options == {**options_of("muon"), "lr": lr}
+        assert tiny.tuning is None  # nobody searched at this size
+    searched = resolve("muon", task="text", preset="small", options={})
+    assert (searched.options, searched.tuning) == (options_of("muon"), record)
+    for method, task in (("muon", "digits"), ("adamw", "text")):
+        plain = resolve(method, task=task, preset="tiny", options={})
+        assert (plain.options, plain.tuning) == (options_of(method), None)
 
 
 def test_every_entry_of_the_table_is_valid():
@@ -104,6 +118,23 @@ def test_unknown_names_are_answered_with_the_valid_ones():
 def test_a_value_of_the_wrong_type_is_refused(name, value, kind):
     with pytest.raises(TypeError, match=f"option '{name}' of the method 'muon' takes a {kind}, got {value!r}"):
         check_options("muon", {name: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400])
+def test_a_number_that_is_not_finite_is_refused(value):
+    with pytest.raises(ValueError, match=f"option 'lr' of the method 'muon' takes a finite number, got {value!r}"):
+        check_options("muon", {"lr": value})
+
+
+def test_what_cannot_be_built_is_found_out_beforehand():
+    task = make_task("digits")
+    check_buildable("muon", task, {})
+    with pytest.raises(ValueError, match="'torch-muon' takes 2-D matrices only"):
+        check_buildable("torch-muon", task, {})
+    with pytest.raises(ValueError, match="lr must be finite and at least 0, got -1"):
+        check_buildable("muon", task, {"lr": -1})
+    with pytest.raises(TypeError, match="takes a float, got 'big'"):
+        check_buildable("muon", task, {"lr": "big"})
 
 
 def test_torch_muon_refuses_convolutions_by_name():

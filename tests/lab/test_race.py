@@ -1,5 +1,6 @@
 """A whole race in real processes: finished runs are kept, interrupted ones go on, and nothing is lost or done twice."""
 
+import contextlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from rich.console import Console
 
 from steepest.lab.config import configure, run_hash
 from steepest.lab.fields import RecordError
+from steepest.lab.ledger import RunBusyError, locked
 from steepest.lab.pool import read_progress
 from steepest.lab.race import FailedRunsError, default_workers, run_race
 from steepest.lab.study import Race, StudyMismatchError, run_directory, write_study
@@ -195,7 +198,7 @@ def test_a_damaged_run_is_reported_and_the_others_are_kept(finished, tmp_path, t
     broken = run_directory(out, configs[0])
     (broken / "checkpoint.pt").write_bytes(b"not a checkpoint")
     (broken / "environment.json").write_text("{}")
-    with pytest.raises(FailedRunsError, match=rf"1 of 2 runs ended with an error; read .*{broken.name}/worker\.log"):
+    with pytest.raises(FailedRunsError, match=rf"1 of 2 runs ended with an error:\n.*{broken.name}/worker\.log: .+"):
         run_race(one, out, command="steepest race", workers=2, console=Console(file=io.StringIO()))
     assert (out / "report.html").exists()
     assert (run_directory(out, configs[1]) / "result.json").exists()
@@ -236,8 +239,7 @@ def test_workers_exit_as_documented(finished, tmp_path, task):
     (run / "config.json").write_text(config.to_json())
     worker = [sys.executable, "-m", "steepest.lab.worker", str(run)]
     first = subprocess.Popen(worker, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (run / "metrics.jsonl").exists():
-        time.sleep(0.02)
+    wait_for((run / "metrics.jsonl").exists)
     first.send_signal(signal.SIGSTOP)
     second = subprocess.run(worker, capture_output=True, check=False)
     assert second.returncode == BUSY
@@ -248,8 +250,39 @@ def test_workers_exit_as_documented(finished, tmp_path, task):
     assert first.returncode in (INTERRUPTED, 0)
 
 
-def test_one_worker_per_core():
-    assert 1 <= default_workers() <= (os.cpu_count() or 1)
+def test_workers_follow_the_cores_and_the_quota_of_a_container(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    for text, expected in (("max 100000", 64), ("200000 100000", 2), ("50000 100000", 1)):
+        monkeypatch.setattr(Path, "read_text", lambda _, text=text: text)
+        assert default_workers() == expected
+
+
+def test_two_races_in_one_directory_are_refused(tmp_path, task):
+    with locked(tmp_path), pytest.raises(RunBusyError, match="is being trained by process"):
+        run_race(race(task), tmp_path, command="", workers=1)
+
+
+def test_a_race_that_writes_into_its_own_data_is_refused(tmp_path, task):
+    with pytest.raises(StudyMismatchError, match=r"lies inside --data .*choose another"):
+        run_race(race(task), tmp_path / "out", command="", workers=1, data=tmp_path)
+
+
+def test_no_worker_outlives_its_race(tmp_path):
+    out = tmp_path / "out"
+    process = steepest(*COMMAND, "--steps", "100000", "--out", str(out))
+    wait_for(lambda: len(list(out.glob("runs/*/worker.log"))) == 2)
+    os.kill(process.pid, signal.SIGKILL)  # while the workers still import
+    process.communicate()
+    logs = [str(path.parent) for path in out.glob("runs/*/worker.log")]
+    wait_for(lambda: not any(log in command_lines() for log in logs))
+
+
+def command_lines():
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return "\n".join(found)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_run_without_environment_is_still_a_run(study_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"study\.json: the file is missing\. Delete the file and repeat the race's command"),
+        (None, r"study\.json: no race here\. Give the directory that race was given as --out\."),
         (b"\xff\xfe", r"study\.json: the file cannot be read .*utf-8.* Delete the file and repeat the race's command"),
         (b"{", r"study\.json: not valid JSON .*Delete the file and repeat the race's command"),
         (b"[" * 100_000, r"study\.json: not valid JSON .*recursion.* Delete the file and repeat the race's command"),
@@ -114,6 +114,7 @@ def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, mes
         ("seeds", [0, True], "seeds must be a list of different whole numbers"),
         ("task", "", "task must be a non-empty string, got ''"),
         ("created", "yesterday", "created must be a time such as 2025-01-31T12:00:00"),
+        ("target", -1e101, r"target must be a loss of at most 1e\+100, got -1e\+101"),
         ("target", "1.7", "target must be a finite number, got '1.7'"),
         ("runs", [], "runs must be an object, got \\[\\]"),
         ("runs", {"../../etc": {}}, r"runs\.\.\./\.\./etc must be named by 16 hexadecimal digits"),
@@ -164,6 +165,11 @@ def test_a_study_with_a_wrong_field(study_dir: Path, key: str, value: object, me
         ("result.json", {"status": "diverged"}, "final_loss must be None, got 1"),
         ("result.json", {"final_loss": None}, "final_loss must be a finite number, got None"),
         ("result.json", {"train_s": -1.0}, "train_s must be a number of seconds of at least 0, got -1.0"),
+        ("result.json", {"train_s": 1e308}, r"train_s must be at most 1e\+100, got 1e\+308"),
+        ("result.json", {"final_accuracy": -1e308}, r"final_accuracy must be at most 1e\+100, got -1e\+308"),
+        ("result.json", {"final_loss": 1e308}, r"final_loss is 1e\+308, but the last evaluation in metrics.jsonl is 1"),
+        ("config.json", {"options": {"lr": 0.5}}, "changed since the run began, its content belongs to a run named"),
+        ("config.json", {"code": "9"}, "changed since the run began, its content belongs to a run named [0-9a-f]{16}"),
         ("result.json", {"final_loss": 1.0}, "final_loss is 1.0, but the last evaluation in metrics.jsonl is 1"),
         ("result.json", {"steps": 149}, "finished with 150 steps, but .* at step 150, the result at step 149"),
         ("config.json", {"seed": 0}, "the run is 'muon' with seed 0, study.json says 'muon' with seed 1"),
@@ -191,6 +197,11 @@ def test_a_damaged_run_is_named_and_does_not_spoil_the_others(
             2,
             '{"kind": "eval", "step": 0, "tokens": 0, "loss": 1, "accuracy": null, "train_s": 0}',
             "line 2: step must be larger than 0, the one before it, got 0",
+        ),
+        (
+            2,
+            '{"kind": "eval", "step": 1, "tokens": 0, "loss": 1, "accuracy": null, "train_s": 1e101}',
+            r"line 2: train_s must be a number of seconds of at most 1e\+100, got 1e\+101",
         ),
     ],
 )
@@ -229,6 +240,14 @@ def test_no_value_of_a_config_gets_through_as_another_kind_of_error(study_dir: P
     study = read_study(study_dir)  # raises nothing: the run is either read or listed as absent
     (run / "config.json").write_text(original)
     assert len(study.runs) + len(study.absent) == 4
+
+
+def test_a_run_that_ends_at_a_loss_no_sum_can_hold_has_diverged(tmp_path: Path) -> None:
+    [run] = read_study(write_study(tmp_path, {"adamw": Pace(end=1e308)}, seeds=(0,))).runs
+    assert run.status == "diverged"
+    assert run.result is not None
+    assert run.result.final_loss is None
+    assert {row.loss for row in run.evals} == {None}
 
 
 def test_long_values_are_cut_in_errors() -> None:

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -221,6 +222,30 @@ def test_tensorboard_shows_each_step_once_after_an_interruption(tmp_path):
     assert {"lr", "time/forward_backward", "time/optimizer", "accuracy/eval"} < set(events.Tags()["scalars"])
 
 
+def die_before_the_first_checkpoint(config: RunConfig, run_dir: Path) -> None:
+    train.code_version = lambda: config.code
+    train.Training.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # rows and events are on the disk by then
+    train_run(config, run_dir, checkpoint_every=7, threads=1)
+
+
+def test_tensorboard_shows_each_step_once_after_kill_9_before_the_first_checkpoint(tmp_path):
+    config = short()
+    process = FORKSERVER.Process(target=die_before_the_first_checkpoint, args=(config, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == -9
+    assert not (tmp_path / "checkpoint.pt").exists()
+    left = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in left.Scalars("loss/train")] == list(range(1, 8))
+    killed = int(time.time())
+    while int(time.time()) == killed:  # files of events are read in the order of the seconds in their names
+        time.sleep(0.01)
+    train_run(config, tmp_path)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("loss/eval")] == [0, 5, 10, 12]
+
+
 def test_the_threads_of_the_first_start_are_kept_and_the_callers_come_back(tmp_path):
     torch.set_num_threads(2)
     seen: list[int] = []
@@ -231,9 +256,14 @@ def test_the_threads_of_the_first_start_are_kept_and_the_callers_come_back(tmp_p
 
     with pytest.raises(Interrupted):
         train_run(short(), tmp_path, threads=1, stop=stop)
+    (tmp_path / "environment.json").unlink()  # holds a description only
     train_run(short(), tmp_path, threads=2, stop=stop)
+    assert len(seen) > 3
     assert set(seen) == {1}
     assert torch.get_num_threads() == 2
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["threads"] == 1
+    assert "resumed" not in environment
 
 
 def test_going_on_elsewhere_is_recorded(tmp_path, monkeypatch):
@@ -247,6 +277,16 @@ def test_going_on_elsewhere_is_recorded(tmp_path, monkeypatch):
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["cpu"] == here["cpu"]
     assert [machine["cpu"] for machine in environment["resumed"]] == ["other", "third", "other"]
+
+
+def test_more_workers_make_no_other_machine(tmp_path, monkeypatch):
+    for workers in ("1", "2"):
+        monkeypatch.setenv("STEEPEST_WORKERS", workers)
+        with pytest.raises(Interrupted):
+            train_run(short(), tmp_path, stop=stop_after(1))
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["workers"] == 1
+    assert "resumed" not in environment
 
 
 def test_the_callers_random_numbers_are_not_touched(tmp_path):
@@ -312,7 +352,16 @@ def test_a_checkpoint_of_another_run_is_refused(interrupted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("model", {}), ("optimizer", {}), ("counters", {"steps": 1}), ("random", 1), ("order", {})]
+    ("key", "value"),
+    [
+        ("model", {}),
+        ("optimizer", {}),
+        ("counters", {"steps": 1}),
+        ("random", 1),
+        ("order", {}),
+        ("threads", 0),
+        ("threads", "1"),
+    ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(interrupted, key, value):
     state = torch.load(interrupted / "checkpoint.pt", weights_only=True)
@@ -321,8 +370,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(interrupted, key, value):
         train_run(short(), interrupted)
 
 
-@pytest.mark.parametrize("name", ["config.json", "environment.json", "metrics.jsonl"])
-def test_other_damaged_files_are_named(interrupted, name):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("config.json", "Delete the run's directory"),
+        ("environment.json", "Delete this file and repeat the command: only the description of the machine is lost"),
+        ("metrics.jsonl", "Delete the run's directory"),
+    ],
+)
+def test_other_damaged_files_are_named(interrupted, name, remedy):
     (interrupted / name).write_text("{]\n")
-    with pytest.raises(RecordError, match=f"{name}: .*not valid JSON.*Delete the run's directory"):
+    with pytest.raises(RecordError, match=f"{name}: .*not valid JSON.*{remedy}"):
         train_run(short(), interrupted)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import steepest
-from steepest.lab.fields import Fields, parse_object
+from steepest.lab.fields import LARGEST, Fields, parse_object
 from steepest.lab.methods import resolve
 from steepest.lab.tasks import DataIdentity, Task
 from steepest.lab.tuned import OptionValue, Tuning
@@ -31,7 +31,7 @@ class RunConfig:
         preset: Size of the task.
         method: Name of the method that trains the model.
         options: Every option of the method, defaults included.
-        seed: Of the weights and of the order of the examples.
+        seed: Of the weights and of the order of the examples, from 0 to 2^63 - 1.
         steps: Optimizer steps, at least 1.
         batch_size: Examples per step, at least 1.
         eval_every: Steps from one evaluation to the next, at least 1; the last step is always evaluated.
@@ -57,8 +57,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("seed", 0), ("steps", 1), ("batch_size", 1), ("eval_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {getattr(self, name)}.")
+            if not least <= (value := getattr(self, name)) < LARGEST:
+                raise ValueError(f"{name} must be a whole number of at least {least} and below 2^63, got {value}.")
 
     def to_json(self) -> str:
         """The content of `config.json`."""
@@ -110,10 +110,10 @@ def configure(
     Args:
         task: Data, model and sizes.
         method: A key of `METHODS`.
-        seed: Of the weights and of the order of the examples, at least 0.
+        seed: Of the weights and of the order of the examples, from 0 to 2^63 - 1.
         options: Options of the method that differ from its defaults; the tuning record then no longer applies.
-        steps: None for the preset's.
-        batch_size: None for the preset's.
+        steps: None for the preset's; the tuning record applies to no other number, and only to the task's own data.
+        batch_size: None for the preset's; the tuning record applies to no other size.
         eval_every: None for the preset's.
 
     Raises:
@@ -121,16 +121,19 @@ def configure(
     """
     budget = task.budget
     resolved = resolve(method, task=task.name, preset=task.preset, options=options or {})
+    steps = budget.steps if steps is None else steps
+    batch_size = budget.batch_size if batch_size is None else batch_size
+    as_tuned = task.own_data and (steps, batch_size) == (budget.steps, budget.batch_size)
     return RunConfig(
         task=task.name,
         preset=task.preset,
         method=method,
         options=resolved.options,
         seed=seed,
-        steps=budget.steps if steps is None else steps,
-        batch_size=budget.batch_size if batch_size is None else batch_size,
+        steps=steps,
+        batch_size=batch_size,
         eval_every=budget.eval_every if eval_every is None else eval_every,
-        tuning=resolved.tuning,
+        tuning=resolved.tuning if as_tuned else None,
         code=code_version(),
         data=task.data_identity(),
     )

@@ -69,7 +69,7 @@ class RaceDisplay:
                 task = self._tasks[method]
                 if done and not self._bars.tasks[task].started:
                     self._bars.start_task(task)
-                self._bars.update(task, completed=done, loss="" if loss is None else f"loss {loss:.3f}")
+                self._bars.update(task, completed=done, loss="" if loss is None else f"loss {loss:.4g}")
             self._report(method, members)
         if "" in self._tasks:
             self._bars.update(self._tasks[""], completed=done_in_all)

@@ -1,6 +1,8 @@
 """What a run ran on, as recorded in `environment.json`."""
 
+import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -10,19 +12,35 @@ import torch
 import steepest
 
 PACKAGES = ("steepest", "torch", "numpy", "scikit-learn")
+WORKERS = "STEEPEST_WORKERS"  # set by whoever trains several runs at once
 
 
 def describe_environment() -> dict[str, object]:
-    """Python, torch, machine, threads, source version and package versions; plain JSON values."""
+    """Python, torch, machine, threads, workers, source version and package versions; plain JSON values.
+
+    Raises:
+        ValueError: If the environment variable with the number of workers holds anything else.
+    """
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
+        "workers": _workers(),
         "git_commit": _git_commit(Path(steepest.__file__).parent),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _workers() -> int | None:
+    """How many runs train at once on this machine; None if nobody said so."""
+    value = os.environ.get(WORKERS)
+    if value is None:
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", value):
+        raise ValueError(f"{WORKERS} must be a whole number of at least 1, got {value!r}. Unset it: a race sets it.")
+    return int(value)
 
 
 def _cpu_model() -> str:

@@ -5,6 +5,7 @@ that a search found for a task and preset.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from steepest.anatomy import route
 from steepest.lab.combined import CombinedOptimizer
+from steepest.lab.tasks import Task
 from steepest.lab.tuned import TUNED, OptionValue, Tuned, Tuning
 from steepest.names import unknown_name
 from steepest.optim import Adam, Muon, MuonAdam
@@ -149,15 +151,16 @@ def resolve(method: str, *, task: str, preset: str, options: Mapping[str, Option
     Args:
         method: A key of `METHODS`.
         task: Name of the task; with `preset` it selects the row of `TUNED`.
-        preset: Size of the task.
+        preset: Size of the task; one without a row takes the options of "demo", but not their tuning record.
         options: What was asked for; if it differs from the tuned options, their tuning record no longer applies.
 
     Raises:
-        ValueError: If the method or an option is unknown.
+        ValueError: If the method or an option is unknown, or a number is not finite.
         TypeError: If an option has the wrong type.
     """
     defaults = options_of(method)
-    tuned = TUNED.get((task, preset), {}).get(method, Tuned())
+    at_demo = TUNED.get((task, "demo"), {}).get(method, Tuned())
+    tuned = TUNED.get((task, preset), {}).get(method, Tuned(at_demo.options))
     found = {**defaults, **check_options(method, tuned.options)}
     wanted = {**found, **check_options(method, options)}
     return Resolved(wanted, tuned.tuning if wanted == found else None)
@@ -167,7 +170,7 @@ def check_options(method: str, options: Mapping[str, OptionValue]) -> dict[str, 
     """The options, whole numbers made floats where the method takes floats.
 
     Raises:
-        ValueError: If the method or an option is unknown.
+        ValueError: If the method or an option is unknown, or a number is not finite.
         TypeError: If an option has the wrong type.
     """
     defaults = options_of(method)
@@ -189,11 +192,28 @@ def build_optimizer(method: str, model: nn.Module, options: Mapping[str, OptionV
     return METHODS[method](model, **check_options(method, options))
 
 
+def check_buildable(method: str, task: Task, options: Mapping[str, OptionValue]) -> None:
+    """Build model and optimizer once, so that a command can refuse its input before anything is written.
+
+    Args:
+        method: A key of `METHODS`.
+        task: Its model is built.
+        options: As for `build_optimizer`.
+
+    Raises:
+        ValueError: If the method or an option is unknown, or the optimizer refuses a value or the model.
+        TypeError: If an option has the wrong type.
+    """
+    build_optimizer(method, task.build_model(0), options)
+
+
 def _checked(method: str, name: str, value: OptionValue, defaults: Mapping[str, OptionValue]) -> OptionValue:
     if name not in defaults:
         raise ValueError(unknown_name(f"option of the method {method!r}", name, defaults))
     kind = type(defaults[name])
-    if kind is float and type(value) is int:
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not -sys.float_info.max <= value <= sys.float_info.max:  # NaN too, and whole numbers beyond all floats
+            raise ValueError(f"The option {name!r} of the method {method!r} takes a finite number, got {value!r}.")
         return float(value)
     if type(value) is not kind:
         raise TypeError(f"The option {name!r} of the method {method!r} takes a {kind.__name__}, got {value!r}.")

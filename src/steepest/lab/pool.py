@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from steepest.lab.worker import BUSY, INTERRUPTED
 
 POLL_S = 0.25
+BUSY_S = 5.0  # until a run that another process holds is asked for again
 STOP_S = 60.0  # a worker saves a checkpoint when it is told to stop; afterwards it is killed, which loses little
 KILLS = 3  # a run whose worker was killed goes on from its checkpoint, but not for ever
 
@@ -58,11 +60,15 @@ class Pool:
         waiting = deque(run for run in run_dirs if not (run / "result.json").exists())
         failed: list[Path] = []
         killed: Counter[Path] = Counter()
+        not_before: defaultdict[Path, float] = defaultdict(float)
         try:
             while waiting or self._running:
-                while waiting and len(self._running) < self.workers:
+                for _ in range(len(waiting)):
                     run = waiting.popleft()
-                    self._running[run] = self._start(run)
+                    if len(self._running) < self.workers and not_before[run] <= time.monotonic():
+                        self._running[run] = self._start(run)
+                    else:
+                        waiting.append(run)
                 tick()
                 time.sleep(POLL_S)
                 for run, process in list(self._running.items()):
@@ -72,6 +78,10 @@ class Pool:
                     del self._running[run]
                     if code < 0:
                         killed[run] += 1
+                        with (run / "worker.log").open("a", encoding="utf-8") as log:
+                            log.write(f"The worker was ended by signal {-code}.\n")
+                    if code == BUSY:
+                        not_before[run] = time.monotonic() + BUSY_S
                     if code in (BUSY, INTERRUPTED) or (code < 0 and killed[run] < KILLS):
                         waiting.append(run)  # another process had it, or somebody ended just this worker
                     elif code != 0:
@@ -83,11 +93,19 @@ class Pool:
 
     def _start(self, run: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "steepest.lab.worker", str(run), "--threads", str(self.threads)]
+        command += ["--parent", str(os.getpid())]
         if self.data is not None:
             command += ["--data", str(self.data)]
         with (run / "worker.log").open("ab") as log:
             # a session of its own: Ctrl-C reaches only the race, which then lets its workers save their runs
-            return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+            return subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, "STEEPEST_WORKERS": str(self.workers)},
+            )
 
     def _stop(self) -> None:
         for process in self._running.values():

@@ -31,7 +31,8 @@ class Recorder:
                 "pip install 'steepest[lab]'."
             ) from error
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", step=step)
-        self._events = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+        # from step 0 on, too: a run that was killed before its first checkpoint has left events
+        self._events = SummaryWriter(str(run_dir), purge_step=step + 1 if step else 0)
 
     def train(
         self,

@@ -7,6 +7,7 @@ both say is compared. Text is kept as it is: whoever displays it escapes it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -15,11 +16,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from steepest.lab.config import RunConfig
+from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.fields import Fields, RecordError, parse_object, read_text
 from steepest.lab.result import Result, read_result
 
 FORMAT = 1
+HUGE = 1e100  # float64 holds larger numbers, but not their sums; a loss above it has diverged
 
 Status = Literal["finished", "diverged", "unfinished"]
 
@@ -102,6 +104,8 @@ def read_study(study_dir: Path) -> Study:
         RecordError: If `study.json` is missing, damaged, or not a race.
     """
     path = study_dir / "study.json"
+    if not path.exists():
+        raise RecordError(path, "no race here", "Give the directory that race was given as --out.")
     remedy = "Delete the file and repeat the race's command: finished runs are found by their content."
     study = parse_object(read_text(path, remedy=remedy), path, remedy=remedy)
     study.expect("format", FORMAT)
@@ -118,7 +122,7 @@ def read_study(study_dir: Path) -> Study:
         methods=methods,
         baseline=study.text("baseline"),
         seeds=seeds,
-        target=study.real_or_none("target") if "target" in study.values else None,
+        target=_target(study),
         command=study.text("command"),
         created=_time(study, "created"),
         runs=tuple(run for run in found if isinstance(run, Run)),
@@ -127,7 +131,7 @@ def read_study(study_dir: Path) -> Study:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read one run, finished or not.
+    """Read one run, finished or not. A run that ended at a loss above `HUGE` counts as diverged.
 
     Raises:
         RecordError: If a file is damaged, or `result.json` does not follow from the rows of `metrics.jsonl`.
@@ -141,11 +145,21 @@ def read_run(run_dir: Path) -> Run:
     environment_path = run_dir / "environment.json"
     lost = "Delete this file: only the description of the machine is lost."
     environment = _read(environment_path, lost).values if environment_path.exists() else {}
-    return Run(run_dir.name, config, environment, train, evals, result)
+    return Run(run_dir.name, config, environment, train, evals, _diverged_if_huge(result))
 
 
 def _read(path: Path, remedy: str) -> Fields:
     return parse_object(read_text(path, remedy=remedy), path, remedy=remedy)
+
+
+def _bounded(loss: float | None) -> float | None:
+    return None if loss is None or abs(loss) > HUGE else loss
+
+
+def _diverged_if_huge(result: Result | None) -> Result | None:
+    if result is None or _bounded(result.final_loss) == result.final_loss:
+        return result
+    return dataclasses.replace(result, status="diverged", final_loss=None, final_accuracy=None)
 
 
 def _time(fields: Fields, key: str) -> datetime:
@@ -153,6 +167,19 @@ def _time(fields: Fields, key: str) -> datetime:
         return datetime.fromisoformat(fields.text(key))
     except ValueError:
         raise fields.error(key, "a time such as 2025-01-31T12:00:00+00:00") from None
+
+
+def _target(study: Fields) -> float | None:
+    target = study.real_or_none("target") if "target" in study.values else None
+    if target != _bounded(target):
+        raise study.error("target", f"a loss of at most {HUGE:g}")
+    return target
+
+
+def _seconds(fields: Fields, key: str) -> float:
+    if fields.seconds(key) > HUGE:
+        raise fields.error(key, f"a number of seconds of at most {HUGE:g}")
+    return fields.seconds(key)
 
 
 def _run_names(study: Fields, methods: tuple[str, ...], seeds: tuple[int, ...]) -> dict[tuple[str, int], str]:
@@ -182,6 +209,9 @@ def _find_run(study_dir: Path, name: str | None, method: str, seed: int) -> Run 
     if (run.config.method, run.config.seed) != (method, seed):
         actual = f"{run.config.method!r} with seed {run.config.seed}"
         problem = f"runs/{name}/config.json: the run is {actual}, study.json says {method!r} with seed {seed}."
+        return Absent(method, seed, f"{problem} Delete the directory {name} and repeat the race's command.")
+    if (right := run_hash(run.config)) != name:
+        problem = f"runs/{name}/config.json: changed since the run began, its content belongs to a run named {right}."
         return Absent(method, seed, f"{problem} Delete the directory {name} and repeat the race's command.")
     return run
 
@@ -213,11 +243,11 @@ def _train_row(fields: Fields) -> TrainRow:
     return TrainRow(
         step=fields.count("step", least=1),
         tokens=fields.count("tokens"),
-        loss=fields.real_or_none("loss"),
+        loss=_bounded(fields.real_or_none("loss")),
         lr=fields.real("lr"),
-        forward_backward_s=fields.seconds("forward_backward_s"),
-        optimizer_s=fields.seconds("optimizer_s"),
-        train_s=fields.seconds("train_s"),
+        forward_backward_s=_seconds(fields, "forward_backward_s"),
+        optimizer_s=_seconds(fields, "optimizer_s"),
+        train_s=_seconds(fields, "train_s"),
     )
 
 
@@ -225,20 +255,24 @@ def _eval_row(fields: Fields) -> EvalRow:
     return EvalRow(
         step=fields.count("step"),
         tokens=fields.count("tokens"),
-        loss=fields.real_or_none("loss"),
+        loss=_bounded(fields.real_or_none("loss")),
         accuracy=fields.real_or_none("accuracy"),
-        train_s=fields.seconds("train_s"),
+        train_s=_seconds(fields, "train_s"),
     )
 
 
 def _agree(path: Path, result: Result | None, config: RunConfig, evals: tuple[EvalRow, ...], remedy: str) -> None:
     """Refuse a finished run whose result is not the last row of its own metrics."""
+    for key, value in (("train_s", result and result.train_s), ("final_accuracy", result and result.final_accuracy)):
+        if value is not None and abs(value) > HUGE:
+            raise RecordError(path, f"{key} must be at most {HUGE:g}, got {value:g}", remedy)
     if result is None or result.status == "diverged":
         return
     last = evals[-1] if evals else None
     if last is None or last.step != config.steps or result.steps != config.steps:
         got = f"the last evaluation is at step {last.step if last else None}, the result at step {result.steps}"
         raise RecordError(path, f"the run counts as finished with {config.steps} steps, but {got}", remedy)
-    if last.loss is None or not math.isclose(last.loss, result.final_loss or 0.0, rel_tol=1e-6):
+    own = _bounded(result.final_loss)
+    if last.loss != own and (last.loss is None or own is None or not math.isclose(last.loss, own, rel_tol=1e-6)):
         problem = f"final_loss is {result.final_loss}, but the last evaluation in metrics.jsonl is {last.loss}"
         raise RecordError(path, problem, remedy)

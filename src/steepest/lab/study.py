@@ -11,7 +11,7 @@ from pathlib import Path
 from steepest.lab.config import RunConfig, configure, run_hash
 from steepest.lab.fields import parse_object, read_text
 from steepest.lab.ledger import write_whole
-from steepest.lab.methods import METHODS
+from steepest.lab.methods import METHODS, check_buildable
 from steepest.lab.tasks import Task
 from steepest.lab.tuned import OptionValue
 from steepest.names import unknown_name
@@ -21,7 +21,7 @@ _REMEDY = "Choose another --out, or delete the file: runs that still fit are fou
 
 
 class StudyMismatchError(ValueError):
-    """The output directory holds a study of something else."""
+    """The output directory holds a study of something else, or is no place for one."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,17 @@ class Race:
         """One run per seed and method, all methods of a seed together: a race cut short still compares like with like.
 
         Raises:
-            ValueError: If an option is unknown.
+            ValueError: If an option is unknown or out of range, or a method does not fit the task.
             TypeError: If an option is of the wrong type.
         """
-        return [
+        configs = [
             configure(self.task, method=method, seed=seed, options=self.options.get(method), steps=self.steps)
             for seed in self.seeds
             for method in self.methods
         ]
+        for config in configs[: len(self.methods)]:  # before anything is written or trained
+            check_buildable(config.method, self.task, config.options)
+        return configs
 
 
 def run_directory(out: Path, config: RunConfig) -> Path:

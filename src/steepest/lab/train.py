@@ -67,7 +67,8 @@ def train_run(
         RunMismatchError: If the directory holds another run, or data or code differ from the config.
         CheckpointError: If the checkpoint is damaged.
         RecordError: If another file of the run is damaged.
-        ValueError: If `checkpoint_every` or `threads` is below 1, or a name in the config is unknown.
+        ValueError: If `checkpoint_every` or `threads` is below 1, a name in the config is unknown, or the optimizer
+            refuses an option.
         ModuleNotFoundError: If a package of the `lab` extra is missing.
     """
     for name, value in (("checkpoint_every", checkpoint_every), ("threads", threads)):
@@ -85,10 +86,11 @@ def train_run(
         task = _load_task(config, data)
         write_whole(run_dir / "config.json", config.to_json())
         checkpoint = run_dir / "checkpoint.pt"
-        with _environment(run_dir, resuming=checkpoint.exists(), threads=threads), torch.random.fork_rng(devices=[]):
+        with _threads(threads), torch.random.fork_rng(devices=[]):
             training = Training(config, task)
-            if checkpoint.exists():
+            if resuming := checkpoint.exists():
                 training.load(checkpoint)
+            _record_environment(run_dir, resuming=resuming)
             result = _train(training, run_dir, checkpoint_every, stop)
         write_whole(run_dir / "result.json", result.to_json())
         if not keep_checkpoint:
@@ -146,20 +148,24 @@ def _load_task(config: RunConfig, data: Path | None) -> Task:
 
 
 @contextlib.contextmanager
-def _environment(run_dir: Path, *, resuming: bool, threads: int | None) -> Generator[None]:
-    """Set the number of threads for a while, and record the machine: the first one, and each that took over."""
-    path = run_dir / "environment.json"
-    remedy = "Delete the run's directory and repeat the command: only this run is trained again."
-    started = parse_object(read_text(path, remedy=remedy), path, remedy=remedy) if resuming else None
+def _threads(threads: int | None) -> Generator[None]:
+    """Set the number of threads for a while, and bring back the caller's."""
     before = torch.get_num_threads()
-    torch.set_num_threads(started.count("threads", least=1) if started else threads or before)
+    torch.set_num_threads(threads or before)
     try:
-        here = describe_environment()
-        content = here if started is None else _taken_over(started.values, here)
-        write_whole(path, json.dumps(content, indent=2) + "\n")
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _record_environment(run_dir: Path, *, resuming: bool) -> None:
+    """Record the machine: the first one, and each that took over. If the file is gone, this is the first one known."""
+    path = run_dir / "environment.json"
+    content = describe_environment()
+    if resuming and path.exists():
+        remedy = "Delete this file and repeat the command: only the description of the machine is lost."
+        content = _taken_over(parse_object(read_text(path, remedy=remedy), path, remedy=remedy).values, content)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def _taken_over(started: Mapping[str, object], here: Mapping[str, object]) -> dict[str, object]:
@@ -167,5 +173,12 @@ def _taken_over(started: Mapping[str, object], here: Mapping[str, object]) -> di
     first = {key: value for key, value in started.items() if key != "resumed"}
     resumed = started.get("resumed")
     sessions = [first, *(cast(list[object], resumed) if isinstance(resumed, list) else []), here]
-    later = [new for old, new in itertools.pairwise(sessions) if new != old]
+    later = [new for old, new in itertools.pairwise(sessions) if _machine(new) != _machine(old)]
     return {**first, "resumed": later} if later else first
+
+
+def _machine(session: object) -> object:
+    """An environment without what may differ from session to session on one machine."""
+    if not isinstance(session, dict):
+        return session
+    return {key: value for key, value in cast(dict[str, object], session).items() if key != "workers"}

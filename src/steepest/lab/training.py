@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from steepest.lab.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from steepest.lab.config import RunConfig, run_hash
+from steepest.lab.memory import peak_memory
 from steepest.lab.methods import build_optimizer
 from steepest.lab.recorder import Recorder
 from steepest.lab.result import Result
@@ -123,17 +122,17 @@ class Training:
             train_s=self.train_s,
             optimizer_s=self.counters.optimizer_s,
             forward_backward_s=self.counters.forward_backward_s,
-            peak_memory_bytes=max(self.counters.peak_memory_bytes, _peak_memory()),
+            peak_memory_bytes=max(self.counters.peak_memory_bytes, peak_memory()),
             finished=finished,
         )
 
     def save(self, path: Path) -> None:
         """Write a checkpoint of everything that the next step depends on."""
-        self.counters.peak_memory_bytes = max(self.counters.peak_memory_bytes, _peak_memory())
+        self.counters.peak_memory_bytes = max(self.counters.peak_memory_bytes, peak_memory())
         save_checkpoint(path, self._state())
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint, with its number of CPU threads: sums depend on it.
 
         Raises:
             CheckpointError: If it is damaged or of another run.
@@ -150,6 +149,7 @@ class Training:
             self.diverged = state["diverged"]
             self.last_evaluation = None if state["evaluation"] is None else Evaluation(**state["evaluation"])
             torch.set_rng_state(state["random"])
+            torch.set_num_threads(state["threads"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as problem:
             raise CheckpointError(path, f"its content does not fit the run: {problem}") from problem
 
@@ -162,13 +162,8 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "order": self.order.state_dict(),
             "random": torch.get_rng_state(),
+            "threads": torch.get_num_threads(),
             "counters": dataclasses.asdict(self.counters),
             "diverged": self.diverged,
             "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),
         }
-
-
-def _peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,6 +1,7 @@
 """The one table of tuned options: what each method runs with by default on a task and preset, and how that was found.
 
-A method without an entry runs with the defaults of its signature in `methods.py`, chosen by hand.
+A preset without an entry for a method takes the options of the preset demo, without the record: they were not searched
+there. A method without an entry at demo runs with the defaults of its signature in `methods.py`, chosen by hand.
 """
 
 from collections.abc import Mapping

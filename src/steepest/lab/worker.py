@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--parent", type=int, default=os.getppid(), help="stop when this process is gone")
     options = parser.parse_args(arguments)
     stopped = False
 
@@ -43,7 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    parent = os.getppid()
     path = options.run_dir / "config.json"
     config = RunConfig.from_json(
         read_text(path, remedy="Repeat the race's command: it writes the file anew."), path=path
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.run_dir,
             data=options.data,
             threads=options.threads,
-            stop=lambda: stopped or os.getppid() != parent,
+            stop=lambda: stopped or os.getppid() != options.parent,
         )
     except Interrupted:
         return INTERRUPTED

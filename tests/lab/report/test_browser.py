@@ -96,6 +96,14 @@ def test_a_phone_never_scrolls_sideways(chrome: Chrome, pages: dict[str, Path], 
     assert chrome.execute_script(outside) == 0
 
 
+@pytest.mark.parametrize("name", ["clear", "many", "hostile"])  # "many" has the column of accuracies
+def test_the_table_fits_the_page_on_a_desktop(chrome: Chrome, pages: dict[str, Path], name: str) -> None:
+    show(chrome, pages[name])
+    box = "const box = document.querySelector('.scroll'); return [box.scrollWidth, box.clientWidth]"
+    needed, there = chrome.execute_script(box)
+    assert needed <= there
+
+
 def test_names_too_long_to_stand_beside_a_curve_are_in_a_key(chrome: Chrome, pages: dict[str, Path]) -> None:
     show(chrome, pages["hostile"], width=375, height=812)
     assert (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.lab.synthetic import Pace, run_dir, write_study
+from tests.lab.synthetic import Pace, change_options, write_study
 
 from steepest.lab.records import read_study
 from steepest.lab.report.comparable import comparable
@@ -40,22 +40,31 @@ def test_on_a_tie_the_baseline_says_what_counts_wherever_it_stands(tmp_path: Pat
 
 def test_a_seed_with_other_options_is_set_aside(tmp_path: Path) -> None:
     study = write_study(tmp_path, {"adamw": Pace(), "muon": Pace()})
-    config = run_dir(study, "muon", 1) / "config.json"
-    config.write_text(config.read_text().replace('"lr": 0.02', '"lr": 0.07'))
+    change_options(study, "muon", 1, {"lr": 0.07})
     chosen = comparable(read_study(study))
     assert [run.config.seed for run in chosen.runs["muon"]] == [0, 2]
     assert chosen.set_aside[0].differences == (("options", '{"lr": 0.07}', '{"lr": 0.02}'),)
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "equal"),
-    [(6, 6, True), (None, None, True), (6, 1, False), (6, None, False), (0, None, False)],
+    ("trials", "refusal"),
+    [
+        ((6, 6), None),
+        ((None,), None),
+        ((None, None), "unknown"),
+        ((6, None), "unknown"),
+        ((0, None), "unknown"),
+        ((6, 1), "unequal"),
+        ((6, 1, None), "unequal"),
+    ],
 )
-def test_methods_are_ranked_only_with_equal_budgets(
-    tmp_path: Path, one: int | None, other: int | None, equal: bool
+def test_methods_are_ranked_only_with_known_and_equal_budgets(
+    tmp_path: Path, trials: tuple[int | None, ...], refusal: str | None
 ) -> None:
-    study = read_study(write_study(tmp_path, {"adamw": Pace(trials=one), "muon": Pace(trials=other)}, seeds=(0,)))
-    assert comparable(study).equally_tuned == equal
+    paces = {f"method-{i}": Pace(trials=budget) for i, budget in enumerate(trials)}
+    chosen = comparable(read_study(write_study(tmp_path, paces, seeds=(0,))))
+    assert chosen.refusal == refusal
+    assert chosen.equally_tuned == (refusal is None)
 
 
 def test_an_empty_study_has_nothing_to_set_aside(tmp_path: Path) -> None:

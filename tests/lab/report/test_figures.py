@@ -14,6 +14,7 @@ from PIL import Image
 from tests.lab.synthetic import HOSTILE, Pace, loss_at, write_scenario, write_study
 
 from steepest.lab.records import read_study
+from steepest.lab.report import wording
 from steepest.lab.report.figures import KEYS, Figure, figures
 from steepest.lab.report.matplotlib_png import to_png
 from steepest.lab.report.palette import PAPER, styles
@@ -44,11 +45,10 @@ def test_curves_are_means_in_a_band_from_the_lowest_to_the_highest_seed(tmp_path
     assert all(low < mean < high for low, mean, high in zip(curve.low, curve.y, curve.high, strict=True))
 
 
-def test_one_seed_has_no_band_and_no_interval(tmp_path: Path) -> None:
+def test_one_seed_has_no_band_and_no_figure_of_a_single_difference(tmp_path: Path) -> None:
     shown = scenario(tmp_path, "one-seed")
     assert all(curve.low == () for curve in shown["loss-steps"].curves)
-    assert shown["difference"].rows[0].interval is None
-    assert "there is no interval" in shown["difference"].caption
+    assert "difference" not in shown
 
 
 def test_a_curve_ends_where_its_first_seed_diverges(tmp_path: Path) -> None:
@@ -94,7 +94,30 @@ def test_losses_over_decades_are_drawn_on_a_logarithmic_axis(tmp_path: Path) -> 
     assert isinstance(layout, dict)
     assert layout["yaxis"]["range"][0] == pytest.approx(np.log10(small.y.low))
     assert layout["annotations"][0]["y"] == pytest.approx(np.log10(small.labels[0].y))
+    assert layout["yaxis"]["tickvals"] == [place for place, _ in small.y.ticks or ()]
     assert to_png(small).startswith(b"\x89PNG")
+
+
+def test_ticks_of_a_logarithmic_axis_are_written_in_full(tmp_path: Path) -> None:
+    axis = drawn(tmp_path, {"adamw": Pace(end=0.04), "muon": Pace(end=0.05)})["loss-steps"].y
+    assert [text for _, text in axis.ticks or ()] == ["0.05", "0.1", "0.2", "0.5"]
+
+
+@pytest.mark.parametrize("end", [1e-3, 1e-9, 1e-40, 1e-90])
+def test_ticks_stay_few_over_many_decades(tmp_path: Path, end: float) -> None:
+    axis = drawn(tmp_path, {"adamw": Pace(end=end, noise=0), "muon": Pace(end=1.0)}, seeds=(0,))["loss-steps"].y
+    assert axis.ticks is None or 2 <= len(axis.ticks) <= 9
+
+
+def test_hovering_shows_losses_as_they_are_written_elsewhere(tmp_path: Path) -> None:
+    figures = drawn(tmp_path, {"adamw": Pace(end=0.0017, drop=0), "muon": Pace(end=0.0011, drop=0)}, seeds=(0, 1))
+    difference, curves = (to_plotly(figures[key], theme="light")["data"] for key in ("difference", "loss-steps"))
+    texts = json.dumps([difference, curves], ensure_ascii=False)
+    assert ".3f" not in texts
+    for row in figures["difference"].rows:
+        assert wording.signed(row.mean) in texts
+    for curve in figures["loss-steps"].curves:
+        assert f'"{wording.loss(curve.y[-1])} (' in texts
 
 
 @pytest.mark.parametrize("name", ["many", "hostile", "clear"])
@@ -140,7 +163,7 @@ def test_the_png_is_the_same_each_time_and_shows_each_method(tmp_path: Path, key
 
 
 def test_matplotlib_draws_any_name(tmp_path: Path) -> None:
-    figures = drawn(tmp_path, {name: Pace() for name in HOSTILE}, seeds=(0,))
+    figures = drawn(tmp_path, {name: Pace() for name in HOSTILE}, seeds=(0, 1))
     for key in ("difference", "loss-steps"):
         assert to_png(figures[key]).startswith(b"\x89PNG")
 

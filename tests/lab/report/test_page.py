@@ -96,6 +96,11 @@ def test_everything_a_reader_asks_for_is_there(pages: dict[str, Path]) -> None:
         "forward, backward 12",
         "optimizer 30.",
         "414 MB",
+        "seeds 1",
+        "the mean final loss of adamw; for adamw its own",
+        "to its final loss with the same seed",
+        "the first crossing",
+        "a run that diverges does not count as having reached anything",
         "Chosen from 6 tried settings, recorded in sweep.",
         "lr = 0.02",
         "Example CPU",
@@ -125,6 +130,7 @@ def test_rows_that_cannot_be_filled_say_so(tmp_path: Path) -> None:
         "no run has ended",
     ):
         assert expected in text
+    assert re.search(r">150 · diverged · >150|\d+ · diverged · \d+", text)
     for expected in ("No run to compare.", "by 2 of 3 seeds", "diverged", "90.0%", "± 0.0"):
         assert expected in text
 
@@ -133,6 +139,19 @@ def test_a_study_with_its_own_target_says_so(tmp_path: Path) -> None:
     text = Page(write_report(write_study(tmp_path, {"adamw": Pace(), "muon": Pace(speed=2)}, target=2.0))).text
     assert "The target was set by the study." in text
     assert "Steps to target 2.000" in text
+
+
+def test_how_many_runs_shared_the_machine_is_said(tmp_path: Path) -> None:
+    pace = Pace(environment={"workers": 2})
+    text = Page(write_report(write_study(tmp_path, {"adamw": pace, "muon": pace}, seeds=(0,)))).text
+    assert "workers (runs trained at once)2" in text
+
+
+def test_losses_as_large_as_floats_get_count_as_diverged(tmp_path: Path) -> None:
+    study = write_study(tmp_path, {"adamw": Pace(), "muon": Pace(end=1e308)})
+    text = re.sub(r"\s+", " ", Page(write_report(study)).text)
+    assert "Only adamw did not diverge" in text
+    assert "muon, seed 0: the loss was not finite, or above 1e+100, after step 150" in text
 
 
 def test_an_empty_study_has_a_page(tmp_path: Path) -> None:
@@ -145,7 +164,7 @@ def test_an_empty_study_has_a_page(tmp_path: Path) -> None:
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
-    study = write_study(tmp_path, {"adamw": Pace(), "muon": Pace()}, seeds=(0,))
+    study = write_study(tmp_path, {"adamw": Pace(), "muon": Pace()}, seeds=(0, 1))
     first = write_report(study).read_bytes()
     pngs = {path.name: path.read_bytes() for path in (study / "plots").iterdir()}
     assert write_report(study).read_bytes() == first
@@ -155,8 +174,9 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_figure_that_no_longer_holds_is_removed_and_other_files_stay(tmp_path: Path) -> None:
-    study = write_study(tmp_path, {"adamw": Pace(), "muon": Pace()}, seeds=(0,))
+    study = write_study(tmp_path, {"adamw": Pace(), "muon": Pace()}, seeds=(0, 1))
     write_report(study)
+    assert (study / "plots" / "difference.png").exists()
     (study / "plots" / "mine.png").write_bytes(b"mine")
     shutil.rmtree(run_dir(study, "muon", 0))
     write_report(study)

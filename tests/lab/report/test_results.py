@@ -55,6 +55,16 @@ def test_a_method_that_does_not_get_there_has_a_bound_and_no_mean(tmp_path: Path
     assert (slow.ratio.value, slow.ratio.interval, slow.ratio.censored) == (1.0, None, 3)
 
 
+def test_a_run_that_crosses_the_target_and_then_diverges_has_not_reached_it(tmp_path: Path) -> None:
+    read = race(tmp_path, {"adamw": Pace(), "sgd": Pace(speed=3, diverges={1: 140})})
+    sgd = read.method("sgd")
+    assert read.target is not None
+    assert min(row.loss for run in sgd.runs for row in run.evals if row.loss is not None) < read.target
+    assert [steps is None for steps in sgd.steps.values()] == [False, True, False]
+    assert sgd.ratio is not None
+    assert (sgd.ratio.n, sgd.ratio.censored) == (3, 1)
+
+
 def test_a_diverged_method_has_no_mean(tmp_path: Path) -> None:
     sgd = race(tmp_path, {"adamw": Pace(), "sgd": Pace(diverges={1: 64})}).method("sgd")
     assert (sgd.diverged, sgd.final, sgd.mean_steps) == ((1,), None, None)
@@ -84,6 +94,8 @@ def test_times_are_medians_and_memory_is_the_largest(tmp_path: Path) -> None:
     muon = race(tmp_path, {"adamw": Pace(), "muon": Pace(optimizer_s=0.03)}).method("muon")
     assert muon.optimizer_ms == pytest.approx(30, rel=0.1)
     assert muon.forward_backward_ms == pytest.approx(120, rel=0.1)
+    assert len(muon.step_ms) == 3
+    assert muon.step_ms == pytest.approx((150, 150, 150), rel=0.1)
     assert muon.memory == 414_000_000
     assert muon.train_s is not None
     assert muon.train_s.n == 3

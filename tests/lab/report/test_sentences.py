@@ -13,6 +13,7 @@ from tests.lab.synthetic import Pace, run_dir, write_scenario, write_study
 from steepest.lab.records import read_study
 from steepest.lab.report import notices, sentences
 from steepest.lab.report.results import Race, read_race
+from steepest.lab.statistics import Interval
 
 
 def race(study_dir: Path, paces: dict[str, Pace], **changes: Any) -> Race:
@@ -85,7 +86,8 @@ def test_rarer_headlines(tmp_path: Path, paces: dict[str, Pace], changes: dict[s
     [
         (
             "clear",
-            r"muon is better than adamw: final loss lower by 0\.\d+ \(95% interval 0\.\d+ to 0\.\d+; p = 0\.\d+, 3 s",
+            r"muon is better than adamw: final loss lower by 0\.\d+ \(95% interval 0\.\d+ to 0\.\d+; "
+            r"p = 0\.\d+ after correction for 3 comparisons, 3 s",
         ),
         ("clear", r"muonadam is worse than muon: final loss higher by 0\.\d+ \(95%"),
         ("undecided", r"muon against adamw is undecided: final loss \w+ by .* on average \(95% interval −.* to \+"),
@@ -134,7 +136,7 @@ def test_refused_races_have_no_verdicts_and_say_why(tmp_path: Path) -> None:
         ),
         (
             {"muon": Pace(diverges={1: 64})},
-            r"\[warning\] Diverged: muon, seed 1: the loss was not finite after step 64 \|",
+            r"\[warning\] Diverged: muon, seed 1: the loss was not finite, or above 1e\+100, after step 64 \|",
         ),
         (
             {"muon": Pace(absent=(2,), stops={1: 37})},
@@ -162,8 +164,31 @@ def test_nothing_is_noticed_in_a_clean_race(tmp_path: Path) -> None:
 def test_one_seed_and_unknown_tuning_are_noticed(tmp_path: Path) -> None:
     assert "[warning] One seed: The spread between seeds is unknown" in noticed(scenario(tmp_path / "one", "one-seed"))
     unknown = race(tmp_path / "unknown", {"adamw": Pace(trials=None), "muon": Pace(trials=None)})
-    assert "[note] Tuning unknown: No method has a record" in noticed(unknown)
-    assert unknown.ranked
+    assert noticed(unknown).startswith("[stop] Not ranked: tuning unknown: adamw was tuned with an unknown number of ")
+    assert sentences.headline(unknown) == "Not ranked: how the options were found is not recorded"
+    assert told(unknown) == ""
+    assert unknown.method("muon").ratio is None
+
+
+def test_times_that_differ_where_the_work_is_the_same_are_not_to_be_compared(tmp_path: Path) -> None:
+    paces = {"adamw": Pace(), "muon": Pace(forward_backward_s=0.15), "sgd": Pace(forward_backward_s=0.14)}
+    assert re.search(
+        r"\[warning\] Do not compare times: Forward and backward pass took 15\d ms with muon and 12\d ms with adamw, "
+        r"though they are the same work for every method: the machine was shared or uneven\.",
+        noticed(race(tmp_path / "uneven", paces)),
+    )
+    assert noticed(race(tmp_path / "even", {"adamw": Pace(), "muon": Pace(forward_backward_s=0.13)})) == ""
+
+
+def test_an_interval_that_leaves_out_0_does_not_contradict_an_undecided_pair(tmp_path: Path) -> None:
+    read = scenario(tmp_path, "clear")
+    interval = Interval(-0.0812, -0.0021)
+    verdict = replace(read.verdicts[0], outcome="undecided", difference=-0.04165, interval=interval, p=0.072)
+    assert (
+        "lower by 0.0416 on average (95% interval −0.0812 to −0.0021; "
+        "p = 0.072 after correction for 3 comparisons, 3 seeds)"
+    ) in told(replace(read, verdicts=(verdict, *read.verdicts[1:])))
+    assert "Intervals are for one pair alone" in " ".join(sentences.methodology(read))
 
 
 def test_a_damaged_run_is_noticed_with_its_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ PRESETS = get_args(PresetName)
 @pytest.mark.parametrize("name", TASKS)
 def test_every_preset_trains_and_evaluates(name, preset):  # conformance of every task
     task = make_task(name, preset)
-    assert (task.name, task.preset) == (name, preset)
+    assert (task.name, task.preset, task.own_data) == (name, preset, True)
     model = task.build_model(0)
     examples = torch.tensor([0, task.train_size - 1])
     batch = task.batch(examples)
@@ -55,6 +55,7 @@ def test_text_predicts_the_next_byte_of_its_own_windows(tmp_path):
     assert bytes(targets[0].tolist()) == text[259 : 259 + 128]
     assert bytes(inputs[1].tolist()) == text[:128]
     assert task.train_size == 95
+    assert not task.own_data
     assert len(task.validation_windows) == 5
 
 

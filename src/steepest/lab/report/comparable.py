@@ -6,10 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from steepest.lab.config import RunConfig
 from steepest.lab.records import Run, Study
 from steepest.lab.tuned import Tuning
+
+Refusal = Literal["unequal", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,16 @@ class Comparable:
 
     @property
     def equally_tuned(self) -> bool:
-        """Whether all methods had the same number of tried settings, or all an unknown one."""
-        return len({None if tuning is None else tuning.trials for tuning in self.tuning.values()}) <= 1
+        """Whether all methods had the same, known number of tried settings, so that they may be ranked."""
+        return self.refusal is None
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """Why the methods may not be ranked: known numbers of tried settings differ, or some are not known."""
+        budgets = {None if tuning is None else tuning.trials for tuning in self.tuning.values()}
+        if len(self.runs) == 1 or (None not in budgets and len(budgets) <= 1):
+            return None
+        return "unequal" if len(budgets - {None}) > 1 else "unknown"
 
 
 def comparable(study: Study) -> Comparable:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from scipy.optimize import isotonic_regression
 
-from steepest.lab.records import EvalRow, Run, Study
+from steepest.lab.records import HUGE, EvalRow, Run, Study
 from steepest.lab.report import wording
 from steepest.lab.report.palette import Style, styles
 from steepest.lab.report.results import MethodResult, Race
@@ -22,7 +22,7 @@ _SAMPLE_TASKS = ("digits", "cifar10")  # the others count tokens
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis from `low` to `high`; `ticks` are (place, text) where they are not numbers."""
+    """An axis from `low` to `high`; `ticks` are (place, text) where they are not left to the drawing library."""
 
     title: str
     low: float
@@ -122,15 +122,13 @@ def _differences(race: Race, looks: dict[str, Style]) -> Figure | None:
         if race.ranked and values and method is not base:
             mean, y = sum(values) / len(values), -float(len(rows))
             rows.append(Row(method.name, looks[method.name], y, y - 0.3, values, mean, t_interval(values)))
-    if not rows:
+    if not any(row.interval for row in rows):  # one seed each: points that would look like a result
         return None
     ends = [0.0, *(value for row in rows for value in row.values)]
     ends += [end for row in rows if row.interval for end in (row.interval.low, row.interval.high)]
     margin = 0.08 * (max(ends) - min(ends)) or 1.0
     name = wording.shortened(base.name)
     marks = "Small marks: seeds. Large mark and bar: their mean and its 95% confidence interval, for this pair alone."
-    if not any(row.interval for row in rows):
-        marks = "One seed: there is no interval."
     ticks = tuple((row.y, wording.shortened(row.name, length=14)) for row in rows)
     return Figure(
         key="difference",
@@ -235,11 +233,23 @@ def _loss_axis(curves: Sequence[Curve], right: float, target: float | None) -> A
     start = max(curve.y[0] for curve in curves)
     later = [y for curve in curves for x, y in zip(curve.x, curve.high or curve.y, strict=True) if x >= 0.1 * right]
     ceiling = min(max(later, default=start), start)
-    if 0 < 10 * floor < ceiling:
+    if 1 / HUGE < floor < ceiling / 10:
         stretch = ceiling / floor
-        return Axis("evaluation loss", floor * stretch**-0.06, ceiling * stretch**0.04, logarithmic=True)
+        low, high = floor * stretch**-0.06, ceiling * stretch**0.04
+        return Axis("evaluation loss", low, high, logarithmic=True, ticks=_decades(low, high))
     height = (ceiling - floor) or 1.0
     return Axis("evaluation loss", floor - 0.06 * height, ceiling + 0.04 * height)
+
+
+def _decades(low: float, high: float) -> tuple[tuple[float, str], ...]:
+    """Ticks at 1, 2 and 5 times the powers of ten; where those are many, at powers alone, evenly left out."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    every = math.ceil((last - first) / 8)
+    places = [float(f"{digit}e{power}") for power in range(first, last + 1, every) for digit in (1, 2, 5)]
+    shown = [place for place in places if low <= place <= high]
+    if len(shown) > 8:
+        shown = [place for place in shown if f"{place:e}".startswith("1.")]
+    return tuple((place, f"{place:g}") for place in shown)
 
 
 def _end_labels(curves: Sequence[Curve], axis: Axis) -> tuple[Label, ...]:

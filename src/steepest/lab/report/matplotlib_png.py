@@ -7,7 +7,7 @@ from io import BytesIO
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image
 
 from steepest.lab.report.figures import Curve, Figure, Row
@@ -84,7 +84,6 @@ def _draw_row(axes: Axes, row: Row) -> None:
 def _draw_frame(axes: Axes, figure: Figure) -> None:
     if figure.y.logarithmic:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(which="minor", length=0)
     axes.set_xlim(figure.x.low, figure.x.high)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from steepest.lab.records import Run
+from steepest.lab.records import HUGE, Run
 from steepest.lab.report import wording
 from steepest.lab.report.results import Race
 from steepest.lab.report.wording import plain
 from steepest.lab.tuned import Tuning
+
+EVEN = 1.15  # ratio of the slowest to the fastest above which times are not compared
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,14 @@ class Notice:
 def notices(race: Race) -> tuple[Notice, ...]:
     """All notices, the most serious first."""
     found = (
-        _unequal_tuning(race),
+        _refused(race),
         _set_aside(race),
         _diverged(race),
         _missing(race),
         _edge(race),
         _few_seeds(race),
+        _uneven_times(race),
         _machines(race),
-        _unknown_tuning(race),
     )
     return tuple(notice for notice in found if notice is not None)
 
@@ -43,12 +45,13 @@ def tuned(tuning: Tuning | None) -> str:
     return wording.counted(tuning.trials, "tried setting")
 
 
-def _unequal_tuning(race: Race) -> Notice | None:
-    if race.ranked:
+def _refused(race: Race) -> Notice | None:
+    if race.chosen.refusal is None:
         return None
     budgets = [f"{plain(name)} was tuned with {tuned(tuning)}" for name, tuning in race.chosen.tuning.items()]
+    title = "Not ranked: unequal tuning" if race.chosen.refusal == "unequal" else "Not ranked: tuning unknown"
     remedy = "Whoever searches longer finds more. Tune all of them over the same number of settings, then race again."
-    return Notice("stop", "Not ranked: unequal tuning", (f"{wording.listed(budgets)}.", remedy))
+    return Notice("stop", title, (f"{wording.listed(budgets)}.", remedy))
 
 
 def _set_aside(race: Race) -> Notice | None:
@@ -67,7 +70,11 @@ def _diverged(race: Race) -> Notice | None:
     runs = [run for method in race.methods for run in method.runs if run.status == "diverged"]
     if not runs:
         return None
-    lines = [f"{_who(run)}: the loss was not finite after step {run.result.steps}" for run in runs if run.result]
+    lines = [
+        f"{_who(run)}: the loss was not finite, or above {HUGE:g}, after step {run.result.steps}"
+        for run in runs
+        if run.result
+    ]
     return Notice("warning", "Diverged", (*lines, "Such a method has no mean; a smaller learning rate may help."))
 
 
@@ -105,6 +112,20 @@ def _few_seeds(race: Race) -> Notice | None:
     return Notice("warning", "One seed", (line,))
 
 
+def _uneven_times(race: Race) -> Notice | None:
+    """Forward and backward pass are the same work for every method, so their times say how even the machine was."""
+    times = {plain(one.name): one.forward_backward_ms for one in race.methods if one.forward_backward_ms is not None}
+    if not times or max(times.values()) <= EVEN * min(times.values()):
+        return None
+    slow, fast = max(times, key=times.__getitem__), min(times, key=times.__getitem__)
+    line = (
+        f"Forward and backward pass took {wording.milliseconds(times[slow])} with {slow} and "
+        f"{wording.milliseconds(times[fast])} with {fast}, though they are the same work for every method: "
+        "the machine was shared or uneven."
+    )
+    return Notice("warning", "Do not compare times", (line, "Losses and steps are not affected."))
+
+
 def _machines(race: Race) -> Notice | None:
     runs = [run for method in race.methods for run in method.runs]
     keys = sorted({key for run in runs for key in run.environment})
@@ -113,14 +134,6 @@ def _machines(race: Race) -> Notice | None:
         return None
     line = f"The runs differ in {wording.listed(differing)}: read times and memory with care."
     return Notice("note", "More than one environment", (line,))
-
-
-def _unknown_tuning(race: Race) -> Notice | None:
-    tuning = race.chosen.tuning.values()
-    if not race.ranked or not tuning or any(one is not None and one.trials is not None for one in tuning):
-        return None
-    line = "No method has a record of how its options were found: a method may look worse than it is."
-    return Notice("note", "Tuning unknown", (line,))
 
 
 def _who(run: Run) -> str:

@@ -33,6 +33,8 @@ _MARKERS = {
     "x": "M13.9 .9l3.1 3.1 3.1-3.1 2 2-3.1 3.1 3.1 3.1-2 2-3.1-3.1-3.1 3.1-2-2 3.1-3.1-3.1-3.1z",
 }
 
+_MACHINE = {"workers": "workers (runs trained at once)"}
+
 
 def render(race: Race, *, directory: str) -> tuple[str, dict[str, bytes]]:
     """The page and its figures as PNG files.
@@ -111,7 +113,7 @@ def _machine(runs: list[Run]) -> dict[str, list[str]]:
     machine: dict[str, list[str]] = {}
     for run in runs:
         for key, value in _flat(run.environment).items():
-            known = machine.setdefault(plain(key), [])
+            known = machine.setdefault(_MACHINE.get(key, plain(key)), [])
             if (text := plain(_value(value))) not in known:
                 known.append(text)
     return dict(sorted(machine.items()))

@@ -92,17 +92,18 @@ def _band(curve: Curve, theme: Theme) -> Json:
 
 
 def _line(curve: Curve, theme: Theme) -> Json:
-    ranges = [
-        f" ({wording.loss(a)}{wording.DASH}{wording.loss(b)})" for a, b in zip(curve.low, curve.high, strict=True)
-    ]
+    texts = [wording.loss(y) for y in curve.y]
+    if curve.low:
+        ranges = zip(texts, curve.low, curve.high, strict=True)
+        texts = [f"{text} ({wording.loss(a)}{wording.DASH}{wording.loss(b)})" for text, a, b in ranges]
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": _escaped(wording.shortened(curve.name)),
         "x": curve.x,
         "y": curve.y,
-        "text": ranges or [""] * len(curve.x),
-        "hovertemplate": "%{y:.3f}%{text}",
+        "text": texts,
+        "hovertemplate": "%{text}",
         "line": {"color": curve.style.colour(theme), "width": 2.25, "dash": curve.style.dash},
         "marker": _marker(curve.style, theme, size=7) | {"maxdisplayed": 8},
     }
@@ -114,7 +115,8 @@ def _dots(row: Row, theme: Theme) -> Json:
         "mode": "markers",
         "x": row.values,
         "y": [row.y_values] * len(row.values),
-        "hovertemplate": "one seed: %{x:+.3f}<extra></extra>",
+        "text": [wording.signed(value) for value in row.values],
+        "hovertemplate": "one seed: %{text}<extra></extra>",
         "marker": _marker(row.style, theme, size=8) | {"opacity": 0.4},
     }
 
@@ -126,7 +128,8 @@ def _mean(row: Row, theme: Theme) -> Json:
         "mode": "markers",
         "x": [row.mean],
         "y": [row.y],
-        "hovertemplate": "mean: %{x:+.3f}<extra></extra>",
+        "text": [wording.signed(row.mean)],
+        "hovertemplate": "mean: %{text}<extra></extra>",
         "marker": _marker(row.style, theme, size=14),
     }
     if row.interval is not None:

@@ -34,6 +34,7 @@ class MethodResult:
         ratio: Steps over the baseline's, seed by seed; None for the baseline, and where no seed is shared.
         forward_backward_ms: Median over all steps of all runs.
         optimizer_ms: Likewise.
+        step_ms: Both together: the median of each run.
         train_s: Training time over seeds of the runs that have ended.
         memory: Largest peak over those runs.
     """
@@ -48,6 +49,7 @@ class MethodResult:
     ratio: Ratio | None
     forward_backward_ms: float | None
     optimizer_ms: float | None
+    step_ms: tuple[float, ...]
     train_s: Summary | None
     memory: int | None
 
@@ -123,6 +125,9 @@ def _method_result(
         ratio=ratio,
         forward_backward_ms=_milliseconds([row.forward_backward_s for run in runs for row in run.train]),
         optimizer_ms=_milliseconds([row.optimizer_s for run in runs for row in run.train]),
+        step_ms=tuple(
+            1000 * median(row.forward_backward_s + row.optimizer_s for row in run.train) for run in runs if run.train
+        ),
         train_s=summarize([result.train_s for result in results]),
         memory=max(memory, default=None),
     )
@@ -153,6 +158,9 @@ def _milliseconds(seconds: Sequence[float]) -> float | None:
 
 
 def _crossing(run: Run, target: float) -> float | None:
+    """Steps to the first time the loss is at the target; None for a run that does not get there, or diverges after."""
+    if run.status == "diverged":
+        return None
     return first_crossing([row.step for row in run.evals], [row.loss for row in run.evals], target)
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from steepest.lab.report import wording
+from steepest.lab.report.comparable import Refusal
 from steepest.lab.report.figures import data_unit
 from steepest.lab.report.results import Race
 from steepest.lab.report.wording import plain
 from steepest.lab.report.wording import shortened as short
 from steepest.lab.statistics import MOST_SEEDS, Interval, Ratio, Verdict
+
+REFUSALS: Mapping[Refusal, str] = {
+    "unequal": "the methods were not tuned alike",
+    "unknown": "how the options were found is not recorded",
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class Comparison:
 def headline(race: Race) -> str:
     """Who won, in one line; or that nobody did."""
     names = [short(method.name) for method in race.methods]
-    if not race.ranked:
-        return "Not ranked: the methods were not tuned alike"
+    if race.chosen.refusal is not None:
+        return f"Not ranked: {REFUSALS[race.chosen.refusal]}"
     if len(names) == 1:
         return f"{names[0]}: one method, nothing to compare"
     if not any(method.finals for method in race.methods):
@@ -99,7 +106,8 @@ def facts(race: Race) -> tuple[Fact, ...]:
         else None
     )
     losses = f"in final loss, {wording.spread(own.final)} against {wording.spread(other.final)}"
-    change = Fact(wording.signed(verdict.difference), f"{losses}; 95% interval {wording.between(verdict.interval)}")
+    difference = wording.signed(verdict.difference, like=wording.scale(verdict.interval))
+    change = Fact(difference, f"{losses}; 95% interval {wording.between(verdict.interval)}")
     pairs = len(race.verdicts)
     corrected = f", corrected for {pairs} comparisons" if pairs > 1 else ""
     sure = Fact(wording.p_value(verdict.p), f"paired t-test over {wording.counted(verdict.n, 'seed')}{corrected}")
@@ -124,13 +132,14 @@ def _comparison(verdict: Verdict, race: Race) -> Comparison:
     if verdict.interval is None or verdict.p is None:
         change = f"final loss {_change(verdict.difference)} with seed {_shared_seed(verdict, race)}"
         return Comparison(undecided, f"one seed cannot tell; run at least 3 ({change}).")
-    numbers = f"(95% interval {_range(verdict)}; {wording.p_value(verdict.p)}, {wording.counted(verdict.n, 'seed')})"
+    sure = f"{wording.p_value(verdict.p)}{_correction(race)}, {wording.counted(verdict.n, 'seed')}"
+    numbers = f"(95% interval {_range(verdict)}; {sure})"
+    change = f"final loss {_change(verdict.difference, like=wording.scale(verdict.interval))}"
     if verdict.outcome == "undecided":
-        change = f"final loss {_change(verdict.difference)} on average {numbers}"
+        change = f"{change} on average {numbers}"
         return Comparison(undecided, f"{change}. {_more_seeds(verdict)}")
     constant = " The difference is the same with every seed." if verdict.interval.low == verdict.interval.high else ""
-    change = f"final loss {_change(verdict.difference)} {numbers}"
-    return Comparison(f"{first} is {verdict.outcome} than {second}:", f"{change}.{constant}")
+    return Comparison(f"{first} is {verdict.outcome} than {second}:", f"{change} {numbers}.{constant}")
 
 
 def methodology(race: Race) -> tuple[str, ...]:
@@ -142,17 +151,22 @@ def methodology(race: Race) -> tuple[str, ...]:
     else:
         target = "The target was set by the study."
         ratio = "to the target"
-    steps = "Steps are counted to the first time the evaluation loss is there, on straight lines between evaluations."
+    steps = (
+        "Steps are counted to the first crossing, on straight lines between evaluations; the loss may rise again "
+        "later, but a run that diverges does not count as having reached anything."
+    )
     share = (
         f"Steps against {base}: steps {ratio}, over those {base} took; geometric mean over seeds, "
         "with a 95% Student interval on the logarithms."
     )
     verdicts = (
         "Verdicts: paired t-tests on the final loss by seed, Holm-corrected over all pairs at 5%. Seeds still needed: "
-        "for 80% power at the observed effect, at the strictest corrected level."
+        "for 80% power at the observed effect, at the strictest corrected level. Intervals are for one pair alone, so "
+        "that one may leave out 0 where the corrected p is above 5%."
     )
     times = (
-        "\N{PLUS-MINUS SIGN} is the standard deviation over seeds. Time per step: medians over all steps. "
+        "\N{PLUS-MINUS SIGN} is the standard deviation over seeds. Time per step: medians over all steps, and from the "
+        "fastest to the slowest seed. "
         "Training: mean over seeds, evaluation not counted. Peak memory: the largest of the process."
     )
     return (f"{target} {steps}", *((share, verdicts) if race.ranked and len(race.methods) > 1 else ()), times)
@@ -208,10 +222,14 @@ def _steps_interval(ratio: Ratio) -> str:
     return f"; 95% interval {wording.percent(ratio.interval.low)} to {wording.percent(ratio.interval.high)}"
 
 
-def _change(difference: float) -> str:
+def _change(difference: float, *, like: float | None = None) -> str:
     if difference == 0:
         return "the same"
-    return f"{'lower' if difference < 0 else 'higher'} by {wording.loss(abs(difference))}"
+    return f"{'lower' if difference < 0 else 'higher'} by {wording.loss(abs(difference), like=like)}"
+
+
+def _correction(race: Race) -> str:
+    return f" after correction for {len(race.verdicts)} comparisons" if len(race.verdicts) > 1 else ""
 
 
 def _range(verdict: Verdict) -> str:

@@ -22,18 +22,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table."""
+    """A column of the table; `note` says in a few words what its title leaves open."""
 
     title: str
     cell: Callable[[MethodResult, Race], Cell]
+    note: str = ""
 
 
 def columns(race: Race) -> tuple[Column, ...]:
     """The columns for which the study has data."""
     goal = "target" if race.target is None else f"target {wording.loss(race.target)}"
-    chosen = [Column("Final loss", _final), Column(f"Steps to {goal}", _steps)]
+    base, own = wording.shortened(race.study.baseline), race.study.target is None
+    mean = f"the mean final loss of {base}; for {base} its own"
+    chosen = [Column("Final loss", _final), Column(f"Steps to {goal}", _steps, mean if own else "set by the study")]
     if race.ranked and len(race.methods) > 1:
-        chosen.append(Column(f"Steps against {wording.shortened(race.study.baseline)}", _ratio))
+        seeds = "to its final loss with the same seed" if own else "to the same target"
+        chosen.append(Column(f"Steps against {base}", _ratio, seeds))
     if any(method.accuracy for method in race.methods):
         chosen.append(Column("Final accuracy", _accuracy))
     return (*chosen, Column("Time per step", _step_time), Column("Training", _training), Column("Peak memory", _memory))
@@ -49,8 +53,11 @@ def _final(method: MethodResult, race: Race) -> Cell:
 def _steps(method: MethodResult, race: Race) -> Cell:
     if not method.steps:
         return Cell(DASH)
-    given = method.runs[0].config.steps
-    seeds = DOT.join(f">{given:,}" if steps is None else f"{steps:,.0f}" for steps in method.steps.values())
+    missed = f">{method.runs[0].config.steps:,}"
+    seeds = DOT.join(
+        f"{steps:,.0f}" if steps is not None else "diverged" if seed in method.diverged else missed
+        for seed, steps in method.steps.items()
+    )
     if method.mean_steps is not None:
         return Cell(f"{method.mean_steps:,.0f}", (seeds,))
     reached = sum(steps is not None for steps in method.steps.values())
@@ -82,8 +89,11 @@ def _accuracy(method: MethodResult, race: Race) -> Cell:
 def _step_time(method: MethodResult, race: Race) -> Cell:
     if method.forward_backward_ms is None or method.optimizer_ms is None:
         return Cell(DASH)
-    parts = (f"forward, backward {_ms(method.forward_backward_ms)}", f"optimizer {_ms(method.optimizer_ms)}")
-    return Cell(f"{_ms(method.forward_backward_ms + method.optimizer_ms)}{NARROW}ms", parts)
+    both, optimizer = _ms(method.forward_backward_ms), _ms(method.optimizer_ms)
+    parts = (f"forward, backward{FIXED}{both}", f"optimizer{FIXED}{optimizer}")
+    low, high = min(method.step_ms), max(method.step_ms)
+    seeds = (f"seeds{FIXED}{_ms(low)} to{FIXED}{_ms(high)}",) if len(method.step_ms) > 1 else ()
+    return Cell(wording.milliseconds(method.forward_backward_ms + method.optimizer_ms), (*parts, *seeds))
 
 
 def _training(method: MethodResult, race: Race) -> Cell:
@@ -95,4 +105,4 @@ def _memory(method: MethodResult, race: Race) -> Cell:
 
 
 def _ms(milliseconds: float) -> str:
-    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.1f}"
+    return wording.milliseconds(milliseconds).partition(NARROW)[0]

@@ -40,15 +40,15 @@ def counted(number: int, noun: str) -> str:
 
 def loss(value: float, *, like: float | None = None) -> str:
     """A loss, or the size of a difference: three decimals, more for small ones, or as many as `like` has."""
-    scale = abs(value if like is None else like)
-    if value == 0 or 0.1 <= scale < 1000:
+    size = abs(value if like is None else like)
+    if size == 0 or 0.1 <= size < 1000:
         return f"{value:.3f}"
-    return f"{value:.4f}" if 0.01 <= scale < 0.1 else f"{value:.2g}"
+    return f"{value:.4f}" if 0.001 <= size < 0.1 else f"{value:.2g}"
 
 
-def signed(value: float) -> str:
+def signed(value: float, *, like: float | None = None) -> str:
     """A difference of losses with its sign, such as "+0.021"."""
-    return f"{'+' if value > 0 else MINUS if value < 0 else ''}{loss(abs(value))}"
+    return f"{'+' if value > 0 else MINUS if value < 0 else ''}{loss(abs(value), like=like)}"
 
 
 def spread(summary: Summary | None) -> str:
@@ -62,8 +62,13 @@ def spread(summary: Summary | None) -> str:
 
 def between(interval: Interval) -> str:
     """The ends of an interval, such as "0.103 to 0.124"; with signs where it does not lie above 0."""
-    write = loss if interval.low > 0 else signed
-    return f"{write(interval.low)} to {write(interval.high)}"
+    write, like = loss if interval.low > 0 else signed, scale(interval)
+    return f"{write(interval.low, like=like)} to {write(interval.high, like=like)}"
+
+
+def scale(interval: Interval) -> float:
+    """The size by which the ends of an interval, and what lies between them, are given the same decimals."""
+    return max(abs(interval.low), abs(interval.high))
 
 
 def percent(ratio: float) -> str:
@@ -79,6 +84,11 @@ def share(ratio: Ratio) -> str:
 def p_value(p: float) -> str:
     """ "p = 0.012", or "p < 0.001"."""
     return f"p{FIXED}<{FIXED}0.001" if p < 0.001 else f"p{FIXED}={FIXED}{p:.2g}"
+
+
+def milliseconds(value: float) -> str:
+    """ "12.3 ms", "142 ms"."""
+    return f"{value:.{0 if value >= 100 else 1}f}{NARROW}ms"
 
 
 def duration(seconds: float) -> str:

@@ -41,6 +41,7 @@ class DigitsTask:
 
     name = "digits"
     tokens_per_example = 1  # "tokens" counts images here
+    own_data = True
 
     def __init__(self, preset: PresetName) -> None:
         self.preset: PresetName = preset

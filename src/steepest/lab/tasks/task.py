@@ -63,6 +63,11 @@ class Task(Protocol):
         """Predictions that the loss of one example averages over."""
         ...
 
+    @property
+    def own_data(self) -> bool:
+        """Whether the data is the task's own, not the user's; only for it are options tuned."""
+        ...
+
     def data_identity(self) -> DataIdentity:
         """Which data, exactly."""
         ...

@@ -52,6 +52,7 @@ class TextTask:
         self.size = PRESETS[preset]
         self.budget = self.size.budget
         self.tokens_per_example = self.size.window
+        self.own_data = data is None
         corpus = _read_corpus_once(data.resolve() if data else None)
         self._identity = corpus.identity
         self.train_windows = _windows(corpus.train, self.size.window, "training", corpus.identity)
