@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.anatomy.routed import Block, LanguageModel, role_of, summary
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, weight_norm
 
 from steepest.anatomy import View, route
+from tests.anatomy.routed import Block, LanguageModel, role_of, summary
 
 
 def test_attention_in_projection_is_three_matrices():

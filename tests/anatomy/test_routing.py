@@ -6,13 +6,13 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from tests.anatomy.routed import LanguageModel
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from steepest.anatomy import LINEAR, Rule, View, route
+from tests.anatomy.routed import LanguageModel
 
 
 @pytest.fixture

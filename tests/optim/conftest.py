@@ -1,6 +1,7 @@
 """Each test of this folder that asks for `recipe` runs with every one of them."""
 
 import pytest
+
 from tests.optim.training import RECIPES
 
 

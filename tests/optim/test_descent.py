@@ -2,14 +2,10 @@
 
 import pytest
 import torch
-from tests.optim.training import assert_same, backward, batch, network, snapshot, train
 from torch import nn
 
-from steepest import (
-    Frobenius,
-    Muon,
-    SteepestDescent,
-)
+from steepest import Frobenius, Muon, SteepestDescent
+from tests.optim.training import assert_same, backward, batch, network, snapshot, train
 
 
 def test_every_recipe_learns_and_leaves_gradients_alone(recipe):

@@ -7,14 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.optim.training import assert_same, backward, network, snapshot, train
 from torch import nn
 
-from steepest import (
-    Muon,
-    NonFiniteError,
-)
+from steepest import Muon, NonFiniteError
 from steepest.optim.guard import Guard
+from tests.optim.training import assert_same, backward, network, snapshot, train
 
 
 def test_huge_finite_gradients_do_not_become_infinite_averages(recipe):

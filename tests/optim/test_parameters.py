@@ -4,17 +4,10 @@ import re
 
 import pytest
 import torch
-from tests.optim.training import backward, network, train
 from torch import nn
 
-from steepest import (
-    AdaInf,
-    Muon,
-    Sign,
-    SteepestDescent,
-    View,
-    route,
-)
+from steepest import AdaInf, Muon, Sign, SteepestDescent, View, route
+from tests.optim.training import backward, network, train
 
 
 def test_a_plan_can_be_passed_and_changed_first():

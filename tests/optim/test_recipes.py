@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.reference import muon as reference
 from torch import nn
 
 import steepest
 from steepest import Adam, Muon, MuonAdam
+from tests.reference import muon as reference
 
 STEPS = 50
 SHAPES = [(5, 9), (9, 5), (6, 6), (1, 4)]

@@ -7,13 +7,10 @@ import warnings
 
 import pytest
 import torch
-from tests.optim.training import assert_same, backward, network, train
 from torch import nn
 
-from steepest import (
-    Muon,
-    Spectral,
-)
+from steepest import Muon, Spectral
+from tests.optim.training import assert_same, backward, network, train
 
 
 def test_hooks_of_the_user_may_reorder_a_state_dict():

@@ -3,14 +3,7 @@
 import torch
 from torch import nn
 
-from steepest import (
-    Adam,
-    Frobenius,
-    Muon,
-    MuonAdam,
-    Sign,
-    SteepestDescent,
-)
+from steepest import Adam, Frobenius, Muon, MuonAdam, Sign, SteepestDescent
 
 RECIPES = {
     "muon": lambda params, **options: Muon(params, lr=0.02, weight_decay=0.1, **options),

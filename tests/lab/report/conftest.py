@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from tests.lab.synthetic import SCENARIOS, write_scenario
 
 from steepest.lab.report import write_report
+from tests.lab.synthetic import SCENARIOS, write_scenario
 
 
 @pytest.fixture(scope="session")

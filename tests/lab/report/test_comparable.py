@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.lab.synthetic import Pace, change_options, write_study
 
 from steepest.lab.records import read_study
 from steepest.lab.report.comparable import comparable
+from tests.lab.synthetic import Pace, change_options, write_study
 
 OTHER = "f" * 64
 

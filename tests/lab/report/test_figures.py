@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from tests.lab.synthetic import HOSTILE, Pace, loss_at, write_scenario, write_study
 
 from steepest.lab.records import read_study
 from steepest.lab.report import wording
@@ -20,6 +19,7 @@ from steepest.lab.report.matplotlib_png import to_png
 from steepest.lab.report.palette import PAPER, styles
 from steepest.lab.report.plotly_html import Theme, to_plotly
 from steepest.lab.report.results import read_race
+from tests.lab.synthetic import HOSTILE, Pace, loss_at, write_scenario, write_study
 
 
 def drawn(study_dir: Path, paces: dict[str, Pace], **changes: Any) -> dict[str, Figure]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.synthetic import HOSTILE, SCENARIOS, Pace, run_dir, write_study
 
 from steepest.lab.records import RecordError
 from steepest.lab.report import write_report
+from tests.lab.synthetic import HOSTILE, SCENARIOS, Pace, run_dir, write_study
 
 
 class Page(HTMLParser):

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.synthetic import STEPS, Pace, write_study
 
 from steepest.lab.records import read_study
 from steepest.lab.report.results import Race, read_race
+from tests.lab.synthetic import STEPS, Pace, write_study
 
 
 def race(study_dir: Path, paces: dict[str, Pace], **changes: Any) -> Race:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.synthetic import Pace, run_dir, write_scenario, write_study
 
 from steepest.lab.records import read_study
 from steepest.lab.report import notices, sentences
 from steepest.lab.report.results import Race, read_race
 from steepest.lab.statistics import Interval
+from tests.lab.synthetic import Pace, run_dir, write_scenario, write_study
 
 
 def race(study_dir: Path, paces: dict[str, Pace], **changes: Any) -> Race:

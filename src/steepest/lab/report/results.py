@@ -8,15 +8,7 @@ from statistics import fmean, median
 
 from steepest.lab.records import Run, Study
 from steepest.lab.report.comparable import Comparable, comparable
-from steepest.lab.statistics import (
-    Ratio,
-    Summary,
-    Verdict,
-    first_crossing,
-    paired_verdicts,
-    steps_ratio,
-    summarize,
-)
+from steepest.lab.statistics import Ratio, Summary, Verdict, first_crossing, paired_verdicts, steps_ratio, summarize
 
 
 @dataclass(frozen=True)
