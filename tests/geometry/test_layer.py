@@ -7,7 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steepest.geometry import NORMS, AdaInf, Frobenius, Sign, Spectral, get_norm, scale_factor
+from steepest.geometry import (
+    NORMS,
+    Ada2,
+    AdaInf,
+    ColNorm,
+    Frobenius,
+    Nuclear,
+    RowNorm,
+    Schatten,
+    Sign,
+    Spectral,
+    get_norm,
+    scale_factor,
+)
 
 EXACT = [
     Spectral(scale="original", polar="svd"),
@@ -16,7 +29,13 @@ EXACT = [
     Spectral(scale="none", polar="svd"),
     Frobenius(),
     Sign(),
+    RowNorm(),
+    ColNorm(),
+    Nuclear(),
+    Schatten(p=1.5),
+    Schatten(p=4.0),
     AdaInf(eps=1e-3),
+    Ada2(eps=1e-3),
 ]
 SHAPES = [(1, 1), (3, 7), (7, 3), (2, 5, 5), (2, 2, 1, 4)]
 
@@ -72,6 +91,39 @@ def test_adams_step_is_the_direction_of_its_norm(rng):
     assert (AdaInf(eps=0.0).lmo(torch.zeros(2, 2), torch.zeros(2, 2)) == 0).all()
 
 
+def test_the_ends_and_the_middle_of_the_schatten_norms_are_known_ones(rng):
+    m, _ = moments((3, 5, 4), rng)
+    torch.testing.assert_close(Schatten(p=2.0).lmo(m), Frobenius().lmo(m))
+    torch.testing.assert_close(Schatten(p=1e6).lmo(m), Spectral(scale="none", polar="svd").lmo(m), rtol=0, atol=1e-4)
+    torch.testing.assert_close(Schatten(p=1 + 1e-3).dual(m), Nuclear().dual(m), rtol=1e-2, atol=0)
+
+
+def test_rows_and_columns_are_each_others_transpose(rng):
+    m, _ = moments((2, 4, 3), rng)
+    assert torch.equal(RowNorm().lmo(m).mT, ColNorm().lmo(m.mT))
+    torch.testing.assert_close(RowNorm().dual(m), ColNorm().dual(m.mT))
+    torch.testing.assert_close(torch.linalg.vector_norm(RowNorm().lmo(m), dim=-1), torch.ones(2, 4).double())
+
+
+def test_adams_two_norms_agree_on_the_length_of_its_step(rng):
+    m, v = moments((4, 5), rng)
+    torch.testing.assert_close(AdaInf().dual(m, v), Ada2().dual(m, v) ** 2)
+    torch.testing.assert_close(Ada2().lmo(m, v) * Ada2().dual(m, v), AdaInf().lmo(m, v))
+
+
+@pytest.mark.parametrize("norm", [Nuclear(), Schatten(p=3.0), RowNorm(), ColNorm(), Ada2()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_types_are_kept_and_a_bad_matrix_spoils_itself_only(norm, dtype, rng):
+    m = torch.randn(2, 3, 4, generator=rng).to(dtype)
+    v = torch.ones_like(m)
+    alone = norm.lmo(m[:1], v[:1])
+    m[1, 0, 0] = torch.nan
+    result = norm.lmo(m, v)
+    assert result.dtype == dtype
+    assert torch.equal(result[:1], alone)
+    assert result[1].isnan().any()
+
+
 def test_the_rules_for_the_scale_are_those_of_torch():
     from torch.optim._muon import _adjust_lr
 
@@ -115,6 +167,13 @@ def test_norms_print_their_name_and_what_was_changed():
             lambda: AdaInf().lmo(torch.ones(2, 2)),
             ValueError,
             "AdaInf needs the second moment v of the gradient, got None",
+        ),
+        (lambda: Ada2().lmo(torch.ones(2, 2)), ValueError, "Ada2 needs the second moment v of the gradient, got None"),
+        (lambda: Ada2(eps=-1.0), ValueError, "Ada2 takes a finite number eps >= 0, got eps=-1.0"),
+        (
+            lambda: Schatten(p=1.0),
+            ValueError,
+            "Schatten takes 1 < p < infinity, got p=1.0; at the ends are Nuclear()",
         ),
         (lambda: AdaInf().primal(torch.ones(2, 2)), ValueError, "AdaInf.primal needs the momentum m"),
     ],

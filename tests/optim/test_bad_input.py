@@ -96,7 +96,7 @@ BUILD = {
     "unknown norm": (
         lambda: SteepestDescent(linear(), norms={"matrix": "spectrl"}),
         ValueError,
-        "Unknown norm 'spectrl': did you mean 'spectral'? Valid: ada_inf, frobenius, sign, spectral.",
+        "Unknown norm 'spectrl': did you mean 'spectral'? Valid: ada_2, ada_inf, col, frobenius, nuclear, ",
     ),
     "norm class": (
         lambda: SteepestDescent(linear(), norms={"matrix": Spectral}),

@@ -1,71 +1,22 @@
-"""Norms on the weight of one layer.
+"""Norms on the weight of one layer, and their names; see `norm` for the notation."""
 
-Notation: W and M are batches of matrices (*batch, m, n), M in loss per weight unit; <M, W> is the sum of elementwise
-products of one matrix. For each norm
-    lmo(M)  = argmin over ‖D‖ <= 1 of <M, D>: a step *adds* the learning rate times it,
-    dual(M) = max over ‖W‖ <= 1 of <M, W> = -<M, lmo(M)>.
-A vector is a 1 x n matrix. Norms that adapt take the second moment V of the gradient, shaped like M.
-"""
-
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from numbers import Real
-from typing import ClassVar, Protocol, cast
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from steepest.geometry.adaptive import Ada2, AdaInf
+from steepest.geometry.norm import MATRIX, Norm, Printed
 from steepest.geometry.scale import ScaleRule, scale_factor
+from steepest.geometry.spectrum import Nuclear, Schatten
 from steepest.linalg import Coefficients, PolarMethod, get_coefficients, polar
 from steepest.names import unknown_name
 
-MATRIX = (-2, -1)
-
-
-class Norm(Protocol):
-    """A norm on weights, and what steepest descent needs of it.
-
-    Contract, for every M != 0: dual(M) = -<M, lmo(M)>, primal(lmo(M)) = 1, and <M, W> <= dual(M) · primal(W) for all W;
-    lmo(0) = 0; nothing is written to the arguments.
-
-
-    Attributes:
-        adapts: Whether the norm needs the second moment V. Otherwise V is ignored and may be None.
-        matrix: Whether the norm sees a linear map, so that fan-out, fan-in and fused parts matter.
-    """
-
-    adapts: ClassVar[bool]
-    matrix: ClassVar[bool]
-
-    def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-        """Norm of W: (*batch, m, n) to (*batch,), in weight units."""
-        ...
-
-    def dual(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
-        """Dual norm of M: (*batch, m, n) to (*batch,), in units of the loss per unit of the norm."""
-        ...
-
-    def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
-        """Steepest direction for M: the shape and dtype of M, of norm one."""
-        ...
-
-
-class _Printed:
-    """A norm prints as its name and the options that are not the default, for plans and tables."""
-
-    def __str__(self) -> str:
-        changed = [
-            f"{option.name}={getattr(self, option.name)}"
-            for option in fields(self)  # pyright: ignore[reportArgumentType] - subclasses are dataclasses
-            if getattr(self, option.name) != option.default
-        ]
-        name = next((name for name, kind in NORMS.items() if kind is type(self)), type(self).__name__)
-        return " ".join([name, *changed])
-
 
 @dataclass(frozen=True)
-class Spectral(_Printed):
+class Spectral(Printed):
     """Largest singular value, divided by a scale s that depends on the shape: ‖W‖ = σ_max(W) / s, lmo = -s U Vᵀ.
 
     Args:
@@ -86,6 +37,7 @@ class Spectral(_Printed):
     polar: PolarMethod = "auto"
     coefficients: str | Coefficients | Sequence[Sequence[float]] = "polar_express"
     dtype: torch.dtype | None = None
+    name: ClassVar[str] = "spectral"
     adapts: ClassVar[bool] = False
     matrix: ClassVar[bool] = True
 
@@ -111,9 +63,10 @@ class Spectral(_Printed):
 
 
 @dataclass(frozen=True)
-class Frobenius(_Printed):
+class Frobenius(Printed):
     """Root of the sum of squares: lmo = -M / ‖M‖, normalised gradient descent."""
 
+    name: ClassVar[str] = "frobenius"
     adapts: ClassVar[bool] = False
     matrix: ClassVar[bool] = False
 
@@ -134,9 +87,10 @@ class Frobenius(_Printed):
 
 
 @dataclass(frozen=True)
-class Sign(_Printed):
+class Sign(Printed):
     """Largest absolute entry: lmo = -sign(M), sign descent."""
 
+    name: ClassVar[str] = "sign"
     adapts: ClassVar[bool] = False
     matrix: ClassVar[bool] = False
 
@@ -153,58 +107,70 @@ class Sign(_Printed):
         return -torch.sign(m)
 
 
+def _scaled_lines(m: Tensor, dim: int) -> Tensor:
+    """Each row (dim = -1) or column (dim = -2) divided by its length, by way of its largest entry; 0 stays 0."""
+    if m.numel() == 0:
+        return m.clone()
+    largest = m.abs().amax(dim=dim, keepdim=True)
+    m = m / torch.where(largest == 0, 1.0, largest)
+    length = torch.linalg.vector_norm(m, dim=dim, keepdim=True)
+    return m / torch.where(length == 0, 1.0, length)
+
+
 @dataclass(frozen=True)
-class AdaInf(_Printed):
-    """Adam's norm: max |w| (sqrt(v) + eps) / |m|, whose constrained step is Adam's -m / (sqrt(v) + eps).
-
-    An entry with m = 0 has infinite weight: it does not move.
-
-    Args:
-        eps: Added to the root of the second moment, in units of the gradient.
-
-    Raises:
-        ValueError: If `eps` is negative.
+class RowNorm(Printed):
+    """Longest row: the norm from the largest of outputs' sensitivities, lmo = each row over its length, negated.
 
     Source:
-        Crawshaw, Modi, Liu and Gower, arXiv:2510.09827 (the norm ada-infinity); Kingma and Ba, arXiv:1412.6980.
+        Pethick et al., arXiv:2502.07529 (RowNorm).
     """
 
-    eps: float = 1e-8
-    adapts: ClassVar[bool] = True
-    matrix: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(cast(object, self.eps), Real) or not 0 <= self.eps < math.inf:
-            raise ValueError(f"AdaInf takes a finite number eps >= 0, got eps={self.eps!r}.")
-
-    def _root(self, v: Tensor | None) -> Tensor:
-        if v is None:
-            raise ValueError("AdaInf needs the second moment v of the gradient, got None; pass v shaped like m.")
-        return v.sqrt().add_(self.eps)
+    name: ClassVar[str] = "row"
+    adapts: ClassVar[bool] = False
+    matrix: ClassVar[bool] = True
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-        """max |w| (sqrt(v) + eps) / |m| over entries, 0/0 counting as 0: this norm depends on M too."""
-        if m is None:
-            raise ValueError("AdaInf.primal needs the momentum m that the norm was built at, got None; pass m and v.")
-        weighted = w.abs() * self._root(v) / m.abs()
-        return torch.where(w == 0, 0.0, weighted).amax(dim=MATRIX)
+        """Largest length of a row; 0 for a weight without entries."""
+        lengths = torch.linalg.vector_norm(w, dim=-1)
+        return lengths.amax(dim=-1) if w.numel() else w.new_zeros(w.shape[:-2])
 
     def dual(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
-        """Sum of m² / (sqrt(v) + eps), 0/0 counting as 0."""
-        return -(m * self.lmo(m, v)).sum(dim=MATRIX)
+        """Sum of the lengths of rows."""
+        return torch.linalg.vector_norm(m, dim=-1).sum(dim=-1)
 
     def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
-        """-M / (sqrt(V) + eps); 0 where M is 0."""
-        root = self._root(v)
-        # m = 0 with eps = 0 and v = 0 would be 0/0
-        return m / -torch.where(root == 0, 1.0, root) if self.eps == 0 else m / -root
+        """Each row over its length, negated."""
+        return -_scaled_lines(m, -1)
 
 
-NORMS: dict[str, type[Spectral] | type[Frobenius] | type[Sign] | type[AdaInf]] = {
-    "spectral": Spectral,
-    "frobenius": Frobenius,
-    "sign": Sign,
-    "ada_inf": AdaInf,
+@dataclass(frozen=True)
+class ColNorm(Printed):
+    """Longest column: lmo = each column over its length, negated.
+
+    Source:
+        Pethick et al., arXiv:2502.07529 (ColNorm).
+    """
+
+    name: ClassVar[str] = "col"
+    adapts: ClassVar[bool] = False
+    matrix: ClassVar[bool] = True
+
+    def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        """Largest length of a column; 0 for a weight without entries."""
+        lengths = torch.linalg.vector_norm(w, dim=-2)
+        return lengths.amax(dim=-1) if w.numel() else w.new_zeros(w.shape[:-2])
+
+    def dual(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
+        """Sum of the lengths of columns."""
+        return torch.linalg.vector_norm(m, dim=-2).sum(dim=-1)
+
+    def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
+        """Each column over its length, negated."""
+        return -_scaled_lines(m, -2)
+
+
+NORMS: dict[str, type[Norm]] = {
+    kind.name: kind for kind in (Spectral, Frobenius, Sign, RowNorm, ColNorm, AdaInf, Ada2, Nuclear, Schatten)
 }
 
 
