@@ -243,8 +243,11 @@ def _repeat(methods: Sequence[str], baseline: str, options: argparse.Namespace, 
 
 
 def _train(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from steepest.lab.checkpoint import CheckpointError
     from steepest.lab.config import configure
+    from steepest.lab.display import RaceDisplay
     from steepest.lab.fields import RecordError
     from steepest.lab.ledger import RunBusyError
     from steepest.lab.methods import check_buildable
@@ -259,15 +262,17 @@ def _train(options: argparse.Namespace) -> int:
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stopped.append(received))
+    display = RaceDisplay({config.method: [options.out]}, steps=config.steps, console=Console(stderr=True))
     try:
-        result = train_run(
-            config,
-            options.out,
-            data=options.data,
-            threads=options.threads,
-            keep_checkpoint=options.keep_checkpoint,
-            stop=lambda: bool(stopped),
-        )
+        with display:
+            result = train_run(
+                config,
+                options.out,
+                data=options.data,
+                threads=options.threads,
+                keep_checkpoint=options.keep_checkpoint,
+                stop=lambda: display.glance() or bool(stopped),
+            )
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -11,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from steepest.lab.pool import read_progress
+
+GLANCE_S = 0.3
 
 
 class RaceDisplay:
@@ -39,6 +42,7 @@ class RaceDisplay:
             expand=True,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._glanced = 0.0
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -46,8 +50,9 @@ class RaceDisplay:
             for method, members in self._runs.items():
                 name = escape(method.ljust(width))
                 self._tasks[method] = self._bars.add_task(name, total=self._steps * len(members), loss="", start=False)
-            total = self._steps * sum(len(members) for members in self._runs.values())
-            self._tasks[""] = self._bars.add_task("all".ljust(width), total=total, loss="")
+            count = sum(len(members) for members in self._runs.values())
+            if count > 1:
+                self._tasks[""] = self._bars.add_task("all".ljust(width), total=self._steps * count, loss="")
             self.update()
             self._bars.start()
         return self
@@ -55,6 +60,12 @@ class RaceDisplay:
     def __exit__(self, *_: object) -> None:
         if self._console.is_terminal:
             self._bars.stop()
+
+    def glance(self) -> None:
+        """Update, but not more often than an eye can follow; for a caller that is busy with something else."""
+        if time.monotonic() - self._glanced > GLANCE_S:
+            self.update()
+            self._glanced = time.monotonic()
 
     def update(self) -> None:
         """Read how far the runs are, and show it."""
