@@ -1,9 +1,38 @@
 """Optimizers that are steepest descent in a chosen norm, and a lab that compares them."""
 
 from steepest.anatomy import Plan, Rule, View, route
-from steepest.geometry import Ada2, AdaInf, ColNorm, Frobenius, Norm, Nuclear, RowNorm, Schatten, Sign, Spectral
+from steepest.geometry import (
+    Ada2,
+    AdaInf,
+    ColNorm,
+    Euclid,
+    Frobenius,
+    Hybrid,
+    Max,
+    Norm,
+    Nuclear,
+    RowNorm,
+    Scaled,
+    Schatten,
+    Sign,
+    Spectral,
+    Sum,
+)
 from steepest.linalg import describe, minimax, polar
-from steepest.optim import Adam, Muon, MuonAdam, NonFiniteError, SteepestDescent
+from steepest.optim import (
+    Adam,
+    Fixed,
+    Momo,
+    Muon,
+    MuonAdam,
+    MuonMax,
+    NonFiniteError,
+    PethickScion,
+    PolarGrad,
+    Scion,
+    SignDescent,
+    SteepestDescent,
+)
 
 __version__ = "0.1.0"
 
@@ -12,19 +41,31 @@ __all__ = [
     "AdaInf",
     "Adam",
     "ColNorm",
+    "Euclid",
+    "Fixed",
     "Frobenius",
+    "Hybrid",
+    "Max",
+    "Momo",
     "Muon",
     "MuonAdam",
+    "MuonMax",
     "NonFiniteError",
     "Norm",
     "Nuclear",
+    "PethickScion",
     "Plan",
+    "PolarGrad",
     "RowNorm",
     "Rule",
+    "Scaled",
     "Schatten",
+    "Scion",
     "Sign",
+    "SignDescent",
     "Spectral",
     "SteepestDescent",
+    "Sum",
     "View",
     "describe",
     "minimax",

@@ -39,10 +39,10 @@ def test_a_bucket_is_its_parameters(shape, view, norm, rng):
     averages = [torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(3)]
     squares = [average.square() + 0.1 for average in averages]
     bucket = Bucket(tuple(averages), view)
-    together = bucket.parameter_shaped(directions(bucket, norm, averages, squares))
+    together = bucket.parameter_shaped(directions(norm, bucket.matrices(averages), bucket.matrices(squares)))
     for average, square, move in zip(averages, squares, together, strict=True):
         alone = Bucket((average,), view)
-        (expected,) = alone.parameter_shaped(directions(alone, norm, [average], [square]))
+        (expected,) = alone.parameter_shaped(directions(norm, alone.matrices([average]), alone.matrices([square])))
         torch.testing.assert_close(move, expected, rtol=0, atol=1e-12)
 
 
@@ -55,6 +55,6 @@ def test_weights_decay_and_move(lr, accept, rng):
         moves = [torch.zeros_like(move) for move in moves]
     expected = [w * (1 - 0.1 * 0.5) + 0.1 * d for w, d in zip(weights, moves, strict=True)]
     expected = [w.clone() for w in weights] if accept is False else expected
-    apply_(weights, moves, lr=lr, weight_decay=0.5, accept=None if accept is None else torch.tensor(accept))
+    apply_(weights, moves, length=lr, decay=lr * 0.5, accept=None if accept is None else torch.tensor(accept))
     for w, e in zip(weights, expected, strict=True):
         torch.testing.assert_close(w, e, rtol=0, atol=0 if accept is False else 1e-15)

@@ -42,8 +42,8 @@ class AdaInf(Printed):
 
     eps: float = 1e-8
     name: ClassVar[str] = "ada_inf"
-    adapts: ClassVar[bool] = True
-    matrix: ClassVar[bool] = False
+    adapts = True
+    matrix = False
 
     def __post_init__(self) -> None:
         _check_eps("AdaInf", self.eps)
@@ -82,8 +82,8 @@ class Ada2(Printed):
 
     eps: float = 1e-8
     name: ClassVar[str] = "ada_2"
-    adapts: ClassVar[bool] = True
-    matrix: ClassVar[bool] = False
+    adapts = True
+    matrix = False
 
     def __post_init__(self) -> None:
         _check_eps("Ada2", self.eps)

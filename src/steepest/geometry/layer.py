@@ -38,8 +38,8 @@ class Spectral(Printed):
     coefficients: str | Coefficients | Sequence[Sequence[float]] = "polar_express"
     dtype: torch.dtype | None = None
     name: ClassVar[str] = "spectral"
-    adapts: ClassVar[bool] = False
-    matrix: ClassVar[bool] = True
+    adapts = False
+    matrix = True
 
     def __post_init__(self) -> None:
         scale_factor(self.scale, 1, 1)
@@ -67,8 +67,8 @@ class Frobenius(Printed):
     """Root of the sum of squares: lmo = -M / ‖M‖, normalised gradient descent."""
 
     name: ClassVar[str] = "frobenius"
-    adapts: ClassVar[bool] = False
-    matrix: ClassVar[bool] = False
+    adapts = False
+    matrix = False
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """‖W‖_F."""
@@ -91,8 +91,8 @@ class Sign(Printed):
     """Largest absolute entry: lmo = -sign(M), sign descent."""
 
     name: ClassVar[str] = "sign"
-    adapts: ClassVar[bool] = False
-    matrix: ClassVar[bool] = False
+    adapts = False
+    matrix = False
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Largest |w_ij|; 0 for a weight without entries."""
@@ -126,8 +126,8 @@ class RowNorm(Printed):
     """
 
     name: ClassVar[str] = "row"
-    adapts: ClassVar[bool] = False
-    matrix: ClassVar[bool] = True
+    adapts = False
+    matrix = True
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Largest length of a row; 0 for a weight without entries."""
@@ -152,8 +152,8 @@ class ColNorm(Printed):
     """
 
     name: ClassVar[str] = "col"
-    adapts: ClassVar[bool] = False
-    matrix: ClassVar[bool] = True
+    adapts = False
+    matrix = True
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Largest length of a column; 0 for a weight without entries."""

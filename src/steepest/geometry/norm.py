@@ -26,8 +26,10 @@ class Norm(Protocol):
         matrix: Whether the norm sees a linear map, so that fan-out, fan-in and fused parts matter.
     """
 
-    adapts: ClassVar[bool]
-    matrix: ClassVar[bool]
+    @property
+    def adapts(self) -> bool: ...  # noqa: D102 - above
+    @property
+    def matrix(self) -> bool: ...  # noqa: D102 - above
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Norm of W: (*batch, m, n) to (*batch,), in weight units."""

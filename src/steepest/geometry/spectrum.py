@@ -35,8 +35,8 @@ class Nuclear(Printed):
     """
 
     name: ClassVar[str] = "nuclear"
-    adapts: ClassVar[bool] = False
-    matrix: ClassVar[bool] = True
+    adapts = False
+    matrix = True
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Sum of singular values."""
@@ -70,8 +70,8 @@ class Schatten(Printed):
 
     p: float = 2.0
     name: ClassVar[str] = "schatten"
-    adapts: ClassVar[bool] = False
-    matrix: ClassVar[bool] = True
+    adapts = False
+    matrix = True
 
     def __post_init__(self) -> None:
         if not 1 < self.p < torch.inf:

@@ -57,58 +57,62 @@ class Bucket:
 
 
 def directions(
-    bucket: Bucket,
-    norm: Norm,
-    averages: Sequence[Tensor],
-    squares: Sequence[Tensor] | None,
-    *,
-    accept: Tensor | None = None,
+    norm: Norm, batches: Sequence[Tensor], moments: Sequence[Tensor | None], *, accept: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Steepest directions for momenta shaped like the parameters.
+    """Steepest directions for momenta.
 
     Args:
-        bucket: Of the parameters.
         norm: Whose unit ball.
-        averages: Debiased momenta, one per parameter.
-        squares: Debiased second moments, for a norm that adapts.
+        batches: Debiased momenta as a bucket's matrices, (B, m, n) each.
+        moments: Debiased second moments likewise, for a norm that adapts, else None for each.
         accept: A 0-d boolean on the device; where it is False the directions are zero. None means True.
 
     Returns:
-        Directions to add, one batch (P·B, m, n) per block of the view.
+        Directions to add, shaped like the batches.
     """
-    batches = bucket.matrices(averages)
-    moments = bucket.matrices(squares) if squares is not None else [None] * len(batches)
     moves = tuple(norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True))
     return moves if accept is None else tuple(torch.where(accept, move, 0.0) for move in moves)
+
+
+def gains(batches: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
+    """What each direction is predicted to gain per unit of length, -<M, D>.
+
+    Args:
+        batches: Momenta, (B, m, n) each.
+        moves: Directions, likewise.
+
+    Returns:
+        One number per matrix, batch after batch.
+    """
+    return torch.cat([-(m * d).sum(dim=(-2, -1)) for m, d in zip(batches, moves, strict=True)])
 
 
 def apply_(
     parameters: Sequence[Tensor],
     moves: Sequence[Tensor],
     *,
-    lr: float | Tensor,
-    weight_decay: float,
+    length: float | Tensor,
+    decay: float | Tensor,
     accept: Tensor | None = None,
 ) -> None:
-    """W <- (1 - lr · weight_decay) W + lr · move, rounded once.
+    """W <- (1 - decay) W + length · move, rounded once.
 
     Args:
         parameters: Written to.
         moves: One per parameter, float32 or wider.
-        lr: Learning rate, a number or a 0-d tensor.
-        weight_decay: Decoupled, times the learning rate.
+        length: A number or a 0-d tensor.
+        decay: Part of the weights that is taken away.
         accept: A 0-d boolean on the device; where it is False nothing decays, and the moves must be zero. None means
             True.
     """
-    decay = lr * weight_decay
     shrink = 1 - (decay if accept is None else decay * accept.to(moves[0].dtype))
     direct = parameters[0].dtype == moves[0].dtype
     wide = list(parameters) if direct else [p.to(moves[0].dtype) for p in parameters]
     if isinstance(shrink, Tensor) or shrink != 1:
         torch._foreach_mul_(wide, shrink)
-    if isinstance(lr, Tensor):
-        torch._foreach_add_(wide, torch._foreach_mul(list(moves), lr))
+    if isinstance(length, Tensor):
+        torch._foreach_add_(wide, torch._foreach_mul(list(moves), length))
     else:
-        torch._foreach_add_(wide, list(moves), alpha=lr)
+        torch._foreach_add_(wide, list(moves), alpha=length)
     if not direct:  # half precision: decay and move together, else both would be lost to rounding one by one
         torch._foreach_copy_(list(parameters), wide)

@@ -2,12 +2,13 @@
 
 A step goes the same way for every parameter:
 
-    gradient -> average (momentum) -> view as matrices -> steepest direction in the norm -> decay and move
+    gradient -> average (momentum) -> view as matrices -> steepest direction in the norm
+             -> product norm over all layers -> step size -> decay and move
 
 Everything between the gradient and the move is a pure function of tensors in its own file; here they are put in order.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast, overload
 
 import torch
@@ -15,14 +16,18 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from steepest.anatomy import Plan, PlanRow, Role, View
-from steepest.geometry import Norm, get_norm
-from steepest.optim.bucket import Bucket, apply_, directions
+from steepest.geometry import Norm, Product, get_norm
+from steepest.optim.bucket import Bucket
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.guard import Guard, OnNonFinite
-from steepest.optim.momentum import average_, debias, look_ahead
+from steepest.optim.losses import MISSING, Loss, LossTap, check_loss, over_ranks
+from steepest.optim.move import Move
 from steepest.optim.options import DEFAULT_NORMS, check_betas, check_group, check_role, for_role
 from steepest.optim.parameters import Parameters, collect, complete_row
-from steepest.optim.state import MOMENTUM, SECOND, STEP, check_saved, ensure_state, restored, state_dtype
+from steepest.optim.state import check_saved, restored
+from steepest.optim.step_size import MODEL_KEYS, StepSize
+from steepest.optim.together import DualMode, Together
+from steepest.optim.witness import Witness
 
 Group = dict[str, Any]
 PerRole = Mapping[Role, Any]
@@ -31,11 +36,12 @@ PerRole = Mapping[Role, Any]
 class SteepestDescent(Optimizer):
     """Steepest descent with momentum, in a norm for each role of parameter.
 
-    A step subtracts decoupled weight decay and adds the learning rate times the direction of norm one that decreases
-    the averaged gradient fastest: W <- (1 - lr · weight_decay) W + lr · lmo(average). This is constrained steepest
-    descent in the largest of the layers' norms, each divided by its learning rate (arXiv:2510.09827).
+    By default a step subtracts decoupled weight decay and adds the learning rate times the direction of norm one that
+    decreases the averaged gradient fastest: W <- (1 - lr · weight_decay) W + lr · lmo(average). This is constrained
+    steepest descent in the largest of the layers' norms, each divided by its learning rate (arXiv:2510.09827). Other
+    ways of making one norm of all, regularised descent and Momo's step size are `product`, `regularized`, `step_size`.
 
-    Every option but `on_nonfinite` may be one value, or a mapping from role to value.
+    The options from `lr` to `betas` may be one value, or a mapping from role to value.
 
     Args:
         params: A module, whose parameters are routed to roles and views (`route`); or parameters, named parameters or
@@ -48,6 +54,13 @@ class SteepestDescent(Optimizer):
         weight_decay: Decoupled; the rate per step is lr times this, with the scheduled lr.
         betas: Weights of the old averages of gradients and of their squares, for norms that adapt (`AdaInf`).
         norms: Norm of each role, by object or name; roles left out keep Spectral() for matrices, AdaInf() otherwise.
+        product: Norm of all layers from the norms of each: `Max()`, `Sum()`, `Euclid()`, `Hybrid()` or a tree of them
+            over roles and names of groups.
+        regularized: False: constrained descent, steps of a fixed norm; True: steps in proportion to the dual norm.
+        step_size: None or `Fixed()`: the whole step; `Momo(...)`: as much as its model of the loss says is useful, for
+            which it needs the loss of every step and one momentum for all groups.
+        dual: Where a number of all layers must be known before the first can move: "cached" keeps all directions for
+            it; "stale" uses the last step's dual norms of the matrices.
         on_nonfinite: "skip" passes over a step whose gradient or loss is not finite, with all parameters and state
             untouched, counts it and warns once; "raise" raises `NonFiniteError`.
 
@@ -69,6 +82,10 @@ class SteepestDescent(Optimizer):
         weight_decay: float | PerRole = 0.0,
         betas: tuple[float, float] | PerRole = (0.9, 0.95),
         norms: Mapping[Role, Norm | str] | None = None,
+        product: Product | str = "max",
+        regularized: bool = False,
+        step_size: StepSize | None = None,
+        dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
         for role in norms or {}:
@@ -83,12 +100,17 @@ class SteepestDescent(Optimizer):
         }
         self._guard = Guard(on_nonfinite)
         self._record = StepRecord()
+        self._tap = LossTap()
+        self._together = Together(product, regularized=regularized, step_size=step_size, dual=dual)
+        self._witness: Witness | None = None
         self._rows: dict[Tensor, PlanRow] = {}
         rows, groups = collect(params)
         self._rows.update(rows)
         # torch's schedulers look for these names among the defaults; what counts is in the groups.
         defaults = {key: _any_role(self._defaults_per_role[key]) for key in ("lr", "momentum", "weight_decay")}
         super().__init__(groups, defaults)
+        if self._together.momo:
+            self._witness = Witness(self._parameters())
 
     @property
     def plan(self) -> Plan:
@@ -116,6 +138,7 @@ class SteepestDescent(Optimizer):
         (group,) = groups
         self._complete(group, where)
         check_group(group, where=where)
+        self._together.label(group)
         for row in rows.values():
             _check_view(row, group["norm"])
         super().add_param_group(group)
@@ -144,26 +167,30 @@ class SteepestDescent(Optimizer):
             group["lr"] = group["lr"].clone()
         group.setdefault("beta2", 0.0)
         group.setdefault("view", None)
+        group.setdefault("name", None)
         group["skipped_steps"] = 0
+        group.update(self._together.saved([]))
 
     @overload
-    def step(self, closure: None = None, *, loss: Tensor | float | None = None) -> None: ...
+    def step(self, closure: None = None, *, loss: Loss | None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float], *, loss: Tensor | float | None = None) -> float: ...
+    def step(self, closure: Callable[[], float], *, loss: Loss | None = None) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, *, loss: Tensor | float | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, *, loss: Loss | None = None) -> float | None:
         """Take one step. Parameters without a gradient are left alone; gradients are not written to.
 
         Args:
             closure: Computes the loss and its gradients, and returns the loss.
-            loss: The loss whose gradients are present, if known: a step with a loss that is not finite is not taken.
+            loss: The loss whose gradients are present, not scaled, if known: a step with a loss that is not finite is
+                not taken. Else what `record_loss` was told counts, else what the closure returned.
 
         Returns:
             What the closure returned, or None.
 
         Raises:
             NonFiniteError: If a gradient or the loss is not finite and `on_nonfinite` is "raise".
-            ValueError: If a gradient is sparse.
+            ValueError: If a gradient is sparse, the loss is not one number, or Momo misses it.
+            TypeError: If the loss is not real.
         """
         returned = None
         if closure is not None:
@@ -171,55 +198,66 @@ class SteepestDescent(Optimizer):
                 returned = closure()
         present = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in self.param_groups]
         parameters = [parameter for _, members in present for parameter in members]
+        known = self._loss(loss, returned)
         if not parameters:
             return returned
         names = [self._rows[parameter].name for parameter in parameters]
         gradients = [_dense_gradient(parameter, name) for parameter, name in zip(parameters, names, strict=True)]
-        admitted = self._guard.admit(names, gradients, returned if loss is None else loss)
+        if known is None and self._together.momo and not self._idle(gradients):
+            raise ValueError(MISSING)
+        admitted = self._guard.admit(names, gradients, known)
         if admitted is False:
             self._publish_skips()
             return returned
+        if self._witness:
+            self._witness.look()
         accept = admitted if isinstance(admitted, Tensor) else None
         self._record.clear()
-        for group, members in present:
-            for bucket in self._buckets(members, matrix=group["norm"].matrix):
-                self._move(group, bucket, accept)
+        moves = [
+            Move(group, bucket, self._states(bucket), label=self._together.label(group), accept=accept)
+            for group, members in present
+            for bucket in self._buckets(members, matrix=group["norm"].matrix)
+        ]
+        self._together.take(moves, known, accept, self._record)
         return returned
 
-    def _move(self, group: Group, bucket: Bucket, accept: Tensor | None) -> None:
-        """The way of one step, for parameters of one layout."""
-        norm = cast(Norm, group["norm"])
-        states = [cast(dict[str, Tensor], self.state[parameter]) for parameter in bucket.parameters]
-        for state, parameter in zip(states, bucket.parameters, strict=True):
-            ensure_state(state, parameter, adapts=norm.adapts)
-        wide = state_dtype(bucket.parameters[0])
-        gradients = [cast(Tensor, parameter.grad).to(wide) for parameter in bucket.parameters]
-        if accept is not None:
-            accept = accept.to(gradients[0].device)
-        beta = group["momentum"]
-        steps = [state[STEP] for state in states]
-        torch._foreach_add_(steps, 1.0 if accept is None else accept.to(wide))
-        count = torch.stack(steps)
+    def record_loss(self, loss: Loss, weight: float = 1.0) -> None:
+        """Tell the loss of a micro-batch, for loops that call `step()` without it.
 
-        buffers = [state[MOMENTUM] for state in states]
-        average_(buffers, gradients, beta, accept=accept)
-        ahead = bool(group["nesterov"]) and not norm.adapts
-        averages = look_ahead(buffers, gradients, beta) if ahead else buffers
-        averages = _divided(averages, debias(beta, count + 1 if ahead else count))
-        squares = None
-        if norm.adapts:
-            seconds = [state[SECOND] for state in states]
-            squared = torch._foreach_mul(gradients, gradients)
-            torch._foreach_clamp_max_(squared, torch.finfo(wide).max)  # an infinite square would stay for ever
-            average_(seconds, squared, group["beta2"], accept=accept)
-            squares = _divided(seconds, debias(group["beta2"], count))
+        Args:
+            loss: Mean loss of the micro-batch, not scaled: the one whose gradient, times `weight`, backward adds.
+            weight: The micro-batch's part of the batch; the weights between two steps sum to 1.
 
-        batches = directions(bucket, norm, averages, squares, accept=accept)
-        lr = cast(float | Tensor, group["lr"])
-        lr = lr.to(batches[0].device) if isinstance(lr, Tensor) else lr
-        self._record.add(group["role"], norm, batches, lr=lr)
-        moves = bucket.parameter_shaped(batches)
-        apply_(bucket.parameters, moves, lr=lr, weight_decay=group["weight_decay"], accept=accept)
+        Raises:
+            ValueError: If the loss is not one real number, or the weight is not in (0, 1].
+            TypeError: If one is of the wrong type.
+        """
+        self._tap.record(loss, weight)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as in torch."""
+        self._tap.gradients_cleared()
+        super().zero_grad(set_to_none)
+
+    def _loss(self, explicit: Loss | None, returned: Loss | None) -> Loss | None:
+        """The loss of this step: the one that was passed, else recorded, else returned by the closure."""
+        recorded = self._tap.take()
+        if explicit is not None:
+            loss = check_loss("step", explicit)
+        elif recorded is not None:
+            loss = recorded
+        elif returned is not None:
+            loss = check_loss("the closure of step", returned)
+        else:
+            return None
+        return over_ranks(loss, self._parameters()[0].device) if self._together.momo else loss
+
+    def _idle(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether the step changes no weight, as when torch's distributed checkpoints take one to make the state."""
+        return all(float(group["lr"]) == 0 for group in self.param_groups) and not any(g.any() for g in gradients)
+
+    def _states(self, bucket: Bucket) -> list[dict[str, Tensor]]:
+        return [cast(dict[str, Tensor], self.state[parameter]) for parameter in bucket.parameters]
 
     def _buckets(self, parameters: Sequence[Tensor], *, matrix: bool) -> Iterator[Bucket]:
         """Parameters of one group, together where they have one layout; in order of first appearance."""
@@ -238,7 +276,8 @@ class SteepestDescent(Optimizer):
             "skipped_steps": steps passed over because something was not finite. Per role that moved:
             "ROLE/update_rms": root mean square of the entries added to the weights, decay not counted;
             "ROLE/orthogonality_error": for the spectral norm, the largest ‖Q Qᵀ Q - Q‖_F / ‖Q‖_F over one polar factor
-            Q of each layout; 0 for an exact one, whatever its rank.
+            Q of each layout; 0 for an exact one, whatever its rank. Where layers are looked at together: "dual_norm",
+            N; with Momo, "t", the part of the step that was taken, "gap" and "lower_bound".
         """
         self._publish_skips()
         return {"skipped_steps": float(self._guard.skipped_steps()), **self._record.read()}
@@ -251,6 +290,8 @@ class SteepestDescent(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and options; norms and views as text, so that `torch.load(weights_only=True)` reads it back."""
         self._publish_skips()
+        for group in self.param_groups:
+            group.update(self._together.saved(self._parameters()))
         packed = super().state_dict()
         for group in packed["param_groups"]:
             group["norm"] = repr(group["norm"])
@@ -287,11 +328,16 @@ class SteepestDescent(Optimizer):
     def _restore(self, saved: dict[str, Any], kept: Sequence[Group]) -> None:
         """Put back what torch's loading has replaced or rounded."""
         for group, old in zip(self.param_groups, kept, strict=True):
-            group.update({key: old[key] for key in old if key not in group or key in ("norm", "view")})
+            group.update({key: old[key] for key in old if key not in group or key in ("norm", "view", "name")})
+            for key in MODEL_KEYS:
+                if key not in old:
+                    group.pop(key, None)
         indices = [index for group in saved["param_groups"] for index in group["params"]]
         for index, parameter in zip(indices, self._parameters(), strict=True):
             if index in saved["state"]:
                 self.state[parameter] = restored(saved["state"][index], parameter)
+        if self.param_groups:
+            self._together.load(saved["param_groups"][0], self._parameters()[0].device)
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
 
     def _parameters(self) -> list[Tensor]:
@@ -299,14 +345,8 @@ class SteepestDescent(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
-        own = ("_defaults_per_role", "_guard", "_record", "_rows")
+        own = ("_defaults_per_role", "_guard", "_record", "_rows", "_tap", "_together", "_witness")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-
-def _divided(averages: Iterable[Tensor], weights: Tensor) -> list[Tensor]:
-    """Each average divided by the sum of its weights; 0 where nothing was averaged yet."""
-    safe = torch.where(weights == 0, 1.0, weights)
-    return list(torch._foreach_div(list(averages), list(safe.unbind())))
 
 
 def _dense_gradient(parameter: Tensor, name: str) -> Tensor:

@@ -14,44 +14,58 @@ from steepest.geometry import Norm, Spectral, scale_factor
 class _Entry:
     role: Role
     size: Tensor  # sum of squares of the directions' entries
-    lr: float | Tensor
+    length: float | Tensor
     entries: int
     factor: Tensor | None  # one polar factor of the bucket
 
 
 @dataclass
 class StepRecord:
-    """One entry per bucket that moved in the last step."""
+    """One entry per bucket that moved in the last step, and numbers of the step as a whole."""
 
     entries: list[_Entry] = field(default_factory=list[_Entry])
+    scalars: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def clear(self) -> None:
         """Forget the step before."""
         self.entries.clear()
+        self.scalars.clear()
 
-    def add(self, role: Role, norm: Norm, batches: Sequence[Tensor], *, lr: float | Tensor) -> None:
-        """Note a bucket's directions.
+    def sample(self, norm: Norm, batches: Sequence[Tensor]) -> Tensor | None:
+        """One polar factor of a bucket, for norms that have one; a copy, so that the batch need not stay in memory.
+
+        Args:
+            norm: Of its group.
+            batches: Directions of norm one, (B, m, n) each.
+        """
+        if not isinstance(norm, Spectral):
+            return None
+        return batches[0][0] / scale_factor(norm.scale, *batches[0].shape[-2:])
+
+    def add(self, role: Role, batches: Sequence[Tensor], *, length: float | Tensor, sample: Tensor | None) -> None:
+        """Note how far a bucket moves.
 
         Args:
             role: Of its group.
-            norm: Of its group.
-            batches: Directions, (B, m, n) each.
-            lr: Learning rate that multiplies them.
+            batches: What moves it, (B, m, n) each.
+            length: Multiplies them.
+            sample: What `sample` returned.
         """
         size = torch.stack([torch.linalg.vector_norm(batch).square() for batch in batches]).sum()
-        factor = None
-        if isinstance(norm, Spectral):  # a copy: the batch itself would stay in memory with it
-            factor = batches[0][0] / scale_factor(norm.scale, *batches[0].shape[-2:])
-        if isinstance(lr, Tensor):  # a scheduler may overwrite it before it is read
-            lr = lr.clone()
-        self.entries.append(_Entry(role, size, lr, sum(batch.numel() for batch in batches), factor))
+        if isinstance(length, Tensor):  # a scheduler may overwrite it before it is read
+            length = length.clone()
+        self.entries.append(_Entry(role, size, length, sum(batch.numel() for batch in batches), sample))
+
+    def note(self, **scalars: Tensor) -> None:
+        """Note numbers of the whole step, 0-d each."""
+        self.scalars.update(scalars)
 
     def read(self) -> dict[str, float]:
-        """Per role: "ROLE/update_rms" and, for spectral norms, "ROLE/orthogonality_error"."""
-        result: dict[str, float] = {}
+        """The step's numbers; per role "ROLE/update_rms" and, for spectral norms, "ROLE/orthogonality_error"."""
+        result = {name: float(number) for name, number in self.scalars.items()}
         for role in dict.fromkeys(entry.role for entry in self.entries):
             of_role = [entry for entry in self.entries if entry.role == role]
-            squares = sum(float(entry.size) * float(entry.lr) ** 2 for entry in of_role)
+            squares = sum(float(entry.size) * float(entry.length) ** 2 for entry in of_role)
             result[f"{role}/update_rms"] = (squares / sum(entry.entries for entry in of_role)) ** 0.5
             residuals = [float(_residual(entry.factor)) for entry in of_role if entry.factor is not None]
             if residuals:

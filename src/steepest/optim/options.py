@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from numbers import Real
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -11,12 +12,24 @@ from torch.nn.parameter import is_lazy
 from steepest.anatomy import ROLES, Role, View
 from steepest.geometry import AdaInf, Norm, Spectral
 from steepest.names import unknown_name
+from steepest.optim.step_size import MODEL_KEYS, Momo, StepSize
 
 # What users may write into a group. Everything the optimizer keeps per group is declared here and at construction,
 # because a key that appears later is dropped by distributed checkpoints.
-GROUP_KEYS = ("params", "role", "norm", "view", "lr", "momentum", "nesterov", "weight_decay", "betas", "beta2")
+GROUP_KEYS = ("params", "name", "role", "norm", "view", "lr", "momentum", "nesterov", "weight_decay", "betas", "beta2")
 # torch and its schedulers add these to groups they have seen.
-FOREIGN_KEYS = ("param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "skipped_steps")
+FOREIGN_KEYS = (
+    "param_names",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "base_momentum",
+    "max_momentum",
+    "skipped_steps",
+    *MODEL_KEYS,
+)
+T = TypeVar("T")
+
 DEFAULT_NORMS: Mapping[Role, Norm] = {
     "matrix": Spectral(),
     "embedding": AdaInf(),
@@ -49,6 +62,31 @@ def for_role(option: str, value: object, role: Role) -> object:
     return value[role]
 
 
+def per_role(matrix: T, others: T, vector: T | None = None) -> dict[Role, T]:
+    """A value for matrices, and one for everything else.
+
+    Args:
+        matrix: Of matrices.
+        others: Of embeddings, heads and vectors.
+        vector: Of vectors, if these have one of their own.
+    """
+    return {"matrix": matrix, "embedding": others, "head": others, "vector": others if vector is None else vector}
+
+
+def chosen_step_size(momo: bool, step_size: StepSize | None) -> StepSize | None:
+    """What a recipe's two ways of asking for Momo come to.
+
+    Raises:
+        ValueError: If both are used.
+        TypeError: If `momo` is no boolean.
+    """
+    if not isinstance(cast(object, momo), bool):
+        raise TypeError(f"momo must be True or False, got {momo!r}; options of Momo go into step_size=Momo(...).")
+    if momo and step_size is not None:
+        raise ValueError(f"momo=True and step_size={step_size!r} are two answers to one question; give one of them.")
+    return Momo() if momo else step_size
+
+
 def check_group(group: Mapping[str, object], *, where: str) -> None:
     """Refuse a group with an option that is unknown or out of range.
 
@@ -69,6 +107,9 @@ def check_group(group: Mapping[str, object], *, where: str) -> None:
     _check_number(where, "beta2", group["beta2"], low=0.0, high=1.0)
     if not isinstance(group["nesterov"], bool):
         raise TypeError(f"{where}: nesterov must be True or False, got {group['nesterov']!r}.")
+    name = group.get("name")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"{where}: name must be a text, by which a product norm can call the group, got {name!r}.")
     view = group.get("view")
     if view is not None and not isinstance(view, View):
         raise TypeError(f"{where}: view must be a View, such as View(groups=4), or None, got {view!r}.")

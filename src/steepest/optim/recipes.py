@@ -1,27 +1,22 @@
 """Named optimizers: each chooses the pieces of `SteepestDescent` and nothing else."""
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from steepest.anatomy import Role
 from steepest.geometry import AdaInf, ScaleRule, Spectral
 from steepest.linalg import Coefficients, PolarMethod
 from steepest.optim.descent import SteepestDescent
 from steepest.optim.guard import OnNonFinite
+from steepest.optim.options import chosen_step_size, per_role
 from steepest.optim.parameters import Parameters
+from steepest.optim.step_size import Momo, StepSize
+from steepest.optim.together import DualMode
 
 # Learning rate of everything that is no matrix, relative to that of the matrices: the ratio of arXiv:2510.09827's
 # default. Under "match_rms_adamw" both kinds of update have one size, and one learning rate serves both.
 ADAM_LR_RATIO = 0.1
-
-T = TypeVar("T")
-
-
-def _per_role(matrix: T, others: T, vector: T | None = None) -> dict[Role, T]:
-    return {"matrix": matrix, "embedding": others, "head": others, "vector": others if vector is None else vector}
 
 
 class Muon(SteepestDescent):
@@ -37,12 +32,15 @@ class Muon(SteepestDescent):
         nesterov: Of the matrices.
         weight_decay: Decoupled, for matrices, embeddings and head; not for vectors (gains, biases).
         adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else lr / 10.
-        betas: Adam's, for everything else.
+        betas: Adam's, for everything else; None: (0.9, 0.95), or (momentum, 0.95) with Momo, which needs one momentum.
         eps: Adam's.
         scale: Length of the step by shape: "original", "match_rms_adamw", "spectral" or "none".
         coefficients: Of the polynomial methods.
         polar: "auto", "newton-schulz", "gram" or "svd".
         dtype: Of the matrix products; None: bfloat16 on CUDA, float32 elsewhere, float64 for float64 parameters.
+        momo: Whether steps are Momo's, with its defaults; the loss must then be passed.
+        step_size: `Momo(...)` with options of its own.
+        dual: "cached" or "stale", for Momo.
         on_nonfinite: "skip" or "raise".
 
     Raises:
@@ -62,25 +60,33 @@ class Muon(SteepestDescent):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         adam_lr: float | Tensor | None = None,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         scale: ScaleRule = "original",
         coefficients: str | Coefficients | Sequence[Sequence[float]] = "polar_express",
         polar: PolarMethod = "auto",
         dtype: torch.dtype | None = None,
+        momo: bool = False,
+        step_size: StepSize | None = None,
+        dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
         spectral = Spectral(scale=scale, polar=polar, coefficients=coefficients, dtype=dtype)
         if adam_lr is None:
             adam_lr = lr * (1.0 if scale == "match_rms_adamw" else ADAM_LR_RATIO)
+        chosen = chosen_step_size(momo, step_size)
+        if betas is None:
+            betas = (momentum if isinstance(chosen, Momo) else 0.9, 0.95)
         super().__init__(
             params,
-            lr=_per_role(lr, adam_lr),
+            lr=per_role(lr, adam_lr),
             momentum=momentum,
-            nesterov=_per_role(nesterov, False),
-            weight_decay=_per_role(weight_decay, weight_decay, 0.0),
+            nesterov=per_role(nesterov, False),
+            weight_decay=per_role(weight_decay, weight_decay, 0.0),
             betas=betas,
-            norms=_per_role(spectral, AdaInf(eps=eps)),
+            norms=per_role(spectral, AdaInf(eps=eps)),
+            step_size=chosen,
+            dual=dual,
             on_nonfinite=on_nonfinite,
         )
 
@@ -103,6 +109,9 @@ class MuonAdam(Muon):
         coefficients: As for `Muon`.
         polar: As for `Muon`.
         dtype: As for `Muon`.
+        momo: As for `Muon`.
+        step_size: As for `Muon`.
+        dual: As for `Muon`.
         on_nonfinite: As for `Muon`.
 
     Raises:
@@ -127,6 +136,9 @@ class MuonAdam(Muon):
         coefficients: str | Coefficients | Sequence[Sequence[float]] = "polar_express",
         polar: PolarMethod = "auto",
         dtype: torch.dtype | None = None,
+        momo: bool = False,
+        step_size: StepSize | None = None,
+        dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
         super().__init__(
@@ -142,6 +154,9 @@ class MuonAdam(Muon):
             coefficients=coefficients,
             polar=polar,
             dtype=dtype,
+            momo=momo,
+            step_size=step_size,
+            dual=dual,
             on_nonfinite=on_nonfinite,
         )
 
@@ -155,6 +170,8 @@ class Adam(SteepestDescent):
         betas: Weights of the old averages of gradients and of their squares.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled; not for vectors (gains, biases).
+        momo: Whether steps are Momo's, with its defaults; the loss must then be passed.
+        step_size: `Momo(...)` with options of its own.
         on_nonfinite: "skip" or "raise".
 
     Raises:
@@ -173,13 +190,16 @@ class Adam(SteepestDescent):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        momo: bool = False,
+        step_size: StepSize | None = None,
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
         super().__init__(
             params,
             lr=lr,
-            weight_decay=_per_role(weight_decay, weight_decay, 0.0),
+            weight_decay=per_role(weight_decay, weight_decay, 0.0),
             betas=betas,
-            norms=_per_role(AdaInf(eps=eps), AdaInf(eps=eps)),
+            norms=per_role(AdaInf(eps=eps), AdaInf(eps=eps)),
+            step_size=chosen_step_size(momo, step_size),
             on_nonfinite=on_nonfinite,
         )

@@ -3,6 +3,7 @@
 step              0-d, number of gradients averaged so far
 momentum_buffer   like the parameter, float32 or wider: average of gradients
 second_moment     like the parameter, float32 or wider: average of squared gradients, for norms that adapt
+dual_norm         one number per matrix, float32 or wider: of the last step, where duals are stale
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STEP, MOMENTUM, SECOND = "step", "momentum_buffer", "second_moment"
+STEP, MOMENTUM, SECOND, DUAL = "step", "momentum_buffer", "second_moment", "dual_norm"
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
@@ -72,12 +73,12 @@ def check_saved(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], n
     members = [parameter for group in groups for parameter in group["params"]]
     for index, parameter, name in zip(indices, members, names, strict=False):
         for key, value in saved["state"].get(index, {}).items():
-            if key not in (STEP, MOMENTUM, SECOND):
+            if key not in (STEP, MOMENTUM, SECOND, DUAL):
                 raise ValueError(
-                    f"The state of {name!r} has the entry {key!r}, which is of another optimizer; {STEP}, {MOMENTUM} "
-                    f"and {SECOND} are known here. Start with fresh state instead."
+                    f"The state of {name!r} has the entry {key!r}, which is of another optimizer; {STEP}, {MOMENTUM}, "
+                    f"{SECOND} and {DUAL} are known here. Start with fresh state instead."
                 )
-            expected = torch.Size(()) if key == STEP else parameter.shape
+            expected = torch.Size(()) if key == STEP else value.shape[:1] if key == DUAL else parameter.shape
             if value.shape != expected:
                 raise ValueError(
                     f"The state {key!r} of {name!r} has shape {tuple(value.shape)}, but {tuple(expected)} is needed. "

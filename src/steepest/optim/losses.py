@@ -1,0 +1,120 @@
+"""The loss of a step, whichever way it arrives: explicitly, recorded per micro-batch, or from the closure."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+Loss = Tensor | float
+TOLERANCE = 1e-4  # of the sum of weights: a ninth of nine micro-batches, in float32
+
+MISSING = (
+    "Momo needs the loss whose gradient is present. Pass it in one of three ways: optimizer.step(loss=loss); "
+    "optimizer.record_loss(loss, weight=1 / micro_batches) after each forward pass, then optimizer.step(); or "
+    "optimizer.step(closure) with a closure that returns the loss. For the method without Momo use step_size=Fixed()."
+)
+
+
+class LossTap:
+    """Collects the losses of micro-batches until a step takes their weighted sum."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Tensor | float, float]] = []
+        self._cleared = False
+
+    def record(self, loss: Loss, weight: float) -> None:
+        """Add a micro-batch.
+
+        Args:
+            loss: Its mean loss; one number.
+            weight: Its part of the batch; all weights of a step sum to 1.
+
+        Raises:
+            ValueError: If the loss is not one real number, or the weight is not in (0, 1].
+            TypeError: If one is of the wrong type.
+        """
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise TypeError(f"record_loss takes a number as weight, got {weight!r}.")
+        if not 0 < weight <= 1 + TOLERANCE:
+            raise ValueError(
+                f"record_loss takes a weight in (0, 1], the micro-batch's part of the batch, got {weight}."
+            )
+        entry = check_loss("record_loss", loss)
+        # The gradient of an earlier, complete batch was thrown away: loss scaling passed over its step.
+        if self._cleared and self._total() > 1 - TOLERANCE:
+            self._entries.clear()
+        self._cleared = False
+        self._entries.append((entry, float(weight)))
+
+    def gradients_cleared(self) -> None:
+        """What was recorded so far may belong to gradients that are gone; the next record decides."""
+        self._cleared = True
+
+    def take(self) -> Loss | None:
+        """The weighted sum, forgotten here; None if nothing was recorded.
+
+        Raises:
+            ValueError: If the weights do not sum to 1. What was recorded is forgotten then, too.
+        """
+        entries, total = self._entries, self._total()
+        self._entries, self._cleared = [], False
+        if not entries:
+            return None
+        if abs(total - 1) > TOLERANCE:
+            raise ValueError(
+                f"{len(entries)} recorded losses have weights that sum to {total:g} instead of 1: a micro-batch is "
+                "missing or was recorded twice. Record each with weight=1 / micro_batches, before every step."
+            )
+        return sum((loss * weight for loss, weight in entries), start=0.0)
+
+    def _total(self) -> float:
+        return math.fsum(weight for _, weight in self._entries)
+
+
+def check_loss(caller: str, loss: object) -> Loss:
+    """Refuse what cannot be the loss of a step.
+
+    Args:
+        caller: For the message.
+        loss: What was given.
+
+    Returns:
+        A number, or a 0-d tensor without a graph.
+
+    Raises:
+        ValueError: If it is not one number.
+        TypeError: If it is not real.
+    """
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(
+                f"{caller} takes one number as loss, got shape {tuple(loss.shape)}. Reduce it as for backward(), "
+                "for example with .mean()."
+            )
+        if not loss.is_floating_point():
+            raise TypeError(f"{caller} takes a real loss, got a tensor of {loss.dtype}.")
+        return loss.detach().reshape(())
+    if isinstance(loss, bool) or not isinstance(loss, Real):
+        raise TypeError(f"{caller} takes a number or a tensor as loss, got {loss!r}.")
+    return float(loss)
+
+
+def over_ranks(loss: Loss, device: torch.device) -> Loss:
+    """The mean over data-parallel ranks: each has its own loss, and a step size of its own would part their weights.
+
+    Args:
+        loss: Of this rank.
+        device: Where ranks exchange tensors.
+
+    Returns:
+        The same number on every rank of the default group; `loss` itself without one.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return loss
+    ranks = torch.distributed.get_world_size()
+    if ranks == 1:
+        return loss
+    mean = torch.as_tensor(loss, dtype=torch.float32, device=device).clone()
+    torch.distributed.all_reduce(mean)
+    return mean / ranks

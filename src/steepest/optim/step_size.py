@@ -1,0 +1,255 @@
+"""How much of a step is taken: all of it, or no more than brings a model of the loss down to its lower bound.
+
+Momo keeps the average of the linear models f_i + <g_i, w - w_i> that past losses and gradients made, with the weights
+of the momentum, so that its slope is the momentum m. With V its value at the present weights, F the lower bound and Q
+what the whole step is predicted to gain (Q = <m, -Δ>: N for constrained, N² for regularised descent),
+
+    t = clamp((V - F) / Q, 0, 1)
+
+is the minimiser of the model truncated at F. V costs no pass over the weights: the model is linear, so its value
+after a step is known, and the next loss is averaged in,
+
+    V_{t+1} = (β (1-β^t) (V_t - predicted decrease of step t) + (1-β) f_{t+1}) / (1-β^{t+1}).
+
+Source: Crawshaw, Modi, Liu and Gower, arXiv:2510.09827, and Schaipp et al., arXiv:2305.07583 (the truncated model and
+the online lower bound); the recurrence and the clamp at 0 are derived here.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from steepest.names import unknown_name
+from steepest.optim.momentum import debias
+
+Bookkeeping = Literal["recurrent", "direct"]
+LowerBound = float | Callable[[int], float] | Literal["auto"]
+# What a checkpoint holds, as plain numbers in every group: distributed checkpoints keep nothing else that is global.
+MODEL_KEYS = ("momo_value", "momo_intercept", "momo_bound", "momo_steps", "momo_fingerprint")
+FLOOR = 0.0  # of the estimated lower bound: where it starts, and never below
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The whole step, always: the plain method."""
+
+
+@dataclass(frozen=True)
+class Momo:
+    """Steps no longer than a model of the loss says is useful; needs the loss of every step.
+
+    Args:
+        lower_bound: What the loss cannot get below, in units of the loss that is passed: a number, a function of the
+            number of steps so far, or "auto" for an online estimate that starts at 0 (experimental: its theory is
+            Euclidean). Too low only gives up robustness to large learning rates; above what can be reached, training
+            stops there. -inf is the plain method, bit for bit.
+        bookkeeping: How the model's value is known. "recurrent": from scalars alone; if weights are changed by anything
+            but this optimizer it starts again from the present loss. "direct": from two inner products with the
+            weights per step, right whatever happens to them, but exact only as far as a small difference of large
+            numbers is.
+
+    Raises:
+        ValueError: If an option is out of range.
+        TypeError: If the lower bound is of the wrong type.
+    """
+
+    lower_bound: LowerBound = 0.0
+    bookkeeping: Bookkeeping = "recurrent"
+
+    def __post_init__(self) -> None:
+        if self.bookkeeping not in get_args(Bookkeeping):
+            raise ValueError(unknown_name("bookkeeping", self.bookkeeping, get_args(Bookkeeping)))
+        if self.lower_bound != "auto" and not callable(self.lower_bound):
+            _checked_bound(self.lower_bound)
+
+    @property
+    def direct(self) -> bool:
+        """Whether inner products with the weights are needed."""
+        return self.bookkeeping == "direct"
+
+    def bound(self, step: int) -> float:
+        """The lower bound at a step.
+
+        Args:
+            step: Number of steps so far.
+
+        Returns:
+            The bound; where it is estimated, its least possible value.
+
+        Raises:
+            TypeError: If a function returned something that is no number.
+            ValueError: If it is NaN or infinity.
+        """
+        if self.lower_bound == "auto":
+            return FLOOR
+        return _checked_bound(self.lower_bound(step) if callable(self.lower_bound) else self.lower_bound)
+
+
+StepSize = Fixed | Momo
+
+
+def check_step_size(step_size: object) -> StepSize:
+    """Refuse what is no step size.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if not isinstance(step_size, Fixed | Momo):
+        raise TypeError(f"step_size must be Fixed() or Momo(...), got {step_size!r}.")
+    return step_size
+
+
+def truncated(gap: Tensor, decrease: Tensor) -> Tensor:
+    """Part of a step that brings a linear model down to its lower bound, in [0, 1].
+
+    Args:
+        gap: 0-d, the model's value over the bound.
+        decrease: 0-d, at least 0: what the whole step is predicted to gain.
+
+    Returns:
+        0-d; 0 for 0/0.
+    """
+    part = gap / decrease
+    return torch.where((gap <= 0) | part.isnan(), 0.0, part).clamp(max=1.0)
+
+
+@dataclass
+class LossModel:
+    """The state of Momo: scalars on the device, float64 where the device has it.
+
+    Args:
+        value: Value of the averaged model at the weights that the last step left.
+        intercept: With direct bookkeeping, the average of f_i - <g_i, w_i>, its weights summing to 1 - β^steps.
+        bound: The estimated lower bound.
+        steps: Number of losses averaged so far.
+        calls: The same, known to the host.
+    """
+
+    value: Tensor
+    intercept: Tensor
+    bound: Tensor
+    steps: Tensor
+    calls: int = 0
+
+    @classmethod
+    def new(cls, device: torch.device) -> "LossModel":
+        """Before the first step."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        zero = torch.zeros((), dtype=dtype, device=device)
+        return cls(zero, zero, zero + FLOOR, zero)
+
+    @classmethod
+    def restored(cls, saved: dict[str, float], device: torch.device) -> "LossModel":
+        """From what `numbers` returned."""
+        model = cls.new(device)
+        model.value, model.intercept, model.bound, model.steps = (
+            torch.full_like(model.value, saved[key]) for key in MODEL_KEYS[:4]
+        )
+        model.calls = round(saved["momo_steps"])
+        return model
+
+    def numbers(self) -> dict[str, float]:
+        """As plain numbers, for a checkpoint; waits for the device."""
+        return dict(
+            zip(MODEL_KEYS, (float(x) for x in (self.value, self.intercept, self.bound, self.steps)), strict=False)
+        )
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Inner products with the weights, summed over all parameters, 0-d each; zero where nobody needs them.
+
+    Args:
+        average: <m, w>, the debiased momentum.
+        ahead: The same for the averages that steps follow: m, or Nesterov's.
+        gradient: <g, w>.
+        decay: Sum of lr · weight_decay · <m, w>: what weight decay is predicted to gain.
+        decay_ahead: The same for the averages that steps follow.
+    """
+
+    average: Tensor
+    ahead: Tensor
+    gradient: Tensor
+    decay: Tensor
+    decay_ahead: Tensor
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What Momo decided, 0-d each.
+
+    Args:
+        t: Part of the step that is taken.
+        gap: Model's value, after weight decay, over the lower bound.
+        bound: The lower bound that was used.
+        value: Value of the model with the momentum's own weights, before the step.
+        next_bound: The estimated lower bound after this step.
+        intercept: With direct bookkeeping, the new average of f_i - <g_i, w_i>.
+    """
+
+    t: Tensor
+    gap: Tensor
+    bound: Tensor
+    value: Tensor
+    next_bound: Tensor
+    intercept: Tensor
+
+
+def choose(
+    momo: Momo,
+    model: LossModel,
+    loss: Tensor,
+    *,
+    decrease: Tensor,
+    inner: Inner,
+    beta: float,
+    ahead: bool,
+    restart: bool,
+) -> Chosen:
+    """Average the loss into the model and say how much of the step to take.
+
+    Args:
+        momo: Options.
+        model: State before this step; of it `steps` is taken to count this loss already.
+        loss: 0-d.
+        decrease: 0-d, what the whole step is predicted to gain, weight decay not counted.
+        inner: Inner products with the weights.
+        beta: Weight of the old average, of gradients and losses alike.
+        ahead: Whether steps follow Nesterov's averages.
+        restart: Whether the weights are not those that the last step left.
+
+    Returns:
+        The decision; nothing is written.
+    """
+    weight, weight_ahead = debias(beta, model.steps), debias(beta, model.steps + 1)
+    intercept = model.intercept
+    if momo.direct:
+        constant = loss - inner.gradient
+        intercept = model.intercept + (1 - beta) * (constant - model.intercept)
+        plain = intercept / weight + inner.average
+        looking = (beta * intercept + (1 - beta) * constant) / weight_ahead + inner.ahead
+    else:
+        before = loss if restart else model.value
+        plain = (beta * debias(beta, model.steps - 1) * before + (1 - beta) * loss) / weight
+        looking = (beta * weight * plain + (1 - beta) * loss) / weight_ahead
+    value = (looking if ahead else plain) - inner.decay_ahead
+    floor = torch.full_like(value, momo.bound(model.calls))
+    auto = momo.lower_bound == "auto"
+    bound = torch.where(value < model.bound, torch.maximum(value / 2, floor), model.bound) if auto else floor
+    t = truncated(value - bound, decrease)
+    next_bound = torch.maximum(value - t * decrease / 2, floor) if auto else bound
+    return Chosen(t, value - bound, bound, plain, next_bound, intercept)
+
+
+def _checked_bound(bound: object) -> float:
+    if isinstance(bound, bool) or not isinstance(bound, Real):
+        raise TypeError(f"Momo takes a number, a function or 'auto' as lower_bound, got {bound!r}.")
+    value = float(cast(float, bound))
+    if math.isnan(value) or value == math.inf:
+        raise ValueError(f"Momo takes a lower_bound that is below the loss, got {value}.")
+    return value
