@@ -25,10 +25,15 @@ def test_every_method_lowers_the_loss_with_its_own_defaults(method, rng):
     model, loss = model_and_loss(rng)
     optimizer = build_optimizer(method, model, options_of(method))
     first = loss().item()
-    for _ in range(15):
-        loss().backward()
-        optimizer.step()
+
+    def closure() -> float:
         optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value.item()
+
+    for _ in range(15):
+        optimizer.step(closure)
     assert loss().item() < 0.8 * first
 
 

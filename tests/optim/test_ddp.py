@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steepest import Muon
+from steepest import Momo, Muon, MuonMax
 
 WORLD, STEPS, EXAMPLES = 2, 4, 8
 
@@ -17,30 +17,39 @@ def network():
     return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 3)).double()
 
 
-def train(model, rows):
-    optimizer = Muon(model, weight_decay=0.1)
+METHODS = {
+    "muon": lambda model: Muon(model, weight_decay=0.1),
+    "muon_max_momo": lambda model: MuonMax(model, 30.0, weight_decay=1e-3, step_size=Momo(0.01)),
+}
+
+
+def train(model, rows, method):
+    optimizer = METHODS[method](model)
     for step in range(STEPS):
         x = torch.randn(EXAMPLES, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        model(x[rows]).square().mean().backward()
-        optimizer.step()
+        loss = model(x[rows]).square().mean()  # each rank has its own
+        loss.backward()
+        optimizer.step(loss=loss)
+        assert method == "muon" or 0 < optimizer.diagnostics()["t"] < 1
         optimizer.zero_grad()
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     return names, [p.detach().clone() for p in model.parameters()]
 
 
-def rank_main(rank, folder):
+def rank_main(rank, folder, method):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
     share = EXAMPLES // WORLD
-    result = train(DistributedDataParallel(network()), slice(rank * share, (rank + 1) * share))
+    result = train(DistributedDataParallel(network()), slice(rank * share, (rank + 1) * share), method)
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
-def test_two_ranks_are_one_process(tmp_path):
-    names, expected = train(network(), slice(None))
-    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=WORLD)
+def test_two_ranks_are_one_process(tmp_path, method):
+    names, expected = train(network(), slice(None), method)
+    mp.spawn(rank_main, args=(str(tmp_path), method), nprocs=WORLD)
     for rank in range(WORLD):
         ours, weights = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert ours == names  # without the wrapper's prefix

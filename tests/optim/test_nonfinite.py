@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from steepest import Muon, NonFiniteError
+from steepest import Momo, Muon, MuonMax, NonFiniteError
 from steepest.optim.guard import Guard
+from steepest.optim.step_size import MODEL_KEYS
 from tests.optim.training import assert_same, backward, network, snapshot, train
 
 
@@ -107,3 +108,37 @@ def test_skipped_steps_are_as_if_they_never_were(seed, steps, skip):
             a.step()
             b.step()
     assert torch.equal(with_bad, without)
+
+
+@pytest.mark.parametrize("dual", ["cached", "stale"])
+def test_momo_on_an_accelerator_equals_momo_here_and_forgets_what_it_must_not_see(dual, monkeypatch):
+    def run(bad_at=None):
+        model = network()
+        optimizer = MuonMax(model, 1.0, weight_decay=0.01, dual=dual, step_size=Momo("auto"))
+        lengths = []
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = backward(model, step)
+            if step == bad_at:
+                optimizer.step(loss=math.nan)
+            optimizer.step(loss=loss)
+            lengths.append(optimizer.diagnostics()["t"])
+        return lengths, snapshot(model, optimizer), optimizer.state_dict()["param_groups"][0]
+
+    lengths, (weights, state), group = run()
+    assert min(lengths) < 1
+
+    def stay_on_device(self, names, gradients, loss):
+        finite = torch.stack([g.isfinite().all() for g in gradients]).all() & torch.as_tensor(loss).isfinite()
+        self._skipped = self._skipped + (~finite).long()
+        return finite
+
+    monkeypatch.setattr(Guard, "admit", stay_on_device)
+    for bad_at in (None, 3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            masked, (masked_weights, masked_state), masked_group = run(bad_at)
+        assert masked == lengths
+        assert_same(weights, masked_weights)
+        assert_same(state, masked_state)
+        assert {key: group[key] for key in MODEL_KEYS} == {key: masked_group[key] for key in MODEL_KEYS}

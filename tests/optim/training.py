@@ -1,13 +1,16 @@
-"""A small network, four optimizers for it, and a training loop."""
+"""A small network, a few optimizers for it, and a training loop."""
 
 import torch
 from torch import nn
 
-from steepest import Adam, Frobenius, Muon, MuonAdam, Sign, SteepestDescent
+from steepest import Adam, Frobenius, Muon, MuonAdam, MuonMax, PolarGrad, Sign, SteepestDescent
 
 RECIPES = {
     "muon": lambda params, **options: Muon(params, lr=0.02, weight_decay=0.1, **options),
     "muon_adam": lambda params, **options: MuonAdam(params, lr=0.02, **options),
+    "muon_max": lambda params, **options: MuonMax(params, lr=0.02, weight_decay=0.1, **options),
+    "muon_max_stale": lambda params, **options: MuonMax(params, lr=0.02, dual="stale", **options),
+    "polar_grad": lambda params, **options: PolarGrad(params, lr=0.05, **options),
     "adam": lambda params, **options: Adam(params, lr=1e-2, **options),
     "own": lambda params, **options: SteepestDescent(
         params, lr=0.01, norms={"matrix": Frobenius(), "vector": Sign(), "head": "sign"}, **options

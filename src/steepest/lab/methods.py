@@ -19,7 +19,7 @@ from steepest.lab.combined import CombinedOptimizer
 from steepest.lab.tasks import Task
 from steepest.lab.tuned import TUNED, OptionValue, Tuned, Tuning
 from steepest.names import unknown_name
-from steepest.optim import Adam, Muon, MuonAdam
+from steepest.optim import Adam, Momo, Muon, MuonAdam, MuonMax, PolarGrad, Scion
 
 
 def adamw(
@@ -89,13 +89,6 @@ def muon(
     return Muon(model, lr, adam_lr=other_lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
 
-def muonadam(
-    model: nn.Module, *, lr: float = 0.04, other_lr: float = 0.01, momentum: float = 0.95, weight_decay: float = 0.0
-) -> Optimizer:
-    """steepest.MuonAdam, with `other_lr` as its `adam_lr`."""
-    return MuonAdam(model, lr, adam_lr=other_lr, momentum=momentum, weight_decay=weight_decay)
-
-
 def adam(
     model: nn.Module,
     *,
@@ -112,6 +105,53 @@ def adam(
     return optimizer
 
 
+def _cell(
+    recipe: Callable[..., Optimizer], other: str, lr: float, other_lr: float, *, momo: bool
+) -> Callable[..., Optimizer]:
+    """A method from a recipe of the grid.
+
+    Args:
+        recipe: The recipe.
+        other: What it calls the learning rate of everything that is no matrix.
+        lr: Default learning rate.
+        other_lr: Default of the other one.
+        momo: Whether steps are Momo's.
+    """
+
+    def build(
+        model: nn.Module,
+        *,
+        lr: float = lr,
+        other_lr: float = other_lr,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> Optimizer:
+        return recipe(model, lr, momentum=momentum, weight_decay=weight_decay, **{other: other_lr})
+
+    def build_momo(
+        model: nn.Module,
+        *,
+        lr: float = lr,
+        other_lr: float = other_lr,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        lower_bound: float = 0.0,
+        estimate_bound: bool = False,
+        dual: str = "cached",
+    ) -> Optimizer:
+        options = {"momentum": momentum, "weight_decay": weight_decay, "dual": dual, other: other_lr}
+        return recipe(model, lr, step_size=Momo("auto" if estimate_bound else lower_bound), **options)
+
+    return build_momo if momo else build
+
+
+GRID = {
+    "muonadam": (MuonAdam, "adam_lr", 0.04, 0.02),
+    "scion": (Scion, "other_lr", 0.04, 0.004),
+    "polargrad": (PolarGrad, "adam_lr", 1.0, 0.02),
+    "muonmax": (MuonMax, "adam_lr", 0.02, 0.02),
+}
+
 METHODS: Mapping[str, Callable[..., Optimizer]] = {
     "adamw": adamw,
     "sgd": sgd,
@@ -120,8 +160,9 @@ METHODS: Mapping[str, Callable[..., Optimizer]] = {
     "muon-plain": partial(muon, nesterov=False),
     "muon-wd": partial(muon, weight_decay=0.1),
     "muon-plain-wd": partial(muon, nesterov=False, weight_decay=0.1),
-    "muonadam": muonadam,
     "adam": adam,
+    **{name: _cell(*pieces, momo=False) for name, pieces in GRID.items()},
+    **{f"{name}-momo": _cell(*pieces, momo=True) for name, pieces in GRID.items()},
 }
 
 

@@ -22,6 +22,7 @@ from steepest.lab.result import Result
 from steepest.lab.schedule import cooldown
 from steepest.lab.tasks import Evaluation, Task
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
+from steepest.optim import SteepestDescent
 
 
 @dataclass
@@ -83,7 +84,10 @@ class Training:
         middle = time.perf_counter()
         self.diverged = not math.isfinite(value)
         if not self.diverged:
-            self.optimizer.step()
+            if isinstance(self.optimizer, SteepestDescent):
+                self.optimizer.step(loss=loss)
+            else:
+                self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
         end = time.perf_counter()

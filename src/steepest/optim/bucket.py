@@ -56,22 +56,18 @@ class Bucket:
         return [view.merge(blocks, shape) for blocks in zip(*pieces, strict=True)]
 
 
-def directions(
-    norm: Norm, batches: Sequence[Tensor], moments: Sequence[Tensor | None], *, accept: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def directions(norm: Norm, batches: Sequence[Tensor], moments: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """Steepest directions for momenta.
 
     Args:
         norm: Whose unit ball.
         batches: Debiased momenta as a bucket's matrices, (B, m, n) each.
         moments: Debiased second moments likewise, for a norm that adapts, else None for each.
-        accept: A 0-d boolean on the device; where it is False the directions are zero. None means True.
 
     Returns:
         Directions to add, shaped like the batches.
     """
-    moves = tuple(norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True))
-    return moves if accept is None else tuple(torch.where(accept, move, 0.0) for move in moves)
+    return tuple(norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True))
 
 
 def gains(batches: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:

@@ -205,6 +205,7 @@ class SteepestDescent(Optimizer):
         gradients = [_dense_gradient(parameter, name) for parameter, name in zip(parameters, names, strict=True)]
         if known is None and self._together.momo and not self._idle(gradients):
             raise ValueError(MISSING)
+        self._together.check([group for group, members in present if members])
         admitted = self._guard.admit(names, gradients, known)
         if admitted is False:
             self._publish_skips()

@@ -115,6 +115,7 @@ def over_ranks(loss: Loss, device: torch.device) -> Loss:
     ranks = torch.distributed.get_world_size()
     if ranks == 1:
         return loss
-    mean = torch.as_tensor(loss, dtype=torch.float32, device=device).clone()
+    given = loss.dtype if isinstance(loss, Tensor) else torch.float32
+    mean = torch.as_tensor(loss, dtype=torch.promote_types(given, torch.float32), device=device).clone()
     torch.distributed.all_reduce(mean)
     return mean / ranks

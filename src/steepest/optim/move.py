@@ -85,7 +85,7 @@ class Move:
         moments: tuple[Tensor | None, ...] = (None,) * len(batches)
         if self.norm.adapts:
             moments = self.bucket.matrices(_divided(self._of(SECOND), debias(self.group["beta2"], count)))
-        found = directions(self.norm, batches, moments, accept=self._accept)
+        found = directions(self.norm, batches, moments)
         aim = Aim(found, gains(batches, found) if duals else None, None)
         if slopes:
             plain = _divided(self._of(MOMENTUM), debias(beta, count)) if self.ahead else averages
@@ -136,6 +136,8 @@ class Move:
         """
         found = cast(Aim, self.aimed).directions
         sample = record.sample(self.norm, found)
+        if self._accept is not None:
+            found = tuple(torch.where(self._accept, direction, 0.0) for direction in found)
         if factors is not None and factors.ndim == 0 and factors.device.type == "cpu":
             length = length * float(factors)  # one pass over the directions less
         elif factors is not None:

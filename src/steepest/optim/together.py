@@ -92,6 +92,23 @@ class Together:
         self.product.covering([label])
         return label
 
+    def check(self, groups: Sequence[Group]) -> None:
+        """Refuse groups with different momenta under Momo: losses are averaged once, with the weights of all gradients.
+
+        Args:
+            groups: Those that move in this step.
+
+        Raises:
+            ValueError: If momenta differ.
+        """
+        by_role = {group["role"]: float(group["momentum"]) for group in groups}
+        if self.momo and len(set(by_role.values())) > 1:
+            found = ", ".join(f"{role} {beta:g}" for role, beta in by_role.items())
+            raise ValueError(
+                f"Momo needs one momentum for all groups, as losses are averaged like gradients, got {found}. Give "
+                "momentum= and the first of betas= the same value."
+            )
+
     def take(self, moves: Sequence[Move], loss: Loss | None, accept: Tensor | None, record: StepRecord) -> None:
         """Make the moves.
 
@@ -100,16 +117,11 @@ class Together:
             loss: Of this step; None if it is not known, and then Momo takes the whole step.
             accept: A 0-d boolean by which every write is masked; None means True.
             record: Takes note.
-
-        Raises:
-            ValueError: If Momo meets groups with different momentum.
         """
         if self.streams:
             self._stream(moves, record)
             return
         momo = self.momo if loss is not None else None
-        if momo:
-            _common_momentum(moves)  # before anything is written
         for move in moves:
             move.advance()
         duals = [self._duals(move, momo) for move in moves]
@@ -240,6 +252,11 @@ class Together:
         known = fingerprint([p for p in parameters if p in self._versions]) if self._versions else 0.0
         return {**model.numbers(), "momo_fingerprint": known}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: versions are of this process' tensors, a sum over the weights is not."""
+        known = fingerprint(list(self._versions)) if self._versions else self._saved_fingerprint
+        return {**self.__dict__, "_versions": {}, "_saved_fingerprint": known}
+
     def load(self, saved: Mapping[str, Any], device: torch.device) -> None:
         """Continue from what `saved` returned; a checkpoint without it starts a new model of the loss."""
         if self.momo is None:
@@ -264,14 +281,3 @@ def _wide(numbers: Tensor) -> Tensor:
 
 def _scalar_type(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
-def _common_momentum(moves: Sequence[Move]) -> None:
-    """Refuse groups with different momenta: losses are averaged once, with the weights of all gradients."""
-    by_role = {move.group["role"]: float(move.group["momentum"]) for move in moves}
-    if len(set(by_role.values())) > 1:
-        found = ", ".join(f"{role} {beta:g}" for role, beta in by_role.items())
-        raise ValueError(
-            f"Momo needs one momentum for all groups, as losses are averaged like gradients, got {found}. Give "
-            "momentum= and the first of betas= the same value."
-        )
