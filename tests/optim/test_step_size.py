@@ -211,7 +211,7 @@ def test_a_group_can_have_a_place_of_its_own(rng):
     optimizer.step()
     for p, w, g in zip((a, b, c), start, gradients, strict=True):  # the Euclidean norm of all: gradient descent
         torch.testing.assert_close(p.detach(), w - 0.1 * g, rtol=1e-10, atol=1e-12)
-    with pytest.raises(TypeError, match="name must be a text, .* got 3"):
+    with pytest.raises(TypeError, match=r"name must be a text, .* got 3"):
         SteepestDescent([{"params": [a], "name": 3}])
 
 

@@ -79,10 +79,12 @@ class Product(ABC):
         """
         if not self.children:
             return self._with(labels)
+        known = self.labels()
+        kept = self._kept(labels)  # first of all refuses a node that does not say what it is for
         for label in labels:
-            if label not in self.labels():
-                raise ValueError(f"{unknown_name('place in the product norm', label, self.labels())} Add it to {self}.")
-        return self._kept(labels)
+            if label not in known:
+                raise ValueError(f"{unknown_name('place in the product norm', label, known)} Add it to {self}.")
+        return kept
 
     def _kept(self, labels: Sequence[Label]) -> Self:
         kept: list[Product | Label] = []

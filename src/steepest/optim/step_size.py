@@ -166,14 +166,12 @@ class Inner:
 
     Args:
         average: <m, w>, the debiased momentum.
-        ahead: The same for the averages that steps follow: m, or Nesterov's.
         gradient: <g, w>.
         decay: Sum of lr · weight_decay · <m, w>: what weight decay is predicted to gain.
-        decay_ahead: The same for the averages that steps follow.
+        decay_ahead: The same for the averages that steps follow: m, or Nesterov's.
     """
 
     average: Tensor
-    ahead: Tensor
     gradient: Tensor
     decay: Tensor
     decay_ahead: Tensor
@@ -229,14 +227,12 @@ def choose(
     weight, weight_ahead = debias(beta, model.steps), debias(beta, model.steps + 1)
     intercept = model.intercept
     if momo.direct:
-        constant = loss - inner.gradient
-        intercept = model.intercept + (1 - beta) * (constant - model.intercept)
+        intercept = model.intercept + (1 - beta) * (loss - inner.gradient - model.intercept)
         plain = intercept / weight + inner.average
-        looking = (beta * intercept + (1 - beta) * constant) / weight_ahead + inner.ahead
     else:
         before = loss if restart else model.value
         plain = (beta * debias(beta, model.steps - 1) * before + (1 - beta) * loss) / weight
-        looking = (beta * weight * plain + (1 - beta) * loss) / weight_ahead
+    looking = (beta * weight * plain + (1 - beta) * loss) / weight_ahead
     value = (looking if ahead else plain) - inner.decay_ahead
     floor = torch.full_like(value, momo.bound(model.calls))
     auto = momo.lower_bound == "auto"

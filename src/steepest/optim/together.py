@@ -214,12 +214,12 @@ class Together:
 
     def _inner(self, moves: Sequence[Move], momo: Momo, like: Tensor) -> Inner:
         """Inner products with the weights, of those moves that need them."""
-        sums = [torch.zeros_like(like) for _ in range(5)]
+        sums = [torch.zeros_like(like) for _ in range(4)]
         for move in moves:
             decay = move.lr * move.group["weight_decay"]
             if momo.direct or isinstance(decay, Tensor) or decay > 0:
                 plain, ahead, gradient = (_wide(x).to(like.device) for x in move.against_weights(gradients=momo.direct))
-                for total, own in zip(sums, (plain, ahead, gradient, decay * plain, decay * ahead), strict=True):
+                for total, own in zip(sums, (plain, gradient, decay * plain, decay * ahead), strict=True):
                     total += own
         return Inner(*sums)
 
