@@ -18,7 +18,7 @@ def run(capsys, *words):
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", ["race", "train", "plan", "report"])
+@pytest.mark.parametrize("command", ["race", "sweep", "work", "train", "plan", "report"])
 def test_every_command_has_help_with_examples(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -109,6 +109,18 @@ def test_the_report_can_be_written_anew(capsys, tmp_path):
             "'torch-muon' takes 2-D matrices only",
         ),
         (["plan", "--task", "digits", "--method", "torch-muon"], "'torch-muon' takes 2-D matrices only"),
+        (["sweep", "--task", "digits", "--out", "OUT"], "the following arguments are required: --lrs"),
+        (["sweep", "--task", "digits", "--lrs", "1:2", "--out", "OUT"], "--lrs 1:2: write LOW:HIGH:logN"),
+        (["sweep", "--task", "digits", "--lrs", "sgd=1", "--out", "OUT"], "Learning rates are given for 'sgd', which"),
+        (["sweep", "--task", "digits", "--lrs", "muon=1", "--out", "OUT"], "No learning rates for 'adamw'; add --lrs"),
+        (
+            ["sweep", "--task", "digits", "--lrs", "1", "--set", "muon.lr=0", "--out", "OUT"],
+            "muon.lr is 0, so other_lr has no ratio to it",
+        ),
+        (["race", "--task", "digits", "--storage", "db", "--out", "OUT"], "The storage is not a URL of a database"),
+        (["work", "postgresql://me@host/db"], "Behind a URL, --runs DIR says where the runs are"),
+        (["work", "mysql://me@host/db", "--runs", "OUT"], "A storage of the kind 'mysql' is not supported"),
+        (["work", "OUT", "--runs", "elsewhere"], "--runs elsewhere another one. Leave --runs out"),
         (["plan", "--method", "adamw"], "'adamw' is not a method of this library and has no plan"),
     ],
 )
@@ -121,7 +133,54 @@ def test_wrong_usage_ends_with_two_and_says_what_to_do(capsys, tmp_path, words, 
 def test_a_directory_without_a_study_is_a_failure(capsys, tmp_path):
     code, _, err = run(capsys, "report", str(tmp_path))
     assert code == 1
-    assert f"{tmp_path}/study.json: no race here. Give the directory that race was given as --out" in err
+    assert f"{tmp_path}/study.json: no study here. Give the directory that race or sweep was" in err
+
+
+def test_a_directory_without_a_study_cannot_be_joined(capsys, tmp_path):
+    code, _, err = run(capsys, "work", str(tmp_path))
+    assert code == 1
+    assert f"error: {tmp_path}/study.json: no study here" in err
+
+
+def test_a_sweep_can_be_repeated_word_by_word_but_for_the_password(capsys, tmp_path):
+    import shlex
+
+    out, database = tmp_path / "a sweep", f"sqlite:///{tmp_path}/shared.db"
+    words = [
+        "sweep",
+        "--task",
+        "digits",
+        "--methods",
+        "sgd",
+        "--seeds",
+        "1",
+        "--steps",
+        "2",
+        "--set",
+        "sgd.momentum=0.5",
+    ]
+    code, printed, err = run(
+        capsys, *words, "--lrs", "1", "--lrs", "sgd=0.1", "--out", str(out), "--storage", database, "--json"
+    )
+    assert code == 0, err
+    assert json.loads(printed) == {"report": f"{out}/report.html"}
+    study = json.loads((out / "study.json").read_text())
+    assert (tmp_path / "shared.db").exists()
+    assert not (out / "optuna.db").exists()
+    before = next(out.glob("runs/*/result.json")).stat().st_mtime_ns
+    assert run(capsys, *shlex.split(study["command"])[1:])[0] == 0
+    assert json.loads((out / "study.json").read_text()) == study
+    assert next(out.glob("runs/*/result.json")).stat().st_mtime_ns == before
+
+
+def test_a_database_that_does_not_answer_is_a_failure(capsys, tmp_path):
+    (tmp_path / "broken.db").write_text("this is not a database, but it is there")
+    words = ["race", "--task", "digits", "--methods", "sgd", "--seeds", "1", "--out", str(tmp_path / "out")]
+    code, _, err = run(capsys, *words, "--storage", f"sqlite:///{tmp_path}/broken.db")
+    assert code == 1
+    assert re.fullmatch(
+        r"error: The storage sqlite:////.*broken.db does not answer: file is not a database\. .*\n", err
+    )
 
 
 def test_an_output_that_cannot_be_written_is_a_failure(capsys, tmp_path):

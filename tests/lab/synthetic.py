@@ -17,6 +17,7 @@ from steepest.lab.tuned import Tuning
 
 SHA = hashlib.sha256(b"data").hexdigest()
 STEPS, EVERY, TOKENS = 150, 10, 2048
+UNTRAINED = 5.5  # loss of the model that a sweep starts from
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,12 @@ class Pace:
     code: str = "0.1.0+0123456789ab"
     accuracy: float | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+    start: float | None = None  # loss before the first step, if not the formula's
 
 
 def loss_at(pace: Pace, step: int, shift: float) -> float:
+    if step == 0 and pace.start is not None:
+        return pace.start
     return pace.end + shift + pace.drop * math.log(STEPS / max(1.0, pace.speed * step))
 
 
@@ -165,6 +169,80 @@ def _eval(pace: Pace, step: int, shift: float | None, seconds: float) -> dict[st
     }
 
 
+@dataclass(frozen=True)
+class Valley:
+    """A method whose final loss over the learning rate is known: flat around `at`, then rising on both sides.
+
+    loss(lr) = best + tilt * |log10(lr / at)| + slope * max(0, |log10(lr / at)| - flat), at most `most`, plus the
+    shifts of `Pace`. A run with lr above `limit` diverges.
+    """
+
+    at: float
+    lrs: Sequence[float]
+    flat: float = 0.3
+    slope: float = 0.6
+    tilt: float = 0.002
+    best: float = 1.6
+    most: float = 5.0
+    limit: float = math.inf
+    noise: float = 0.004
+    tie: float | None = 0.25  # other_lr / lr
+    absent: Sequence[tuple[float, int]] = ()  # (lr, seed)
+    stops: Sequence[tuple[float, int]] = ()
+    constant: bool = False  # the learning rate has no effect
+
+    def loss(self, lr: float) -> float:
+        away = 0.0 if self.constant else abs(math.log10(lr / self.at))
+        return min(self.most, self.best + self.tilt * away + self.slope * max(0.0, away - self.flat))
+
+    def pace(self, lr: float, seed: int) -> Pace:
+        return Pace(
+            options={"lr": lr, "momentum": 0.95} | ({} if self.tie is None else {"other_lr": self.tie * lr}),
+            end=self.loss(lr),
+            noise=self.noise,
+            start=UNTRAINED,
+            trials=None,
+            diverges={seed: 64} if lr > self.limit else {},
+            stops={seed: 37} if (lr, seed) in self.stops else {},
+            absent=[seed] if (lr, seed) in self.absent else [],
+        )
+
+
+def grid_of(low: float, high: float, number: int) -> list[float]:
+    """Learning rates from `low` to `high`, evenly spaced in log10, with 4 digits."""
+    return [float(f"{low * (high / low) ** (i / (number - 1)):.4g}") for i in range(number)]
+
+
+def write_sweep(
+    study_dir: Path, valleys: Mapping[str, Valley], *, seeds: Sequence[int] = (0, 1, 2), **changes: Any
+) -> Path:
+    """Write a sweep over these methods, the first being the baseline; `changes` overwrite keys of study.json."""
+    asked = [(method, lr, seed) for method, valley in valleys.items() for lr in valley.lrs for seed in seeds]
+    runs: dict[str, dict[str, Any]] = {}
+    for method, lr, seed in asked:
+        pace = valleys[method].pace(lr, seed)
+        config = _config(method, pace, seed)
+        runs[run_hash(config)] = {"method": method, "seed": seed, "lr": lr}
+        if seed not in pace.absent:
+            _write_run(study_dir / "runs" / run_hash(config), config, pace)
+    study = {
+        "format": 1,
+        "kind": "sweep",
+        "task": "text",
+        "preset": "demo",
+        "methods": list(valleys),
+        "baseline": next(iter(valleys)),
+        "seeds": list(seeds),
+        "lrs": {method: list(valley.lrs) for method, valley in valleys.items()},
+        "runs": runs,
+        "command": f"steepest sweep --methods {','.join(valleys)} --seeds {len(seeds)} --task text --out out/sweep",
+        "created": "2025-01-31T12:00:00+00:00",
+    }
+    study_dir.mkdir(parents=True, exist_ok=True)
+    (study_dir / "study.json").write_text(json.dumps(study | changes))
+    return study_dir
+
+
 HOSTILE = (
     "<img src=x onerror=alert(1)>",
     "</script><script>alert(1)</script>",
@@ -190,6 +268,57 @@ SCENARIOS: dict[str, tuple[dict[str, Pace], dict[str, Any]]] = {
 }
 
 
+COARSE, FINE = grid_of(0.001, 1.0, 4), grid_of(1e-3, 10, 9)
+
+SWEEPS: dict[str, tuple[dict[str, Valley], dict[str, Any]]] = {
+    "sweep-clear": (
+        {
+            "adamw": Valley(0.004, grid_of(1e-4, 0.3, 7), flat=0.25, slope=0.9, best=1.64, limit=0.1),
+            "muon": Valley(0.05, grid_of(2e-3, 2, 7), flat=0.5),
+            "muon-momo": Valley(0.1, grid_of(2e-3, 20, 7), flat=0.9, slope=0.4, best=1.61),
+        },
+        {},
+    ),
+    "sweep-nine": (
+        {
+            name: Valley(
+                0.012 * 1.5**i,
+                FINE,
+                flat=0.2 + 0.12 * i,
+                slope=1.1 - 0.08 * i,
+                best=1.6 + 0.03 * (i % 4),
+                limit=(1.0, 0.5, 100, 100)[i % 4],
+            )
+            for i, name in enumerate(
+                f"{base}{momo}" for base in ("adam", "muon", "newton-muon", "muonmax") for momo in ("", "-momo")
+            )
+        }
+        | {"sgd": Valley(2.0, FINE, best=2.2, slope=1.5, most=9.0)},
+        {},
+    ),
+    "sweep-hostile": (
+        {
+            "adamw": Valley(0.012, COARSE),
+            **{name: Valley(0.02 * (i + 1), COARSE, best=1.6 - i / 50) for i, name in enumerate(HOSTILE)},
+        },
+        {"task": "<b>task</b>", "seeds": (0, 1)},
+    ),
+    "sweep-troubled": (
+        {
+            "adamw": Valley(0.012, COARSE, absent=[(0.01, 0), (0.01, 1), (0.01, 2)], stops=[(0.1, 2)]),
+            "wild": Valley(0.012, COARSE, limit=0.0),
+            "stuck": Valley(0.012, COARSE, constant=True),
+            "edgy": Valley(10.0, COARSE, best=1.4),
+            "single": Valley(0.1, [0.1], tie=None),
+        },
+        {},
+    ),
+}
+
+
 def write_scenario(study_dir: Path, name: str) -> Path:
+    if name in SWEEPS:
+        valleys, changes = SWEEPS[name]
+        return write_sweep(study_dir, valleys, **changes)
     paces, changes = SCENARIOS[name]
     return write_study(study_dir, paces, **changes)

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,30 +15,20 @@ import torch
 from rich.console import Console
 
 from steepest.lab.config import configure, run_hash
+from steepest.lab.display import StudyDisplay
+from steepest.lab.engine import FailedRunsError, default_workers, run_study
 from steepest.lab.fields import RecordError
 from steepest.lab.ledger import RunBusyError, locked
 from steepest.lab.pool import read_progress
-from steepest.lab.race import FailedRunsError, default_workers, run_race
-from steepest.lab.study import Race, StudyMismatchError, run_directory, write_study
+from steepest.lab.race import Race
+from steepest.lab.study import StudyMismatchError, run_directory, write_study
 from steepest.lab.tasks import make_task
 from steepest.lab.training import Training
 from steepest.lab.worker import BUSY, INTERRUPTED
+from tests.lab.processes import ended, modified, rows_of, rows_written, steepest, wait_for, workers_of
 
 STEPS = 120
-COMMAND = [
-    "race",
-    "--task",
-    "digits",
-    "--methods",
-    "adamw,muon",
-    "--seeds",
-    "1",
-    "--steps",
-    str(STEPS),
-    "--workers",
-    "2",
-]
-TIMED = ("forward_backward_s", "optimizer_s", "train_s")
+COMMAND = ("race", "--task", "digits", "--methods", "adamw,muon", "--seeds", 1, "--steps", STEPS, "--workers", 2)
 
 
 @pytest.fixture(scope="module")
@@ -52,39 +41,11 @@ def race(task, **changes):
     return Race(task=task, **{**fields, **changes})
 
 
-def steepest(*words, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "steepest", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        **options,
-    )
-
-
-def rows_of(out):
-    """All rows of all runs but for times: what must not depend on interruptions."""
-    return {
-        path.parent.name: [
-            {key: value for key, value in json.loads(line).items() if key not in TIMED}
-            for line in path.read_text().splitlines()
-        ]
-        for path in sorted(out.glob("runs/*/metrics.jsonl"))
-    }
-
-
-def modified(out):
-    return {path: path.stat().st_mtime_ns for path in out.glob("runs/*/result.json")}
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An uninterrupted race."""
     out = tmp_path_factory.mktemp("race") / "out"
-    process = steepest(*COMMAND, "--out", str(out))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output.decode()
-    return out, output.decode()
+    return out, ended(steepest(*COMMAND, "--out", out))
 
 
 @pytest.fixture(scope="module")
@@ -121,72 +82,53 @@ def test_methods_start_from_the_same_weights_and_see_the_same_data(task):
 def test_repeating_the_command_trains_nothing(finished):
     out, _ = finished
     before = modified(out)
-    process = steepest(*COMMAND, "--out", str(out))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    assert "finished" not in ended(steepest(*COMMAND, "--out", out))
     assert modified(out) == before
-    assert "finished" not in output.decode()
 
 
 def test_more_seeds_and_methods_add_only_what_is_missing(finished, expected, task):
     out, _ = finished
     before = modified(out)
     bigger = race(task, methods=("adamw", "muon", "sgd"))
-    run_race(bigger, out, command="steepest race ...", workers=2, console=Console(file=io.StringIO()))
+    run_study(bigger, out, command="steepest race ...", workers=2, console=Console(file=io.StringIO()))
     after = modified(out)
     assert before.items() <= after.items()
     assert len(after) == 3
     write_study(out, race(task), race(task).configs(), command="steepest race ...")  # as it was, for the other tests
 
 
-def rows_written(out):
-    return sum(path.read_bytes().count(b"\n") for path in out.glob("runs/*/metrics.jsonl"))
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("rows", [0, 100])
-def test_a_race_killed_at_any_moment_ends_with_the_same_numbers(expected, tmp_path, rows):
+@pytest.mark.parametrize(("rows", "workers_too"), [(0, False), (100, True)])
+def test_a_race_killed_at_any_moment_ends_with_the_same_numbers(expected, tmp_path, rows, workers_too):
     out = tmp_path / "out"
-    process = steepest(*COMMAND, "--out", str(out))
+    process = steepest(*COMMAND, "--out", out)
     wait_for(lambda: (out / "study.json").exists() and rows_written(out) >= rows)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
+    for worker in workers_of(out).values() if workers_too else ():
+        with contextlib.suppress(ProcessLookupError):  # it may have noticed, and stopped
+            os.kill(worker, signal.SIGKILL)
     process.communicate()
     kept = modified(out)
-    again = steepest(*COMMAND, "--out", str(out))
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, output.decode()
+    ended(steepest(*COMMAND, "--out", out))
     assert rows_of(out) == expected
     assert kept.items() <= modified(out).items()
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(expected, tmp_path):
     out = tmp_path / "out"
-    process = steepest(*COMMAND, "--out", str(out))
+    process = steepest(*COMMAND, "--out", out)
     wait_for(lambda: rows_written(out) >= 30)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "the same command goes on from there" in output.decode()
-    again = steepest(*COMMAND, "--out", str(out))
-    again.communicate(timeout=300)
-    assert again.returncode == 0
+    assert "the same command goes on from there" in ended(process, code=130)
+    ended(steepest(*COMMAND, "--out", out))
     assert rows_of(out) == expected
 
 
 def test_a_killed_worker_is_replaced(expected, tmp_path):
     out = tmp_path / "out"
-    process = steepest(*COMMAND, "--out", str(out))
+    process = steepest(*COMMAND, "--out", out)
     wait_for(lambda: rows_written(out) >= 30)
-    pids = [int(path.read_text()) for path in out.glob("runs/*/lock")]
-    os.kill(pids[0], signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output.decode()
+    os.kill(next(iter(workers_of(out).values())), signal.SIGKILL)
+    ended(process)
     assert rows_of(out) == expected
 
 
@@ -199,7 +141,7 @@ def test_a_damaged_run_is_reported_and_the_others_are_kept(finished, tmp_path, t
     (broken / "checkpoint.pt").write_bytes(b"not a checkpoint")
     (broken / "environment.json").write_text("{}")
     with pytest.raises(FailedRunsError, match=rf"1 of 2 runs ended with an error:\n.*{broken.name}/worker\.log: .+"):
-        run_race(one, out, command="steepest race", workers=2, console=Console(file=io.StringIO()))
+        run_study(one, out, command="steepest race", workers=2, console=Console(file=io.StringIO()))
     assert (out / "report.html").exists()
     assert (run_directory(out, configs[1]) / "result.json").exists()
 
@@ -215,8 +157,6 @@ def test_progress_is_read_from_the_last_whole_line(tmp_path):
 
 
 def test_a_display_on_a_terminal_shows_every_method(finished, task):
-    from steepest.lab.display import RaceDisplay
-
     out, _ = finished
     runs = {
         method: [run_directory(out, c) for c in race(task).configs() if c.method == method]
@@ -224,7 +164,7 @@ def test_a_display_on_a_terminal_shows_every_method(finished, task):
     }
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    with RaceDisplay(runs, steps=STEPS, console=console) as display:
+    with StudyDisplay(runs, steps=STEPS, console=console) as display:
         display.update()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     for method in ("adamw", "muon "):
@@ -259,30 +199,21 @@ def test_workers_follow_the_cores_and_the_quota_of_a_container(monkeypatch):
 
 def test_two_races_in_one_directory_are_refused(tmp_path, task):
     with locked(tmp_path), pytest.raises(RunBusyError, match="is being trained by process"):
-        run_race(race(task), tmp_path, command="", workers=1)
+        run_study(race(task), tmp_path, command="", workers=1)
 
 
 def test_a_race_that_writes_into_its_own_data_is_refused(tmp_path, task):
     with pytest.raises(StudyMismatchError, match=r"lies inside --data .*choose another"):
-        run_race(race(task), tmp_path / "out", command="", workers=1, data=tmp_path)
+        run_study(race(task), tmp_path / "out", command="", workers=1, data=tmp_path)
 
 
 def test_no_worker_outlives_its_race(tmp_path):
     out = tmp_path / "out"
-    process = steepest(*COMMAND, "--steps", "100000", "--out", str(out))
+    process = steepest(*COMMAND, "--steps", 100000, "--out", out)
     wait_for(lambda: len(list(out.glob("runs/*/worker.log"))) == 2)
     os.kill(process.pid, signal.SIGKILL)  # while the workers still import
     process.communicate()
-    logs = [str(path.parent) for path in out.glob("runs/*/worker.log")]
-    wait_for(lambda: not any(log in command_lines() for log in logs))
-
-
-def command_lines():
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return "\n".join(found)
+    wait_for(lambda: not workers_of(out))
 
 
 @pytest.mark.parametrize(
@@ -305,14 +236,14 @@ def test_a_race_that_makes_no_sense_is_refused(task, changes, message):
 def test_numbers_below_one_are_refused(task, tmp_path, name, value):
     options = {"workers": 1, "threads": 1, name: value}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
-        run_race(race(task), tmp_path, command="", **options)
+        run_study(race(task), tmp_path, command="", **options)
 
 
 def test_another_study_in_the_directory_is_refused(finished):
     out, _ = finished
     other = race(make_task("digits", "tiny"))
     with pytest.raises(
-        StudyMismatchError, match="holds a race on 'digits' at preset 'demo', not on 'digits' at 'tiny'"
+        StudyMismatchError, match="holds a race on 'digits' at preset 'demo', not a race on 'digits' at 'tiny'"
     ):
         write_study(out, other, other.configs(), command="")
 

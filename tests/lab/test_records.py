@@ -16,7 +16,7 @@ from steepest.lab.fields import Fields, RecordError
 from steepest.lab.records import Absent, Study, read_run, read_study
 from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, run_dir, write_study
 
-DELETED = "Delete the directory [0-9a-f]{16} and repeat the race's command"
+DELETED = "Delete the directory [0-9a-f]{16} and repeat the study's command"
 
 
 @pytest.fixture
@@ -85,11 +85,11 @@ def test_a_run_without_environment_is_still_a_run(study_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"study\.json: no race here\. Give the directory that race was given as --out\."),
-        (b"\xff\xfe", r"study\.json: the file cannot be read .*utf-8.* Delete the file and repeat the race's command"),
-        (b"{", r"study\.json: not valid JSON .*Delete the file and repeat the race's command"),
-        (b"[" * 100_000, r"study\.json: not valid JSON .*recursion.* Delete the file and repeat the race's command"),
-        (b"[]", r"study\.json: expected a JSON object, got list\. Delete the file and repeat the race's command"),
+        (None, r"study\.json: no study here\. Give the directory that race or sweep was given as --out\."),
+        (b"\xff\xfe", r"study\.json: the file cannot be read .*utf-8.* Delete the file and repeat the study's command"),
+        (b"{", r"study\.json: not valid JSON .*Delete the file and repeat the study's command"),
+        (b"[" * 100_000, r"study\.json: not valid JSON .*recursion.* Delete the file and repeat the study's command"),
+        (b"[]", r"study\.json: expected a JSON object, got list\. Delete the file and repeat the study's command"),
     ],
 )
 def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, message: str) -> None:
@@ -106,6 +106,7 @@ def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, mes
     [
         ("format", 2, "format must be 1, got 2"),
         ("kind", "sweep", "kind must be 'race', got 'sweep'"),
+        ("kind", "rally", "kind must be 'race' or 'sweep', got 'rally'"),
         ("methods", [], "methods must be a list of different, non-empty strings, got \\[\\]"),
         ("methods", ["adamw", "adamw"], "methods must be a list of different"),
         ("methods", ["adamw", 3], "methods must be a list of different"),
@@ -133,7 +134,8 @@ def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, mes
 )
 def test_a_study_with_a_wrong_field(study_dir: Path, key: str, value: object, message: str) -> None:
     edit(study_dir / "study.json", lambda study: study.update({key: value}))
-    with pytest.raises(RecordError, match=rf"study\.json: {message}.*\. Delete the file and repeat the race's command"):
+    remedy = "Delete the file and repeat the study's command"
+    with pytest.raises(RecordError, match=rf"study\.json: {message}.*\. {remedy}"):
         read_study(study_dir)
 
 

@@ -10,16 +10,18 @@ import argparse
 import csv
 import itertools
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from rich.console import Console
 
 from steepest.lab.config import RunConfig, configure
-from steepest.lab.display import RaceDisplay
+from steepest.lab.display import StudyDisplay
+from steepest.lab.engine import default_workers
 from steepest.lab.fields import read_text
 from steepest.lab.ledger import write_whole
-from steepest.lab.pool import Pool
-from steepest.lab.race import default_workers
+from steepest.lab.pool import POLL_S, Pool
 from steepest.lab.result import read_result
 from steepest.lab.study import run_directory
 from steepest.lab.tasks import make_task
@@ -71,10 +73,20 @@ def train(name: str, runs: list[RunConfig], out: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / "config.json", config.to_json())
     members = {method: [run_directory(out, c) for c in runs if c.method == method] for method in CENTRES[name]}
-    with RaceDisplay(members, steps=runs[0].steps, console=Console()) as display:
-        failed = Pool(default_workers()).train([run_directory(out, config) for config in runs], tick=display.update)
-    if failed:
-        raise SystemExit(f"These runs failed: {failed}")
+    missing = [run for members_of in members.values() for run in members_of if not (run / "result.json").exists()]
+    pool = Pool(default_workers(), threads=1, data=None, stop=threading.Event())
+    with (
+        StudyDisplay(members, steps=runs[0].steps, console=Console()) as display,
+        ThreadPoolExecutor(pool.workers) as threads,
+    ):
+        outcomes = {run: threads.submit(pool.train, run) for run in missing}
+        try:
+            while wait(outcomes.values(), POLL_S).not_done:
+                display.update()
+        finally:
+            pool.stop.set()
+    if failed := [run for run, outcome in outcomes.items() if outcome.result() != "finished"]:
+        raise SystemExit(f"These runs did not finish: {failed}")
 
 
 def write_rows(name: str, runs: list[RunConfig], out: Path) -> None:

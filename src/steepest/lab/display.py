@@ -1,4 +1,4 @@
-"""What a race shows while it runs: a bar per method on a terminal, or a line per finished run elsewhere."""
+"""What a study shows while it runs: a bar per method on a terminal, or a line per finished run elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steepest.lab.pool import read_progress
 GLANCE_S = 0.3
 
 
-class RaceDisplay:
+class StudyDisplay:
     """Progress of all runs. Use it as a context manager and call `update` now and then.
 
     Args:

@@ -1,4 +1,4 @@
-"""Trains the runs of a study in worker processes, a few at a time, until none is left."""
+"""Trains one run in a process of its own, and sees how far it is."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from steepest.lab.environment import WORKERS
 from steepest.lab.worker import BUSY, INTERRUPTED
 
 POLL_S = 0.25
-BUSY_S = 5.0  # until a run that another process holds is asked for again
+BUSY_S = 5.0  # until a run that another process holds is given back, to be asked for again
 STOP_S = 60.0  # a worker saves a checkpoint when it is told to stop; afterwards it is killed, which loses little
 KILLS = 3  # a run whose worker was killed goes on from its checkpoint, but not for ever
+
+Outcome = Literal["finished", "failed", "busy", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -29,67 +31,48 @@ class Progress:
     loss: float | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pool:
-    """Worker processes over a list of run directories.
+    """How runs are trained on this machine. A process per run, so that the peak memory of each is its own.
 
     Args:
-        workers: How many runs are trained at once.
+        workers: How many runs are trained at once; recorded with each.
         threads: CPU threads of each.
         data: Data of the user, passed on.
+        stop: Set it to end all runs; they are saved first.
     """
 
     workers: int
-    threads: int = 1
-    data: Path | None = None
-    _running: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict[Path, "subprocess.Popen[bytes]"])
+    threads: int
+    data: Path | None
+    stop: threading.Event
 
-    def train(self, run_dirs: Sequence[Path], *, tick: Callable[[], None]) -> list[Path]:
-        """Bring every run to its end.
+    def train(self, run: Path) -> Outcome:
+        """Bring a run to its end, from its checkpoint if there is one.
 
         Args:
-            run_dirs: Runs whose `config.json` is written; finished ones cost nothing.
-            tick: Called a few times a second.
+            run: Its directory, with `config.json`.
 
         Returns:
-            Runs that failed; the reason is in the `worker.log` of each.
-
-        Raises:
-            KeyboardInterrupt: After every worker has saved its run and ended.
+            "finished"; "failed", with the reason in `worker.log`; "busy" if another process has the run; "stopped".
         """
-        waiting = deque(run for run in run_dirs if not (run / "result.json").exists())
-        failed: list[Path] = []
-        killed: Counter[Path] = Counter()
-        not_before: defaultdict[Path, float] = defaultdict(float)
-        try:
-            while waiting or self._running:
-                for _ in range(len(waiting)):
-                    run = waiting.popleft()
-                    if len(self._running) < self.workers and not_before[run] <= time.monotonic():
-                        self._running[run] = self._start(run)
-                    else:
-                        waiting.append(run)
-                tick()
-                time.sleep(POLL_S)
-                for run, process in list(self._running.items()):
-                    code = process.poll()
-                    if code is None:
-                        continue
-                    del self._running[run]
-                    if code < 0:
-                        killed[run] += 1
-                        with (run / "worker.log").open("a", encoding="utf-8") as log:
-                            log.write(f"The worker was ended by signal {-code}.\n")
-                    if code == BUSY:
-                        not_before[run] = time.monotonic() + BUSY_S
-                    if code in (BUSY, INTERRUPTED) or (code < 0 and killed[run] < KILLS):
-                        waiting.append(run)  # another process had it, or somebody ended just this worker
-                    elif code != 0:
-                        failed.append(run)
-            tick()
-        finally:
-            self._stop()
-        return failed
+        kills = 0
+        while not self.stop.is_set():
+            code = self._wait(self._start(run))
+            if code == 0:
+                return "finished"
+            if code == BUSY:
+                self.stop.wait(BUSY_S)
+                return "busy"
+            if code > 0 and code != INTERRUPTED:
+                return "failed"
+            if code < 0 and not self.stop.is_set():
+                kills += 1
+                with (run / "worker.log").open("a", encoding="utf-8") as log:
+                    log.write(f"The worker was ended by signal {-code}.\n")
+                if kills == KILLS:
+                    return "failed"
+        return "stopped"
 
     def _start(self, run: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "steepest.lab.worker", str(run), "--threads", str(self.threads)]
@@ -97,27 +80,36 @@ class Pool:
         if self.data is not None:
             command += ["--data", str(self.data)]
         with (run / "worker.log").open("ab") as log:
-            # a session of its own: Ctrl-C reaches only the race, which then lets its workers save their runs
+            # a session of its own: Ctrl-C reaches only the study, which then lets its workers save their runs
             return subprocess.Popen(
                 command,
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env={**os.environ, "STEEPEST_WORKERS": str(self.workers)},
+                env={**os.environ, WORKERS: str(self.workers)},
             )
 
-    def _stop(self) -> None:
-        for process in self._running.values():
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        """The exit code; a process that is told to stop has time to save."""
+        try:
+            while not self.stop.is_set():
+                try:
+                    return process.wait(POLL_S)
+                except subprocess.TimeoutExpired:
+                    continue
             process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + STOP_S
-        for process in self._running.values():
-            try:
-                process.wait(timeout=max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._running.clear()
+            return process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+def last_words(run_dir: Path) -> str:
+    """The last line that the worker of a run left: the reason, if the run failed."""
+    log = run_dir / "worker.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else "no reason was recorded"
 
 
 def read_progress(run_dir: Path, *, steps: int) -> Progress:

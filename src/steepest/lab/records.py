@@ -1,4 +1,4 @@
-"""Stored records of a race, read back and validated: what is in the files, or an error, never a guess.
+"""Stored records of runs and of a race, read back and validated: what is in the files, or an error, never a guess.
 
 A study directory holds `study.json` and one directory per run under `runs/`. The files may have been edited,
 cut short or sent by a stranger, so every field is checked before anything is computed from it, and what two files
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.fields import Fields, RecordError, parse_object, read_text
@@ -23,6 +23,9 @@ from steepest.lab.result import Result, read_result
 FORMAT = 1
 HUGE = 1e100  # float64 holds larger numbers, but not their sums; a loss above it has diverged
 
+STUDY_REMEDY = "Delete the file and repeat the study's command: finished runs are found by their content."
+
+Kind = Literal["race", "sweep"]
 Status = Literal["finished", "diverged", "unfinished"]
 
 
@@ -69,11 +72,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Absent:
-    """A run the study asks for that cannot be used; `problem` is None when it has simply not been started."""
+    """A run the study asks for that cannot be used; `problem` is None when it has simply not been started.
+
+    `lr` is the learning rate where the study asks for several.
+    """
 
     method: str
     seed: int
     problem: str | None
+    lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,31 +110,120 @@ def read_study(study_dir: Path) -> Study:
     Raises:
         RecordError: If `study.json` is missing, damaged, or not a race.
     """
-    path = study_dir / "study.json"
-    if not path.exists():
-        raise RecordError(path, "no race here", "Give the directory that race was given as --out.")
-    remedy = "Delete the file and repeat the race's command: finished runs are found by their content."
-    study = parse_object(read_text(path, remedy=remedy), path, remedy=remedy)
-    study.expect("format", FORMAT)
+    study = open_study(study_dir)
     study.expect("kind", "race")
     methods, seeds = study.texts("methods"), study.counts("seeds")
-    if study.text("baseline") not in methods:
-        raise study.error("baseline", f"one of the methods {list(methods)}")
     names = _run_names(study, methods, seeds)
-    asked = [(method, seed) for method in methods for seed in seeds]
-    found = [_find_run(study_dir, names.get(key), *key) for key in asked]
+    runs: list[Run] = []
+    absent: list[Absent] = []
+    for method in methods:
+        for seed in seeds:
+            found = find_run(study_dir, names.get((method, seed)), method=method, seed=seed)
+            if isinstance(found, Run):
+                runs.append(found)
+            else:
+                absent.append(Absent(method, seed, found))
     return Study(
         task=study.text("task"),
         preset=study.text("preset"),
         methods=methods,
-        baseline=study.text("baseline"),
+        baseline=baseline(study, methods),
         seeds=seeds,
         target=_target(study),
         command=study.text("command"),
-        created=_time(study, "created"),
-        runs=tuple(run for run in found if isinstance(run, Run)),
-        absent=tuple(run for run in found if isinstance(run, Absent)),
+        created=time_of(study, "created"),
+        runs=tuple(runs),
+        absent=tuple(absent),
     )
+
+
+def open_study(study_dir: Path) -> Fields:
+    """The content of `study.json`, of a known format and kind.
+
+    Raises:
+        RecordError: If the file is missing, damaged, or of another format or kind.
+    """
+    path = study_dir / "study.json"
+    if not path.exists():
+        raise RecordError(path, "no study here", "Give the directory that race or sweep was given as --out.")
+    study = parse_object(read_text(path, remedy=STUDY_REMEDY), path, remedy=STUDY_REMEDY)
+    study.expect("format", FORMAT)
+    if study.values.get("kind") not in ("race", "sweep"):
+        raise study.error("kind", "'race' or 'sweep'")
+    return study
+
+
+def read_kind(study_dir: Path) -> Kind:
+    """What a study directory holds.
+
+    Raises:
+        RecordError: As `open_study`.
+    """
+    return cast(Kind, open_study(study_dir).text("kind"))
+
+
+def baseline(study: Fields, methods: tuple[str, ...]) -> str:
+    """The method that the others are compared with.
+
+    Raises:
+        RecordError: If it is not one of the methods.
+    """
+    if study.text("baseline") not in methods:
+        raise study.error("baseline", f"one of the methods {list(methods)}")
+    return study.text("baseline")
+
+
+def time_of(study: Fields, key: str) -> datetime:
+    """A time, ISO 8601.
+
+    Raises:
+        RecordError: If it is not one.
+    """
+    try:
+        return datetime.fromisoformat(study.text(key))
+    except ValueError:
+        raise study.error(key, "a time such as 2025-01-31T12:00:00+00:00") from None
+
+
+def named_runs(study: Fields) -> dict[str, Fields]:
+    """The entries under "runs" by the names of their directories.
+
+    Raises:
+        RecordError: If a name could not have been given to a run; it becomes a path.
+    """
+    runs = study.inner("runs")
+    for name in runs.values:
+        if not re.fullmatch(r"[0-9a-f]{16}", name):
+            raise runs.error(name, "named by 16 hexadecimal digits")
+    return {name: runs.inner(name) for name in runs.values}
+
+
+def find_run(study_dir: Path, name: str | None, *, method: str, seed: int, lr: float | None = None) -> Run | str | None:
+    """The run that a study asks for, or what is wrong with it, or None if it has not been started.
+
+    Args:
+        study_dir: The directory that holds `study.json`.
+        name: Of its directory under `runs/`; None if the study names none.
+        method: What its `config.json` must say; with `seed`.
+        seed: See `method`.
+        lr: Likewise, unless None.
+    """
+    run_dir = study_dir / "runs" / (name or "")
+    if name is None or not (run_dir / "config.json").exists():
+        return None
+    try:
+        run = read_run(run_dir)
+    except RecordError as problem:
+        return str(problem).replace(f"{study_dir}/", "")
+    rate = None if lr is None else run.config.options.get("lr")
+    if (run.config.method, run.config.seed, rate) != (method, seed, lr):
+        actual, expected = _described(run.config.method, run.config.seed, rate), _described(method, seed, lr)
+        problem = f"runs/{name}/config.json: the run is {actual}, study.json says {expected}."
+        return f"{problem} Delete the directory {name} and repeat the study's command."
+    if (right := run_hash(run.config)) != name:
+        problem = f"runs/{name}/config.json: changed since the run began, its content belongs to a run named {right}."
+        return f"{problem} Delete the directory {name} and repeat the study's command."
+    return run
 
 
 def read_run(run_dir: Path) -> Run:
@@ -136,7 +232,7 @@ def read_run(run_dir: Path) -> Run:
     Raises:
         RecordError: If a file is damaged, or `result.json` does not follow from the rows of `metrics.jsonl`.
     """
-    remedy = f"Delete the directory {run_dir.name} and repeat the race's command: only this run is trained again."
+    remedy = f"Delete the directory {run_dir.name} and repeat the study's command: only this run is trained again."
     config_path, result_path, metrics_path = (run_dir / f for f in ("config.json", "result.json", "metrics.jsonl"))
     config = RunConfig.from_json(read_text(config_path, remedy=remedy), path=config_path, remedy=remedy)
     result = read_result(result_path, remedy=remedy)
@@ -162,13 +258,6 @@ def _diverged_if_huge(result: Result | None) -> Result | None:
     return dataclasses.replace(result, status="diverged", final_loss=None, final_accuracy=None)
 
 
-def _time(fields: Fields, key: str) -> datetime:
-    try:
-        return datetime.fromisoformat(fields.text(key))
-    except ValueError:
-        raise fields.error(key, "a time such as 2025-01-31T12:00:00+00:00") from None
-
-
 def _target(study: Fields) -> float | None:
     target = study.real_or_none("target") if "target" in study.values else None
     if target != _bounded(target):
@@ -185,10 +274,7 @@ def _seconds(fields: Fields, key: str) -> float:
 def _run_names(study: Fields, methods: tuple[str, ...], seeds: tuple[int, ...]) -> dict[tuple[str, int], str]:
     runs = study.inner("runs")
     names: dict[tuple[str, int], str] = {}
-    for name in runs.values:
-        if not re.fullmatch(r"[0-9a-f]{16}", name):  # it becomes a path
-            raise runs.error(name, "named by 16 hexadecimal digits")
-        run = runs.inner(name)
+    for name, run in named_runs(study).items():
         key = run.text("method"), run.count("seed")
         if key[0] not in methods or key[1] not in seeds:
             raise runs.error(name, f"one of the methods {list(methods)} with one of the seeds {list(seeds)}")
@@ -198,22 +284,8 @@ def _run_names(study: Fields, methods: tuple[str, ...], seeds: tuple[int, ...]) 
     return names
 
 
-def _find_run(study_dir: Path, name: str | None, method: str, seed: int) -> Run | Absent:
-    run_dir = study_dir / "runs" / (name or "")
-    if name is None or not (run_dir / "config.json").exists():
-        return Absent(method, seed, None)
-    try:
-        run = read_run(run_dir)
-    except RecordError as problem:
-        return Absent(method, seed, str(problem).replace(f"{study_dir}/", ""))
-    if (run.config.method, run.config.seed) != (method, seed):
-        actual = f"{run.config.method!r} with seed {run.config.seed}"
-        problem = f"runs/{name}/config.json: the run is {actual}, study.json says {method!r} with seed {seed}."
-        return Absent(method, seed, f"{problem} Delete the directory {name} and repeat the race's command.")
-    if (right := run_hash(run.config)) != name:
-        problem = f"runs/{name}/config.json: changed since the run began, its content belongs to a run named {right}."
-        return Absent(method, seed, f"{problem} Delete the directory {name} and repeat the race's command.")
-    return run
+def _described(method: str, seed: int, lr: object) -> str:
+    return f"{method!r} with seed {seed}" + ("" if lr is None else f" and lr {lr}")
 
 
 def _metrics(path: Path, remedy: str) -> tuple[tuple[TrainRow, ...], tuple[EvalRow, ...]]:

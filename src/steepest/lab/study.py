@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar, Literal
 
-from steepest.lab.config import RunConfig, configure, run_hash
-from steepest.lab.fields import parse_object, read_text
+from steepest.lab.config import RunConfig, code_version, run_hash
+from steepest.lab.fields import Fields, RecordError, parse_object, read_text
 from steepest.lab.ledger import write_whole
-from steepest.lab.methods import METHODS, check_buildable
+from steepest.lab.methods import METHODS
 from steepest.lab.tasks import Task
 from steepest.lab.tuned import OptionValue
-from steepest.names import unknown_name
+from steepest.names import near_miss, unknown_name
 
 FORMAT = 1
+Kind = Literal["race", "sweep"]
 _REMEDY = "Choose another --out, or delete the file: runs that still fit are found by their content."
 
 
@@ -24,26 +29,26 @@ class StudyMismatchError(ValueError):
     """The output directory holds a study of something else, or is no place for one."""
 
 
-@dataclass(frozen=True)
-class Race:
-    """Methods on one task, each with the same seeds.
+@dataclass(frozen=True, kw_only=True)
+class StudyPlan(ABC):
+    """What is asked for: methods on one task, each with the same seeds.
 
     Args:
         task: Data, model and sizes.
         methods: Keys of `METHODS`, at least one, each once.
         seeds: Of weights and order of examples; every method runs with each.
-        baseline: The method that others are compared with; one of `methods`.
         options: Options by method that differ from its defaults.
         steps: Optimizer steps of a run; None for the preset's.
 
     Raises:
-        ValueError: If a method is unknown or listed twice, the baseline does not race, or there is no seed.
+        ValueError: If a method is unknown or listed twice, has options without taking part, or there is no seed.
     """
+
+    kind: ClassVar[Kind]
 
     task: Task
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
-    baseline: str
     options: Mapping[str, Mapping[str, OptionValue]]
     steps: int | None = None
 
@@ -51,32 +56,46 @@ class Race:
         for method in (*self.methods, *self.options):
             if method not in METHODS:
                 raise ValueError(unknown_name("method", method, METHODS))
-        repeated = {method for method in self.methods if self.methods.count(method) > 1}
-        if repeated or not self.methods:
-            raise ValueError(
-                f"A race takes each method once and at least one, got {', '.join(self.methods) or 'none'}."
-            )
-        for method in {self.baseline, *self.options} - set(self.methods):
-            what = "The baseline" if method == self.baseline else "An option is given for"
-            raise ValueError(f"{what} {method!r}, which is not among the methods {', '.join(self.methods)}; add it.")
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            got = ", ".join(self.methods) or "none"
+            raise ValueError(f"A {self.kind} takes each method once and at least one, got {got}.")
+        self.check_takes_part("An option is given for", self.options)
         if not self.seeds:
-            raise ValueError("A race takes at least one seed, got none.")
+            raise ValueError(f"A {self.kind} takes at least one seed, got none.")
 
+    def check_takes_part(self, what: str, methods: Mapping[str, object] | Sequence[str]) -> None:
+        """Refuse methods that something is said about, but that are not among those asked for."""
+        for method in methods:
+            if method not in self.methods:
+                among = ", ".join(self.methods)
+                guess = near_miss(method, self.methods)
+                raise ValueError(f"{what} {method!r}, which is not among the methods {among}; add it.{guess}")
+
+    @abstractmethod
     def configs(self) -> list[RunConfig]:
-        """One run per seed and method, all methods of a seed together: a race cut short still compares like with like.
+        """Every run, in an order in which a study cut short still compares like with like.
 
         Raises:
             ValueError: If an option is unknown or out of range, or a method does not fit the task.
             TypeError: If an option is of the wrong type.
         """
-        configs = [
-            configure(self.task, method=method, seed=seed, options=self.options.get(method), steps=self.steps)
-            for seed in self.seeds
-            for method in self.methods
-        ]
-        for config in configs[: len(self.methods)]:  # before anything is written or trained
-            check_buildable(config.method, self.task, config.options)
-        return configs
+
+    @abstractmethod
+    def own_fields(self) -> Mapping[str, object]:
+        """What `study.json` holds for this kind of study only."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What `study.json` lists.
+
+    Args:
+        name: Of the study, wherever runs of many studies are handed out; another code is another study.
+        runs: Method of each run, by the name of its directory.
+    """
+
+    name: str
+    runs: Mapping[str, str]
 
 
 def run_directory(out: Path, config: RunConfig) -> Path:
@@ -84,31 +103,23 @@ def run_directory(out: Path, config: RunConfig) -> Path:
     return out / "runs" / run_hash(config)
 
 
-def write_study(out: Path, race: Race, configs: Sequence[RunConfig], *, command: str) -> None:
+def write_study(out: Path, plan: StudyPlan, configs: Sequence[RunConfig], *, command: str) -> None:
     """Write `study.json` and each run's `config.json`; what is there already stays.
 
     Args:
         out: Directory of the study, made if need be.
-        race: What was asked for.
+        plan: What was asked for.
         configs: Its runs.
         command: How to repeat it, for the report.
 
     Raises:
-        StudyMismatchError: If the directory holds a study on another task or preset.
+        StudyMismatchError: If the directory holds a study of another kind, or on another task or preset.
         RecordError: If its `study.json` is damaged.
         OSError: If the directory cannot be written.
     """
     path = out / "study.json"
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    if path.exists():
-        old = parse_object(read_text(path, remedy=_REMEDY), path, remedy=_REMEDY)
-        there, here = (old.text("task"), old.text("preset")), (race.task.name, race.task.preset)
-        if there != here:
-            raise StudyMismatchError(
-                f"{out} holds a race on {there[0]!r} at preset {there[1]!r}, not on {here[0]!r} at {here[1]!r}. "
-                "Choose another --out."
-            )
-        created = old.text("created")
+    fresh = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "id": secrets.token_hex(6)}
+    kept = _kept(path, plan) if path.exists() else {}
     for config in configs:
         directory = run_directory(out, config)
         directory.mkdir(parents=True, exist_ok=True)
@@ -116,14 +127,67 @@ def write_study(out: Path, race: Race, configs: Sequence[RunConfig], *, command:
             write_whole(directory / "config.json", config.to_json())
     content = {
         "format": FORMAT,
-        "kind": "race",
-        "task": race.task.name,
-        "preset": race.task.preset,
-        "methods": race.methods,
-        "baseline": race.baseline,
-        "seeds": race.seeds,
-        "runs": {run_hash(config): {"method": config.method, "seed": config.seed} for config in configs},
+        "kind": plan.kind,
+        "task": plan.task.name,
+        "preset": plan.task.preset,
+        "methods": plan.methods,
+        "seeds": plan.seeds,
+        **plan.own_fields(),
+        "runs": {run_hash(config): _described(plan, config) for config in configs},
         "command": command,
-        "created": created,
+        **fresh,
+        **kept,
     }
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_listing(out: Path) -> Listing:
+    """Read which runs belong to a study, for whoever trains them.
+
+    Raises:
+        RecordError: If there is no study, or its `study.json` is damaged.
+    """
+    path = out / "study.json"
+    if not path.exists():
+        raise RecordError(path, "no study here", "Give the directory that race or sweep was given as --out.")
+    study = parse_object(read_text(path, remedy=_REMEDY), path, remedy=_REMEDY)
+    runs: dict[str, str] = {}
+    for name in (listed := study.inner("runs")).values:
+        if not re.fullmatch(r"[0-9a-f]{16}", name):  # it becomes a path
+            raise listed.error(name, "named by 16 hexadecimal digits")
+        runs[name] = listed.inner(name).text("method")
+    where = f"{study.text('kind')} {study.text('task')}-{study.text('preset')}"
+    return Listing(f"{where} {study.text('id')} {code_version()}", runs)
+
+
+def read_config(run: Path) -> RunConfig:
+    """The config of a run that a study has written.
+
+    Raises:
+        RecordError: If it is missing or damaged.
+    """
+    path = run / "config.json"
+    remedy = "Delete the run's directory and repeat the command that made the study: it writes the file anew."
+    return RunConfig.from_json(read_text(path, remedy=remedy), path=path, remedy=remedy)
+
+
+def _described(plan: StudyPlan, config: RunConfig) -> dict[str, object]:
+    described: dict[str, object] = {"method": config.method, "seed": config.seed}
+    return described | ({"lr": config.options["lr"]} if plan.kind == "sweep" else {})
+
+
+def _kept(path: Path, plan: StudyPlan) -> dict[str, str]:
+    """What stays of the study that is there, after a look at whether it is the same one."""
+    old = parse_object(read_text(path, remedy=_REMEDY), path, remedy=_REMEDY)
+    there, here = _subject(old), (plan.kind, plan.task.name, plan.task.preset)
+    if there != here:
+        raise StudyMismatchError(
+            f"{path.parent} holds a {there[0]} on {there[1]!r} at preset {there[2]!r}, not a {here[0]} on {here[1]!r} "
+            f"at {here[2]!r}. Choose another --out."
+        )
+    kept = {"created": old.text("created")}
+    return kept | ({"id": old.text("id")} if "id" in old.values else {})
+
+
+def _subject(study: Fields) -> tuple[str, str, str]:
+    return study.text("kind"), study.text("task"), study.text("preset")

@@ -3,59 +3,16 @@
 from __future__ import annotations
 
 import base64
-import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver import Chrome
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from tests.lab.report.browser import BROWSER, requests, show
+
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on the PATH")
 
 SCENARIOS = ("clear", "diverged", "hostile", "many")
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-DRAWN = "return document.querySelectorAll('figure.drawn .plot svg.main-svg').length"
-
-
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    options = ChromeOptions()
-    options.binary_location = BROWSER or ""
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options=options, service=ChromeService(shutil.which("chromedriver") or "chromedriver"))
-    yield driver
-    driver.quit()
-
-
-def show(chrome: Chrome, page: Path, *, width: int = 1280, height: int = 900, theme: str = "light") -> None:
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    features = [{"name": "prefers-color-scheme", "value": theme}]
-    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
-    for log in ("browser", "performance"):
-        chrome.get_log(log)  # what came before
-    chrome.get(page.as_uri())
-    WebDriverWait(chrome, 20).until(lambda driver: driver.execute_script(DRAWN) >= 3)
-
-
-def requests(chrome: Chrome) -> list[str]:
-    events: list[dict[str, Any]] = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
-    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -190,7 +190,7 @@ def test_a_damaged_run_is_named_on_the_page(tmp_path: Path) -> None:
     (study / "runs" / name / "metrics.jsonl").write_text("<script>\n")
     text = re.sub(r"\s+", " ", Page(write_report(study)).text)
     assert f"muon, seed 1: runs/{name}/metrics.jsonl: line 1: not valid JSON" in text
-    assert f"Delete the directory {name} and repeat the race's command" in text
+    assert f"Delete the directory {name} and repeat the study's command" in text
 
 
 def test_a_damaged_study_has_no_page(tmp_path: Path) -> None:
@@ -208,6 +208,7 @@ def test_a_missing_library_is_named_with_the_remedy(tmp_path: Path, monkeypatch:
             raise ModuleNotFoundError("No module named 'plotly'", name="plotly")
         return original(name, *args, **kwargs)
 
+    write_study(tmp_path, {"adamw": Pace()}, seeds=(0,))
     monkeypatch.setattr(builtins, "__import__", without_page)
     with pytest.raises(ModuleNotFoundError, match=r"cannot be drawn without plotly\. .*pip install 'steepest\[lab\]'"):
         write_report(tmp_path)

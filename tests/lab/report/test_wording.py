@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steepest.lab.basin import Basin
 from steepest.lab.report import wording
 from steepest.lab.statistics import Interval, Ratio, Summary
 
@@ -33,6 +34,11 @@ def test_short_names_stay_whole() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (wording.rate(0.0316227766), "0.03162"),
+        (wording.rate(3e-5), "3e-05"),
+        (wording.width(Basin(1.618, (), open_ended=False)), "1.62"),
+        (wording.width(Basin(0.0046, (), open_ended=True)), "≥ 0.0046"),
+        (wording.width(Basin(0.0, (), open_ended=False)), "0"),
         (wording.listed([]), ""),
         (wording.listed(["a"]), "a"),
         (wording.listed(["a", "b", "c"]), "a, b and c"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from steepest.lab.records import Run, Study
 from steepest.lab.tuned import Tuning
 
 Refusal = Literal["unequal", "unknown"]
+Description = tuple[tuple[str, str], ...]  # (field, value)
 
 
 @dataclass(frozen=True)
@@ -57,26 +58,29 @@ def comparable(study: Study) -> Comparable:
     The conditions that most runs share count, the baseline's on a tie; the same for the options of each method.
     """
     ordered = sorted(study.runs, key=lambda run: (run.config.method != study.baseline, run.config.seed))
-    shared = _most_common([_conditions(run.config) for run in ordered])
-    by_method = {name: [run for run in ordered if run.config.method == name] for name in study.methods}
+    agreed, aside = agreeing(ordered, conditions)
     kept: dict[str, tuple[Run, ...]] = {}
-    aside: list[SetAside] = []
-    for name, runs in by_method.items():
-        differences = {run.name: _difference(_conditions(run.config), shared) for run in runs}
-        candidates = [run for run in runs if not differences[run.name]]
-        options = _most_common([_choices(run.config) for run in candidates])
-        differences |= {run.name: _difference(_choices(run.config), options) for run in candidates}
-        kept[name] = tuple(run for run in candidates if not differences[run.name])
-        aside += [SetAside(run, differences[run.name]) for run in runs if differences[run.name]]
+    for name in study.methods:
+        own, others = agreeing([run for run in agreed if run.config.method == name], _choices)
+        kept[name] = own
+        aside += others
     tuning = {name: runs[0].config.tuning for name, runs in kept.items() if runs}
-    return Comparable(kept, tuple(aside), tuning)
+    return Comparable(kept, aside, tuning)
 
 
-Description = tuple[tuple[str, str], ...]
+def agreeing(
+    runs: Sequence[Run], describe: Callable[[RunConfig], Description]
+) -> tuple[tuple[Run, ...], tuple[SetAside, ...]]:
+    """The runs that share the most common description, the first one's on a tie; and the others."""
+    descriptions = [describe(run.config) for run in runs]
+    expected = Counter(descriptions).most_common(1)[0][0] if runs else ()
+    both = list(zip(runs, descriptions, strict=True))
+    kept = tuple(run for run, own in both if own == expected)
+    return kept, tuple(SetAside(run, _difference(own, expected)) for run, own in both if own != expected)
 
 
-def _conditions(config: RunConfig) -> Description:
-    """What all runs of a race have in common."""
+def conditions(config: RunConfig) -> Description:
+    """What all runs of a study have in common."""
     return (
         ("task", config.task),
         ("preset", config.preset),
@@ -92,10 +96,6 @@ def _choices(config: RunConfig) -> Description:
     """What all runs of a method have in common."""
     options = json.dumps(dict(config.options), sort_keys=True)
     return (("options", options), ("tuning", str(config.tuning)))
-
-
-def _most_common(descriptions: Sequence[Description]) -> Description:
-    return Counter(descriptions).most_common(1)[0][0] if descriptions else ()
 
 
 def _difference(own: Description, expected: Description) -> tuple[tuple[str, str, str], ...]:

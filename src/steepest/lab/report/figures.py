@@ -1,98 +1,19 @@
-"""The figures of the report as plain data; `plotly_html` and `matplotlib_png` draw them and decide nothing."""
+"""The figures of a race."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
-
-from scipy.optimize import isotonic_regression
 
 from steepest.lab.records import HUGE, EvalRow, Run, Study
 from steepest.lab.report import wording
+from steepest.lab.report.figure import Axis, Curve, Figure, Row, Rule, decades, end_labels
 from steepest.lab.report.palette import Style, styles
 from steepest.lab.report.results import MethodResult, Race
-from steepest.lab.statistics import Interval, t_interval
+from steepest.lab.statistics import t_interval
 
 KEYS = ("difference", "loss-steps", "loss-tokens", "loss-samples", "loss-time")
 DIVERGED, UNFINISHED = " \N{MULTIPLICATION X}", " \N{HORIZONTAL ELLIPSIS}"
 _SAMPLE_TASKS = ("digits", "cifar10")  # the others count tokens
-
-
-@dataclass(frozen=True)
-class Axis:
-    """An axis from `low` to `high`; `ticks` are (place, text) where they are not left to the drawing library."""
-
-    title: str
-    low: float
-    high: float
-    logarithmic: bool = False
-    ticks: tuple[tuple[float, str], ...] | None = None
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line through (x, y), with a band from `low` to `high` around it where these are not empty.
-
-    `mark` follows its name where it ends early or may still change.
-    """
-
-    name: str
-    style: Style
-    x: tuple[float, ...]
-    y: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    mark: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A mean at height `y`, with an interval if there is one, and the `values` behind it at `y_values`."""
-
-    name: str
-    style: Style
-    y: float
-    y_values: float
-    values: tuple[float, ...]
-    mean: float
-    interval: Interval | None
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A straight line across the figure at `value` of the given axis."""
-
-    axis: Literal["x", "y"]
-    value: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Label:
-    """Text that starts at (x, y), in the colour of a method."""
-
-    x: float
-    y: float
-    text: str
-    style: Style
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure. `key` names its file, `height` is in pixels, `caption` says what is drawn and how."""
-
-    key: str
-    title: str
-    caption: str
-    x: Axis
-    y: Axis
-    height: int
-    curves: tuple[Curve, ...] = ()
-    rows: tuple[Row, ...] = ()
-    rule: Rule | None = None
-    labels: tuple[Label, ...] = ()
 
 
 def data_unit(study: Study) -> str:
@@ -169,7 +90,7 @@ def _losses(
         height=400,
         curves=tuple(curves),
         rule=target,
-        labels=_end_labels(curves, y),
+        labels=end_labels(curves, y),
     )
 
 
@@ -236,35 +157,6 @@ def _loss_axis(curves: Sequence[Curve], right: float, target: float | None) -> A
     if 1 / HUGE < floor < ceiling / 10:
         stretch = ceiling / floor
         low, high = floor * stretch**-0.06, ceiling * stretch**0.04
-        return Axis("evaluation loss", low, high, logarithmic=True, ticks=_decades(low, high))
+        return Axis("evaluation loss", low, high, logarithmic=True, ticks=decades(low, high))
     height = (ceiling - floor) or 1.0
     return Axis("evaluation loss", floor - 0.06 * height, ceiling + 0.04 * height)
-
-
-def _decades(low: float, high: float) -> tuple[tuple[float, str], ...]:
-    """Ticks at 1, 2 and 5 times the powers of ten; where those are many, at powers alone, evenly left out."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = math.ceil((last - first) / 8)
-    places = [float(f"{digit}e{power}") for power in range(first, last + 1, every) for digit in (1, 2, 5)]
-    shown = [place for place in places if low <= place <= high]
-    if len(shown) > 8:
-        shown = [place for place in shown if f"{place:e}".startswith("1.")]
-    return tuple((place, f"{place:g}") for place in shown)
-
-
-def _end_labels(curves: Sequence[Curve], axis: Axis) -> tuple[Label, ...]:
-    """The name of each curve at its end, moved as little as possible where two would touch.
-
-    Least squares under the constraint of a gap between neighbours: isotonic regression once the gaps are taken out.
-    """
-    scale: Callable[[float], float] = math.log if axis.logarithmic else float
-    back: Callable[[float], float] = math.exp if axis.logarithmic else float
-    ordered = sorted(curves, key=lambda curve: curve.y[-1])
-    line = 0.055 * (scale(axis.high) - scale(axis.low))  # height of one line of text
-    gaps = [i * line for i in range(len(ordered))]
-    ends = [scale(min(curve.y[-1], axis.high)) - gap for curve, gap in zip(ordered, gaps, strict=True)]
-    places = [float(place) for place in isotonic_regression(ends).x]
-    return tuple(
-        Label(curve.x[-1], back(place + gap), wording.shortened(curve.name) + curve.mark, curve.style)
-        for curve, place, gap in zip(ordered, places, gaps, strict=True)
-    )

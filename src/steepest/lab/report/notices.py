@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from steepest.lab.records import HUGE, Run
 from steepest.lab.report import wording
+from steepest.lab.report.comparable import SetAside
 from steepest.lab.report.results import Race
 from steepest.lab.report.wording import plain
 from steepest.lab.tuned import Tuning
@@ -27,15 +29,44 @@ def notices(race: Race) -> tuple[Notice, ...]:
     """All notices, the most serious first."""
     found = (
         _refused(race),
-        _set_aside(race),
+        set_aside(race.chosen.set_aside),
         _diverged(race),
         _missing(race),
         _edge(race),
         _few_seeds(race),
         _uneven_times(race),
-        _machines(race),
+        machines([run for method in race.methods for run in method.runs]),
     )
     return tuple(notice for notice in found if notice is not None)
+
+
+def who(run: Run) -> str:
+    """A run as a reader of a race calls it."""
+    return f"{plain(run.config.method)}, seed {run.config.seed}"
+
+
+def set_aside(aside: Sequence[SetAside], *, called: Callable[[Run], str] = who) -> Notice | None:
+    """Runs that count nowhere, and why."""
+    if not aside:
+        return None
+    lines = [
+        f"{called(one.run)}: "
+        + wording.listed([f"{key} {plain(own)} instead of {plain(other)}" for key, own, other in one.differences])
+        for one in aside
+    ]
+    remedy = "They count nowhere below. To compare them, repeat the study's command: it trains what does not match."
+    return Notice("stop", "Runs made under other conditions are left out", (*lines, remedy))
+
+
+def machines(runs: Sequence[Run], *, advice: str = "read times and memory with care") -> Notice | None:
+    """Whether the runs come from different machines or libraries, as far as they have begun to say."""
+    runs = [run for run in runs if run.environment]
+    keys = sorted({key for run in runs for key in run.environment})
+    differing = [plain(key) for key in keys if len({repr(run.environment.get(key)) for run in runs}) > 1]
+    if not differing:
+        return None
+    line = f"The runs differ in {wording.listed(differing)}: {advice}."
+    return Notice("note", "More than one environment", (line,))
 
 
 def tuned(tuning: Tuning | None) -> str:
@@ -54,24 +85,12 @@ def _refused(race: Race) -> Notice | None:
     return Notice("stop", title, (f"{wording.listed(budgets)}.", remedy))
 
 
-def _set_aside(race: Race) -> Notice | None:
-    if not race.chosen.set_aside:
-        return None
-    lines = [
-        f"{_who(aside.run)}: "
-        + wording.listed([f"{key} {plain(own)} instead of {plain(other)}" for key, own, other in aside.differences])
-        for aside in race.chosen.set_aside
-    ]
-    remedy = "They count nowhere below. To compare them, repeat the race's command: it trains what does not match."
-    return Notice("stop", "Runs made under other conditions are left out", (*lines, remedy))
-
-
 def _diverged(race: Race) -> Notice | None:
     runs = [run for method in race.methods for run in method.runs if run.status == "diverged"]
     if not runs:
         return None
     lines = [
-        f"{_who(run)}: the loss was not finite, or above {HUGE:g}, after step {run.result.steps}"
+        f"{who(run)}: the loss was not finite, or above {HUGE:g}, after step {run.result.steps}"
         for run in runs
         if run.result
     ]
@@ -86,12 +105,12 @@ def _missing(race: Race) -> Notice | None:
     for run in race.study.runs:
         if run.status == "unfinished":
             done = max((row.step for row in (*run.train, *run.evals)), default=0)
-            lines.append(f"{_who(run)}: {f'at step {done:,} of {run.config.steps:,}' if done else 'not started'}")
+            lines.append(f"{who(run)}: {f'at step {done:,} of {run.config.steps:,}' if done else 'not started'}")
     if not lines:
         return None
     asked = len(race.study.methods) * len(race.study.seeds)
     title = f"{len(lines)} of {wording.counted(asked, 'run')} missing"
-    remedy = "Repeat the race's command to go on; finished runs are kept. Read the verdict when all have ended."
+    remedy = "Repeat the study's command to go on; finished runs are kept. Read the verdict when all have ended."
     return Notice("warning", title, (*lines, remedy))
 
 
@@ -124,17 +143,3 @@ def _uneven_times(race: Race) -> Notice | None:
         "the machine was shared or uneven."
     )
     return Notice("warning", "Do not compare times", (line, "Losses and steps are not affected."))
-
-
-def _machines(race: Race) -> Notice | None:
-    runs = [run for method in race.methods for run in method.runs]
-    keys = sorted({key for run in runs for key in run.environment})
-    differing = [plain(key) for key in keys if len({repr(run.environment.get(key)) for run in runs}) > 1]
-    if not differing:
-        return None
-    line = f"The runs differ in {wording.listed(differing)}: read times and memory with care."
-    return Notice("note", "More than one environment", (line,))
-
-
-def _who(run: Run) -> str:
-    return f"{plain(run.config.method)}, seed {run.config.seed}"

@@ -12,7 +12,7 @@
       layout.dragmode = touch ? false : "zoom"; // a finger scrolls the page
       figure.classList.add("drawn");
       const place = figure.querySelector(".plot");
-      if (layout.margin.r > place.clientWidth / 3) { // no room for names beside the curves
+      if (layout.meta.keyed || layout.margin.r > place.clientWidth / 3) { // no room for names beside the curves
         figure.classList.add("keyed");
         layout.annotations = layout.annotations.filter((label) => !label.xshift);
         layout.margin.r = 16;

@@ -6,20 +6,27 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
 from importlib.resources import files
+from typing import Any, Protocol
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from steepest.lab.records import Run
 from steepest.lab.report import notices, sentences, table
-from steepest.lab.report.figures import Figure, figures
+from steepest.lab.report.figure import Figure
+from steepest.lab.report.figures import figures
 from steepest.lab.report.matplotlib_png import to_png
+from steepest.lab.report.notices import Notice
 from steepest.lab.report.palette import styles
 from steepest.lab.report.plotly_html import to_plotly
-from steepest.lab.report.results import MethodResult, Race
+from steepest.lab.report.results import Race
+from steepest.lab.report.sentences import Fact
+from steepest.lab.report.table import Column
 from steepest.lab.report.wording import plain, shortened
 
 # strokes and outlines of the legend, on a canvas of 34 by 12
@@ -36,8 +43,73 @@ _MARKERS = {
 _MACHINE = {"workers": "workers (runs trained at once)"}
 
 
-def render(race: Race, *, directory: str) -> tuple[str, dict[str, bytes]]:
-    """The page and its figures as PNG files.
+@dataclass(frozen=True)
+class Content:
+    """What every report says.
+
+    Args:
+        headline: The result in one line.
+        facts: Numbers to show large.
+        notices: What to know before believing the others.
+        summary: Task, sizes, seeds and data.
+        figures: In order.
+        columns: Of the table over methods; their cells take one method's results and `whole`.
+        results: Of each method, with its `name` and `runs`.
+        whole: Results of the study.
+        methodology: How the numbers were computed.
+        hidden: Options that differ between the runs of a method.
+    """
+
+    headline: str
+    facts: Sequence[Fact]
+    notices: Sequence[Notice]
+    summary: str
+    figures: Sequence[Figure]
+    columns: Sequence[Column[Any, Any]]
+    results: Sequence[HasRuns]
+    whole: object
+    methodology: Sequence[str]
+    hidden: Sequence[str] = ()
+
+
+class HasRuns(Protocol):
+    """The results of one method."""
+
+    @property
+    def name(self) -> str:
+        """As in the study."""
+        ...
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs they come from."""
+        ...
+
+
+class Described(Protocol):
+    """What a page says of any study."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names, in the study's order."""
+        ...
+
+    @property
+    def baseline(self) -> str:
+        """The method that is drawn in grey."""
+        ...
+
+    @property
+    def created(self) -> datetime:
+        """When it was begun."""
+        ...
+
+
+Page = tuple[str, dict[str, bytes]]  # HTML text, and the content of each PNG by file name
+
+
+def render(race: Race, *, directory: str) -> Page:
+    """The page of a race and its figures as PNG files.
 
     Args:
         race: All numbers.
@@ -46,40 +118,68 @@ def render(race: Race, *, directory: str) -> tuple[str, dict[str, bytes]]:
     Returns:
         HTML text, and the content of each PNG by file name. The same records give the same bytes.
     """
-    drawn = figures(race)
-    images = {f"{figure.key}.png": to_png(figure) for figure in drawn}
-    scripts = [Markup(get_plotlyjs()), Markup(_part("page.js"))]  # ours, not from outside: not to be escaped
-    page = _environment().from_string(_part("page.html.j2"))
-    text = page.render(
-        race=race,
-        study=race.study,
-        policy=_policy(scripts),
-        scripts=scripts,
-        css=Markup(_part("page.css")),
-        looks=styles(race.study.methods, baseline=race.study.baseline),
-        dashes=_DASHES,
-        markers=_MARKERS,
+    content = Content(
         headline=sentences.headline(race),
-        summary=sentences.summary(race),
         facts=sentences.facts(race),
         notices=notices.notices(race),
-        pairs=sentences.pairs(race, with_baseline=True),
-        other_pairs=sentences.pairs(race, with_baseline=False),
-        figures=[(figure, base64.b64encode(images[f"{figure.key}.png"]).decode()) for figure in drawn],
-        plots={figure.key: _themes(figure) for figure in drawn},
+        summary=sentences.summary(race),
+        figures=figures(race),
         columns=table.columns(race),
+        results=race.methods,
+        whole=race,
         methodology=sentences.methodology(race),
-        options=_options,
-        tuned=notices.tuned,
-        created=f"{race.study.created.day} {race.study.created:%B %Y}",
-        directory=plain(shlex.quote(directory)),
-        machine=_machine([run for method in race.methods for run in method.runs]),
+    )
+    pairs = {
+        "pairs": sentences.pairs(race, with_baseline=True),
+        "other_pairs": sentences.pairs(race, with_baseline=False),
+    }
+    return fill("race.html.j2", race.study, content, directory=directory, tuned=notices.tuned, **pairs)
+
+
+def fill(template: str, study: Described, content: Content, *, directory: str, **more: object) -> Page:
+    """A template with its content.
+
+    Args:
+        template: Name of a file beside this one.
+        study: What was read.
+        content: What the page says.
+        directory: As for `render`.
+        more: What only this template knows.
+
+    Returns:
+        As `render`.
+    """
+    images = {f"{figure.key}.png": to_png(figure) for figure in content.figures}
+    scripts = [Markup(get_plotlyjs()), Markup(_part("page.js"))]  # ours, not from outside: not to be escaped
+    text = (
+        _environment()
+        .get_template(template)
+        .render(
+            **{field.name: getattr(content, field.name) for field in fields(content)},
+            **more,
+            study=study,
+            policy=_policy(scripts),
+            scripts=scripts,
+            css=Markup(_part("page.css")),
+            looks=styles(study.methods, baseline=study.baseline),
+            dashes=_DASHES,
+            markers=_MARKERS,
+            drawn=[(figure, base64.b64encode(images[f"{figure.key}.png"]).decode()) for figure in content.figures],
+            plots={figure.key: _themes(figure) for figure in content.figures},
+            options=lambda result: _options(result, content.hidden),
+            created=f"{study.created.day} {study.created:%B %Y}",
+            directory=plain(shlex.quote(directory)),
+            machine=_machine([run for result in content.results for run in result.runs]),
+        )
     )
     return text, images
 
 
 def _environment() -> Environment:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = FunctionLoader(_part)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"plain": plain, "shortened": shortened}
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
     return environment
@@ -100,12 +200,9 @@ def _themes(figure: Figure) -> dict[str, object]:
     return {"light": to_plotly(figure, theme="light"), "dark": to_plotly(figure, theme="dark")}
 
 
-def _options(method: MethodResult) -> dict[str, str]:
-    return (
-        {plain(key): plain(_value(value)) for key, value in method.runs[0].config.options.items()}
-        if method.runs
-        else {}
-    )
+def _options(result: HasRuns, hidden: Sequence[str]) -> dict[str, str]:
+    options = result.runs[0].config.options if result.runs else {}
+    return {plain(key): plain(_value(value)) for key, value in options.items() if key not in hidden}
 
 
 def _machine(runs: list[Run]) -> dict[str, list[str]]:

@@ -27,18 +27,20 @@ _COLOURS = (
     ("#b0289a", "#e0506a"),
 )
 _DASHES: tuple[Dash, ...] = ("dash", "solid", "longdash", "dashdot", "dot")
+_MOMO = "-momo"  # how the name of a method's Momo version ends
 _MARKERS: tuple[Marker, ...] = ("circle", "square", "triangle", "diamond", "cross", "x")
 
 
 @dataclass(frozen=True)
 class Style:
-    """The look of one method. `index` is its place in the palette."""
+    """The look of one method. `index` is its place among the methods; the marker may be an outline."""
 
     index: int
     light: str
     dark: str
     dash: Dash
     marker: Marker
+    hollow: bool = False
 
     def colour(self, theme: Literal["light", "dark"]) -> str:
         """Hexadecimal colour on the given background."""
@@ -48,16 +50,16 @@ class Style:
 def styles(methods: Sequence[str], *, baseline: str) -> dict[str, Style]:
     """A style for each method: the baseline in grey, the others in the study's order.
 
-    Colour, dash and marker cycle with different periods, so that the first 120 methods all look different.
+    A method and its Momo version share colour and marker; the plain one is solid, the other dashed and hollow. Without
+    Momo versions, colour, dash and marker cycle with different periods: the first 120 methods all look different.
     """
     ordered = [baseline, *(name for name in methods if name != baseline)]
-    looks = {
-        name: Style(
-            i,
-            *_COLOURS[i % len(_COLOURS)],
-            dash=_DASHES[i % len(_DASHES)],
-            marker=_MARKERS[i % len(_MARKERS)],
-        )
-        for i, name in enumerate(ordered)
-    }
+    families = list(dict.fromkeys(name.removesuffix(_MOMO) for name in ordered))
+    paired = any(name.endswith(_MOMO) for name in ordered)
+    looks: dict[str, Style] = {}
+    for index, name in enumerate(ordered):
+        i, hollow = families.index(name.removesuffix(_MOMO)), name.endswith(_MOMO)
+        colours, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
+        dash = _DASHES[i % len(_DASHES)] if not paired else "dash" if hollow else "solid"
+        looks[name] = Style(index, *colours, dash=dash, marker=marker, hollow=hollow)
     return {name: looks[name] for name in methods}

@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 from steepest.lab.report import wording
-from steepest.lab.report.figures import Axis, Curve, Figure, Row
+from steepest.lab.report.figure import Axis, Bar, Curve, Dots, Figure, Row, Sort
 from steepest.lab.report.palette import PAPER, Style
 
 Theme = Literal["light", "dark"]
@@ -17,6 +17,14 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 _INK = {"light": "#1b1f24", "dark": "#e8eaed"}
 _MUTED = {"light": "#5f6873", "dark": "#9aa4af"}
 _HAIRLINE = {"light": "#e6e6df", "dark": "#2a2f36"}
+_ZONE = {"light": "#eef0e2", "dark": "#22281f"}
+_SIZES: dict[Sort, tuple[float, float]] = {  # pixels and opacity, in the order in which they are drawn
+    "seed": (5, 0.45),
+    "above": (8, 0.8),
+    "diverged": (8, 1.0),
+    "mean": (9, 1.0),
+}
+_SHAPES: dict[Sort, str] = {"above": "triangle-up", "diverged": "x"}
 _SYMBOL = {
     "circle": "circle",
     "square": "square",
@@ -32,7 +40,9 @@ def to_plotly(figure: Figure, *, theme: Theme) -> Json:
     traces = [_band(curve, theme) for curve in figure.curves if curve.low]
     traces += [_line(curve, theme) for curve in figure.curves]
     for row in figure.rows:
-        traces += [_dots(row, theme), _mean(row, theme)]
+        traces += [_values(row, theme), _mean(row, theme)]
+    traces += [_bar(bar, theme) for bar in figure.bars]
+    traces += [_marks(dots, theme) for sort in _SIZES for dots in figure.dots if dots.sort == sort]
     layout: Json = {
         "height": figure.height,
         "margin": {"l": 8, "r": _right_margin(figure), "t": 24, "b": 8, "pad": 4},
@@ -40,12 +50,14 @@ def to_plotly(figure: Figure, *, theme: Theme) -> Json:
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": FONT, "size": 13, "color": _MUTED[theme]},
         "showlegend": False,
-        "hovermode": "closest" if figure.rows else "x",
+        "hovermode": "x" if figure.curves and not figure.dots else "closest",
         "hoverlabel": {"bgcolor": PAPER[theme], "font": {"family": FONT, "color": _INK[theme]}},
-        "xaxis": _axis(figure.x, theme, grid=bool(figure.rows)),
+        "xaxis": _axis(figure.x, theme, grid=bool(figure.rows or figure.bars)),
         "yaxis": _axis(figure.y, theme, grid=bool(figure.curves)),
-        "shapes": _rule_line(figure, theme),
-        "annotations": [*_labels(figure, theme), *_rule_text(figure, theme)],
+        "barmode": "overlay",
+        "meta": {"keyed": figure.keyed},
+        "shapes": [*_zone(figure, theme), *_rule_line(figure, theme)],
+        "annotations": [*_labels(figure, theme), *_rule_text(figure, theme), *_small_print(figure, theme)],
     }
     return {"data": traces, "layout": layout}
 
@@ -96,6 +108,9 @@ def _line(curve: Curve, theme: Theme) -> Json:
     if curve.low:
         ranges = zip(texts, curve.low, curve.high, strict=True)
         texts = [f"{text} ({wording.loss(a)}{wording.DASH}{wording.loss(b)})" for text, a, b in ranges]
+    if curve.bare:
+        line: Json = {"color": curve.style.colour(theme), "width": 2, "dash": curve.style.dash}
+        return {"type": "scatter", "mode": "lines", "x": curve.x, "y": curve.y, "line": line, "hoverinfo": "skip"}
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -109,7 +124,7 @@ def _line(curve: Curve, theme: Theme) -> Json:
     }
 
 
-def _dots(row: Row, theme: Theme) -> Json:
+def _values(row: Row, theme: Theme) -> Json:
     return {
         "type": "scatter",
         "mode": "markers",
@@ -139,19 +154,52 @@ def _mean(row: Row, theme: Theme) -> Json:
     return trace
 
 
-def _marker(style: Style, theme: Theme, *, size: int) -> Json:
+def _marks(dots: Dots, theme: Theme) -> Json:
+    size, opacity = _SIZES[dots.sort]
+    marker = _marker(dots.style, theme, size=size) | {"opacity": opacity}
+    if dots.sort in _SHAPES:
+        marker |= {"symbol": _SHAPES[dots.sort], "color": dots.style.colour(theme), "line": {"width": 0}}
     return {
-        "color": style.colour(theme),
+        "type": "scatter",
+        "mode": "markers",
+        "name": _escaped(wording.shortened(dots.name)),
+        "x": dots.x,
+        "y": dots.y,
+        "text": dots.texts,
+        "hovertemplate": "%{text}",
+        "marker": marker,
+    }
+
+
+def _bar(bar: Bar, theme: Theme) -> Json:
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "x": [bar.length],
+        "y": [bar.y],
+        "width": [bar.thickness],
+        "text": [bar.text],
+        "textposition": "none",
+        "hovertemplate": "%{text}<extra></extra>",
+        "marker": {"color": bar.style.colour(theme), "opacity": bar.opacity, "line": {"width": 0}},
+    }
+
+
+def _marker(style: Style, theme: Theme, *, size: float) -> Json:
+    colour, paper = style.colour(theme), PAPER[theme]
+    outline: Json = {"width": 1.5, "color": colour} if style.hollow else {"width": 1, "color": paper}
+    return {
+        "color": paper if style.hollow else colour,
         "symbol": _SYMBOL[style.marker],
         "size": size,
-        "line": {"width": 1, "color": PAPER[theme]},
+        "line": outline,
     }
 
 
 def _labels(figure: Figure, theme: Theme) -> list[Json]:
     return [
         {
-            "x": label.x,
+            "x": _place(figure.x, label.x),
             "y": _place(figure.y, label.y),
             "text": _escaped(label.text),
             "xanchor": "left",
@@ -162,6 +210,22 @@ def _labels(figure: Figure, theme: Theme) -> list[Json]:
         }
         for label in figure.labels
     ]
+
+
+def _zone(figure: Figure, theme: Theme) -> list[Json]:
+    if figure.zone is None:
+        return []
+    span: Json = {"xref": "paper", "x0": 0, "x1": 1, "y0": figure.zone.low, "y1": figure.zone.high}
+    return [{"type": "rect", "layer": "below", "fillcolor": _ZONE[theme], "line": {"width": 0}, **span}]
+
+
+def _small_print(figure: Figure, theme: Theme) -> list[Json]:
+    """The text over the frame; the zone is named by the caption, as marks could cover a text beside it."""
+    if not figure.above:
+        return []
+    place: Json = {"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "paper", "yanchor": "bottom"}
+    font: Json = {"color": _MUTED[theme], "size": 12}
+    return [{"text": _escaped(figure.above), "showarrow": False, "font": font, **place}]
 
 
 def _rule_line(figure: Figure, theme: Theme) -> list[Json]:
@@ -175,7 +239,7 @@ def _rule_line(figure: Figure, theme: Theme) -> list[Json]:
 
 
 def _rule_text(figure: Figure, theme: Theme) -> list[Json]:
-    if figure.rule is None:
+    if figure.rule is None or not figure.rule.text:
         return []
     text: Json = {"text": _escaped(figure.rule.text), "showarrow": False, "font": {"color": _MUTED[theme], "size": 12}}
     if figure.rule.axis == "y":

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from steepest.lab.report import wording
 from steepest.lab.report.results import MethodResult, Race
 from steepest.lab.report.wording import DASH, FIXED, NARROW
+
+One = TypeVar("One")  # results of a method
+All = TypeVar("All")  # results of the study
 
 DOT = " \N{MIDDLE DOT} "
 
@@ -21,15 +25,15 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of the table; `note` says in a few words what its title leaves open."""
+class Column(Generic[One, All]):
+    """A column of a table over methods; `note` says in a few words what its title leaves open."""
 
     title: str
-    cell: Callable[[MethodResult, Race], Cell]
+    cell: Callable[[One, All], Cell]
     note: str = ""
 
 
-def columns(race: Race) -> tuple[Column, ...]:
+def columns(race: Race) -> tuple[Column[MethodResult, Race], ...]:
     """The columns for which the study has data."""
     goal = "target" if race.target is None else f"target {wording.loss(race.target)}"
     base, own = wording.shortened(race.study.baseline), race.study.target is None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from steepest.lab.basin import Basin
 from steepest.lab.statistics import Interval, Ratio, Summary
 
 DASH = "\N{EN DASH}"
+GREATER = "\N{GREATER-THAN OR EQUAL TO}"
 MINUS = "\N{MINUS SIGN}"
 FIXED = "\N{NO-BREAK SPACE}"
 NARROW = "\N{NARROW NO-BREAK SPACE}"
@@ -84,6 +86,21 @@ def share(ratio: Ratio) -> str:
 def p_value(p: float) -> str:
     """ "p = 0.012", or "p < 0.001"."""
     return f"p{FIXED}<{FIXED}0.001" if p < 0.001 else f"p{FIXED}={FIXED}{p:.2g}"
+
+
+def rate(lr: float) -> str:
+    """A learning rate: "0.02", "3e-05"."""
+    return f"{lr:.4g}"
+
+
+def width(basin: Basin) -> str:
+    """Decades, such as "1.62"; "≥ 1.62" where the basin goes on beyond what was tried."""
+    return f"{GREATER + FIXED if basin.open_ended else ''}{decades(basin.width)}"
+
+
+def decades(value: float) -> str:
+    """A width in decades: two decimals, more for small ones, and none for nothing."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def milliseconds(value: float) -> str:

@@ -1,0 +1,62 @@
+"""The command line: `steepest race | sweep | work | train | plan | report`.
+
+Exit codes: 0 done, 1 a run, a file or a database failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import steepest
+from steepest.cli import runs, studies
+from steepest.cli.options import METHODS, RACERS, UsageError
+from steepest.cli.outcome import FAILED, INTERRUPTED, USAGE
+
+__all__ = ["METHODS", "RACERS", "main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Command line without the program; None takes the process's own.
+
+    Returns:
+        Exit code.
+    """
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Everything so far is saved; the same command goes on from there.", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").startswith("steepest"):
+            raise
+        remedy = "" if "pip install" in str(missing) else ". The commands need the lab: pip install 'steepest[lab]'."
+        print(f"error: {missing}{remedy}", file=sys.stderr)
+        return FAILED
+    except UsageError as wrong:
+        print(f"error: {wrong}", file=sys.stderr)
+        return USAGE
+    except OSError as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="steepest", description="Race optimizers that are steepest descent in a norm.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"steepest {steepest.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    studies.add_commands(commands)
+    runs.add_commands(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""What the commands share: how options are declared, read and checked."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+
+# torch's Muon takes no convolutions, so it is not in the race on images
+RACERS = {"text": ("adamw", "muon", "torch-muon", "muonadam"), "digits": ("adamw", "muon", "muonadam")}
+
+# spelled out, so that --help does not wait for the lab; a test compares it with the registry
+METHODS = (
+    "adam, adamw, muon, muon-plain, muon-plain-wd, muon-wd, muonadam, muonadam-momo, muonmax, muonmax-momo, "
+    "polargrad, polargrad-momo, scion, scion-momo, sgd, torch-muon"
+)
+
+Commands = argparse._SubParsersAction  # argparse has no public name for what it returns
+Value = bool | int | float | str
+
+
+class UsageError(Exception):
+    """What was asked for cannot be meant."""
+
+
+@contextlib.contextmanager
+def checking_usage() -> Generator[None]:
+    """Around what only reads options: there, a value that is refused was a wrong option, not a fault of the program."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError) as wrong:
+        raise UsageError(str(wrong)) from wrong
+
+
+def add_command(
+    commands: Commands[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    """Declare a command.
+
+    Args:
+        commands: All of them.
+        name: What one types.
+        run: Takes the options, and returns the exit code.
+        summary: What it does, in a line.
+        examples: Shown at the end of its help.
+    """
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """Declare which task at which size on which data."""
+    parser.add_argument("--task", default="text", help="text or digits; default: %(default)s")
+    parser.add_argument("--preset", default="demo", help="demo, tiny or small; default: %(default)s")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="train the text model on this file or folder")
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between them."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty name; write them as adamw,muon")
+    return found
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def assignment(text: str) -> tuple[str, Value]:
+    """NAME=VALUE; the value is a number or a truth value if it reads like one."""
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} must look like lr=0.02")
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    return name, parsed if isinstance(parsed, bool | int | float) else value
+
+
+def by_method(assignments: Sequence[tuple[str, Value]]) -> Mapping[str, dict[str, Value]]:
+    """Options of each method, from METHOD.OPTION=VALUE."""
+    found: dict[str, dict[str, Value]] = {}
+    for name, value in assignments:
+        method, dot, option = name.rpartition(".")
+        if not dot or not method or not option:
+            raise ValueError(f"--set {name}={value}: write METHOD.OPTION=VALUE, for example muon.lr=0.02.")
+        found.setdefault(method, {})[option] = value
+    return found

@@ -1,0 +1,102 @@
+"""The commands about one run: train and plan."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from steepest.cli.options import METHODS, Commands, UsageError, add_command, add_task, assignment, checking_usage, count
+from steepest.cli.outcome import DONE, FAILED, INTERRUPTED
+
+TRAIN_EXAMPLES = """examples:
+  steepest train --method muon --out out/muon
+  steepest train --method adamw --set lr=0.003 --task digits --seed 1 --out out/digits
+"""
+PLAN_EXAMPLES = """examples:
+  steepest plan --task text
+  steepest plan --task digits --method adam --json
+"""
+
+
+def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Declare train and plan."""
+    train = add_command(commands, "train", _train, "train one run", TRAIN_EXAMPLES)
+    train.add_argument("--method", required=True, help=f"one of {METHODS}")
+    train.add_argument("--seed", type=int, default=0, help="of weights and data order; default: %(default)s")
+    add_task(train)
+    train.add_argument("--set", action="append", type=assignment, default=[], metavar="OPTION=VALUE")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's directory")
+    train.add_argument("--steps", type=count, metavar="N", help="instead of the preset's number")
+    train.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads; default: %(default)s")
+    train.add_argument("--keep-checkpoint", action="store_true", help="keep the trained weights")
+    train.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    plan = add_command(commands, "plan", _plan, "print which parameter is optimised how, and why", PLAN_EXAMPLES)
+    plan.add_argument("--method", default="muon", help="a method of this library; default: %(default)s")
+    add_task(plan)
+    plan.add_argument("--json", action="store_true", help="print rows as JSON")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from steepest.lab.checkpoint import CheckpointError
+    from steepest.lab.config import configure
+    from steepest.lab.display import StudyDisplay
+    from steepest.lab.fields import RecordError
+    from steepest.lab.ledger import RunBusyError
+    from steepest.lab.methods import check_buildable
+    from steepest.lab.tasks import make_task
+    from steepest.lab.train import Interrupted, RunMismatchError, train_run
+
+    with checking_usage():
+        task = make_task(options.task, options.preset, data=options.data)
+        changes = dict(options.set)
+        config = configure(task, method=options.method, seed=options.seed, options=changes, steps=options.steps)
+        check_buildable(config.method, task, config.options)
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: stopped.append(received))
+    display = StudyDisplay({config.method: [options.out]}, steps=config.steps, console=Console(stderr=True))
+    try:
+        with display:
+            result = train_run(
+                config,
+                options.out,
+                data=options.data,
+                threads=options.threads,
+                keep_checkpoint=options.keep_checkpoint,
+                stop=lambda: display.glance() or bool(stopped),
+            )
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED
+    except RunMismatchError as wrong:
+        raise UsageError(str(wrong)) from wrong
+    except (CheckpointError, RecordError, RunBusyError) as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return FAILED
+    if options.json:
+        print(result.to_json(), end="")
+    elif result.final_loss is None:
+        print(f"Diverged after {result.steps} steps; the rows are in {options.out}.")
+    else:
+        print(f"Final loss {result.final_loss:.4f} after {result.steps} steps in {result.train_s:.1f} s: {options.out}")
+    return DONE
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from steepest.lab.methods import build_optimizer, resolve
+    from steepest.lab.tasks import make_task
+    from steepest.optim import SteepestDescent
+
+    with checking_usage():
+        task = make_task(options.task, options.preset, data=options.data)
+        resolved = resolve(options.method, task=task.name, preset=task.preset, options={})
+        optimizer = build_optimizer(options.method, task.build_model(0), resolved.options)
+    if not isinstance(optimizer, SteepestDescent):
+        raise UsageError(f"{options.method!r} is not a method of this library and has no plan; try muon or adam.")
+    print(optimizer.plan.to_json() if options.json else optimizer.plan)
+    return DONE

@@ -1,0 +1,217 @@
+"""Trains the runs of a study with as many workers as there are, here and elsewhere, until none is left."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from rich.console import Console
+
+from steepest.lab.config import code_version
+from steepest.lab.display import StudyDisplay
+from steepest.lab.ledger import locked
+from steepest.lab.pool import POLL_S, Pool, last_words
+from steepest.lab.queue import Queue, open_queue
+from steepest.lab.report import write_report
+from steepest.lab.storage import StorageError, default_url, parse_url
+from steepest.lab.study import StudyMismatchError, StudyPlan, read_config, read_listing, write_study
+from steepest.lab.tasks import make_task
+
+IDLE_S = 1.0  # until a worker without a run looks again: another one may have died
+PATIENCE_S = 120.0  # a database that does not answer for so long is given up; runs go on meanwhile
+
+
+class FailedRunsError(RuntimeError):
+    """Some runs ended with an error; the others are complete and in the report."""
+
+
+def default_workers() -> int:
+    """One per CPU core that this process may use, a container's quota included."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        return cores
+
+
+def run_study(
+    plan: StudyPlan,
+    out: Path,
+    *,
+    command: str,
+    workers: int,
+    threads: int = 1,
+    data: Path | None = None,
+    storage: str | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Train what is missing, and write the report.
+
+    Args:
+        plan: A race or a sweep.
+        out: Directory of the study.
+        command: How to repeat it, for the report.
+        workers: Runs that are trained at once here, at least 1. Times per step are compared fairly only if no more
+            than the machine has cores.
+        threads: CPU threads of each, at least 1.
+        data: Data of the user, for a task that takes it.
+        storage: URL of the database that hands the runs out; None for a file in `out`.
+        console: Where to show progress.
+
+    Returns:
+        Path of `report.html`.
+
+    Raises:
+        KeyboardInterrupt: If the user stopped it; every run is saved and goes on with the same command.
+        FailedRunsError: If a run ended with an error. The report is written first, from what there is.
+        StorageError: If the database does not answer; every run is saved, too.
+        StudyMismatchError: If `out` holds another study, or lies inside of `data`.
+        RecordError: If a file in `out` is damaged.
+        RunBusyError: If another study is going on in `out`.
+        ValueError: If a number is below 1, an option is unknown or out of range, or a method does not fit the task.
+        TypeError: If an option is of the wrong type.
+        OSError: If `out` cannot be written.
+        ModuleNotFoundError: If the driver of the database is not installed.
+    """
+    pool = _pool(workers, threads, data)
+    if data is not None and data.is_dir() and out.resolve().is_relative_to(data.resolve()):
+        raise StudyMismatchError(
+            f"--out {out} lies inside --data {data}, which would change while it is read; choose another."
+        )
+    url = default_url(out) if storage is None else parse_url(storage)
+    configs = plan.configs()
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        write_study(out, plan, configs, command=command)
+        with open_queue(out, url, create=True) as queue:
+            queue.fill(retry=True)
+            failed = _train(queue, pool, console or Console(), steps=configs[0].steps)
+        report = write_report(out)
+    if failed:
+        raise FailedRunsError(
+            f"{len(failed)} of {len(configs)} runs ended with an error:\n{_reasons(failed)}\nThe report at {report} "
+            "has the others. Mend the cause and repeat the command to try them again."
+        )
+    return report
+
+
+def join_study(
+    out: Path,
+    *,
+    workers: int,
+    threads: int = 1,
+    data: Path | None = None,
+    storage: str | None = None,
+    console: Console | None = None,
+) -> int:
+    """Help with a study that somebody has started, until none of its runs is left.
+
+    Args:
+        out: Directory of the study, as this machine sees it.
+        workers: Runs that are trained at once here, at least 1.
+        threads: CPU threads of each, at least 1.
+        data: Data of the user, if the study was started with it.
+        storage: As it was started with.
+        console: Where to show progress.
+
+    Returns:
+        How many runs the study has; all of them are finished.
+
+    Raises:
+        KeyboardInterrupt: If the user stopped it; every run is saved.
+        FailedRunsError: If a run ended with an error, here or elsewhere.
+        StorageError: If the database does not answer, or does not know the study.
+        StudyMismatchError: If code or data differ from those of the study.
+        RecordError: If there is no study in `out`, or a file of it is damaged.
+        ValueError: If a number is below 1, or the storage is no database.
+        FileNotFoundError: If `data` is not there.
+        ModuleNotFoundError: If the driver of the database is not installed.
+    """
+    pool = _pool(workers, threads, data)
+    url = default_url(out) if storage is None else parse_url(storage)
+    listing = read_listing(out)
+    _check_same(out, listing.runs, data)
+    steps = read_config(out / "runs" / next(iter(listing.runs))).steps
+    with open_queue(out, url, create=False) as queue:
+        failed = _train(queue, pool, console or Console(), steps=steps)
+    if failed:
+        raise FailedRunsError(
+            f"{len(failed)} of {len(listing.runs)} runs ended with an error:\n{_reasons(failed)}\nMend the cause and "
+            "repeat the command that started the study to try them again."
+        )
+    return len(listing.runs)
+
+
+def _pool(workers: int, threads: int, data: Path | None) -> Pool:
+    for name, value in (("workers", workers), ("threads", threads)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    return Pool(workers, threads, data, threading.Event())
+
+
+def _check_same(out: Path, names: Iterable[str], data: Path | None) -> None:
+    """Refuse to help where every run would fail: with another version of the code or other data."""
+    unfinished = (out / "runs" / name for name in names if not (out / "runs" / name / "result.json").exists())
+    if (run := next(unfinished, None)) is None:
+        return
+    config = read_config(run)  # all runs have the same code and data
+    if config.code != code_version():
+        raise StudyMismatchError(
+            f"The runs in {out} are configured for the code {config.code}, this is {code_version()}. "
+            "Install the same version of steepest on every machine."
+        )
+    here = make_task(config.task, config.preset, data=data).data_identity()
+    if here.sha256 != config.data.sha256:
+        raise StudyMismatchError(
+            f"The runs in {out} read {config.data.name!r} ({config.data.sha256[:12]}), here is {here.name!r} "
+            f"({here.sha256[:12]}). Give the same --data, on the same Python version."
+        )
+
+
+def _train(queue: Queue, pool: Pool, console: Console, *, steps: int) -> list[Path]:
+    """Bring every run to its end; returns the directories of those that failed."""
+    runs: dict[str, list[Path]] = {}
+    for name, method in read_listing(queue.out).runs.items():
+        runs.setdefault(method, []).append(queue.out / "runs" / name)
+    with StudyDisplay(runs, steps=steps, console=console) as display:
+        with ThreadPoolExecutor(pool.workers) as threads:
+            slots = [threads.submit(_work, queue, pool) for _ in range(pool.workers)]
+            try:
+                while (now := wait(slots, POLL_S, FIRST_EXCEPTION)).not_done and not _broken(now.done):
+                    display.update()
+            finally:
+                pool.stop.set()
+        display.update()
+    for slot in slots:
+        slot.result()
+    return queue.failures()
+
+
+def _broken(slots: Iterable[Future[None]]) -> bool:
+    return any(slot.exception() for slot in slots)
+
+
+def _work(queue: Queue, pool: Pool) -> None:
+    """One worker: trains whatever waits, until every run of the study has come to an end."""
+    silent_since: float | None = None
+    while not pool.stop.is_set():
+        try:
+            if queue.take(pool.train):
+                continue
+            if queue.fill() == 0:
+                return
+            silent_since = None
+        except StorageError:
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > PATIENCE_S:
+                raise
+        pool.stop.wait(IDLE_S)
+
+
+def _reasons(failed: Sequence[Path]) -> str:
+    return "\n".join(f"  {run / 'worker.log'}: {last_words(run)}" for run in failed)

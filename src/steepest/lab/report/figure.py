@@ -1,0 +1,182 @@
+"""A figure as plain data; `plotly_html` and `matplotlib_png` draw it and decide nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from scipy.optimize import isotonic_regression
+
+from steepest.lab.report import wording
+from steepest.lab.report.palette import Style
+from steepest.lab.statistics import Interval
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis from `low` to `high`; `ticks` are (place, text) where they are not left to the drawing library."""
+
+    title: str
+    low: float
+    high: float
+    logarithmic: bool = False
+    ticks: tuple[tuple[float, str], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line through (x, y), with a band from `low` to `high` around it where these are not empty.
+
+    `mark` follows its name where it ends early or may still change. A bare line has no markers and is not hovered.
+    """
+
+    name: str
+    style: Style
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mark: str = ""
+    bare: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A mean at height `y`, with an interval if there is one, and the `values` behind it at `y_values`."""
+
+    name: str
+    style: Style
+    y: float
+    y_values: float
+    values: tuple[float, ...]
+    mean: float
+    interval: Interval | None
+
+
+Sort = Literal["seed", "mean", "above", "diverged"]
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Single marks of one method at (x, y), with the text that shows on hovering; `above` and `diverged` have fixed
+    shapes, the others that of the method."""
+
+    name: str
+    style: Style
+    sort: Sort
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A horizontal bar at height `y` from 0 to `length`, with the text that shows on hovering."""
+
+    style: Style
+    y: float
+    thickness: float
+    length: float
+    opacity: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Zone:
+    """A shaded strip of heights from `low` to `high`."""
+
+    low: float
+    high: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A straight line across the figure at `value` of the given axis."""
+
+    axis: Literal["x", "y"]
+    value: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Label:
+    """Text that starts at (x, y), in the colour of a method."""
+
+    x: float
+    y: float
+    text: str
+    style: Style
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure.
+
+    Args:
+        key: Names its file.
+        title: Of the figure.
+        caption: What is drawn, and how.
+        x: Horizontal axis.
+        y: Vertical axis.
+        height: In pixels.
+        curves: Lines.
+        rows: Means with intervals.
+        dots: Single marks.
+        bars: Horizontal bars.
+        zone: A shaded strip.
+        rule: A straight line across.
+        labels: Names beside curves.
+        above: Small text over the frame.
+        keyed: Whether names stand in a key and not beside the curves.
+    """
+
+    key: str
+    title: str
+    caption: str
+    x: Axis
+    y: Axis
+    height: int
+    curves: tuple[Curve, ...] = ()
+    rows: tuple[Row, ...] = ()
+    dots: tuple[Dots, ...] = ()
+    bars: tuple[Bar, ...] = ()
+    zone: Zone | None = None
+    rule: Rule | None = None
+    labels: tuple[Label, ...] = ()
+    above: str = ""
+    keyed: bool = False
+
+
+def decades(low: float, high: float) -> tuple[tuple[float, str], ...]:
+    """Ticks at 1, 2 and 5 times the powers of ten; where those are many, at powers alone, evenly left out."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    every = math.ceil((last - first) / 8)
+    places = [float(f"{digit}e{power}") for power in range(first, last + 1, every) for digit in (1, 2, 5)]
+    shown = [place for place in places if low <= place <= high]
+    if len(shown) > 8:
+        shown = [place for place in shown if f"{place:e}".startswith("1.")]
+    return tuple((place, f"{place:g}") for place in shown)
+
+
+def end_labels(curves: Sequence[Curve], axis: Axis) -> tuple[Label, ...]:
+    """The name of each curve at its end, moved as little as possible where two would touch.
+
+    Least squares under the constraint of a gap between neighbours: isotonic regression once the gaps are taken out.
+    No label leaves the axis, as long as there is room for all of them; its bounds then only clip the solution.
+    """
+    scale: Callable[[float], float] = math.log if axis.logarithmic else float
+    back: Callable[[float], float] = math.exp if axis.logarithmic else float
+    ordered = sorted(curves, key=lambda curve: curve.y[-1])
+    line = 0.055 * (scale(axis.high) - scale(axis.low))  # height of one line of text
+    gaps = [i * line for i in range(len(ordered))]
+    ends = [scale(min(curve.y[-1], axis.high)) - gap for curve, gap in zip(ordered, gaps, strict=True)]
+    bottom = scale(axis.low) + line / 2
+    top = max(bottom, scale(axis.high) - line / 2 - gaps[-1])
+    places = [min(max(float(place), bottom), top) for place in isotonic_regression(ends).x]
+    return tuple(
+        Label(curve.x[-1], back(place + gap), wording.shortened(curve.name) + curve.mark, curve.style)
+        for curve, place, gap in zip(ordered, places, gaps, strict=True)
+    )

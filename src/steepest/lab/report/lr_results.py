@@ -1,0 +1,218 @@
+"""From the runs of a learning-rate sweep to the numbers of its report: one record for each method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from steepest.lab.basin import TOLERANCES, Basin, Best, Point, basin, best, expected_best, grid, unchanged
+from steepest.lab.config import RunConfig
+from steepest.lab.records import Run
+from steepest.lab.report.comparable import Description, SetAside, agreeing, conditions
+from steepest.lab.sweep_records import SweepStudy, rate
+
+WIDE = 0.05  # the tolerance that headline, chart and ranking speak of
+
+Basins = Mapping[float, Basin]  # by tolerance
+
+
+@dataclass(frozen=True)
+class MethodSweep:
+    """All that the report says of one method.
+
+    Args:
+        name: As in the study.
+        runs: Its comparable runs, by learning rate and seed.
+        points: One for each learning rate asked for, ascending.
+        best: None if no point has a mean.
+        of_all: Basins around the best loss of all methods; empty while there are none, or if a loss is not above 0.
+        own: Basins around its own best loss; likewise.
+        by_seed: Width of the basin within `WIDE` of the best of all, each seed taken for itself.
+        expected: Expected best loss after 1, 2, ... random settings of those that have ended; empty if what a
+            diverged one is worth is not known.
+        unchanged: Groups of learning rates that gave exactly the same losses.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+    points: tuple[Point, ...]
+    best: Best | None
+    of_all: Basins
+    own: Basins
+    by_seed: Mapping[int, float]
+    expected: tuple[float, ...]
+    unchanged: tuple[tuple[float, ...], ...]
+
+    @property
+    def ended(self) -> int:
+        """Number of runs that have ended."""
+        return sum(point.n for point in self.points)
+
+    @property
+    def diverged(self) -> int:
+        """Number of diverged runs."""
+        return sum(point.diverged for point in self.points)
+
+    @property
+    def budget(self) -> tuple[int, ...]:
+        """How many seeds have ended at each of the learning rates tried."""
+        return tuple(sorted(point.n for point in self.points if point.n))
+
+    def finals(self, lr: float) -> dict[int, float | None]:
+        """Final loss by seed of the runs at one learning rate that have ended; None for a diverged one."""
+        return _finals([run for run in self.runs if rate(run) == lr])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep with everything computed that the report shows.
+
+    Args:
+        study: What was read.
+        set_aside: Runs made under other conditions; no number comes from them.
+        methods: Results in the study's order.
+        best: Lowest mean final loss of all; None if there is none.
+        untrained: Mean loss before the first step; None if no run has recorded it.
+        measurable: Whether all losses are above 0, so that per cent of them mean something.
+    """
+
+    study: SweepStudy
+    set_aside: tuple[SetAside, ...]
+    methods: tuple[MethodSweep, ...]
+    best: float | None
+    untrained: float | None
+    measurable: bool
+
+    @property
+    def alike(self) -> bool:
+        """Whether as many learning rates are asked for of each method."""
+        return len({len(lrs) for lrs in self.study.lrs.values()}) == 1
+
+    @property
+    def waiting(self) -> int:
+        """Number of runs that the study asks for and that have not ended."""
+        return self.study.asked - sum(run.result is not None for run in self.study.runs)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the methods have been tried alike: the same number of learning rates, with as many seeds."""
+        return self.alike and len({method.budget for method in self.methods}) == 1
+
+    @property
+    def pending(self) -> bool:
+        """Whether they will be ranked only when all runs have ended."""
+        return self.alike and not self.ranked and self.waiting > 0
+
+    def method(self, name: str) -> MethodSweep:
+        """The results of one method."""
+        return next(method for method in self.methods if method.name == name)
+
+
+def read_results(study: SweepStudy) -> Sweep:
+    """Compute all numbers of the report from the stored runs."""
+    runs, aside = comparable_settings(study)
+    points = {name: _points(study.lrs[name], own, study.seeds) for name, own in runs.items()}
+    lowest = _lowest(list(points.values()))
+    finals = [loss for own in runs.values() for loss in _losses(own)]
+    measurable = all(loss > 0 for loss in finals)
+    starts = [run.evals[0].loss for own in runs.values() for run in own if run.evals and run.evals[0].step == 0]
+    known = [loss for loss in starts if loss is not None]
+    untrained = fmean(known) if known else None
+    by_seed = {name: _seed_points(study, name, own) for name, own in runs.items()}
+    seed_best = {seed: _lowest([by_seed[name][seed] for name in runs]) for seed in study.seeds}
+    methods = tuple(
+        MethodSweep(
+            name=name,
+            runs=own,
+            points=points[name],
+            best=(top := best(points[name])),
+            of_all=_basins(points[name], lowest if measurable else None),
+            own=_basins(points[name], top.loss.mean if top and measurable else None),
+            by_seed={
+                seed: _basins(by_seed[name][seed], seed_best[seed])[WIDE].width
+                for seed in study.seeds
+                if measurable and seed_best[seed] is not None and any(point.n for point in by_seed[name][seed])
+            },
+            expected=_expected(points[name], untrained),
+            unchanged=unchanged(_curves(study.lrs[name], own)),
+        )
+        for name, own in runs.items()
+    )
+    return Sweep(study, aside, methods, lowest, untrained, measurable)
+
+
+def comparable_settings(study: SweepStudy) -> tuple[dict[str, tuple[Run, ...]], tuple[SetAside, ...]]:
+    """Choose the runs that agree on data, code and sizes, and within a method on all but its learning rates.
+
+    The other learning rate may go along with the one that is swept, but not differ between seeds.
+    """
+    ordered = sorted(study.runs, key=lambda run: run.config.method != study.baseline)
+    agreed, aside = agreeing(ordered, conditions)
+    kept: dict[str, tuple[Run, ...]] = {}
+    for name in study.methods:
+        own, others = agreeing([run for run in agreed if run.config.method == name], _fixed)
+        aside += others
+        kept[name] = ()
+        for lr in study.lrs[name]:
+            same, others = agreeing([run for run in own if rate(run) == lr], _other)
+            aside += others
+            kept[name] += same
+    return kept, aside
+
+
+def _fixed(config: RunConfig) -> Description:
+    fixed = {key: value for key, value in config.options.items() if key not in ("lr", "other_lr")}
+    return (("options", json.dumps(fixed, sort_keys=True)),)
+
+
+def _other(config: RunConfig) -> Description:
+    return (("other_lr", str(config.options.get("other_lr"))),)
+
+
+def _finals(runs: Sequence[Run]) -> dict[int, float | None]:
+    return {run.config.seed: run.result.final_loss for run in runs if run.result is not None}
+
+
+def _losses(runs: Sequence[Run]) -> list[float]:
+    """Final losses of the runs that ended without diverging."""
+    losses = [run.result.final_loss for run in runs if run.result is not None]
+    return [loss for loss in losses if loss is not None]
+
+
+def _points(lrs: Sequence[float], runs: Sequence[Run], seeds: Sequence[int]) -> tuple[Point, ...]:
+    chosen = [run for run in runs if run.config.seed in seeds]
+    return grid({lr: list(_finals([run for run in chosen if rate(run) == lr]).values()) for lr in lrs})
+
+
+def _seed_points(study: SweepStudy, name: str, runs: Sequence[Run]) -> dict[int, tuple[Point, ...]]:
+    return {seed: _points(study.lrs[name], runs, [seed]) for seed in study.seeds}
+
+
+def _lowest(grids: Sequence[Sequence[Point]]) -> float | None:
+    return min((point.loss.mean for points in grids for point in points if point.loss is not None), default=None)
+
+
+def _basins(points: Sequence[Point], reference: float | None) -> dict[float, Basin]:
+    if reference is None:
+        return {}
+    return {tolerance: basin(points, reference=reference, tolerance=tolerance) for tolerance in TOLERANCES}
+
+
+def _expected(points: Sequence[Point], untrained: float | None) -> tuple[float, ...]:
+    """With the untrained model for a setting that diverged or ended above it: one may always keep that instead."""
+    if untrained is None:
+        return ()
+    ended = [point for point in points if point.n]
+    return expected_best([min(untrained, point.loss.mean) if point.loss else untrained for point in ended])
+
+
+def _curves(lrs: Sequence[float], runs: Sequence[Run]) -> dict[float, dict[int, tuple[float, ...]]]:
+    """Evaluation losses of the runs that ended without diverging, the untrained model's left out."""
+    curves: dict[float, dict[int, tuple[float, ...]]] = {lr: {} for lr in lrs}
+    for run in runs:
+        losses = [row.loss for row in run.evals if row.step]
+        if run.status == "finished" and losses:
+            curves[rate(run)][run.config.seed] = tuple(loss for loss in losses if loss is not None)
+    return curves

@@ -1,0 +1,177 @@
+"""The database through which workers share the runs of a study: an Optuna storage that beats for every run.
+
+It only says who takes which run next. What is finished, the run directories say: the database may be lost at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+BEAT_S = 10
+GRACE_S = 60  # without a beat for so long, a worker counts as dead and its run is given to another
+CONNECT_S = 10
+LOCK_S = 60  # how long one waits for another who writes to the same SQLite file
+SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
+_EXAMPLE = "postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE"
+
+
+class StorageError(RuntimeError):
+    """The database cannot be used; the text never shows a password."""
+
+
+def default_url(out: Path) -> URL:
+    """The database of a study that is trained on one machine: a file in its directory."""
+    return URL.create("sqlite", database=str(out.resolve() / "optuna.db"))
+
+
+def parse_url(text: str) -> URL:
+    """Read what was given as storage.
+
+    Args:
+        text: sqlite:///PATH, or postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE; the password may be left out,
+            PostgreSQL's client then looks for it in PGPASSWORD and in ~/.pgpass.
+
+    Raises:
+        ValueError: If it is anything else. The text is not repeated: it may hold a password.
+    """
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        raise ValueError(f"The storage is not a URL of a database; write {_EXAMPLE} or sqlite:///PATH.") from None
+    if "@" in f"{url.host}{url.database}" and url.drivername != "sqlite":
+        raise ValueError("The storage has more than one '@'; write one that belongs to the password as %40.")
+    if url.drivername in SCHEMES:
+        return url.set(drivername="postgresql+psycopg")
+    if url.drivername != "sqlite":
+        raise ValueError(
+            f"A storage of the kind {url.drivername!r} is not supported; write {_EXAMPLE} or sqlite:///PATH."
+        )
+    if url.database in (None, "", ":memory:"):
+        raise ValueError("A storage in memory cannot be shared; write sqlite:///PATH.")
+    return url
+
+
+def public_url(url: URL) -> str:
+    """The URL without its password, for everything that is shown, recorded or sent."""
+    return url._replace(password=None).difference_update_query(_secrets(url)).render_as_string()
+
+
+class BeatingStorage(RDBStorage):
+    """Optuna's storage, with a heartbeat that has no gaps.
+
+    Args:
+        url: The database.
+        create: Whether to make its tables; only whoever starts a study does, before anybody joins.
+        beat_s: Seconds from one heartbeat to the next.
+        grace_s: Seconds without one, until a run counts as abandoned.
+    """
+
+    def __init__(self, url: URL, *, create: bool, beat_s: int, grace_s: int) -> None:
+        sqlite = url.drivername == "sqlite"
+        super().__init__(
+            url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),  # Optuna fills a template
+            {"connect_args": {"timeout": LOCK_S}}
+            if sqlite
+            else {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_S}},
+            heartbeat_interval=beat_s,
+            grace_period=grace_s,
+            skip_table_creation=not create,
+        )
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As in Optuna, but with a beat before the start: without any beat, a dead trial would run for ever."""
+        if state == TrialState.RUNNING:
+            super().record_heartbeat(trial_id)
+        return super().set_trial_state_values(trial_id, state, values)
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """As in Optuna, but a beat that does not get through is not worth a run: the next one may."""
+        with contextlib.suppress(SQLAlchemyError, StorageInternalError):
+            super().record_heartbeat(trial_id)
+
+
+@contextlib.contextmanager
+def connected(url: URL, *, create: bool, beat_s: int = BEAT_S, grace_s: int = GRACE_S) -> Generator[BeatingStorage]:
+    """Open a database for a while, with Optuna silent: what there is to say, we say.
+
+    Args:
+        url: From `parse_url` or `default_url`.
+        create: Whether to make its tables.
+        beat_s: Seconds from one heartbeat to the next.
+        grace_s: Seconds without one, until a run counts as abandoned.
+
+    Raises:
+        StorageError: If it does not answer, or is no such database.
+        ModuleNotFoundError: If the driver is not installed.
+    """
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        try:
+            storage = _open(url, create=create, beat_s=beat_s, grace_s=grace_s)
+            try:
+                yield storage
+            finally:
+                storage.remove_session()
+                storage.engine.dispose()
+        finally:
+            optuna.logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def answering(url: URL) -> Generator[None]:
+    """Around everything that asks the database: what goes wrong is told in one line, without a password.
+
+    Raises:
+        StorageError: In place of the errors of the layers below.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise StorageError(_one_line(url, error)) from None
+
+
+def _open(url: URL, *, create: bool, beat_s: int, grace_s: int) -> BeatingStorage:
+    if url.drivername == "sqlite" and not create and not Path(url.database or "").exists():
+        remedy = "Start the study there first, with steepest sweep or race."
+        raise StorageError(f"The storage {public_url(url)} does not exist. {remedy}")
+    try:
+        with answering(url):
+            try:
+                return BeatingStorage(url, create=create, beat_s=beat_s, grace_s=grace_s)
+            except SQLAlchemyError as error:  # two who start in an empty database may get in each other's way, once
+                if not re.search("already exists|duplicate key", str(error)):
+                    raise
+                return BeatingStorage(url, create=create, beat_s=beat_s, grace_s=grace_s)
+    except ImportError as missing:
+        remedy = "PostgreSQL needs its driver: pip install 'steepest[postgres]'"
+        raise ModuleNotFoundError(remedy, name="psycopg") from missing
+
+
+def _secrets(url: URL) -> list[str]:
+    """The options behind the URL's question mark that nobody may see."""
+    return [key for key in url.query if re.search("password|secret", key)]
+
+
+def _one_line(url: URL, error: Exception) -> str:
+    cause = error.__cause__ or error
+    driver = cause.orig if isinstance(cause, DBAPIError) else None
+    reason = " ".join(str(driver or cause).split()).rstrip(".?")
+    for secret in filter(None, (url.password, *(url.query[key] for key in _secrets(url)))):
+        reason = reason.replace(str(secret), "***")
+    remedy = "Check that the server runs, and host, port, user, password and database of the URL."
+    if url.drivername == "sqlite":
+        remedy = "Check that the file is an Optuna database on a disk that can be written; it may be deleted."
+    return f"The storage {public_url(url)} does not answer: {reason}. {remedy}"

@@ -1,0 +1,148 @@
+"""A sweep: every method at many learning rates, so that one sees how wide the range is in which it works."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from steepest.lab.config import RunConfig, configure
+from steepest.lab.methods import check_buildable, resolve
+from steepest.lab.study import Kind, StudyPlan
+from steepest.lab.tuned import OptionValue
+
+MOST_RATES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(StudyPlan):
+    """Methods on one task, each at several learning rates.
+
+    `other_lr`, where a method has it, keeps the ratio to `lr` that it has in the method's options.
+
+    Args:
+        lrs: Learning rates by method, rising, at least one each. The rest as for every study.
+
+    Raises:
+        ValueError: If a method has no rates, the rates are not positive and rising, or as for every study.
+    """
+
+    kind: ClassVar[Kind] = "sweep"
+
+    lrs: Mapping[str, tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_takes_part("Learning rates are given for", self.lrs)
+        for method in self.methods:
+            if not (rates := self.lrs.get(method)):
+                raise ValueError(f"No learning rates for {method!r}; add --lrs {method}=1e-3:1e-1:log5.")
+            if list(rates) != sorted(set(map(_rounded, rates))) or rates[0] <= 0 or not math.isfinite(rates[-1]):
+                raise ValueError(
+                    f"The learning rates of {method!r} must be positive, rising and of 6 digits, got {rates}."
+                )
+
+    def configs(self) -> list[RunConfig]:
+        """One run per seed, rate and method: the lowest rate of every method, then the next one, seed after seed."""
+        options = {method: self._options(method) for method in self.methods}
+        configs = [
+            configure(self.task, method=method, seed=seed, options=options[method][index], steps=self.steps)
+            for seed in self.seeds
+            for index in range(max(map(len, self.lrs.values())))
+            for method in self.methods
+            if index < len(self.lrs[method])
+        ]
+        for method in self.methods:  # before anything is written or trained
+            check_buildable(method, self.task, options[method][0])
+        return configs
+
+    def own_fields(self) -> Mapping[str, object]:
+        """The learning rates, and the first method as what others are compared with."""
+        return {"baseline": self.methods[0], "lrs": {method: self.lrs[method] for method in self.methods}}
+
+    def _options(self, method: str) -> list[dict[str, OptionValue]]:
+        """What differs from the method's defaults at each of its rates."""
+        changes = dict(self.options.get(method, {}))
+        found = resolve(method, task=self.task.name, preset=self.task.preset, options=changes).options
+        if "other_lr" not in found:
+            return [{**changes, "lr": lr} for lr in self.lrs[method]]
+        own, other = float(found["lr"]), float(found["other_lr"])
+        if own == 0:
+            raise ValueError(
+                f"{method}.lr is 0, so other_lr has no ratio to it; --set {method}.lr to a positive value."
+            )
+        return [{**changes, "lr": lr, "other_lr": _rounded(lr * (other / own))} for lr in self.lrs[method]]
+
+
+def rates_by_method(texts: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """The learning rates of each method, from what was written behind `--lrs`.
+
+    Args:
+        texts: RATES for all methods, or METHOD=RATES for one; RATES as `parse_rates` takes them.
+        methods: Those that take part.
+
+    Raises:
+        ValueError: If a text cannot be read, or says something about the same methods as another one.
+
+    Examples:
+        >>> rates_by_method(["0.1,0.01", "muon=1"], ["adamw", "muon"])
+        {'adamw': (0.01, 0.1), 'muon': (1.0,)}
+    """
+    given: dict[str, tuple[float, ...]] = {}
+    for text in texts:
+        method, equals, rates = text.rpartition("=")
+        if equals and not method:
+            raise ValueError(f"--lrs {text}: write METHOD=RATES, for example muon=1e-3:1:log9.")
+        if method in given:
+            raise ValueError(f"--lrs gives rates for {method or 'all methods'} twice; write them as one list.")
+        given[method] = parse_rates(rates)
+    general = given.pop("", None)
+    return (dict.fromkeys(methods, general) if general else {}) | given
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Learning rates, rising, rounded to 6 digits so that a run's name does not depend on the last bit.
+
+    Args:
+        text: LOW:HIGH:logN for N rates evenly spaced logarithmically, both ends included; or a list with commas.
+
+    Raises:
+        ValueError: If it is neither, or a rate is not positive and finite or occurs twice.
+
+    Examples:
+        >>> parse_rates("1e-2:1:log3")
+        (0.01, 0.1, 1.0)
+        >>> parse_rates("0.3,0.1")
+        (0.1, 0.3)
+    """
+    wrong = f"--lrs {text}: write LOW:HIGH:logN, for example 1e-4:1e1:log9, or a list like 0.001,0.01"
+    low, colon, rest = text.partition(":")
+    if not colon:
+        rates = sorted(_rounded(_rate(item, wrong)) for item in text.split(","))
+        if len(set(rates)) < len(rates):
+            raise ValueError(f"{wrong}; a rate occurs twice.")
+        return tuple(rates)
+    high, _, count = rest.partition(":")
+    number = count.removeprefix("log")
+    if number == count or not number.isdecimal() or not 2 <= int(number[:9]) <= MOST_RATES:
+        raise ValueError(f"{wrong}; N is a number from 2 to {MOST_RATES}.")
+    first, last, steps = _rate(low, wrong), _rate(high, wrong), int(number) - 1
+    rates = [_rounded(first * (last / first) ** (index / steps)) for index in range(steps)] + [_rounded(last)]
+    if rates != sorted(set(rates)):
+        raise ValueError(f"{wrong}; LOW is below HIGH, and N rates of 6 digits fit between them.")
+    return tuple(rates)
+
+
+def _rate(text: str, wrong: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < _rounded(rate) < math.inf:
+        raise ValueError(f"{wrong}; {text!r} is not a positive, finite number.")
+    return rate
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.6g}")

@@ -1,0 +1,201 @@
+"""Sweeps in real processes, several dispatchers at once, killed at any moment: nothing is lost or done twice."""
+
+import io
+import json
+import re
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from steepest.lab import engine
+from steepest.lab.engine import FailedRunsError, join_study, run_study
+from steepest.lab.fields import RecordError
+from steepest.lab.pool import KILLS, Pool, last_words
+from steepest.lab.storage import StorageError
+from steepest.lab.study import StudyMismatchError, run_directory, write_study
+from steepest.lab.sweep import Sweep
+from steepest.lab.tasks import make_task
+from tests.lab.processes import ended, modified, rows_of, sessions, steepest, wait_for, workers_of
+
+STEPS = 80
+COMMAND = ("sweep", "--task", "digits", "--methods", "sgd", "--lrs", "0.03,0.1", "--seeds", 1, "--steps", STEPS)
+ASK = "steepest sweep ..."
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task("digits", "demo")
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+def sweep(task, **changes):
+    fields = {"methods": ("sgd",), "seeds": (0,), "options": {}, "steps": STEPS, "lrs": {"sgd": (0.03, 0.1)}}
+    return Sweep(task=task, **{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted sweep, trained by two dispatchers at once."""
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    first = steepest(*COMMAND, "--workers", 1, "--out", out)
+    wait_for(lambda: workers_of(out))
+    second = steepest("work", out, "--workers", 1)
+    ended(first)
+    assert re.search(rf"All 2 runs in {out} are finished. To write the report: steepest report {out}\n$", ended(second))
+    return out
+
+
+def test_two_dispatchers_at_once_share_the_runs(finished):
+    assert list(sessions(finished).values()) == [1, 1]
+    assert len(modified(finished)) == 2
+    assert (finished / "report.html").exists()
+
+
+def test_more_rates_add_only_what_is_missing_even_without_the_database(finished, task):
+    before = modified(finished)
+    (finished / "optuna.db").unlink()
+    finer = sweep(task, lrs={"sgd": (0.03, 0.1, 0.2)})
+    run_study(finer, finished, command=ASK, workers=1, console=quiet())
+    assert before.items() < modified(finished).items()
+    assert list(sessions(finished).values()) == [1, 1, 1]
+    assert join_study(finished, workers=1, console=quiet()) == 3
+
+
+def test_the_runs_of_a_killed_dispatcher_go_to_another(finished, tmp_path):
+    out = tmp_path / "out"
+    first = steepest(*COMMAND, "--workers", 1, "--out", out)
+    wait_for(lambda: workers_of(out))
+    second = steepest("work", out, "--workers", 1)
+    wait_for(lambda: len(workers_of(out)) == 2)
+    first.kill()
+    first.communicate()
+    ended(second)
+    assert rows_of(out).items() <= rows_of(finished).items()
+    assert len(modified(out)) == 2
+
+
+class Broken:
+    """A queue whose database does not answer."""
+
+    def __init__(self, *, until=10**9):
+        self.asked, self.until = 0, until
+
+    def take(self, _):
+        self.asked += 1
+        if self.asked <= self.until:
+            raise StorageError("down")
+        return False
+
+    def fill(self):
+        return 0
+
+
+def test_a_database_may_be_away_for_a_while(monkeypatch):
+    monkeypatch.setattr(engine, "IDLE_S", 0.0)
+    queue = Broken(until=5)
+    engine._work(queue, Pool(1, 1, None, threading.Event()))
+    assert queue.asked == 6
+
+
+def test_a_database_that_stays_away_is_given_up(monkeypatch):
+    monkeypatch.setattr(engine, "IDLE_S", 0.0)
+    monkeypatch.setattr(engine, "PATIENCE_S", 0.05)
+    with pytest.raises(StorageError, match="down"):
+        engine._work(Broken(), Pool(1, 1, None, threading.Event()))
+
+
+def test_the_error_of_one_worker_ends_the_others(task, tmp_path, monkeypatch):
+    asked = sweep(task)
+    calls = []
+
+    def work(queue, pool):
+        calls.append(pool)
+        if len(calls) == 1:
+            raise StorageError("down")
+        assert pool.stop.wait(60)
+
+    monkeypatch.setattr(engine, "_work", work)
+    start = time.monotonic()
+    with pytest.raises(StorageError, match="down"):
+        run_study(asked, tmp_path, command=ASK, workers=2, console=quiet())
+    assert time.monotonic() - start < 30
+
+
+def test_a_worker_that_is_killed_again_and_again_is_given_up(tmp_path, monkeypatch):
+    pool = Pool(1, 1, None, threading.Event())
+    monkeypatch.setattr(Pool, "_start", lambda *_: started.append(1))
+    monkeypatch.setattr(Pool, "_wait", lambda *_: -9)
+    started: list[int] = []
+    assert pool.train(tmp_path) == "failed"
+    assert len(started) == KILLS
+    assert last_words(tmp_path) == "The worker was ended by signal 9."
+
+
+def test_a_worker_that_does_not_stop_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("steepest.lab.pool.STOP_S", 0.1)
+    pool = Pool(1, 1, None, threading.Event())
+    process = subprocess.Popen(["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"], stdout=-1)
+    assert process.stdout is not None
+    process.stdout.readline()
+    pool.stop.set()
+    assert pool._wait(process) == -signal.SIGKILL
+    process.stdout.close()
+    assert pool.train(tmp_path) == "stopped"
+
+
+def test_a_worker_without_last_words_has_no_reason(tmp_path):
+    assert last_words(tmp_path) == "no reason was recorded"
+
+
+def test_whoever_joins_hears_of_failed_runs(task, tmp_path, monkeypatch):
+    asked = sweep(task, lrs={"sgd": (0.1,)})
+    write_study(tmp_path, asked, asked.configs(), command=ASK)
+    run = run_directory(tmp_path, asked.configs()[0])
+    monkeypatch.setattr(Pool, "train", lambda _, run: (run / "worker.log").write_text("the reason\n") and "failed")
+    with pytest.raises(FailedRunsError, match=rf"1 of 1 runs ended with an error:\n  {run}/worker.log: the reason\n"):
+        run_study(asked, tmp_path, command=ASK, workers=1, console=quiet())
+    with pytest.raises(FailedRunsError, match=r"the reason\nMend the cause and repeat the command that started the"):
+        join_study(tmp_path, workers=1, console=quiet())
+
+
+def test_another_version_of_the_code_does_not_help(task, tmp_path):
+    asked = sweep(task)
+    configs = asked.configs()
+    write_study(tmp_path, asked, configs, command=ASK)
+    for config in configs:
+        path = run_directory(tmp_path, config) / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "code": "0.0.1+abc"}))
+    with pytest.raises(StudyMismatchError, match=r"configured for the code 0\.0\.1\+abc, this is .*Install the same"):
+        join_study(tmp_path, workers=1, console=quiet())
+
+
+def test_other_data_do_not_help(tmp_path):
+    (tmp_path / "here.txt").write_text("some text " * 100_000)
+    (tmp_path / "there.txt").write_text("other text " * 100_000)
+    there = make_task("text", "demo", data=tmp_path / "there.txt")
+    asked = sweep(there)
+    write_study(tmp_path / "out", asked, asked.configs(), command=ASK)
+    with pytest.raises(StudyMismatchError, match=r"read 'there\.txt' \(\w{12}\), here is 'here\.txt' .*the same"):
+        join_study(tmp_path / "out", workers=1, data=tmp_path / "here.txt", console=quiet())
+
+
+def test_nobody_joins_what_was_not_started(task, tmp_path):
+    with pytest.raises(RecordError, match="no study here"):
+        join_study(tmp_path, workers=1)
+    asked = sweep(task)
+    write_study(tmp_path, asked, asked.configs(), command=ASK)
+    with pytest.raises(StorageError, match=r"optuna\.db does not exist"):
+        join_study(tmp_path, workers=1)
+
+
+@pytest.mark.parametrize("name", ["workers", "threads"])
+def test_numbers_below_one_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        join_study(tmp_path, **{"workers": 1, "threads": 1, name: 0})

@@ -1,0 +1,167 @@
+"""Sweeps: which rates, which runs, and what the files say."""
+
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steepest.lab.config import run_hash
+from steepest.lab.race import Race
+from steepest.lab.study import StudyMismatchError, read_listing, write_study
+from steepest.lab.sweep import Sweep, parse_rates, rates_by_method
+from steepest.lab.tasks import make_task
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task("digits", "demo")
+
+
+def sweep(task, **changes):
+    fields = {"methods": ("adamw", "sgd"), "seeds": (0, 1), "options": {}, "steps": 40}
+    lrs = {"adamw": (0.001, 0.01), "sgd": (0.1,)}
+    return Sweep(task=task, **{**fields, "lrs": lrs, **changes})
+
+
+@given(
+    low=st.floats(1e-9, 1e3),
+    factor=st.floats(1.5, 1e9),
+    number=st.integers(2, 40),
+)
+def test_rates_are_evenly_spaced_on_a_logarithmic_scale(low, factor, number):
+    high = low * factor
+    rates = parse_rates(f"{low}:{high}:log{number}")
+    assert len(rates) == number
+    assert rates == tuple(float(f"{rate:.6g}") for rate in rates)  # what is printed is what is trained
+    for index, rate in enumerate(rates):
+        expected = math.log(low) + index / (number - 1) * math.log(high / low)
+        assert math.log(rate) == pytest.approx(expected, abs=1e-5)
+    assert parse_rates(",".join(map(str, reversed(rates)))) == rates
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is not a positive, finite number"),
+        ("0.1,,1", "'' is not a positive, finite number"),
+        ("0.1,abc", "'abc' is not a positive, finite number"),
+        ("0", "'0' is not a positive, finite number"),
+        ("-1", "'-1' is not a positive, finite number"),
+        ("nan", "'nan' is not a positive, finite number"),
+        ("inf", "'inf' is not a positive, finite number"),
+        ("0.1,0.10", "a rate occurs twice"),
+        ("1e-3:1", "N is a number from 2 to 1000"),
+        ("1e-3:1:9", "N is a number from 2 to 1000"),
+        ("1e-3:1:log1", "N is a number from 2 to 1000"),
+        ("1e-3:1:log", "N is a number from 2 to 1000"),
+        ("1e-3:1:log99999999999", "N is a number from 2 to 1000"),
+        ("1e-3:1:log9:2", "N is a number from 2 to 1000"),
+        ("1:1e-3:log9", "LOW is below HIGH"),
+        ("1:1:log2", "LOW is below HIGH"),
+        ("1:1.00001:log9", "N rates of 6 digits fit between them"),
+        ("1e-300:1e300:log9", "LOW is below HIGH"),
+        ("x:1:log9", "'x' is not a positive, finite number"),
+    ],
+)
+def test_rates_that_cannot_be_meant_are_refused(text, message):
+    with pytest.raises(ValueError, match=rf"^--lrs {re.escape(text)}: write LOW:HIGH:logN, .*{re.escape(message)}"):
+        parse_rates(text)
+
+
+def test_a_method_may_have_rates_of_its_own():
+    found = rates_by_method(["muon=1e-3:1:log4", "0.1,0.2"], ["adamw", "muon"])
+    assert found == {"adamw": (0.1, 0.2), "muon": (0.001, 0.01, 0.1, 1.0)}
+    assert rates_by_method(["adamw=1"], ["adamw", "muon"]) == {"adamw": (1.0,)}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["1", "2"], "--lrs gives rates for all methods twice"),
+        (["sgd=1", "sgd=2"], "--lrs gives rates for sgd twice"),
+        (["=1"], "--lrs =1: write METHOD=RATES"),
+    ],
+)
+def test_rates_given_twice_are_refused(texts, message):
+    with pytest.raises(ValueError, match=message):
+        rates_by_method(texts, ["sgd"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lrs": {"adamw": (0.1,)}}, "No learning rates for 'sgd'; add --lrs sgd="),
+        ({"lrs": {"adamw": (0.1,), "sgd": ()}}, "No learning rates for 'sgd'"),
+        (
+            {"lrs": {"adamw": (0.1,), "sgd": (0.1,), "sdg": (1.0,)}},
+            "for 'sdg', which is not among the methods adamw, sgd; add it. Did you mean 'sgd'?",
+        ),
+        ({"lrs": {"adamw": (0.1,), "sgd": (0.2, 0.1)}}, "must be positive, rising and of 6 digits, got (0.2, 0.1)"),
+        ({"lrs": {"adamw": (0.1,), "sgd": (0.0, 0.1)}}, "must be positive, rising"),
+        ({"lrs": {"adamw": (0.1,), "sgd": (0.12345678,)}}, "and of 6 digits, got (0.12345678,)"),
+        ({"lrs": {"adamw": (0.1,), "sgd": (0.1, math.inf)}}, "must be positive, rising"),
+        ({"methods": ("sgd", "sgd")}, "A sweep takes each method once"),
+        ({"seeds": ()}, "A sweep takes at least one seed, got none"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(task, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sweep(task, **changes)
+
+
+def test_a_sweep_cut_short_has_the_same_rates_of_every_method(task):
+    runs = [(config.seed, config.options["lr"], config.method) for config in sweep(task).configs()]
+    one_seed = [(0.001, "adamw"), (0.1, "sgd"), (0.01, "adamw")]
+    assert runs == [(seed, *run) for seed in (0, 1) for run in one_seed]
+
+
+def test_the_other_rate_keeps_its_ratio(task):
+    options = {"adamw": {"lr": 0.03, "other_lr": 0.01}}
+    for config in sweep(task, options=options).configs():
+        if config.method == "adamw":
+            assert config.options["other_lr"] == pytest.approx(config.options["lr"] / 3, rel=1e-5)
+            assert config.options["other_lr"] == float(f"{config.options['other_lr']:.6g}")
+        else:
+            assert "other_lr" not in config.options
+
+
+def test_the_ratio_is_that_of_the_tuned_options_unless_told_otherwise(task):
+    found = {config.options["other_lr"] for config in sweep(task, seeds=(0,)).configs() if config.method == "adamw"}
+    assert found == {0.002, 0.02}  # tuned on digits: 0.01 and 0.02
+
+
+def test_without_a_rate_there_is_no_ratio(task):
+    with pytest.raises(ValueError, match=r"adamw\.lr is 0, so other_lr has no ratio to it"):
+        sweep(task, options={"adamw": {"lr": 0}}).configs()
+
+
+def test_a_sweep_keeps_the_names_of_its_runs(task):
+    first, finer = sweep(task), sweep(task, lrs={"adamw": (0.001, 0.003, 0.01), "sgd": (0.1,)}, seeds=(0, 1, 2))
+    assert {run_hash(config) for config in first.configs()} < {run_hash(config) for config in finer.configs()}
+
+
+def test_the_file_says_what_was_asked_for(task, tmp_path):
+    asked = sweep(task)
+    write_study(tmp_path, asked, asked.configs(), command="steepest sweep ...")
+    study = json.loads((tmp_path / "study.json").read_text())
+    expected = {"format": 1, "kind": "sweep", "task": "digits", "preset": "demo", "methods": ["adamw", "sgd"]}
+    expected |= {"baseline": "adamw", "seeds": [0, 1], "lrs": {"adamw": [0.001, 0.01], "sgd": [0.1]}}
+    assert {key: study[key] for key in expected} == expected
+    assert study["runs"] == {
+        run_hash(config): {"method": config.method, "seed": config.seed, "lr": config.options["lr"]}
+        for config in asked.configs()
+    }
+    assert read_listing(tmp_path).runs == {run_hash(config): config.method for config in asked.configs()}
+    write_study(tmp_path, asked, asked.configs(), command="steepest sweep ...")
+    assert json.loads((tmp_path / "study.json").read_text()) == study  # the same study as before
+
+
+def test_a_sweep_and_a_race_do_not_share_a_directory(task, tmp_path):
+    asked = sweep(task)
+    write_study(tmp_path, asked, asked.configs(), command="")
+    race = Race(task=task, methods=("sgd",), seeds=(0,), options={}, baseline="sgd")
+    with pytest.raises(StudyMismatchError, match=r"holds a sweep on 'digits' at preset 'demo', not a race on 'digits'"):
+        write_study(tmp_path, race, race.configs(), command="")

@@ -1,0 +1,88 @@
+"""Stored records of a sweep: read as written, and refused with the file, the problem and the remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steepest.lab.fields import RecordError
+from steepest.lab.records import Absent, read_kind
+from steepest.lab.sweep_records import rate, read_sweep
+from tests.lab.synthetic import Pace, Valley, write_study, write_sweep
+
+
+@pytest.fixture
+def study_dir(tmp_path: Path) -> Path:
+    valleys = {"adamw": Valley(0.01, [0.1, 0.01]), "muon": Valley(0.1, [1.0], absent=[(1.0, 1)])}
+    return write_sweep(tmp_path, valleys, seeds=(0, 1))
+
+
+def edit(study_dir: Path, **changes: Any) -> None:
+    path = study_dir / "study.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_was_written_is_read(study_dir: Path) -> None:
+    study = read_sweep(study_dir)
+    assert (study.methods, study.baseline, study.seeds, study.asked) == (("adamw", "muon"), "adamw", (0, 1), 6)
+    assert study.lrs == {"adamw": (0.01, 0.1), "muon": (1.0,)}
+    found = [(run.config.method, rate(run), run.config.seed) for run in study.runs]
+    assert found == [("adamw", 0.01, 0), ("adamw", 0.01, 1), ("adamw", 0.1, 0), ("adamw", 0.1, 1), ("muon", 1.0, 0)]
+    assert study.absent == (Absent("muon", 1, None, 1.0),)
+
+
+def test_the_kinds_of_studies_are_told_apart(study_dir: Path, tmp_path: Path) -> None:
+    assert read_kind(study_dir) == "sweep"
+    assert read_kind(write_study(tmp_path / "race", {"adamw": Pace()}, seeds=(0,))) == "race"
+    with pytest.raises(RecordError, match="kind must be 'sweep', got 'race'"):
+        read_sweep(tmp_path / "race")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lrs", [], r"lrs must be an object, got \[\]"),
+        (
+            "lrs",
+            {"adamw": [0.1]},
+            r"lrs\.muon must be a list of different numbers above 0 and below 1e\+09, got nothing",
+        ),
+        ("lrs", {"adamw": [0.1, 0.1]}, r"lrs\.adamw must be a list of different numbers above 0 .*\[0\.1, 0\.1\]"),
+        ("lrs", {"adamw": [0.1, 0]}, r"lrs\.adamw must be a list of different numbers"),
+        ("lrs", {"adamw": [0.1, "1"]}, r"lrs\.adamw must be a list of different numbers"),
+        ("lrs", {"adamw": []}, r"lrs\.adamw must be a list of different numbers"),
+        ("lrs", {"adamw": [10**400]}, r"lrs\.adamw must be a list of different numbers"),
+        ("baseline", "sgd", r"baseline must be one of the methods \['adamw', 'muon'\], got 'sgd'"),
+        ("runs", {"../x": {}}, r"runs\.\.\./x must be named by 16 hexadecimal digits"),
+        (
+            "runs",
+            {"0" * 16: {"method": "muon", "seed": 0, "lr": 0.5}},
+            r"runs\.0{16} must be one of the methods with one of its learning rates and one of the seeds",
+        ),
+        (
+            "runs",
+            {str(i) * 16: {"method": "muon", "seed": 0, "lr": 1} for i in (0, 1)},
+            r"runs\.1{16} must be the only run of 'muon' with lr 1\.0 and seed 0, which 0{16} is already",
+        ),
+    ],
+)
+def test_a_sweep_with_a_wrong_field(study_dir: Path, key: str, value: object, message: str) -> None:
+    edit(study_dir, **{key: value})
+    remedy = "Delete the file and repeat the study's command"
+    with pytest.raises(RecordError, match=rf"study\.json: {message}.*\. {remedy}"):
+        read_sweep(study_dir)
+
+
+def test_a_run_of_another_rate_is_named_and_does_not_spoil_the_others(study_dir: Path) -> None:
+    runs = json.loads((study_dir / "study.json").read_text())["runs"]
+    low, high = (next(n for n, run in runs.items() if (run["lr"], run["seed"]) == (lr, 0)) for lr in (0.01, 0.1))
+    runs[low]["lr"], runs[high]["lr"] = 0.1, 0.01
+    edit(study_dir, runs=runs)
+    study = read_sweep(study_dir)
+    assert len(study.runs) == 3
+    problems = {absent.lr: absent.problem or "" for absent in study.absent}
+    assert re.search("the run is 'adamw' with seed 0 and lr 0.1, study.json says .* lr 0.01. Delete", problems[0.01])
