@@ -149,6 +149,12 @@ def test_momo_needs_one_momentum():
         optimizer.step(loss=loss)
     assert not optimizer.state
     Muon(model, momo=True).step(loss=loss)  # the default follows
+    pair = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    groups = [{"params": [pair[0]]}, {"params": [pair[1]], "momentum": 0.5}]
+    optimizer = MuonAdam(groups, momo=True)
+    pair[0].grad, pair[1].grad = torch.ones(2, 2), torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"got matrix 0\.95, matrix 0\.5\. Give momentum="):
+        optimizer.step(loss=1.0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ where N and c_l come from the tree at the dual norms s_l a_l. Doubling every lea
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -101,9 +101,9 @@ class Together:
         Raises:
             ValueError: If momenta differ.
         """
-        by_role = {group["role"]: float(group["momentum"]) for group in groups}
-        if self.momo and len(set(by_role.values())) > 1:
-            found = ", ".join(f"{role} {beta:g}" for role, beta in by_role.items())
+        momenta = [(group["role"], float(group["momentum"])) for group in groups]
+        if self.momo and len({beta for _, beta in momenta}) > 1:
+            found = ", ".join(f"{role} {beta:g}" for role, beta in momenta)
             raise ValueError(
                 f"Momo needs one momentum for all groups, as losses are averaged like gradients, got {found}. Give "
                 "momentum= and the first of betas= the same value."
@@ -197,20 +197,18 @@ class Together:
         """What multiplies s · D of each block, t left out: one 0-d or (blocks,) tensor per move; and N."""
         device = moves[0].device
         scaled = [_wide(own).to(device) * self._scale(move) for move, own in zip(moves, duals, strict=True)]
-        labels = [self.label(move.group) for move in moves]
         by_label: dict[str, list[Tensor]] = {}
-        for label, own in zip(labels, scaled, strict=True):
-            by_label.setdefault(label, []).append(own)
+        for move, own in zip(moves, scaled, strict=True):
+            by_label.setdefault(move.label, []).append(own)
         combined = self.product.covering(list(by_label)).combine({k: torch.cat(v) for k, v in by_label.items()})
         if self.regularized and self.product.separable(regularized=True):
             return scaled, combined.total  # N · c_l exactly, as when streaming
-        parts = {
-            label: [whole] * len(by_label[label]) if whole.ndim == 0 else list(whole.split(list(map(len, own))))
-            for (label, own), whole in ((item, combined.coefficients[item[0]]) for item in by_label.items())
-        }
-        coefficients = [parts[label].pop(0) for label in labels]
+        parts: dict[str, Iterator[Tensor]] = {}
+        for label, own in by_label.items():
+            whole = combined.coefficients[label]
+            parts[label] = iter(whole.split([len(part) for part in own]) if whole.ndim else [whole] * len(own))
         scale = combined.total if self.regularized else torch.ones_like(combined.total)
-        return [scale * own for own in coefficients], combined.total
+        return [scale * next(parts[move.label]) for move in moves], combined.total
 
     def _inner(self, moves: Sequence[Move], momo: Momo, like: Tensor) -> Inner:
         """Inner products with the weights, of those moves that need them."""
