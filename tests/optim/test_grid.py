@@ -32,6 +32,9 @@ from steepest import (
 from tests.reference import grid, muon
 from tests.reference.regression import ROLES, blocks, loss_of, oracle, parameter_groups, train
 
+# Bounds above the loss are part of what is compared.
+pytestmark = pytest.mark.filterwarnings("ignore:The loss is:UserWarning")
+
 STEPS = 50
 SPECTRAL = Spectral(scale="none", polar="svd")
 SHAPED = Spectral(scale="spectral", polar="svd")

@@ -12,6 +12,9 @@ from torch import nn
 
 from steepest import Fixed, Momo, MuonAdam, MuonMax
 
+# Bounds above the loss are part of what is compared.
+pytestmark = pytest.mark.filterwarnings("ignore:The loss is:UserWarning")
+
 BEST, STEPS = 2.0, 300
 HUGE = [1e2, 1e3, 1e4, 1e5, 1e6]
 # batch and momentum: exact gradients without an average, noisy gradients with one

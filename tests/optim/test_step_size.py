@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from steepest import Adam, Euclid, Fixed, Momo, Muon, MuonAdam, MuonMax, PolarGrad, SteepestDescent
+from steepest import Adam, Euclid, Fixed, Max, Momo, Muon, MuonAdam, MuonMax, PolarGrad, SteepestDescent
 from steepest.optim.step_size import MODEL_KEYS, truncated
 from tests.optim.training import assert_same, backward, network, snapshot
 
@@ -28,7 +28,7 @@ def train(model, optimizer, steps):
         optimizer.step(loss=backward(model, step))
 
 
-@given(st.floats(-1e30, 1e30), st.floats(0, 1e30))
+@given(st.floats(-1e30, 1e30), st.floats(0, 1e30) | st.just(-0.0))
 def test_a_part_of_a_step_is_between_none_and_all(gap, decrease):
     t = truncated(torch.tensor(gap, dtype=torch.float64), torch.tensor(decrease, dtype=torch.float64)).item()
     assert 0 <= t <= 1
@@ -108,8 +108,9 @@ def test_weights_changed_outside_restart_the_model_with_a_warning():
         next(model.parameters()).mul_(1.5)
     optimizer.zero_grad()
     loss = backward(model, 4)
-    with pytest.warns(UserWarning, match="Weights were changed since the last step"):
+    with pytest.warns(UserWarning, match="Weights were changed since the last step") as seen:
         optimizer.step(loss=loss)
+    assert seen[0].filename == __file__
     assert optimizer.diagnostics()["gap"] == pytest.approx(loss.item() - 0.5, abs=1e-6)
     with torch.no_grad():
         next(model.parameters()).mul_(1.5)
@@ -130,31 +131,170 @@ def test_a_checkpoint_of_other_weights_restarts_the_model():
     assert resumed.diagnostics()["gap"] == pytest.approx(loss.item() - 0.5, abs=1e-6)
 
 
-def test_direct_bookkeeping_needs_no_restart():
+def averaged_model(history, weights, beta):
+    """Value of the averaged linear model at the present weights, by its definition."""
+    count = len(history)
+    total = 0.0
+    for age, (loss, past, gradients) in enumerate(reversed(history)):
+        slope = sum(((w - p) * g).sum().item() for w, p, g in zip(weights, past, gradients, strict=True))
+        total += (1 - beta) * beta**age / (1 - beta**count) * (loss + slope)
+    return total
+
+
+def observed(model, optimizer, steps, history, outside=None):
+    """Train, and check at every step that the gap is the averaged model's value over the lower bound of 0.5."""
+    parameters = list(model.parameters())
+    for step in steps:
+        if outside is not None:
+            outside(step)
+        optimizer.zero_grad()
+        loss = backward(model, step, torch.float64)
+        history.append((loss.item(), [p.detach().clone() for p in parameters], [p.grad.clone() for p in parameters]))
+        expected = averaged_model(history, [p.detach() for p in parameters], 0.95) - 0.5
+        optimizer.step(loss=loss)
+        assert optimizer.diagnostics()["gap"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_direct_bookkeeping_is_right_whoever_writes_to_the_weights():
     model = network(torch.float64)
     optimizer = MuonAdam(model, 3.0, step_size=Momo(0.5, bookkeeping="direct"))
+
+    def shrink(step):
+        for parameter in model.parameters():
+            parameter.data.mul_(0.99)  # which nothing counts
+
+    observed(model, optimizer, range(5), [], shrink)
+
+
+@pytest.mark.parametrize("modes", [("recurrent", "direct"), ("direct", "recurrent")])
+def test_bookkeeping_may_change_from_one_checkpoint_to_the_next(modes):
+    model, history = network(torch.float64), []
+    first, second = (MuonAdam(model, 3.0, step_size=Momo(0.5, bookkeeping=mode)) for mode in modes)
+    observed(model, first, range(4), history)
+    second.load_state_dict(first.state_dict())
+    observed(model, second, range(4, 8), history)
+
+
+def test_a_parameter_that_joins_late_does_not_upset_direct_bookkeeping():
+    lengths = []
+    for mode in ("recurrent", "direct"):
+        model = network(torch.float64)
+        model[0].weight.requires_grad_(False)
+        optimizer = MuonAdam(model, 3.0, step_size=Momo(0.5, bookkeeping=mode))
+        for step in range(8):
+            model[0].weight.requires_grad_(step >= 4)
+            optimizer.zero_grad()
+            optimizer.step(loss=backward(model, step, torch.float64))
+            lengths.append(optimizer.diagnostics()["t"])
+    assert lengths[:5] == pytest.approx(lengths[8:13], rel=1e-9)
+    assert all(0 <= t <= 1 for t in lengths)
+
+
+def test_a_checkpoint_that_was_only_loaded_and_saved_again_is_the_same():
+    model = network()
+    optimizer = MuonAdam(model, 3.0, step_size=Momo(0.5))
+    train(model, optimizer, range(4))
+    state = optimizer.state_dict()
+    other = MuonAdam(model, 3.0, step_size=Momo(0.5))
+    other.load_state_dict(state)
+    assert other.state_dict()["param_groups"] == state["param_groups"]
+    again = MuonAdam(model, 3.0, step_size=Momo(0.5))
+    again.load_state_dict(copy.deepcopy(other).state_dict())
+    train(model, again, range(4, 5))  # without a warning
+
+
+def test_other_parameters_may_move_after_a_checkpoint_than_before():
+    model = network()
+    optimizer = MuonAdam(model, 3.0, step_size=Momo(0.5))
     for step in range(4):
         optimizer.zero_grad()
-        optimizer.step(loss=backward(model, step, torch.float64))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(0.99)
+        loss = backward(model, step)
+        if step % 2:
+            model[0].weight.grad = None  # as of an expert without a token
+        if step == 3:
+            state, saved = copy.deepcopy(optimizer.state_dict()), {k: v.clone() for k, v in model.state_dict().items()}
+        optimizer.step(loss=loss)
+    fresh = network()
+    fresh.load_state_dict(saved)
+    resumed = MuonAdam(fresh, 3.0, step_size=Momo(0.5))
+    resumed.load_state_dict(state)
+    loss = backward(fresh, 3)
+    fresh[0].weight.grad = None
+    resumed.step(loss=loss)
+    for ours, theirs in zip(snapshot(model, optimizer), snapshot(fresh, resumed), strict=True):
+        assert_same(ours, theirs)
+
+
+def test_stale_duals_do_not_outlive_a_run_that_did_not_need_them():
+    model = network()
+    stale = MuonMax(model, 0.01, dual="stale")
+    train(model, stale, range(2))
+    cached = MuonMax(model, 0.01)
+    cached.load_state_dict(stale.state_dict())
+    assert all("dual_norm" not in state for state in cached.state_dict()["state"].values())
+    again = MuonMax(model, 0.01, dual="stale")
+    again.load_state_dict(stale.state_dict())
+    assert any("dual_norm" in state for state in again.state_dict()["state"].values())
+
+
+def test_a_loss_below_the_bound_warns_once():
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo(100.0))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.warns(UserWarning, match=r"The loss is .*, below Momo's lower_bound of 100: steps shrink") as seen:
+        train(model, optimizer, range(2))
+    assert len(seen) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("product", ["max", "euclid", "sum", "hybrid"])
+@pytest.mark.parametrize("regularized", [False, True])
+def test_zero_gradients_move_nothing(product, regularized):
+    model = network()
+    optimizer = SteepestDescent(model, product=product, regularized=regularized, step_size=Momo())
+    before = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(loss=1.0)
+    assert 0 <= optimizer.diagnostics()["t"] <= 1
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("damage", [{"momo_value": math.nan}, {"momo_weights": "much"}, {"momo_steps": None}])
+def test_a_damaged_model_of_the_loss_is_refused(damage):
+    model = network()
+    optimizer = MuonAdam(model, momo=True)
+    train(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    state["param_groups"][0].update(damage)
+    with pytest.raises(ValueError, match=rf"group 0 was saved with {next(iter(damage))}=.*checkpoint is damaged"):
+        optimizer.load_state_dict(state)
+
+
+def test_labels_of_the_product_are_roles_or_groups():
+    weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="Unknown role or group 'lsat': did you mean 'last'"):
+        SteepestDescent([{"params": [weight], "name": "last"}], product=Euclid(Max("lsat"), "matrix"))
+    with pytest.raises(ValueError, match="name 'head' is a role, but the group's role is 'matrix'"):
+        SteepestDescent([{"params": [weight], "name": "head"}])
 
 
 def test_momo_needs_one_momentum():
     model = network()
-    optimizer = Muon(model, betas=(0.8, 0.95), momo=True)
-    loss = backward(model, 0)
     with pytest.raises(ValueError, match=r"one momentum for all groups.* got matrix 0\.95, .*0\.8"):
-        optimizer.step(loss=loss)
-    assert not optimizer.state
-    Muon(model, momo=True).step(loss=loss)  # the default follows
+        Muon(model, betas=(0.8, 0.95), momo=True)
+    loss = backward(model, 0)
+    for own in (Muon(model, momo=True), SteepestDescent(model, step_size=Momo())):  # the default of betas follows
+        own.step(loss=loss)
+        own.param_groups[-1]["momentum"] = 0.5  # as a scheduler might
+        before = copy.deepcopy(own.state_dict()["state"])
+        with pytest.raises(ValueError, match=r"one momentum for all groups.* got matrix 0\.95, .*0\.5"):
+            own.step(loss=loss)
+        assert str(before) == str(own.state_dict()["state"])
     pair = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
     groups = [{"params": [pair[0]]}, {"params": [pair[1]], "momentum": 0.5}]
-    optimizer = MuonAdam(groups, momo=True)
-    pair[0].grad, pair[1].grad = torch.ones(2, 2), torch.ones(2, 2)
     with pytest.raises(ValueError, match=r"got matrix 0\.95, matrix 0\.5\. Give momentum="):
-        optimizer.step(loss=1.0)
+        MuonAdam(groups, momo=True)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Real
+from typing import Literal, cast, get_args
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ class Scaled:
 
     Raises:
         ValueError: If s is not a finite number above 0, or the rule is not known.
+        TypeError: If it is neither a number nor a name.
 
     Source:
         Pethick et al., arXiv:2502.07529 (the norms above).
@@ -37,6 +39,8 @@ class Scaled:
         if isinstance(self.by, str):
             if self.by not in get_args(SizeRule):
                 raise ValueError(unknown_name("rule", self.by, get_args(SizeRule)))
+        elif isinstance(self.by, bool) or not isinstance(cast(object, self.by), Real):
+            raise TypeError(f"Scaled takes a number or the name of a rule as factor, got by={self.by!r}.")
         elif not 0 < self.by < math.inf:
             raise ValueError(f"Scaled takes a finite factor above 0, got by={self.by!r}.")
 

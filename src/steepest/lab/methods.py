@@ -147,8 +147,8 @@ def _cell(
 
 GRID = {
     "muonadam": (MuonAdam, "adam_lr", 0.04, 0.02),
-    "scion": (Scion, "other_lr", 0.04, 0.004),
-    "polargrad": (PolarGrad, "adam_lr", 1.0, 0.02),
+    "scion": (Scion, "other_lr", 0.04, 0.008),
+    "polargrad": (PolarGrad, "adam_lr", 0.5, 0.02),
     "muonmax": (MuonMax, "adam_lr", 0.02, 0.02),
 }
 

@@ -24,10 +24,12 @@ from steepest.optim.losses import MISSING, Loss, LossTap, check_loss, over_ranks
 from steepest.optim.move import Move
 from steepest.optim.options import DEFAULT_NORMS, check_betas, check_group, check_role, for_role
 from steepest.optim.parameters import Parameters, collect, complete_row
-from steepest.optim.state import check_saved, restored
+from steepest.optim.state import DUAL, check_saved, restored
 from steepest.optim.step_size import MODEL_KEYS, StepSize
 from steepest.optim.together import DualMode, Together
 from steepest.optim.witness import Witness
+
+ADAM_BETAS = (0.9, 0.95)
 
 Group = dict[str, Any]
 PerRole = Mapping[Role, Any]
@@ -52,7 +54,8 @@ class SteepestDescent(Optimizer):
             for schedulers, "momentum" is this weight for every norm.
         nesterov: Look ahead by one gradient; for norms that do not adapt.
         weight_decay: Decoupled; the rate per step is lr times this, with the scheduled lr.
-        betas: Weights of the old averages of gradients and of their squares, for norms that adapt (`AdaInf`).
+        betas: Weights of the old averages of gradients and of their squares, for norms that adapt (`AdaInf`). None:
+            (0.9, 0.95), or (momentum, 0.95) with Momo.
         norms: Norm of each role, by object or name; roles left out keep Spectral() for matrices, AdaInf() otherwise.
         product: Norm of all layers from the norms of each: `Max()`, `Sum()`, `Euclid()`, `Hybrid()` or a tree of them
             over roles and names of groups.
@@ -80,7 +83,7 @@ class SteepestDescent(Optimizer):
         momentum: float | PerRole = 0.95,
         nesterov: bool | PerRole = False,
         weight_decay: float | PerRole = 0.0,
-        betas: tuple[float, float] | PerRole = (0.9, 0.95),
+        betas: tuple[float, float] | PerRole | None = None,
         norms: Mapping[Role, Norm | str] | None = None,
         product: Product | str = "max",
         regularized: bool = False,
@@ -109,6 +112,7 @@ class SteepestDescent(Optimizer):
         # torch's schedulers look for these names among the defaults; what counts is in the groups.
         defaults = {key: _any_role(self._defaults_per_role[key]) for key in ("lr", "momentum", "weight_decay")}
         super().__init__(groups, defaults)
+        self._together.check_labels([group["name"] for group in self.param_groups])
         if self._together.momo:
             self._witness = Witness(self._parameters())
 
@@ -139,6 +143,7 @@ class SteepestDescent(Optimizer):
         self._complete(group, where)
         check_group(group, where=where)
         self._together.label(group)
+        self._together.check([*self.param_groups, group])
         for row in rows.values():
             _check_view(row, group["norm"])
         super().add_param_group(group)
@@ -155,7 +160,10 @@ class SteepestDescent(Optimizer):
         norm = group["norm"] = get_norm(group["norm"] if "norm" in group else default("norm"))
         if norm.adapts:
             given = "betas" in group
-            betas = check_betas(where, group.pop("betas") if given else default("betas"))
+            betas = group.pop("betas") if given else default("betas")
+            if betas is None:
+                betas = (default("momentum") if self._together.momo else ADAM_BETAS[0], ADAM_BETAS[1])
+            betas = check_betas(where, betas)
             group["momentum"] = betas[0] if given else group.get("momentum", betas[0])
             group["beta2"] = betas[1] if given else group.get("beta2", betas[1])
         elif "betas" in group:
@@ -251,7 +259,8 @@ class SteepestDescent(Optimizer):
             loss = check_loss("the closure of step", returned)
         else:
             return None
-        return over_ranks(loss, self._parameters()[0].device) if self._together.momo else loss
+        parameters = self._parameters()
+        return over_ranks(loss, parameters[0].device) if self._together.momo and parameters else loss
 
     def _idle(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the step changes no weight, as when torch's distributed checkpoints take one to make the state."""
@@ -337,8 +346,12 @@ class SteepestDescent(Optimizer):
         for index, parameter in zip(indices, self._parameters(), strict=True):
             if index in saved["state"]:
                 self.state[parameter] = restored(saved["state"][index], parameter)
-        if self.param_groups:
-            self._together.load(saved["param_groups"][0], self._parameters()[0].device)
+        self._tap.clear()
+        if parameters := self._parameters():
+            self._together.load(saved["param_groups"][0], parameters)
+            if not self._together.keeps_duals:  # they would be old when somebody needs them
+                for parameter in parameters:
+                    self.state[parameter].pop(DUAL, None)
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
 
     def _parameters(self) -> list[Tensor]:

@@ -17,10 +17,10 @@ from steepest.optim.parameters import Parameters
 from steepest.optim.step_size import StepSize
 from steepest.optim.together import DualMode
 
-# Learning rate of everything else relative to the matrices': tuned for the first on bytes of text, see docs/results.
-SCION_OTHER_RATIO = 0.02
-MUON_MAX_ADAM_RATIO = 0.1
-POLAR_GRAD_ADAM_RATIO = 0.002
+# Learning rate of everything else relative to the matrices', as found in docs/results/tuning for bytes of text.
+SCION_OTHER_RATIO = 0.2
+MUON_MAX_ADAM_RATIO = 1.0
+POLAR_GRAD_ADAM_RATIO = 0.04
 
 
 class Scion(SteepestDescent):
@@ -34,7 +34,7 @@ class Scion(SteepestDescent):
         momentum: Of everything.
         nesterov: Of everything.
         weight_decay: Decoupled, for everything but vectors (gains, biases).
-        other_lr: Learning rate of everything else: the change of each entry per step. None: lr / 50.
+        other_lr: Learning rate of everything else: the change of each entry per step. None: lr / 5.
         scale: Length of the matrices' step by shape: "original", "match_rms_adamw", "spectral" or "none".
         coefficients: Of the polynomial methods.
         polar: "auto", "newton-schulz", "gram" or "svd".
@@ -159,7 +159,8 @@ class PolarGrad(SteepestDescent):
 
     Args:
         params: A module, or as for `SteepestDescent`.
-        lr: Learning rate of the matrices, which move by lr · s² · ‖M‖_nuc · U Vᵀ with s the scale.
+        lr: Learning rate of the matrices, which move by lr · s² · ‖M‖_nuc · U Vᵀ with s the scale. None: 0.5, found for
+            a small language model; it changes with the size of gradients.
         momentum: Of the matrices, and the first of `betas` unless these are given.
         weight_decay: Decoupled, for everything but vectors (gains, biases).
         adam_lr: Learning rate of everything else. None: a fixed part of `lr`, tuned for a small language model: the
@@ -184,12 +185,13 @@ class PolarGrad(SteepestDescent):
     """
 
     _product: Product | str = "euclid"
+    _lr = 0.5
     _adam_ratio = POLAR_GRAD_ADAM_RATIO
 
     def __init__(
         self,
         params: Parameters,
-        lr: float | Tensor = 0.05,
+        lr: float | Tensor | None = None,
         *,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
@@ -206,6 +208,7 @@ class PolarGrad(SteepestDescent):
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
         spectral = Spectral(scale=scale, polar=polar, coefficients=coefficients, dtype=dtype)
+        lr = self._lr if lr is None else lr
         super().__init__(
             params,
             lr=per_role(lr, lr * self._adam_ratio if adam_lr is None else adam_lr),
@@ -230,7 +233,8 @@ class MuonMax(PolarGrad):
 
     Args:
         params: A module, or as for `SteepestDescent`.
-        lr: Learning rate of the matrices, which move by lr · s · Σ s ‖M‖_nuc · U Vᵀ with s the scale.
+        lr: Learning rate of the matrices, which move by lr · s · Σ s ‖M‖_nuc · U Vᵀ with s the scale. None: 0.02, found
+            for a small language model; with Momo, too large is better than too small.
         momentum: As for `PolarGrad`.
         weight_decay: As for `PolarGrad`.
         adam_lr: As for `PolarGrad`.
@@ -254,6 +258,7 @@ class MuonMax(PolarGrad):
     """
 
     _product = Hybrid()
+    _lr = 0.02
     _adam_ratio = MUON_MAX_ADAM_RATIO
 
 

@@ -51,6 +51,10 @@ class LossTap:
         """What was recorded so far may belong to gradients that are gone; the next record decides."""
         self._cleared = True
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries, self._cleared = [], False
+
     def take(self) -> Loss | None:
         """The weighted sum, forgotten here; None if nothing was recorded.
 
@@ -58,13 +62,14 @@ class LossTap:
             ValueError: If the weights do not sum to 1. What was recorded is forgotten then, too.
         """
         entries, total = self._entries, self._total()
-        self._entries, self._cleared = [], False
+        self.clear()
         if not entries:
             return None
         if abs(total - 1) > TOLERANCE:
             raise ValueError(
                 f"{len(entries)} recorded losses have weights that sum to {total:g} instead of 1: a micro-batch is "
-                "missing or was recorded twice. Record each with weight=1 / micro_batches, before every step."
+                "missing or was recorded twice. Record each with weight=1 / micro_batches, before every step. If a "
+                "step was passed over, clear its gradients with optimizer.zero_grad(), which forgets its losses, too."
             )
         return sum((loss * weight for loss, weight in entries), start=0.0)
 

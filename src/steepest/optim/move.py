@@ -58,14 +58,19 @@ class Move:
         for state, parameter in zip(states, bucket.parameters, strict=True):
             ensure_state(state, parameter, adapts=self.norm.adapts)
         lr = group["lr"]
-        self.lr: float | Tensor = lr.to(self.device) if isinstance(lr, Tensor) else lr
+        # A number that is here already need not be waited for on an accelerator.
+        elsewhere = isinstance(lr, Tensor) and lr.device.type == "cpu" != self.device.type
+        self.lr: float | Tensor = float(lr) if elsewhere else lr.to(self.device) if isinstance(lr, Tensor) else lr
         self.aimed: Aim | None = None
 
     def advance(self) -> None:
         """Average the gradients into the momenta."""
         gradients = self._gradients()
         accept = self._accept
-        torch._foreach_add_(self._of(STEP), 1.0 if accept is None else accept.to(self._dtype))
+        if accept is None:
+            torch._foreach_add_(self._of(STEP), 1.0)
+        else:  # alpha chooses the overload that does not read the tensor
+            torch._foreach_add_(self._of(STEP), accept.to(self._dtype), alpha=1.0)
         average_(self._of(MOMENTUM), gradients, self.group["momentum"], accept=accept)
         if self.norm.adapts:
             squared = torch._foreach_mul(gradients, gradients)
@@ -108,7 +113,10 @@ class Move:
         per_batch = cast(Tensor, aim.duals).split([len(batch) for batch in aim.directions])
         parts = [part.chunk(len(self._states)) for part in per_batch]
         for state, own in zip(self._states, zip(*parts, strict=True), strict=True):
-            state[DUAL] = torch.cat(own)
+            new = torch.cat(own)
+            if self._accept is not None:
+                new = torch.where(self._accept, new, state.get(DUAL, torch.zeros_like(new)))
+            state[DUAL] = new
 
     def against_weights(self, *, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Inner products of the momentum, of the averages that steps follow, and of the gradients with the weights.
@@ -157,7 +165,10 @@ class Move:
         return _divided(averages, debias(beta, count + 1 if self.ahead else count))
 
     def _gradients(self) -> list[Tensor]:
-        return [cast(Tensor, parameter.grad).to(self._dtype) for parameter in self.bucket.parameters]
+        gradients = [cast(Tensor, parameter.grad).to(self._dtype) for parameter in self.bucket.parameters]
+        if self._accept is None:
+            return gradients
+        return [torch.where(self._accept, gradient, 0.0) for gradient in gradients]
 
     def _of(self, key: str) -> list[Tensor]:
         return [state[key] for state in self._states]

@@ -110,6 +110,10 @@ def check_group(group: Mapping[str, object], *, where: str) -> None:
     name = group.get("name")
     if name is not None and not isinstance(name, str):
         raise TypeError(f"{where}: name must be a text, by which a product norm can call the group, got {name!r}.")
+    if name in ROLES and name != group["role"]:
+        raise ValueError(
+            f"{where}: name {name!r} is a role, but the group's role is {group['role']!r}; choose another."
+        )
     view = group.get("view")
     if view is not None and not isinstance(view, View):
         raise TypeError(f"{where}: view must be a View, such as View(groups=4), or None, got {view!r}.")

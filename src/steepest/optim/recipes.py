@@ -11,7 +11,7 @@ from steepest.optim.descent import SteepestDescent
 from steepest.optim.guard import OnNonFinite
 from steepest.optim.options import chosen_step_size, per_role
 from steepest.optim.parameters import Parameters
-from steepest.optim.step_size import Momo, StepSize
+from steepest.optim.step_size import StepSize
 from steepest.optim.together import DualMode
 
 # Learning rate of everything that is no matrix, relative to that of the matrices: the ratio of arXiv:2510.09827's
@@ -74,9 +74,6 @@ class Muon(SteepestDescent):
         spectral = Spectral(scale=scale, polar=polar, coefficients=coefficients, dtype=dtype)
         if adam_lr is None:
             adam_lr = lr * (1.0 if scale == "match_rms_adamw" else ADAM_LR_RATIO)
-        chosen = chosen_step_size(momo, step_size)
-        if betas is None:
-            betas = (momentum if isinstance(chosen, Momo) else 0.9, 0.95)
         super().__init__(
             params,
             lr=per_role(lr, adam_lr),
@@ -85,7 +82,7 @@ class Muon(SteepestDescent):
             weight_decay=per_role(weight_decay, weight_decay, 0.0),
             betas=betas,
             norms=per_role(spectral, AdaInf(eps=eps)),
-            step_size=chosen,
+            step_size=chosen_step_size(momo, step_size),
             dual=dual,
             on_nonfinite=on_nonfinite,
         )

@@ -6,11 +6,14 @@ second_moment     like the parameter, float32 or wider: average of squared gradi
 dual_norm         one number per matrix, float32 or wider: of the last step, where duals are stale
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from steepest.optim.step_size import MODEL_KEYS
 
 STEP, MOMENTUM, SECOND, DUAL = "step", "momentum_buffer", "second_moment", "dual_norm"
 
@@ -68,6 +71,17 @@ def check_saved(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], n
                 raise ValueError(
                     f"Parameter group {index} was saved with the {what} {there!r} but has {here!r} here. Build the "
                     "optimizer as it was built when the state was saved."
+                )
+        for key in MODEL_KEYS:
+            number = old.get(key, 0.0)
+            if (
+                not isinstance(number, float | int)
+                or not math.isfinite(number)
+                or (key in old) != (MODEL_KEYS[0] in old)
+            ):
+                raise ValueError(
+                    f"Parameter group {index} was saved with {key}={old.get(key)!r}, but a finite number is needed: "
+                    "the checkpoint is damaged. Start with fresh state instead."
                 )
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     members = [parameter for group in groups for parameter in group["params"]]

@@ -16,7 +16,7 @@ the online lower bound); the recurrence and the clamp at 0 are derived here.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, cast, get_args
@@ -30,7 +30,8 @@ from steepest.optim.momentum import debias
 Bookkeeping = Literal["recurrent", "direct"]
 LowerBound = float | Callable[[int], float] | Literal["auto"]
 # What a checkpoint holds, as plain numbers in every group: distributed checkpoints keep nothing else that is global.
-MODEL_KEYS = ("momo_value", "momo_intercept", "momo_bound", "momo_steps", "momo_fingerprint")
+SCALARS = {"momo_value": "value", "momo_intercept": "intercept", "momo_bound": "bound", "momo_steps": "steps"}
+MODEL_KEYS = (*SCALARS, "momo_calls", "momo_direct", "momo_weights")
 FLOOR = 0.0  # of the estimated lower bound: where it starts, and never below
 
 
@@ -49,9 +50,8 @@ class Momo:
             Euclidean). Too low only gives up robustness to large learning rates; above what can be reached, training
             stops there. -inf is the plain method, bit for bit.
         bookkeeping: How the model's value is known. "recurrent": from scalars alone; if weights are changed by anything
-            but this optimizer it starts again from the present loss. "direct": from two inner products with the
-            weights per step, right whatever happens to them, but exact only as far as a small difference of large
-            numbers is.
+            but this optimizer it starts again from the present loss. "direct": from inner products with the weights at
+            every step, right whoever wrote to them, but exact only as far as a small difference of large numbers is.
 
     Raises:
         ValueError: If an option is out of range.
@@ -114,11 +114,11 @@ def truncated(gap: Tensor, decrease: Tensor) -> Tensor:
     Returns:
         0-d; 0 for 0/0.
     """
-    part = gap / decrease
-    return torch.where((gap <= 0) | part.isnan(), 0.0, part).clamp(max=1.0)
+    part = gap / decrease.abs()  # -0.0 would turn the sign
+    return torch.where((gap <= 0) | part.isnan(), 0.0, part).clamp(0.0, 1.0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossModel:
     """The state of Momo: scalars on the device, float64 where the device has it.
 
@@ -127,7 +127,7 @@ class LossModel:
         intercept: With direct bookkeeping, the average of f_i - <g_i, w_i>, its weights summing to 1 - β^steps.
         bound: The estimated lower bound.
         steps: Number of losses averaged so far.
-        calls: The same, known to the host.
+        calls: Number of steps so far as the host knows it: on an accelerator, skipped ones count.
     """
 
     value: Tensor
@@ -144,20 +144,30 @@ class LossModel:
         return cls(zero, zero, zero + FLOOR, zero)
 
     @classmethod
-    def restored(cls, saved: dict[str, float], device: torch.device) -> "LossModel":
+    def restored(cls, saved: Mapping[str, float], device: torch.device) -> "LossModel":
         """From what `numbers` returned."""
-        model = cls.new(device)
-        model.value, model.intercept, model.bound, model.steps = (
-            torch.full_like(model.value, saved[key]) for key in MODEL_KEYS[:4]
-        )
-        model.calls = round(saved["momo_steps"])
-        return model
+        zero = cls.new(device).value
+        scalars = {name: torch.full_like(zero, saved[key]) for key, name in SCALARS.items()}
+        return cls(**scalars, calls=round(saved["momo_calls"]))
 
     def numbers(self) -> dict[str, float]:
         """As plain numbers, for a checkpoint; waits for the device."""
-        return dict(
-            zip(MODEL_KEYS, (float(x) for x in (self.value, self.intercept, self.bound, self.steps)), strict=False)
-        )
+        scalars = {key: float(getattr(self, name)) for key, name in SCALARS.items()}
+        return {**scalars, "momo_calls": float(self.calls)}
+
+    def after(self, chosen: "Chosen", gained: Tensor, accept: Tensor | None) -> "LossModel":
+        """After the step: the model is linear, so its value at the new weights is known.
+
+        Args:
+            chosen: The decision.
+            gained: 0-d, what step and weight decay were predicted to gain.
+            accept: A 0-d boolean; where it is False only `calls` changes. None means True.
+        """
+        new = (chosen.value - gained, chosen.intercept, chosen.next_bound, chosen.steps)
+        if accept is not None:
+            old = (self.value, self.intercept, self.bound, self.steps)
+            new = [torch.where(accept.to(one.device), one, other) for one, other in zip(new, old, strict=True)]
+        return LossModel(*new, calls=self.calls + 1)
 
 
 @dataclass(frozen=True)
@@ -188,6 +198,7 @@ class Chosen:
         value: Value of the model with the momentum's own weights, before the step.
         next_bound: The estimated lower bound after this step.
         intercept: With direct bookkeeping, the new average of f_i - <g_i, w_i>.
+        steps: Number of losses averaged, this one included.
     """
 
     t: Tensor
@@ -196,6 +207,7 @@ class Chosen:
     value: Tensor
     next_bound: Tensor
     intercept: Tensor
+    steps: Tensor
 
 
 def choose(
@@ -203,43 +215,50 @@ def choose(
     model: LossModel,
     loss: Tensor,
     *,
+    lower_bound: float,
     decrease: Tensor,
     inner: Inner,
     beta: float,
     ahead: bool,
     restart: bool,
+    resync: bool,
 ) -> Chosen:
     """Average the loss into the model and say how much of the step to take.
 
     Args:
         momo: Options.
-        model: State before this step; of it `steps` is taken to count this loss already.
+        model: State before this step.
         loss: 0-d.
+        lower_bound: Of this step; where it is estimated, its least possible value.
         decrease: 0-d, what the whole step is predicted to gain, weight decay not counted.
         inner: Inner products with the weights.
         beta: Weight of the old average, of gradients and losses alike.
         ahead: Whether steps follow Nesterov's averages.
         restart: Whether the weights are not those that the last step left.
+        resync: Whether direct bookkeeping begins here: its intercept is then made from the model's value.
 
     Returns:
         The decision; nothing is written.
     """
-    weight, weight_ahead = debias(beta, model.steps), debias(beta, model.steps + 1)
+    steps = model.steps + 1
+    weight = debias(beta, steps)
     intercept = model.intercept
-    if momo.direct:
-        intercept = model.intercept + (1 - beta) * (loss - inner.gradient - model.intercept)
+    if momo.direct and not resync:
+        intercept = intercept + (1 - beta) * (loss - inner.gradient - intercept)
         plain = intercept / weight + inner.average
     else:
         before = loss if restart else model.value
-        plain = (beta * debias(beta, model.steps - 1) * before + (1 - beta) * loss) / weight
-    looking = (beta * weight * plain + (1 - beta) * loss) / weight_ahead
+        plain = (beta * debias(beta, model.steps) * before + (1 - beta) * loss) / weight
+        if momo.direct:
+            intercept = weight * (plain - inner.average)
+    looking = (beta * weight * plain + (1 - beta) * loss) / debias(beta, steps + 1)
     value = (looking if ahead else plain) - inner.decay_ahead
-    floor = torch.full_like(value, momo.bound(model.calls))
-    auto = momo.lower_bound == "auto"
-    bound = torch.where(value < model.bound, torch.maximum(value / 2, floor), model.bound) if auto else floor
+    bound = floor = torch.full_like(value, lower_bound)
+    if momo.lower_bound == "auto":
+        bound = torch.where(value < model.bound, torch.maximum(value / 2, floor), model.bound)
     t = truncated(value - bound, decrease)
-    next_bound = torch.maximum(value - t * decrease / 2, floor) if auto else bound
-    return Chosen(t, value - bound, bound, plain, next_bound, intercept)
+    next_bound = torch.maximum(value - t * decrease / 2, floor) if momo.lower_bound == "auto" else bound
+    return Chosen(t, value - bound, bound, plain, next_bound, intercept, steps)
 
 
 def _checked_bound(bound: object) -> float:

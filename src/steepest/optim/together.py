@@ -16,25 +16,16 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from steepest.anatomy import ROLES
 from steepest.geometry import Product, get_product
 from steepest.names import unknown_name
+from steepest.optim.changes import Changes
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.losses import Loss
 from steepest.optim.move import Move
-from steepest.optim.step_size import (
-    MODEL_KEYS,
-    Chosen,
-    Fixed,
-    Inner,
-    LossModel,
-    Momo,
-    StepSize,
-    check_step_size,
-    choose,
-)
+from steepest.optim.step_size import Chosen, Fixed, Inner, LossModel, Momo, StepSize, check_step_size, choose
 
 DualMode = Literal["cached", "stale"]
-SAME_WEIGHTS = 1e-5  # relative; of a sum over all weights in float32
 CALLER = 6  # from the warning through this file, the step and torch's wrappers of it to the line that called step()
 
 Group = dict[str, Any]
@@ -67,8 +58,9 @@ class Together:
             raise ValueError(unknown_name("dual", dual, get_args(DualMode)))
         self.dual = dual
         self.model: LossModel | None = None
-        self._versions: dict[Tensor, int] = {}
-        self._saved_fingerprint: float | None = None
+        self._changes = Changes()
+        self._averaged: tuple[float, list[Tensor]] | None = None  # momentum and parameters of the last step
+        self._resync = False  # at the next step, whatever was averaged
         self._warned = False
 
     @property
@@ -91,6 +83,20 @@ class Together:
         label: str = group["name"] if group.get("name") in labels else group["role"]
         self.product.covering([label])
         return label
+
+    def check_labels(self, names: Sequence[str | None]) -> None:
+        """Refuse a tree with a label that nothing answers to: its group would silently get the place of its role.
+
+        Args:
+            names: Of the groups.
+
+        Raises:
+            ValueError: If a label is neither a role nor one of these.
+        """
+        known = [*ROLES, *(name for name in names if name)]
+        for label in self.product.labels():
+            if label not in known:
+                raise ValueError(f"product={self.product}: {unknown_name('role or group', label, known)}")
 
     def check(self, groups: Sequence[Group]) -> None:
         """Refuse groups with different momenta under Momo: losses are averaged once, with the weights of all gradients.
@@ -122,28 +128,45 @@ class Together:
             self._stream(moves, record)
             return
         momo = self.momo if loss is not None else None
+        model = self.model or LossModel.new(moves[0].device)
+        lower_bound = momo.bound(model.calls) if momo else 0.0  # may raise, so before anything is written
         for move in moves:
             move.advance()
         duals = [self._duals(move, momo) for move in moves]
         factors, total = self._factors(moves, duals)
         record.note(dual_norm=total)
-        decided = None
-        if momo and loss is not None:
-            decided = self._decide(momo, moves, total, torch.as_tensor(loss, dtype=total.dtype), accept)
-            t = decided[0].t if accept is None else torch.where(accept, decided[0].t, 0.0)
-            factors = [factor * t for factor in factors]
-            record.note(t=t, gap=decided[0].gap, lower_bound=decided[0].bound)
+        parameters = [parameter for move in moves for parameter in move.bucket.parameters]
         gained = torch.zeros_like(total)
+        chosen = None
+        if momo and loss is not None:
+            inner = self._inner(moves, momo, total)
+            chosen = choose(
+                momo,
+                model,
+                torch.as_tensor(loss, dtype=total.dtype).to(total.device),
+                lower_bound=lower_bound,
+                decrease=total.square() if self.regularized else total,
+                inner=inner,
+                beta=float(moves[0].group["momentum"]),
+                ahead=any(move.ahead for move in moves),
+                restart=self._changes.found(parameters, warn=not momo.direct),
+                resync=self._set_changed(parameters, float(moves[0].group["momentum"])),
+            )
+            t = chosen.t if accept is None else torch.where(accept.to(total.device), chosen.t, 0.0)
+            factors = [factor * t for factor in factors]
+            gained += inner.decay
+            self._report(chosen, loss, record)
         for move, factor in zip(moves, factors, strict=True):
             aim = move.aimed or move.aim(duals=True, slopes=momo is not None)
             if aim.slopes is not None:
-                gained += (_wide(aim.slopes) * self._scale(move) * factor).sum().to(total.device)
+                gained += (_wide(aim.slopes) * self._scale(move)).to(total.device).mul(factor).sum()
             if self.dual == "stale" and move.norm.matrix:
                 move.remember_duals()
             move.write(self._scale(move), factor, record)
-        if decided:
-            self._close(*decided, gained, accept)
-            self._versions = {p: p._version for move in moves for p in move.bucket.parameters}
+        if chosen is not None:
+            self.model = model.after(chosen, gained, accept)
+        if self.momo:
+            self._changes.note(parameters)
 
     def _stream(self, moves: Sequence[Move], record: StepRecord) -> None:
         """One bucket after the other, none waiting for another."""
@@ -153,34 +176,27 @@ class Together:
             factors = None if duals is None else _wide(duals) * self._scale(move)
             move.write(self._scale(move), factors, record)
 
-    def _decide(
-        self, momo: Momo, moves: Sequence[Move], total: Tensor, loss: Tensor, accept: Tensor | None
-    ) -> tuple[Chosen, Inner]:
-        """How much of the step Momo takes."""
-        model = self.model = self.model or LossModel.new(total.device)
-        model.steps = model.steps + (1.0 if accept is None else accept.to(model.steps.dtype))
-        inner = self._inner(moves, momo, total)
-        chosen = choose(
-            momo,
-            model,
-            loss.to(total.device),
-            decrease=total.square() if self.regularized else total,
-            inner=inner,
-            beta=float(moves[0].group["momentum"]),
-            ahead=any(move.ahead for move in moves),
-            restart=self._weights_were_changed(moves),
-        )
-        model.calls += 1
-        return chosen, inner
+    def _set_changed(self, parameters: list[Tensor], beta: float) -> bool:
+        """Whether averages are of other parameters, or with another momentum, than in the last step."""
+        before, self._averaged = self._averaged, (beta, parameters)
+        asked, self._resync = self._resync, False
+        if before is None or asked:
+            return asked
+        return before[0] != beta or set(map(id, before[1])) != set(map(id, parameters))
 
-    def _close(self, chosen: Chosen, inner: Inner, gained: Tensor, accept: Tensor | None) -> None:
-        """The model is linear: its value at the new weights is known."""
-        model = cast(LossModel, self.model)
-        after = (chosen.value - inner.decay - gained, chosen.intercept, chosen.next_bound)
-        before = (model.value, model.intercept, model.bound)
-        if accept is not None:
-            after = [torch.where(accept.to(new.device), new, old) for new, old in zip(after, before, strict=True)]
-        model.value, model.intercept, model.bound = after
+    def _report(self, chosen: Chosen, loss: Loss, record: StepRecord) -> None:
+        """Note what was decided, and warn of a bound that the loss is below of; on an accelerator nobody looks."""
+        record.note(t=chosen.t, gap=chosen.gap, lower_bound=chosen.bound)
+        if self._warned or chosen.bound.device.type != "cpu" or not float(loss) < float(chosen.bound):
+            return
+        self._warned = True
+        warnings.warn(
+            f"The loss is {float(loss):.6g}, below Momo's lower_bound of {float(chosen.bound):.6g}: steps shrink to "
+            "nothing there. Give a lower_bound below every loss that can be reached; losses that can be negative need "
+            "a negative one.",
+            UserWarning,
+            stacklevel=CALLER,
+        )
 
     def _scale(self, move: Move) -> float | Tensor:
         """s, the learning rate as it enters the norm."""
@@ -196,7 +212,7 @@ class Together:
     def _factors(self, moves: Sequence[Move], duals: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """What multiplies s · D of each block, t left out: one 0-d or (blocks,) tensor per move; and N."""
         device = moves[0].device
-        scaled = [_wide(own).to(device) * self._scale(move) for move, own in zip(moves, duals, strict=True)]
+        scaled = [(_wide(own) * self._scale(move)).to(device) for move, own in zip(moves, duals, strict=True)]
         by_label: dict[str, list[Tensor]] = {}
         for move, own in zip(moves, scaled, strict=True):
             by_label.setdefault(move.label, []).append(own)
@@ -214,62 +230,44 @@ class Together:
         """Inner products with the weights, of those moves that need them."""
         sums = [torch.zeros_like(like) for _ in range(4)]
         for move in moves:
-            decay = move.lr * move.group["weight_decay"]
-            if momo.direct or isinstance(decay, Tensor) or decay > 0:
-                plain, ahead, gradient = (_wide(x).to(like.device) for x in move.against_weights(gradients=momo.direct))
+            rate = move.group["weight_decay"]
+            if momo.direct or rate > 0:
+                plain, ahead, gradient = (_wide(x) for x in move.against_weights(gradients=momo.direct))
+                decay = move.lr * rate
                 for total, own in zip(sums, (plain, gradient, decay * plain, decay * ahead), strict=True):
-                    total += own
+                    total += own.to(like.device)
         return Inner(*sums)
 
-    def _weights_were_changed(self, moves: Sequence[Move]) -> bool:
-        """Whether something else wrote to the weights since the last step; warns the first time."""
-        momo = cast(Momo, self.momo)
-        changed = False
-        if self._saved_fingerprint is not None:
-            now = fingerprint([p for move in moves for p in move.bucket.parameters])
-            changed = not math.isclose(now, self._saved_fingerprint, rel_tol=SAME_WEIGHTS)
-            self._saved_fingerprint = None
-        elif self._versions:
-            changed = any(self._versions.get(p, p._version) != p._version for m in moves for p in m.bucket.parameters)
-        if changed and not momo.direct and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "Weights were changed since the last step by something else than this optimizer. Momo's model of the "
-                "loss starts again from the present loss, now and whenever this happens again. If it happens at every "
-                "step, use Momo(bookkeeping='direct').",
-                UserWarning,
-                stacklevel=CALLER,
-            )
-        return changed
-
     def saved(self, parameters: Sequence[Tensor]) -> dict[str, float]:
-        """What a checkpoint must hold, as plain numbers; nothing without Momo."""
+        """What a checkpoint must hold, as plain numbers; nothing without Momo.
+
+        Args:
+            parameters: All of the optimizer's.
+        """
         if self.momo is None:
             return {}
         model = self.model or LossModel.new(torch.device("cpu"))
-        known = fingerprint([p for p in parameters if p in self._versions]) if self._versions else 0.0
-        return {**model.numbers(), "momo_fingerprint": known}
+        own = {"momo_direct": float(self.momo.direct), "momo_weights": self._changes.saved(parameters)}
+        return {**model.numbers(), **own}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: versions are of this process' tensors, a sum over the weights is not."""
-        known = fingerprint(list(self._versions)) if self._versions else self._saved_fingerprint
-        return {**self.__dict__, "_versions": {}, "_saved_fingerprint": known}
+    def load(self, saved: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
+        """Continue from what `saved` returned; a checkpoint without it starts a new model of the loss.
 
-    def load(self, saved: Mapping[str, Any], device: torch.device) -> None:
-        """Continue from what `saved` returned; a checkpoint without it starts a new model of the loss."""
-        if self.momo is None:
+        Args:
+            saved: A group of a state dict.
+            parameters: All of the optimizer's, at least one.
+        """
+        self._changes, self._averaged, self.model = Changes(), None, None
+        if self.momo is None or float(saved.get("momo_steps", 0.0)) == 0:
             return
-        self._versions = {}
-        self.model = None
-        if float(saved.get("momo_steps", 0.0)) > 0:
-            self.model = LossModel.restored({key: float(saved[key]) for key in MODEL_KEYS}, device)
-            self._saved_fingerprint = float(saved["momo_fingerprint"])
+        self.model = LossModel.restored(saved, parameters[0].device)
+        self._changes.load(parameters, saved["momo_weights"])
+        self._resync = not saved["momo_direct"]  # then no intercept was kept
 
-
-def fingerprint(parameters: Sequence[Tensor]) -> float:
-    """Sum of the absolute values of all weights, to tell whether they are those of a checkpoint."""
-    sums = [torch.linalg.vector_norm(p.detach(), ord=1, dtype=_scalar_type(p)) for p in parameters if p.numel()]
-    return math.fsum(float(one) for one in sums)
+    @property
+    def keeps_duals(self) -> bool:
+        """Whether dual norms of the last step are used."""
+        return self.dual == "stale" and not self.streams
 
 
 def _wide(numbers: Tensor) -> Tensor:

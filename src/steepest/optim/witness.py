@@ -16,7 +16,8 @@ CALLER = 5  # from the warning through this file, the step and torch's wrappers 
 class Witness:
     """Remembers a few entries of one gradient as backward left them, and compares them when the step comes.
 
-    Loss scaling divides gradients by a power of two, which does no harm and is told apart by that.
+    What multiplies gradients by one number at every step, or by powers of two, is no clipping but scaling, of a sum
+    to a mean or of the loss against underflow; so a factor is looked at in relation to the one before.
 
     Args:
         parameters: The one with the fewest entries is watched.
@@ -26,7 +27,8 @@ class Witness:
         self._seen: Tensor | None = None
         self._looks = 0
         self._warned = False
-        watched = min((p for p in parameters if p.requires_grad), key=Tensor.numel, default=None)
+        self._ratio: float | None = None
+        watched = min((p for p in parameters if p.requires_grad and p.numel()), key=Tensor.numel, default=None)
         if watched is not None:
             # Weakly: the parameter may outlive the optimizer.
             own: weakref.ref[Witness] = weakref.ref(cast(Witness, self))
@@ -45,10 +47,14 @@ class Witness:
         if seen.device.type != "cpu" and self._looks & (self._looks - 1):
             return
         now = _sample(self._watched.grad)
-        if now.shape != seen.shape or not seen.any() or torch.equal(now, seen):
+        if now.shape != seen.shape or not seen.any():
             return
         ratio = float((now * seen).sum() / seen.square().sum())
-        if ratio <= 0 or not math.isfinite(ratio) or abs(math.log2(ratio) - round(math.log2(ratio))) > 1e-4:
+        if not math.isfinite(ratio):  # an overflow, which others care for
+            return
+        before, self._ratio = self._ratio, ratio
+        octaves = math.log2(ratio / before) if before is not None and ratio / before > 0 else 0.0
+        if ratio <= 0 or abs(octaves - round(octaves)) > 1e-4:
             self._warned = True
             warnings.warn(
                 f"Gradients were changed between backward and step (by a factor of about {ratio:.3g}), as by clipping. "
@@ -59,7 +65,7 @@ class Witness:
 
     def __getstate__(self) -> dict[str, object]:
         """For copy and pickle: a copy watches nothing, as hooks stay with the original's parameters."""
-        return {"_seen": None, "_looks": self._looks, "_warned": self._warned, "_watched": None}
+        return {**self.__dict__, "_seen": None, "_watched": None}
 
 
 def _note(witness: "weakref.ref[Witness]", parameter: Tensor) -> None:
