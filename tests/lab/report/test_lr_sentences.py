@@ -135,6 +135,8 @@ def test_every_trouble_has_its_notice(tmp_path: Path) -> None:
         "Few runs",
     ]
     text = "\n".join(line for notice in notices for line in notice.lines).replace("\N{NO-BREAK SPACE}", " ")
+    assert notices[1].level == "stop"
+    assert "Such a learning rate was not in effect" in notices[1].lines[-1]
     for expected in (
         "adamw: 3 learning rates of 4, 8 runs; wild: 4 learning rates of 4, 12 runs",
         "stuck: lr 0.001, 0.01, 0.1 and 1 gave exactly the same losses",
@@ -146,6 +148,18 @@ def test_every_trouble_has_its_notice(tmp_path: Path) -> None:
         "One learning rate: single cannot have a basin.",
     ):
         assert expected in text
+
+
+def test_momo_may_take_the_same_steps_at_large_rates(tmp_path: Path) -> None:
+    constant = replace(NARROW, constant=True)
+    momo = results(tmp_path / "momo", {"adamw": NARROW, "muonmax-momo": constant}, seeds=(0, 1))
+    notice = next(n for n in lr_notices.notices(momo) if n.title == "A learning rate that changed nothing")
+    assert notice.level == "warning"
+    assert "Where Momo cuts every single step" in notice.lines[-1]
+    both = results(tmp_path / "both", {"muon": constant, "muonmax-momo": constant}, seeds=(0, 1))
+    notice = next(n for n in lr_notices.notices(both) if n.title == "A learning rate that changed nothing")
+    assert notice.level == "stop"
+    assert "was not in effect" in notice.lines[-1]
 
 
 def test_negative_losses_one_seed_and_damaged_runs_have_notices(tmp_path: Path) -> None:

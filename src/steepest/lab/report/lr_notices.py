@@ -57,8 +57,11 @@ def _unchanged(sweep: Sweep) -> Notice | None:
     ]
     if not lines:
         return None
+    expected = "Where Momo cuts every single step, a larger learning rate takes the same steps: that is what it is for."
     remedy = "Such a learning rate was not in effect; read nothing from its basin before the cause is found."
-    return Notice("stop", "A learning rate that changed nothing", (*lines, remedy))
+    momo = [method.name.endswith("-momo") for method in sweep.methods if method.unchanged]
+    remedies = [expected] * any(momo) + [remedy] * (not all(momo))
+    return Notice("warning" if all(momo) else "stop", "A learning rate that changed nothing", (*lines, *remedies))
 
 
 def _missing(sweep: Sweep) -> Notice | None:
