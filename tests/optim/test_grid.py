@@ -33,7 +33,7 @@ from tests.reference import grid, muon
 from tests.reference.regression import ROLES, blocks, loss_of, oracle, parameter_groups, train
 
 # Bounds above the loss are part of what is compared.
-pytestmark = pytest.mark.filterwarnings("ignore:The loss is:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:The loss was below:UserWarning")
 
 STEPS = 50
 SPECTRAL = Spectral(scale="none", polar="svd")

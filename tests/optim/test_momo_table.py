@@ -13,7 +13,7 @@ from torch import nn
 from steepest import Fixed, Momo, MuonAdam, MuonMax
 
 # Bounds above the loss are part of what is compared.
-pytestmark = pytest.mark.filterwarnings("ignore:The loss is:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:The loss was below:UserWarning")
 
 BEST, STEPS = 2.0, 300
 HUGE = [1e2, 1e3, 1e4, 1e5, 1e6]

@@ -237,13 +237,17 @@ def test_stale_duals_do_not_outlive_a_run_that_did_not_need_them():
     assert any("dual_norm" in state for state in again.state_dict()["state"].values())
 
 
-def test_a_loss_below_the_bound_warns_once():
+def test_losses_that_stay_below_the_bound_warn_once():
     model = network()
     optimizer = MuonAdam(model, step_size=Momo(100.0))
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.warns(UserWarning, match=r"The loss is .*, below Momo's lower_bound of 100: steps shrink") as seen:
-        train(model, optimizer, range(2))
+    train(model, optimizer, range(19))
+    with pytest.warns(
+        UserWarning, match=r"below Momo's lower_bound for 20 steps, now .* below 100: steps shrink"
+    ) as seen:
+        train(model, optimizer, range(19, 42))
     assert len(seen) == 1
+    assert seen[0].filename == __file__
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

@@ -28,6 +28,8 @@ from steepest.optim.step_size import Chosen, Fixed, Inner, LossModel, Momo, Step
 DualMode = Literal["cached", "stale"]
 CALLER = 6  # from the warning through this file, the step and torch's wrappers of it to the line that called step()
 
+BELOW = 20  # a batch may do better than the bound by chance, so many in a row do not
+
 Group = dict[str, Any]
 
 
@@ -61,7 +63,7 @@ class Together:
         self._changes = Changes()
         self._averaged: tuple[float, list[Tensor]] | None = None  # momentum and parameters of the last step
         self._resync = False  # at the next step, whatever was averaged
-        self._warned = False
+        self._below = 0  # losses below the bound, in a row
 
     @property
     def momo(self) -> Momo | None:
@@ -185,15 +187,17 @@ class Together:
         return before[0] != beta or set(map(id, before[1])) != set(map(id, parameters))
 
     def _report(self, chosen: Chosen, loss: Loss, record: StepRecord) -> None:
-        """Note what was decided, and warn of a bound that the loss is below of; on an accelerator nobody looks."""
+        """Note what was decided, and warn of a bound that losses stay below of; on an accelerator nobody looks."""
         record.note(t=chosen.t, gap=chosen.gap, lower_bound=chosen.bound)
-        if self._warned or chosen.bound.device.type != "cpu" or not float(loss) < float(chosen.bound):
+        if chosen.bound.device.type != "cpu":
             return
-        self._warned = True
+        self._below = self._below + 1 if float(loss) < float(chosen.bound) else 0
+        if self._below != BELOW:
+            return
         warnings.warn(
-            f"The loss is {float(loss):.6g}, below Momo's lower_bound of {float(chosen.bound):.6g}: steps shrink to "
-            "nothing there. Give a lower_bound below every loss that can be reached; losses that can be negative need "
-            "a negative one.",
+            f"The loss was below Momo's lower_bound for {BELOW} steps, now {float(loss):.6g} below "
+            f"{float(chosen.bound):.6g}: steps shrink to nothing there. Give a lower_bound below what can be reached; "
+            "losses that can be negative need a negative one.",
             UserWarning,
             stacklevel=CALLER,
         )
