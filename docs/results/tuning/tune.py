@@ -30,15 +30,7 @@ HERE = Path(__file__).parent
 SEED = 1000
 # Centres: (learning rate of matrices, of everything else), found by a coarse search by hand.
 CENTRES = {
-    "text": {
-        "adamw": (0.004, 0.016),
-        "torch-muon": (0.04, 0.02),
-        "muon": (0.04, 0.02),
-        "muonadam": (0.04, 0.02),
-        "scion": (0.04, 0.008),
-        "polargrad": (0.5, 0.02),
-        "muonmax": (0.02, 0.02),
-    },
+    "text": {"adamw": (0.004, 0.016), "torch-muon": (0.04, 0.02), "muon": (0.04, 0.02), "muonadam": (0.04, 0.02)},
     "digits": {"adamw": (0.01, 0.02), "muon": (0.04, 0.02), "muonadam": (0.02, 0.02)},
 }
 FACTORS, OTHER_FACTORS = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0)
