@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -66,6 +67,45 @@ def test_more_rates_add_only_what_is_missing_even_without_the_database(finished,
     assert before.items() < modified(finished).items()
     assert list(sessions(finished).values()) == [1, 1, 1]
     assert join_study(finished, workers=1, console=quiet()) == 3
+
+
+def test_a_result_that_cannot_be_read_is_no_finished_run(finished, task, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    damaged = run_directory(out, sweep(task).configs()[0])
+    (damaged / "result.json").write_text("{")
+    for again in (
+        lambda: run_study(sweep(task), out, command=ASK, workers=1, console=quiet()),
+        lambda: join_study(out, workers=1, console=quiet()),
+    ):
+        with pytest.raises(FailedRunsError, match=rf"1 of 2 runs ended with an error:\n.*{damaged.name}.*not valid"):
+            again()
+
+
+def test_a_study_without_runs_is_told(finished, tmp_path):
+    content = json.loads((finished / "study.json").read_text())
+    (tmp_path / "study.json").write_text(json.dumps({**content, "runs": {}}))
+    with pytest.raises(StudyMismatchError, match=r"has no runs\. Start it again"):
+        join_study(tmp_path, workers=1, console=quiet())
+
+
+def test_a_run_whose_directory_is_gone_does_not_stop_the_others(finished, task, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    lost, other = (run_directory(out, config) for config in sweep(task).configs())
+    for run in (lost, other):
+        (run / "result.json").unlink()
+    start = Pool._start
+
+    def start_without_directory(self, run):
+        if run == lost:
+            shutil.rmtree(run, ignore_errors=True)
+        return start(self, run)
+
+    monkeypatch.setattr(Pool, "_start", start_without_directory)
+    with pytest.raises(FailedRunsError, match=rf"1 of 2 runs ended with an error:\n.*{lost.name}"):
+        run_study(sweep(task), out, command=ASK, workers=1, console=quiet())
+    assert (other / "result.json").exists()
 
 
 def test_the_runs_of_a_killed_dispatcher_go_to_another(finished, tmp_path):

@@ -116,7 +116,7 @@ def test_a_race_killed_at_any_moment_ends_with_the_same_numbers(expected, tmp_pa
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(expected, tmp_path):
     out = tmp_path / "out"
     process = steepest(*COMMAND, "--out", out)
-    wait_for(lambda: rows_written(out) >= 30)
+    wait_for(lambda: rows_written(out) >= 5)
     process.send_signal(signal.SIGINT)
     assert "the same command goes on from there" in ended(process, code=130)
     ended(steepest(*COMMAND, "--out", out))
@@ -126,7 +126,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(expected, tmp_path):
 def test_a_killed_worker_is_replaced(expected, tmp_path):
     out = tmp_path / "out"
     process = steepest(*COMMAND, "--out", out)
-    wait_for(lambda: rows_written(out) >= 30)
+    wait_for(lambda: rows_written(out) >= 5)
     os.kill(next(iter(workers_of(out).values())), signal.SIGKILL)
     ended(process)
     assert rows_of(out) == expected

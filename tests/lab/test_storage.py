@@ -1,6 +1,7 @@
 """Which databases are accepted, and that no password is ever shown."""
 
 import socket
+import sqlite3
 import sys
 import warnings
 
@@ -19,7 +20,7 @@ SECRET = "s3cr3t"
     [
         (f"postgresql+psycopg://me:{SECRET}@host:5432/db", "postgresql+psycopg://me@host:5432/db"),
         (f"postgresql://me:{SECRET}@host/db?sslmode=require", "postgresql+psycopg://me@host/db?sslmode=require"),
-        (f"postgres://me@host/db?password={SECRET}&sslpassword={SECRET}", "postgresql+psycopg://me@host/db"),
+        (f"postgres://me@host/db?password={SECRET}", "postgresql+psycopg://me@host/db"),
         ("sqlite:///out/optuna.db", "sqlite:///out/optuna.db"),
     ],
 )
@@ -33,6 +34,10 @@ def test_a_url_is_shown_without_its_password(text, public):
         (SECRET, "The storage is not a URL of a database; write postgresql"),
         (f"postgresql://me:{SECRET}@host:port/db", "The storage is not a URL of a database"),
         (f"postgresql://me:x@{SECRET}@host/db", r"more than one '@'; write one that belongs to the password as %40"),
+        (f"postgresql://me:p@{SECRET}/w?x@host/db", r"more than one '@'"),
+        (f"postgresql://me@host/db?passwd={SECRET}", "an option that is not known; these are: application_name"),
+        (f"postgresql://me@host/db?PASSWORD={SECRET}", "an option that is not known"),
+        (f"postgresql://me@host/db?{SECRET}=1", "an option that is not known"),
         (f"mysql://me:{SECRET}@host/db", "A storage of the kind 'mysql' is not supported; write postgresql"),
         (f"postgresql+psycopg2://me:{SECRET}@host/db", "kind 'postgresql\\+psycopg2' is not supported"),
         ("sqlite://", "A storage in memory cannot be shared; write sqlite:///PATH"),
@@ -62,7 +67,7 @@ def test_a_server_that_is_down_is_told_in_one_line():
 
 
 def test_a_password_that_the_driver_repeats_is_not_shown():
-    url = parse_url(f"postgresql://me:{SECRET}@host/db?sslpassword=t0psecret")
+    url = parse_url(f"postgresql://me:{SECRET}@host/db?password=t0psecret")
     with pytest.raises(StorageError) as error, answering(url):
         raise optuna.exceptions.StorageInternalError(f"cannot use {SECRET} and t0psecret")
     assert "does not answer: cannot use *** and ***." in str(error.value)
@@ -141,3 +146,15 @@ def test_a_beat_that_does_not_get_through_is_no_error(tmp_path):
         storage.record_heartbeat(1)
         with pytest.raises(StorageError), answering(default_url(tmp_path)):
             storage.get_all_studies()
+
+
+def test_the_tables_of_another_optuna_are_told_from_a_fault_of_ours(tmp_path):
+    url = default_url(tmp_path)
+    with connected(url, create=True):
+        pass
+    with sqlite3.connect(tmp_path / "optuna.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
+        database.execute("UPDATE version_info SET schema_version = 1")
+    database.close()
+    with pytest.raises(StorageError, match=r"is of another version of Optuna\. Delete it, or take another database"):
+        connected(url, create=True).__enter__()

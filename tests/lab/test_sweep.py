@@ -28,7 +28,7 @@ def sweep(task, **changes):
 
 @given(
     low=st.floats(1e-9, 1e3),
-    factor=st.floats(1.5, 1e9),
+    factor=st.floats(1.5, 1e5),
     number=st.integers(2, 40),
 )
 def test_rates_are_evenly_spaced_on_a_logarithmic_scale(low, factor, number):
@@ -45,13 +45,13 @@ def test_rates_are_evenly_spaced_on_a_logarithmic_scale(low, factor, number):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not a positive, finite number"),
-        ("0.1,,1", "'' is not a positive, finite number"),
-        ("0.1,abc", "'abc' is not a positive, finite number"),
-        ("0", "'0' is not a positive, finite number"),
-        ("-1", "'-1' is not a positive, finite number"),
-        ("nan", "'nan' is not a positive, finite number"),
-        ("inf", "'inf' is not a positive, finite number"),
+        ("", "'' is not a positive number from 1e-30 to below 1e+09"),
+        ("0.1,,1", "'' is not a positive number from 1e-30 to below 1e+09"),
+        ("0.1,abc", "'abc' is not a positive number from 1e-30 to below 1e+09"),
+        ("0", "'0' is not a positive number from 1e-30 to below 1e+09"),
+        ("-1", "'-1' is not a positive number from 1e-30 to below 1e+09"),
+        ("nan", "'nan' is not a positive number from 1e-30 to below 1e+09"),
+        ("inf", "'inf' is not a positive number from 1e-30 to below 1e+09"),
         ("0.1,0.10", "a rate occurs twice"),
         ("1e-3:1", "N is a number from 2 to 1000"),
         ("1e-3:1:9", "N is a number from 2 to 1000"),
@@ -62,8 +62,10 @@ def test_rates_are_evenly_spaced_on_a_logarithmic_scale(low, factor, number):
         ("1:1e-3:log9", "LOW is below HIGH"),
         ("1:1:log2", "LOW is below HIGH"),
         ("1:1.00001:log9", "N rates of 6 digits fit between them"),
-        ("1e-300:1e300:log9", "LOW is below HIGH"),
-        ("x:1:log9", "'x' is not a positive, finite number"),
+        ("1e-29:1e8:log0000000050000", "N is a number from 2 to 1000"),
+        ("1e-31:1:log9", "'1e-31' is not a positive number"),
+        ("1:1e9:log9", "'1e9' is not a positive number"),
+        ("x:1:log9", "'x' is not a positive number from 1e-30 to below 1e+09"),
     ],
 )
 def test_rates_that_cannot_be_meant_are_refused(text, message):
@@ -134,8 +136,14 @@ def test_the_ratio_is_that_of_the_tuned_options_unless_told_otherwise(task):
 
 
 def test_without_a_rate_there_is_no_ratio(task):
-    with pytest.raises(ValueError, match=r"adamw\.lr is 0, so other_lr has no ratio to it"):
-        sweep(task, options={"adamw": {"lr": 0}}).configs()
+    for options, found in (
+        ({"lr": 0}, r"lr 0 and other_lr 0\.02"),
+        ({"lr": -1, "other_lr": 1}, "lr -1 and other_lr 1"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"adamw has {found}, which have no ratio to keep; --set adamw\.lr above 0"
+        ):
+            sweep(task, options={"adamw": options}).configs()
 
 
 def test_a_sweep_keeps_the_names_of_its_runs(task):

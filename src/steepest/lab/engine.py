@@ -135,6 +135,8 @@ def join_study(
     pool = _pool(workers, threads, data)
     url = default_url(out) if storage is None else parse_url(storage)
     listing = read_listing(out)
+    if not listing.runs:
+        raise StudyMismatchError(f"The study in {out} has no runs. Start it again with steepest sweep or race.")
     _check_same(out, listing.runs, data)
     steps = read_config(out / "runs" / next(iter(listing.runs))).steps
     with open_queue(out, url, create=False) as queue:

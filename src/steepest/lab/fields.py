@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+LOWEST_RATE, HIGHEST_RATE = 1e-30, 1e9  # a learning rate beyond is a mistake
 LARGEST = 2**63  # no step, seed, token or byte count is larger, and all smaller ones convert to float
 
 

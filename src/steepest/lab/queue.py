@@ -131,7 +131,9 @@ class Queue:
         with answering(self.url), self._asking:
             trials = self._last_trials()
         runs = [self.out / "runs" / name for name in read_listing(self.out).runs if _failed(trials.get(name))]
-        return [run for run in runs if not (run / "result.json").exists()]
+        return [run for run in runs if not (run / "result.json").exists()] + [
+            self.out / "runs" / name for name in read_listing(self.out).runs if _damaged(self.out / "runs" / name)
+        ]
 
     def _objective(self, trial: Trial, train: Callable[[Path], Outcome]) -> float:
         name = trial.user_attrs.get("run")
@@ -139,11 +141,15 @@ class Queue:
             raise NotFinished("nothing waits any more, or the study was changed")
         run = self.out / "runs" / str(name)
         _note(trial, "worker", f"{socket.gethostname()}:{os.getpid()}")
-        if not (run / "result.json").exists() and (outcome := train(run)) != "finished":
-            if outcome == "failed":
-                _note(trial, "error", last_words(run)[:1000])
-            raise NotFinished(outcome)
-        result = read_result(run / "result.json")
+        try:
+            if not (run / "result.json").exists() and (outcome := train(run)) != "finished":
+                if outcome == "failed":
+                    _note(trial, "error", last_words(run)[:1000])
+                raise NotFinished(outcome)
+            result = read_result(run / "result.json")
+        except (RecordError, OSError) as problem:  # of this run's directory: the others can go on
+            _note(trial, "error", str(problem)[:1000])
+            raise NotFinished("failed") from problem
         if result is None:
             raise NotFinished("the result was deleted")
         if result.final_loss is None:
@@ -229,6 +235,18 @@ def _note(trial: Trial, key: str, value: str) -> None:
 
 def _failed(trial: FrozenTrial | None) -> bool:
     return trial is not None and trial.state == TrialState.FAIL and "error" in trial.user_attrs
+
+
+def _damaged(run: Path) -> bool:
+    """Whether a run left a result that cannot be read; its worker's log then says so."""
+    try:
+        read_result(run / "result.json")
+    except RecordError as problem:
+        if last_words(run) != str(problem):
+            with (run / "worker.log").open("a", encoding="utf-8") as log:
+                log.write(f"{problem}\n")
+        return True
+    return False
 
 
 def _alive(pid: int) -> bool:

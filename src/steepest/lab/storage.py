@@ -22,6 +22,9 @@ BEAT_S = 10
 GRACE_S = 60  # without a beat for so long, a worker counts as dead and its run is given to another
 CONNECT_S = 10
 LOCK_S = 60  # how long one waits for another who writes to the same SQLite file
+CONNECTION = {"connect_timeout": CONNECT_S, "tcp_user_timeout": 1000 * LOCK_S}
+# Of PostgreSQL's client, what may stand behind the URL's question mark; all but the password may be shown.
+OPTIONS = {"application_name", "connect_timeout", "password", "passfile", "sslcert", "sslkey", "sslmode", "sslrootcert"}
 SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 _EXAMPLE = "postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE"
 
@@ -49,9 +52,11 @@ def parse_url(text: str) -> URL:
         url = make_url(text)
     except (ArgumentError, ValueError):
         raise ValueError(f"The storage is not a URL of a database; write {_EXAMPLE} or sqlite:///PATH.") from None
-    if "@" in f"{url.host}{url.database}" and url.drivername != "sqlite":
+    if url.drivername != "sqlite" and (text.count("@") > 1 or "@" in f"{url.host}{url.database}"):
         raise ValueError("The storage has more than one '@'; write one that belongs to the password as %40.")
     if url.drivername in SCHEMES:
+        if not url.query.keys() <= OPTIONS:  # which are not repeated: part of a password may have become one
+            raise ValueError(f"The storage has an option that is not known; these are: {', '.join(sorted(OPTIONS))}.")
         return url.set(drivername="postgresql+psycopg")
     if url.drivername != "sqlite":
         raise ValueError(
@@ -83,7 +88,10 @@ class BeatingStorage(RDBStorage):
             url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),  # Optuna fills a template
             {"connect_args": {"timeout": LOCK_S}}
             if sqlite
-            else {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_S}},
+            else {
+                "pool_pre_ping": True,
+                "connect_args": {"connect_timeout": CONNECT_S, "tcp_user_timeout": 1000 * LOCK_S},
+            },
             heartbeat_interval=beat_s,
             grace_period=grace_s,
             skip_table_creation=not create,
@@ -143,6 +151,15 @@ def answering(url: URL) -> Generator[None]:
         raise StorageError(_one_line(url, error)) from None
 
 
+def _of_this_version(url: URL, *, create: bool, beat_s: int, grace_s: int) -> BeatingStorage:
+    """Optuna refuses the tables of another version of itself with a bare RuntimeError."""
+    try:
+        return BeatingStorage(url, create=create, beat_s=beat_s, grace_s=grace_s)
+    except RuntimeError as other:
+        remedy = "Delete it, or take another database: no run is lost by that."
+        raise StorageError(f"The storage {public_url(url)} is of another version of Optuna. {remedy}") from other
+
+
 def _open(url: URL, *, create: bool, beat_s: int, grace_s: int) -> BeatingStorage:
     if url.drivername == "sqlite" and not create and not Path(url.database or "").exists():
         remedy = "Start the study there first, with steepest sweep or race."
@@ -150,7 +167,7 @@ def _open(url: URL, *, create: bool, beat_s: int, grace_s: int) -> BeatingStorag
     try:
         with answering(url):
             try:
-                return BeatingStorage(url, create=create, beat_s=beat_s, grace_s=grace_s)
+                return _of_this_version(url, create=create, beat_s=beat_s, grace_s=grace_s)
             except SQLAlchemyError as error:  # two who start in an empty database may get in each other's way, once
                 if not re.search("already exists|duplicate key", str(error)):
                     raise
@@ -162,7 +179,7 @@ def _open(url: URL, *, create: bool, beat_s: int, grace_s: int) -> BeatingStorag
 
 def _secrets(url: URL) -> list[str]:
     """The options behind the URL's question mark that nobody may see."""
-    return [key for key in url.query if re.search("password|secret", key)]
+    return [key for key in url.query if key == "password"]
 
 
 def _one_line(url: URL, error: Exception) -> str:

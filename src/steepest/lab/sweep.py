@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from steepest.lab.config import RunConfig, configure
+from steepest.lab.fields import HIGHEST_RATE, LOWEST_RATE
 from steepest.lab.methods import check_buildable, resolve
 from steepest.lab.study import Kind, StudyPlan
 from steepest.lab.tuned import OptionValue
@@ -38,7 +40,10 @@ class Sweep(StudyPlan):
         for method in self.methods:
             if not (rates := self.lrs.get(method)):
                 raise ValueError(f"No learning rates for {method!r}; add --lrs {method}=1e-3:1e-1:log5.")
-            if list(rates) != sorted(set(map(_rounded, rates))) or rates[0] <= 0 or not math.isfinite(rates[-1]):
+            if (
+                list(rates) != sorted(set(map(_rounded, rates)))
+                or not LOWEST_RATE <= rates[0] <= rates[-1] < HIGHEST_RATE
+            ):
                 raise ValueError(
                     f"The learning rates of {method!r} must be positive, rising and of 6 digits, got {rates}."
                 )
@@ -68,9 +73,10 @@ class Sweep(StudyPlan):
         if "other_lr" not in found:
             return [{**changes, "lr": lr} for lr in self.lrs[method]]
         own, other = float(found["lr"]), float(found["other_lr"])
-        if own == 0:
+        if own <= 0 or other < 0:
             raise ValueError(
-                f"{method}.lr is 0, so other_lr has no ratio to it; --set {method}.lr to a positive value."
+                f"{method} has lr {own:g} and other_lr {other:g}, which have no ratio to keep; --set {method}.lr "
+                f"above 0 and {method}.other_lr to at least 0."
             )
         return [{**changes, "lr": lr, "other_lr": _rounded(lr * (other / own))} for lr in self.lrs[method]]
 
@@ -125,7 +131,7 @@ def parse_rates(text: str) -> tuple[float, ...]:
         return tuple(rates)
     high, _, count = rest.partition(":")
     number = count.removeprefix("log")
-    if number == count or not number.isdecimal() or not 2 <= int(number[:9]) <= MOST_RATES:
+    if number == count or not re.fullmatch("[0-9]{1,9}", number) or not 2 <= int(number) <= MOST_RATES:
         raise ValueError(f"{wrong}; N is a number from 2 to {MOST_RATES}.")
     first, last, steps = _rate(low, wrong), _rate(high, wrong), int(number) - 1
     rates = [_rounded(first * (last / first) ** (index / steps)) for index in range(steps)] + [_rounded(last)]
@@ -139,8 +145,8 @@ def _rate(text: str, wrong: str) -> float:
         rate = float(text)
     except ValueError:
         rate = math.nan
-    if not 0 < _rounded(rate) < math.inf:
-        raise ValueError(f"{wrong}; {text!r} is not a positive, finite number.")
+    if not LOWEST_RATE <= _rounded(rate) < HIGHEST_RATE:
+        raise ValueError(f"{wrong}; {text!r} is not a positive number from {LOWEST_RATE:g} to below {HIGHEST_RATE:g}.")
     return rate
 
 

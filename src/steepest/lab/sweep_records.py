@@ -8,10 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import cast
 
-from steepest.lab.fields import Fields
+from steepest.lab.fields import HIGHEST_RATE, LOWEST_RATE, Fields
 from steepest.lab.records import Absent, Run, baseline, find_run, named_runs, open_study, time_of
-
-MOST = 1e9  # a learning rate above is a mistake, and far above it the next one is no longer a float
 
 Key = tuple[str, float, int]  # method, learning rate, seed
 
@@ -87,9 +85,9 @@ def rate(run: Run) -> float:
 def _lrs(fields: Fields, method: str) -> tuple[float, ...]:
     value = fields.values.get(method)
     items = cast(list[object], value) if isinstance(value, list) else []
-    rates = {float(item) for item in items if isinstance(item, int | float) and 0 < item < MOST}
+    rates = {float(item) for item in items if isinstance(item, int | float) and LOWEST_RATE <= item < HIGHEST_RATE}
     if not rates or len(rates) < len(items):
-        raise fields.error(method, f"a list of different numbers above 0 and below {MOST:g}")
+        raise fields.error(method, f"a list of different numbers above 0 and below {HIGHEST_RATE:g}")
     return tuple(sorted(rates))
 
 

@@ -160,6 +160,7 @@ def test_momo_may_take_the_same_steps_at_large_rates(tmp_path: Path) -> None:
     notice = next(n for n in lr_notices.notices(both) if n.title == "A learning rate that changed nothing")
     assert notice.level == "stop"
     assert "was not in effect" in notice.lines[-1]
+    assert lr_sentences.headline(both) == "Not ranked: a learning rate changed nothing"
 
 
 def test_negative_losses_one_seed_and_damaged_runs_have_notices(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ def headline(sweep: Sweep) -> str:
         return f"Not ranked yet: {sweep.waiting} of {wording.counted(sweep.study.asked, 'run')} missing"
     if not sweep.ranked:
         return "Not ranked: the methods were not tried alike"
+    if any(method.unchanged and not method.name.endswith("-momo") for method in sweep.methods):
+        return "Not ranked: a learning rate changed nothing"
     widest = leader(sweep)
     if not _width(widest):
         return f"{so_far}No basin is wider than a single learning rate"
