@@ -115,7 +115,7 @@ def test_the_report_can_be_written_anew(capsys, tmp_path):
         (["sweep", "--task", "digits", "--lrs", "muon=1", "--out", "OUT"], "No learning rates for 'adamw'; add --lrs"),
         (
             ["sweep", "--task", "digits", "--lrs", "1", "--set", "muon.lr=0", "--out", "OUT"],
-            "muon.lr is 0, so other_lr has no ratio to it",
+            "muon has lr 0 and other_lr 0.01, which have no ratio to keep",
         ),
         (["race", "--task", "digits", "--storage", "db", "--out", "OUT"], "The storage is not a URL of a database"),
         (["work", "postgresql://me@host/db"], "Behind a URL, --runs DIR says where the runs are"),
