@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import steepest
-from steepest import Adam, Muon, MuonAdam
+from steepest import Adam, Muon, MuonAdam, PethickScion
 from tests.reference import muon as reference
+from tests.reference.scion import scion
 
 STEPS = 50
 SHAPES = [(5, 9), (9, 5), (6, 6), (1, 4)]
@@ -119,3 +120,29 @@ def test_scale_comes_from_the_view_of_a_convolution_not_from_its_kernel(rng):
 
 def test_the_recipes_are_exported():
     assert {"SteepestDescent", "Muon", "MuonAdam", "Adam", "route", "Spectral"} <= set(steepest.__all__)
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_scion_of_its_authors_equals_the_formulas(constrained, rng):
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 6), nn.Linear(6, 7)).double()
+    optimizer = PethickScion(model, 0.01, radius=5.0, head_radius=30.0, constrained=constrained, polar="svd")
+    kinds = {row.parameter: row.role for row in optimizer.plan}
+    assert sorted(kinds.values()) == ["embedding", "head", "matrix", "vector", "vector"]
+    parameters = list(model.parameters())
+    start = [parameter.detach().clone() for parameter in parameters]
+    gradients = [tensors(parameter.shape, rng) for parameter in parameters]
+    trajectory = run(optimizer, parameters, gradients)
+    for index, parameter in enumerate(parameters):
+        radius = 30.0 if kinds[parameter] == "head" else 5.0
+        options = {"kind": kinds[parameter], "radius": radius, "constrained": constrained}
+        expected = scion(start[index], gradients[index], lr=0.01, momentum=0.9, **options)
+        for step in range(STEPS):
+            torch.testing.assert_close(trajectory[step][index], expected[step], rtol=0, atol=1e-10)
+    if constrained:  # every layer ends inside of its ball, give or take where it began
+        assert parameters[0].square().mean(1).sqrt().max() < 5 + start[0].square().mean(1).sqrt().max()
+
+
+@pytest.mark.parametrize("name", ["radius", "head_radius"])
+def test_a_ball_has_a_finite_radius_above_zero(name):
+    with pytest.raises(ValueError, match=f"^{name} must be a finite number above 0, got -1"):
+        PethickScion(nn.Linear(2, 2), **{name: -1})

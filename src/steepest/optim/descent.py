@@ -18,7 +18,9 @@ from torch.optim.optimizer import Optimizer
 from steepest.anatomy import Plan, PlanRow, Role, View
 from steepest.geometry import Norm, Product, get_norm
 from steepest.optim.bucket import Bucket
+from steepest.optim.clipping import Witness
 from steepest.optim.diagnostics import StepRecord
+from steepest.optim.global_step import DualMode, GlobalStep
 from steepest.optim.guard import Guard, OnNonFinite
 from steepest.optim.losses import MISSING, Loss, LossTap, check_loss, over_ranks
 from steepest.optim.move import Move
@@ -26,8 +28,6 @@ from steepest.optim.options import DEFAULT_NORMS, check_betas, check_group, chec
 from steepest.optim.parameters import Parameters, collect, complete_row
 from steepest.optim.state import DUAL, check_saved, restored
 from steepest.optim.step_size import MODEL_KEYS, StepSize
-from steepest.optim.together import DualMode, Together
-from steepest.optim.witness import Witness
 
 ADAM_BETAS = (0.9, 0.95)
 
@@ -104,7 +104,7 @@ class SteepestDescent(Optimizer):
         self._guard = Guard(on_nonfinite)
         self._record = StepRecord()
         self._tap = LossTap()
-        self._together = Together(product, regularized=regularized, step_size=step_size, dual=dual)
+        self._global_step = GlobalStep(product, regularized=regularized, step_size=step_size, dual=dual)
         self._witness: Witness | None = None
         self._rows: dict[Tensor, PlanRow] = {}
         rows, groups = collect(params)
@@ -112,8 +112,8 @@ class SteepestDescent(Optimizer):
         # torch's schedulers look for these names among the defaults; what counts is in the groups.
         defaults = {key: _any_role(self._defaults_per_role[key]) for key in ("lr", "momentum", "weight_decay")}
         super().__init__(groups, defaults)
-        self._together.check_labels([group["name"] for group in self.param_groups])
-        if self._together.momo:
+        self._global_step.check_labels([group["name"] for group in self.param_groups])
+        if self._global_step.momo:
             self._witness = Witness(self._parameters())
 
     @property
@@ -142,8 +142,8 @@ class SteepestDescent(Optimizer):
         (group,) = groups
         self._complete(group, where)
         check_group(group, where=where)
-        self._together.label(group)
-        self._together.check([*self.param_groups, group])
+        self._global_step.label(group)
+        self._global_step.check([*self.param_groups, group])
         for row in rows.values():
             _check_view(row, group["norm"])
         super().add_param_group(group)
@@ -162,7 +162,7 @@ class SteepestDescent(Optimizer):
             given = "betas" in group
             betas = group.pop("betas") if given else default("betas")
             if betas is None:
-                betas = (default("momentum") if self._together.momo else ADAM_BETAS[0], ADAM_BETAS[1])
+                betas = (default("momentum") if self._global_step.momo else ADAM_BETAS[0], ADAM_BETAS[1])
             betas = check_betas(where, betas)
             group["momentum"] = betas[0] if given else group.get("momentum", betas[0])
             group["beta2"] = betas[1] if given else group.get("beta2", betas[1])
@@ -177,7 +177,7 @@ class SteepestDescent(Optimizer):
         group.setdefault("view", None)
         group.setdefault("name", None)
         group["skipped_steps"] = 0
-        group.update(self._together.saved([]))
+        group.update(self._global_step.saved([]))
 
     @overload
     def step(self, closure: None = None, *, loss: Loss | None = None) -> None: ...
@@ -211,9 +211,9 @@ class SteepestDescent(Optimizer):
             return returned
         names = [self._rows[parameter].name for parameter in parameters]
         gradients = [_dense_gradient(parameter, name) for parameter, name in zip(parameters, names, strict=True)]
-        if known is None and self._together.momo and not self._idle(gradients):
+        if known is None and self._global_step.momo and not self._idle(gradients):
             raise ValueError(MISSING)
-        self._together.check([group for group, members in present if members])
+        self._global_step.check([group for group, members in present if members])
         admitted = self._guard.admit(names, gradients, known)
         if admitted is False:
             self._publish_skips()
@@ -223,11 +223,11 @@ class SteepestDescent(Optimizer):
         accept = admitted if isinstance(admitted, Tensor) else None
         self._record.clear()
         moves = [
-            Move(group, bucket, self._states(bucket), label=self._together.label(group), accept=accept)
+            Move(group, bucket, self._states(bucket), label=self._global_step.label(group), accept=accept)
             for group, members in present
             for bucket in self._buckets(members, matrix=group["norm"].matrix)
         ]
-        self._together.take(moves, known, accept, self._record)
+        self._global_step.take(moves, known, accept, self._record)
         return returned
 
     def record_loss(self, loss: Loss, weight: float = 1.0) -> None:
@@ -260,7 +260,7 @@ class SteepestDescent(Optimizer):
         else:
             return None
         parameters = self._parameters()
-        return over_ranks(loss, parameters[0].device) if self._together.momo and parameters else loss
+        return over_ranks(loss, parameters[0].device) if self._global_step.momo and parameters else loss
 
     def _idle(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the step changes no weight, as when torch's distributed checkpoints take one to make the state."""
@@ -301,7 +301,7 @@ class SteepestDescent(Optimizer):
         """State and options; norms and views as text, so that `torch.load(weights_only=True)` reads it back."""
         self._publish_skips()
         for group in self.param_groups:
-            group.update(self._together.saved(self._parameters()))
+            group.update(self._global_step.saved(self._parameters()))
         packed = super().state_dict()
         for group in packed["param_groups"]:
             group["norm"] = repr(group["norm"])
@@ -348,8 +348,8 @@ class SteepestDescent(Optimizer):
                 self.state[parameter] = restored(saved["state"][index], parameter)
         self._tap.clear()
         if parameters := self._parameters():
-            self._together.load(saved["param_groups"][0], parameters)
-            if not self._together.keeps_duals:  # they would be old when somebody needs them
+            self._global_step.load(saved["param_groups"][0], parameters)
+            if not self._global_step.keeps_duals:  # they would be old when somebody needs them
                 for parameter in parameters:
                     self.state[parameter].pop(DUAL, None)
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
@@ -359,7 +359,7 @@ class SteepestDescent(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
-        own = ("_defaults_per_role", "_guard", "_record", "_rows", "_tap", "_together", "_witness")
+        own = ("_defaults_per_role", "_guard", "_record", "_rows", "_tap", "_global_step", "_witness")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from steepest.geometry import Ada2, ColNorm, Frobenius, Hybrid, Product, Scaled, ScaleRule, Sign, Spectral
 from steepest.linalg import Coefficients, PolarMethod
 from steepest.optim.descent import SteepestDescent
+from steepest.optim.global_step import DualMode
 from steepest.optim.guard import OnNonFinite
 from steepest.optim.options import chosen_step_size, per_role
 from steepest.optim.parameters import Parameters
 from steepest.optim.step_size import StepSize
-from steepest.optim.together import DualMode
 
 # Learning rate of everything else relative to the matrices', as found in docs/results/tuning for bytes of text.
 SCION_OTHER_RATIO = 0.2

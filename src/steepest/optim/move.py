@@ -22,8 +22,8 @@ class Aim:
 
     Args:
         directions: Of norm one, a batch per block of the view.
-        duals: Dual norm of each matrix, N units of the loss per unit of the norm; None if nobody asked.
-        slopes: The same products with the momentum itself, where the directions follow Nesterov's.
+        duals: Dual norm of each matrix, in units of the loss per unit of the norm; None if nobody asked.
+        slopes: -<m, D> with the momentum m itself, of which Nesterov's average differs; None if nobody asked.
     """
 
     directions: tuple[Tensor, ...]

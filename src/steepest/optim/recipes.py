@@ -8,11 +8,11 @@ from torch import Tensor
 from steepest.geometry import AdaInf, ScaleRule, Spectral
 from steepest.linalg import Coefficients, PolarMethod
 from steepest.optim.descent import SteepestDescent
+from steepest.optim.global_step import DualMode
 from steepest.optim.guard import OnNonFinite
 from steepest.optim.options import chosen_step_size, per_role
 from steepest.optim.parameters import Parameters
 from steepest.optim.step_size import StepSize
-from steepest.optim.together import DualMode
 
 # Learning rate of everything that is no matrix, relative to that of the matrices: the ratio of arXiv:2510.09827's
 # default. Under "match_rms_adamw" both kinds of update have one size, and one learning rate serves both.

@@ -104,6 +104,11 @@ def check_step_size(step_size: object) -> StepSize:
     return step_size
 
 
+def scalar_type(device: torch.device) -> torch.dtype:
+    """Of numbers of the whole step: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def truncated(gap: Tensor, decrease: Tensor) -> Tensor:
     """Part of a step that brings a linear model down to its lower bound, in [0, 1].
 
@@ -139,8 +144,7 @@ class LossModel:
     @classmethod
     def new(cls, device: torch.device) -> "LossModel":
         """Before the first step."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        zero = torch.zeros((), dtype=dtype, device=device)
+        zero = torch.zeros((), dtype=scalar_type(device), device=device)
         return cls(zero, zero, zero + FLOOR, zero)
 
     @classmethod

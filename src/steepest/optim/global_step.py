@@ -19,21 +19,30 @@ from torch import Tensor
 from steepest.anatomy import ROLES
 from steepest.geometry import Product, get_product
 from steepest.names import unknown_name
-from steepest.optim.changes import Changes
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.losses import Loss
 from steepest.optim.move import Move
-from steepest.optim.step_size import Chosen, Fixed, Inner, LossModel, Momo, StepSize, check_step_size, choose
+from steepest.optim.step_size import (
+    Chosen,
+    Fixed,
+    Inner,
+    LossModel,
+    Momo,
+    StepSize,
+    check_step_size,
+    choose,
+    scalar_type,
+)
+from steepest.optim.weight_changes import Changes
 
 DualMode = Literal["cached", "stale"]
 CALLER = 6  # from the warning through this file, the step and torch's wrappers of it to the line that called step()
-
 BELOW = 20  # a batch may do better than the bound by chance, so many in a row do not
 
 Group = dict[str, Any]
 
 
-class Together:
+class GlobalStep:
     """Combines the moves of all buckets.
 
     Args:
@@ -275,9 +284,4 @@ class Together:
 
 
 def _wide(numbers: Tensor) -> Tensor:
-    """float64 where the device has it."""
-    return numbers.to(_scalar_type(numbers))
-
-
-def _scalar_type(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+    return numbers.to(scalar_type(numbers.device))
