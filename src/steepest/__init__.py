@@ -1,6 +1,6 @@
 """Optimizers that are steepest descent in a chosen norm, and a lab that compares them."""
 
-from steepest.anatomy import Plan, Rule, View, route
+from steepest.anatomy import InputMoment, Plan, Rule, View, route
 from steepest.geometry import (
     Ada2,
     AdaInf,
@@ -22,10 +22,13 @@ from steepest.linalg import describe, minimax, polar
 from steepest.optim import (
     Adam,
     Fixed,
+    MissingInputsError,
     Momo,
     Muon,
     MuonAdam,
     MuonMax,
+    NewtonMuon,
+    NewtonMuonMax,
     NonFiniteError,
     PethickScion,
     PolarGrad,
@@ -45,11 +48,15 @@ __all__ = [
     "Fixed",
     "Frobenius",
     "Hybrid",
+    "InputMoment",
     "Max",
+    "MissingInputsError",
     "Momo",
     "Muon",
     "MuonAdam",
     "MuonMax",
+    "NewtonMuon",
+    "NewtonMuonMax",
     "NonFiniteError",
     "Norm",
     "Nuclear",

@@ -9,6 +9,7 @@ from typing import Literal, get_args, overload
 
 from torch import Tensor
 
+from steepest.anatomy.sites import Site
 from steepest.anatomy.views import View
 from steepest.names import near_miss
 
@@ -31,6 +32,10 @@ class PlanRow:
         trainable: Whether it requires a gradient.
         parameter: The parameter itself. Rows are compared without it.
         lr: Learning rate, once an optimizer has one for it.
+        sites: Where it sits in the model, if it was found in one.
+        inputs: What an optimizer keeps of its layer's inputs, in words; None: nothing.
+        moment_bytes: Memory of the moment of the inputs; 0 where another row of the plan counts it.
+        inverse_bytes: Memory of the moment's inverse or powers, likewise.
     """
 
     name: str
@@ -42,6 +47,10 @@ class PlanRow:
     trainable: bool
     parameter: Tensor = field(repr=False, compare=False)
     lr: float | None = None
+    sites: tuple[Site, ...] = field(default=(), repr=False, compare=False)
+    inputs: str | None = None
+    moment_bytes: int = 0
+    inverse_bytes: int = 0
 
     @property
     def numel(self) -> int:
@@ -142,30 +151,32 @@ class Plan(Sequence[PlanRow]):
             collapse: One line for parameters that differ by a layer number only, which is then printed as *.
 
         Returns:
-            Lines of name, shape, role, view, norm, learning rate (once there is one), numbers, tensors and reason, then
-            totals per role.
+            Lines of name, shape, role, view, norm, learning rate (once there is one), what is kept of the layer's
+            inputs and the bytes it takes (where something is), numbers, tensors and reason, then totals.
         """
         alike: dict[tuple[str, ...], list[PlanRow]] = {}
         for row in self:
-            name = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name) if collapse else row.name
-            shape = "x".join(map(str, row.shape)) or "scalar"
-            view = str(row.view) if row.view else "-"
-            lr = "-" if row.lr is None else f"{row.lr:g}"
-            reason = row.reason if row.trainable else f"frozen; {row.reason}"
-            alike.setdefault((name, shape, row.role, view, row.norm, lr, reason), []).append(row)
+            alike.setdefault((_starred(row.name) if collapse else row.name, *_cells(row, collapse)), []).append(row)
         lines: list[tuple[str, ...]] = [
-            ("parameter", "shape", "role", "view", "norm", "lr", "numbers", "tensors", "reason")
+            ("parameter", "shape", "role", "view", "norm", "lr", "inputs", "bytes", "numbers", "tensors", "reason")
         ]
         for (_, *cells, reason), rows in alike.items():
             name = ".".join(
                 part[0] if len(set(part)) == 1 else "*"
                 for part in zip(*(row.name.split(".") for row in rows), strict=True)
             )
+            memory = sum(row.moment_bytes + row.inverse_bytes for row in rows)
             numbers = f"{sum(row.numel for row in rows):,}"
-            lines.append((name, *cells, numbers, str(len(rows)), reason))
-        if all(row.lr is None for row in self):
-            lines = [line[:5] + line[6:] for line in lines]
-        return "\n".join((*_aligned(lines), "", *_aligned(self._totals())))
+            lines.append((name, *cells, f"{memory:,}" if memory else "-", numbers, str(len(rows)), reason))
+        hidden = [5] * all(row.lr is None for row in self) + [6, 7] * all(row.inputs is None for row in self)
+        shown = [tuple(cell for place, cell in enumerate(line) if place not in hidden) for line in lines]
+        return "\n".join((*_aligned(shown), "", *_aligned(self._totals()), *self._memory()))
+
+    def _memory(self) -> list[str]:
+        moments, inverses = sum(row.moment_bytes for row in self), sum(row.inverse_bytes for row in self)
+        if not moments:
+            return []
+        return ["", f"moments of layer inputs: {moments:,} bytes, their inverses or powers: {inverses:,} bytes"]
 
     def to_json(self) -> str:
         """The plan as a JSON list of rows, views as text; for `--json` and for keeping next to a run."""
@@ -178,6 +189,9 @@ class Plan(Sequence[PlanRow]):
                     "view": str(row.view) if row.view else None,
                     "norm": row.norm,
                     "lr": row.lr,
+                    "inputs": row.inputs,
+                    "moment_bytes": row.moment_bytes,
+                    "inverse_bytes": row.inverse_bytes,
                     "numel": row.numel,
                     "trainable": row.trainable,
                     "reason": row.reason,
@@ -198,11 +212,26 @@ class Plan(Sequence[PlanRow]):
         return totals
 
 
+def _starred(name: str) -> str:
+    """The name with layer numbers as stars."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _cells(row: PlanRow, collapse: bool) -> tuple[str, ...]:
+    """What rows of one line have in common."""
+    shape = "x".join(map(str, row.shape)) or "scalar"
+    lr = "-" if row.lr is None else f"{row.lr:g}"
+    inputs = row.inputs or "-"
+    reason = row.reason if row.trainable else f"frozen; {row.reason}"
+    view = str(row.view) if row.view else "-"
+    return (shape, row.role, view, row.norm, lr, _starred(inputs) if collapse else inputs, reason)
+
+
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Columns padded to one width; those of numbers to the right."""
     columns = list(zip(*rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    right = [column[0] in ("numbers", "tensors", "share") for column in columns]
+    right = [column[0] in ("bytes", "numbers", "tensors", "share") for column in columns]
     padded = [
         [
             cell.rjust(width) if flush else cell.ljust(width)

@@ -88,7 +88,7 @@ def route(
             verdict = replace(verdict, reason=f"{verdict.reason}, tied with {others}")
         if overrides and pattern:
             verdict = _override(site, verdict, pattern, overrides[pattern])
-        rows.append(_row(site, verdict))
+        rows.append(_row(sites, verdict))
     plan = Plan(tuple(rows))
     if strict:
         _refuse_unknown(plan)
@@ -157,10 +157,21 @@ def _override(site: Site, found: Verdict, pattern: str, value: Override) -> Verd
     return Verdict(role, view, f"override {pattern!r}")
 
 
-def _row(site: Site, verdict: Verdict) -> PlanRow:
+def _row(sites: Sequence[Site], verdict: Verdict) -> PlanRow:
+    site = sites[0]
     norm = "spectral" if verdict.role == "matrix" else "adam"
     trainable = site.parameter.requires_grad
-    return PlanRow(site.name, site.shape, verdict.role, verdict.view, norm, verdict.reason, trainable, site.parameter)
+    return PlanRow(
+        name=site.name,
+        shape=site.shape,
+        role=verdict.role,
+        view=verdict.view,
+        norm=norm,
+        reason=verdict.reason,
+        trainable=trainable,
+        parameter=site.parameter,
+        sites=tuple(sites),
+    )
 
 
 def _refuse_unknown(plan: Plan) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import steepest
-from steepest.cli import runs, studies
+from steepest.cli import runs, studies, theory
 from steepest.cli.options import METHODS, RACERS, UsageError
 from steepest.cli.outcome import FAILED, INTERRUPTED, USAGE
 
@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     studies.add_commands(commands)
     runs.add_commands(commands)
+    theory.add_commands(commands)
     return parser
 
 

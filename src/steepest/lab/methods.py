@@ -9,17 +9,18 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steepest.anatomy import route
+from steepest.anatomy import InputMoment, PlanRow, route
 from steepest.lab.combined import CombinedOptimizer
 from steepest.lab.tasks import Task
 from steepest.lab.tuned import TUNED, OptionValue, Tuned, Tuning
 from steepest.names import unknown_name
-from steepest.optim import Adam, Momo, Muon, MuonAdam, MuonMax, PolarGrad, Scion
+from steepest.optim import Adam, Momo, Muon, MuonAdam, MuonMax, NewtonMuon, PolarGrad, Scion
 
 
 def adamw(
@@ -87,6 +88,58 @@ def muon(
 ) -> Optimizer:
     """steepest.Muon, with `other_lr` as its `adam_lr`."""
     return Muon(model, lr, adam_lr=other_lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+
+
+def newton_muon(
+    model: nn.Module,
+    *,
+    lr: float = 0.04,
+    other_lr: float = 0.01,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    momo: bool = False,
+    preset: str = "default",
+    every: int = 8,
+    decay: float = 0.95,
+    ridge: float = 0.2,
+    exponent_in: float = 1.0,
+    exponent_out: float = 0.0,
+    structure: str = "auto",
+    wide: str = "diagonal",
+    on: str = "momentum",
+    normalize: bool = True,
+    first: int = 7,
+    blend: float = 1.0,
+    anneal_from: int = 0,
+    anneal_to: int = 0,
+) -> Optimizer:
+    """steepest.NewtonMuon; `wide` is the structure of maps that read twice as many features as they write, or more.
+
+    With a preset other than "default", only `every` is taken of the options of the moments. Both `anneal` options at 0
+    mean none.
+    """
+    options: dict[str, Any] = {"every": every}
+    if preset == "default":
+        kinds = {"*": structure, **{row.name: wide for row in route(model) if _is_wide(row)}}
+        options |= {"decay": decay, "ridge": ridge, "exponents": (exponent_in, exponent_out), "structure": kinds}
+        options |= {"on": on, "normalize": normalize, "first": first, "blend": blend}
+        options["anneal"] = (anneal_from, anneal_to) if anneal_to else None
+    moment = InputMoment.preset(preset, **options)
+    return NewtonMuon(
+        model,
+        lr,
+        adam_lr=other_lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        momo=momo,
+        precondition=moment,
+    )
+
+
+def _is_wide(row: PlanRow) -> bool:
+    return row.role == "matrix" and all(n >= 2 * m for _, m, n in row.blocks())
 
 
 def adam(
@@ -161,6 +214,7 @@ METHODS: Mapping[str, Callable[..., Optimizer]] = {
     "muon-wd": partial(muon, weight_decay=0.1),
     "muon-plain-wd": partial(muon, nesterov=False, weight_decay=0.1),
     "adam": adam,
+    "newton-muon": newton_muon,
     **{name: _cell(*pieces, momo=False) for name, pieces in GRID.items()},
     **{f"{name}-momo": _cell(*pieces, momo=True) for name, pieces in GRID.items()},
 }

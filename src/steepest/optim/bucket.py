@@ -1,12 +1,13 @@
 """Parameters of one layout, worked on together: gradients in, directions out, weights moved."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from steepest.anatomy import View
+from steepest.anatomy import PlanRow, View
 from steepest.geometry import Norm
 
 
@@ -54,6 +55,23 @@ class Bucket:
         view, count = self.view, len(self.parameters)
         pieces = [batch.chunk(count) if count > 1 else (batch,) for batch in batches]
         return [view.merge(blocks, shape) for blocks in zip(*pieces, strict=True)]
+
+
+def buckets(parameters: Sequence[Tensor], rows: Mapping[Tensor, PlanRow], *, matrix: bool) -> Iterator[Bucket]:
+    """Parameters of one group, together where they have one layout; in order of first appearance.
+
+    Args:
+        parameters: Of the group.
+        rows: Of the plan.
+        matrix: Whether the group's norm is one of matrices.
+    """
+    alike: dict[tuple[object, ...], list[Tensor]] = {}
+    for parameter in parameters:
+        view = rows[parameter].view if matrix else None
+        key = (parameter.shape, view, parameter.dtype, parameter.device)
+        alike.setdefault(key, []).append(parameter)
+    for (_, view, *_), members in alike.items():
+        yield Bucket(tuple(members), cast(View | None, view))
 
 
 def directions(norm: Norm, batches: Sequence[Tensor], moments: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

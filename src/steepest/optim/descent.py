@@ -2,40 +2,42 @@
 
 A step goes the same way for every parameter:
 
-    gradient -> average (momentum) -> view as matrices -> steepest direction in the norm
+    gradient -> (precondition) -> average (momentum) -> view as matrices -> steepest direction in the norm
              -> product norm over all layers -> step size -> decay and move
 
 Everything between the gradient and the move is a pure function of tensors in its own file; here they are put in order.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from steepest.anatomy import Plan, PlanRow, Role, View
-from steepest.geometry import Norm, Product, get_norm
-from steepest.optim.bucket import Bucket
+from steepest.anatomy import InputMoment, Plan, PlanRow, Role
+from steepest.geometry import Norm, Product
+from steepest.optim.bucket import Bucket, buckets
 from steepest.optim.clipping import Witness
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.global_step import DualMode, GlobalStep
 from steepest.optim.guard import Guard, OnNonFinite
 from steepest.optim.losses import MISSING, Loss, LossTap, check_loss, over_ranks
 from steepest.optim.move import Move
-from steepest.optim.options import DEFAULT_NORMS, check_betas, check_group, check_role, for_role
+from steepest.optim.options import DEFAULT_NORMS, INPUT_STEPS, check_group, complete_group, for_role
 from steepest.optim.parameters import Parameters, collect, complete_row
+from steepest.optim.precondition import Preconditioner, precondition_options
+from steepest.optim.sees_inputs import SeesInputs
 from steepest.optim.state import DUAL, check_saved, restored
 from steepest.optim.step_size import MODEL_KEYS, StepSize
-
-ADAM_BETAS = (0.9, 0.95)
 
 Group = dict[str, Any]
 PerRole = Mapping[Role, Any]
 
 
-class SteepestDescent(Optimizer):
+class SteepestDescent(SeesInputs):
     """Steepest descent with momentum, in a norm for each role of parameter.
 
     By default a step subtracts decoupled weight decay and adds the learning rate times the direction of norm one that
@@ -62,6 +64,8 @@ class SteepestDescent(Optimizer):
         regularized: False: constrained descent, steps of a fixed norm; True: steps in proportion to the dual norm.
         step_size: None or `Fixed()`: the whole step; `Momo(...)`: as much as its model of the loss says is useful, for
             which it needs the loss of every step and one momentum for all groups.
+        precondition: `InputMoment(...)` or the name of one of its presets: multiply the matrices' momenta, or their
+            gradients, with an inverse second moment of their layers' inputs, as Newton-Muon does.
         dual: Where a number of all layers must be known before the first can move: "cached" keeps all directions for
             it; "stale" uses the last step's dual norms of the matrices.
         on_nonfinite: "skip" passes over a step whose gradient or loss is not finite, with all parameters and state
@@ -88,6 +92,7 @@ class SteepestDescent(Optimizer):
         product: Product | str = "max",
         regularized: bool = False,
         step_size: StepSize | None = None,
+        precondition: InputMoment | str | None = None,
         dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
@@ -108,6 +113,7 @@ class SteepestDescent(Optimizer):
         self._witness: Witness | None = None
         self._rows: dict[Tensor, PlanRow] = {}
         rows, groups = collect(params)
+        self._preconditioner = None
         self._rows.update(rows)
         # torch's schedulers look for these names among the defaults; what counts is in the groups.
         defaults = {key: _any_role(self._defaults_per_role[key]) for key in ("lr", "momentum", "weight_decay")}
@@ -115,17 +121,22 @@ class SteepestDescent(Optimizer):
         self._global_step.check_labels([group["name"] for group in self.param_groups])
         if self._global_step.momo:
             self._witness = Witness(self._parameters())
+        options = precondition_options(precondition)
+        if options is not None:
+            self._global_step.check_precondition(options)
+            matrices = [rows[p] for g in self.param_groups if _preconditioned(g) for p in g["params"]]
+            self._preconditioner = Preconditioner(options, [row for row in matrices if row.trainable])
+        self._rows = {parameter: replace(row, sites=()) for parameter, row in self._rows.items()}
 
     @property
     def plan(self) -> Plan:
-        """Routing of every parameter, with the norms and learning rates of now."""
-        return Plan(
-            tuple(
-                complete_row(self._rows[parameter], group)
-                for group in self.param_groups
-                for parameter in cast(list[Tensor], group["params"])
-            )
-        )
+        """Routing of every parameter, with the norms, learning rates and moments of inputs of now."""
+        rows = [
+            complete_row(self._rows[parameter], group)
+            for group in self.param_groups
+            for parameter in cast(list[Tensor], group["params"])
+        ]
+        return Plan(tuple(map(self._preconditioner.complete, rows) if self._preconditioner else rows))
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with options of their own or the optimizer's.
@@ -140,7 +151,10 @@ class SteepestDescent(Optimizer):
         where = f"parameter group {len(self.param_groups)}"
         rows, groups = collect([param_group], known=self._rows, where=where)
         (group,) = groups
-        self._complete(group, where)
+        momo = self._global_step.momo is not None
+        complete_group(group, where, self._defaults_per_role, momo=momo)
+        group.update(self._global_step.saved([]))
+        group[INPUT_STEPS] = 0
         check_group(group, where=where)
         self._global_step.label(group)
         self._global_step.check([*self.param_groups, group])
@@ -148,36 +162,6 @@ class SteepestDescent(Optimizer):
             _check_view(row, group["norm"])
         super().add_param_group(group)
         self._rows.update(rows)
-
-    def _complete(self, group: Group, where: str) -> None:
-        """Fill in what a group leaves open; `momentum` is the weight of the old average of gradients in every group."""
-        check_role(group["role"], where=where)
-        role = cast(Role, group["role"])
-
-        def default(option: str) -> Any:
-            return for_role(option, self._defaults_per_role[option], role)
-
-        norm = group["norm"] = get_norm(group["norm"] if "norm" in group else default("norm"))
-        if norm.adapts:
-            given = "betas" in group
-            betas = group.pop("betas") if given else default("betas")
-            if betas is None:
-                betas = (default("momentum") if self._global_step.momo else ADAM_BETAS[0], ADAM_BETAS[1])
-            betas = check_betas(where, betas)
-            group["momentum"] = betas[0] if given else group.get("momentum", betas[0])
-            group["beta2"] = betas[1] if given else group.get("beta2", betas[1])
-        elif "betas" in group:
-            raise ValueError(f"{where}: betas are for norms that adapt, and {norm} does not; give momentum instead.")
-        for option in ("lr", "momentum", "nesterov", "weight_decay"):
-            if option not in group:
-                group[option] = default(option)
-        if isinstance(group["lr"], Tensor):  # schedulers write into it: one per group
-            group["lr"] = group["lr"].clone()
-        group.setdefault("beta2", 0.0)
-        group.setdefault("view", None)
-        group.setdefault("name", None)
-        group["skipped_steps"] = 0
-        group.update(self._global_step.saved([]))
 
     @overload
     def step(self, closure: None = None, *, loss: Loss | None = None) -> None: ...
@@ -217,18 +201,27 @@ class SteepestDescent(Optimizer):
         admitted = self._guard.admit(names, gradients, known)
         if admitted is False:
             self._publish_skips()
-            return returned
-        if self._witness:
-            self._witness.look()
-        accept = admitted if isinstance(admitted, Tensor) else None
-        self._record.clear()
-        moves = [
-            Move(group, bucket, self._states(bucket), label=self._global_step.label(group), accept=accept)
-            for group, members in present
-            for bucket in self._buckets(members, matrix=group["norm"].matrix)
-        ]
-        self._global_step.take(moves, known, accept, self._record)
+        else:
+            if self._witness:
+                self._witness.look()
+            accept = admitted if isinstance(admitted, Tensor) else None
+            if self._preconditioner:
+                idle = partial(self._idle, gradients)
+                self._preconditioner.refresh(self.state, parameters, accept, idle=idle)
+            self._record.clear()
+            self._global_step.take(self._moves(present, accept), known, accept, self._record)
+        if self._preconditioner:
+            self._preconditioner.passed()
         return returned
+
+    def _moves(self, present: Sequence[tuple[Group, list[Tensor]]], accept: Tensor | None) -> list[Move]:
+        applied = self._preconditioner.applied(self.state) if self._preconditioner else None
+        return [
+            Move(group, bucket, self._states(bucket), label=label, accept=accept, applied=applied)
+            for group, members in present
+            for label in [self._global_step.label(group)]
+            for bucket in buckets(members, self._rows, matrix=group["norm"].matrix)
+        ]
 
     def record_loss(self, loss: Loss, weight: float = 1.0) -> None:
         """Tell the loss of a micro-batch, for loops that call `step()` without it.
@@ -246,6 +239,8 @@ class SteepestDescent(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as in torch."""
         self._tap.gradients_cleared()
+        if self._preconditioner:
+            self._preconditioner.watch.forget()
         super().zero_grad(set_to_none)
 
     def _loss(self, explicit: Loss | None, returned: Loss | None) -> Loss | None:
@@ -269,16 +264,6 @@ class SteepestDescent(Optimizer):
     def _states(self, bucket: Bucket) -> list[dict[str, Tensor]]:
         return [cast(dict[str, Tensor], self.state[parameter]) for parameter in bucket.parameters]
 
-    def _buckets(self, parameters: Sequence[Tensor], *, matrix: bool) -> Iterator[Bucket]:
-        """Parameters of one group, together where they have one layout; in order of first appearance."""
-        alike: dict[tuple[object, ...], list[Tensor]] = {}
-        for parameter in parameters:
-            view = self._rows[parameter].view if matrix else None
-            key = (parameter.shape, view, parameter.dtype, parameter.device)
-            alike.setdefault(key, []).append(parameter)
-        for (_, view, *_), members in alike.items():
-            yield Bucket(tuple(members), cast(View | None, view))
-
     def diagnostics(self) -> dict[str, float]:
         """Scalars of the last step; reading them waits for the device.
 
@@ -287,10 +272,14 @@ class SteepestDescent(Optimizer):
             "ROLE/update_rms": root mean square of the entries added to the weights, decay not counted;
             "ROLE/orthogonality_error": for the spectral norm, the largest ‖Q Qᵀ Q - Q‖_F / ‖Q‖_F over one polar factor
             Q of each layout; 0 for an exact one, whatever its rank. Where layers are looked at together: "dual_norm",
-            N; with Momo, "t", the part of the step that was taken, "gap" and "lower_bound".
+            N; with Momo, "t", the part of the step that was taken, "gap" and "lower_bound". With `precondition`,
+            counts of matrices and layers: "input_ridge_raised", "input_kept_powers" (not finite, so the old ones serve
+            on), "input_missing", "input_parted" (layers that ceased to read what another reads); and
+            "input_moment_age", steps since the oldest moment was refreshed.
         """
         self._publish_skips()
-        return {"skipped_steps": float(self._guard.skipped_steps()), **self._record.read()}
+        inputs = self._preconditioner.diagnostics() if self._preconditioner else {}
+        return {"skipped_steps": float(self._guard.skipped_steps()), **self._record.read(), **inputs}
 
     def _publish_skips(self) -> None:
         skipped = self._guard.skipped_steps()
@@ -302,6 +291,9 @@ class SteepestDescent(Optimizer):
         self._publish_skips()
         for group in self.param_groups:
             group.update(self._global_step.saved(self._parameters()))
+            group[INPUT_STEPS] = self._preconditioner.steps if self._preconditioner else 0
+        if self._preconditioner:
+            self._preconditioner.save_seen(self.state)
         packed = super().state_dict()
         for group in packed["param_groups"]:
             group["norm"] = repr(group["norm"])
@@ -323,7 +315,8 @@ class SteepestDescent(Optimizer):
         effective: dict[str, Any] = {}
 
         def check(_: Optimizer, given: dict[str, Any]) -> None:
-            check_saved(given, self.param_groups, [self._rows[p].name for p in self._parameters()])
+            known = self._preconditioner.known_shapes if self._preconditioner else lambda _: {}
+            check_saved(given, self.param_groups, [self._rows[p].name for p in self._parameters()], known)
             effective.update(given)
 
         # Last before and first after: hooks of the user see, and may change, what they would see of any optimizer.
@@ -352,6 +345,8 @@ class SteepestDescent(Optimizer):
             if not self._global_step.keeps_duals:  # they would be old when somebody needs them
                 for parameter in parameters:
                     self.state[parameter].pop(DUAL, None)
+        if self._preconditioner:
+            self._preconditioner.load(self.state, int(max(g.get(INPUT_STEPS, 0) for g in self.param_groups)))
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
 
     def _parameters(self) -> list[Tensor]:
@@ -359,7 +354,16 @@ class SteepestDescent(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
-        own = ("_defaults_per_role", "_guard", "_record", "_rows", "_tap", "_global_step", "_witness")
+        own = (
+            "_defaults_per_role",
+            "_guard",
+            "_record",
+            "_rows",
+            "_tap",
+            "_global_step",
+            "_witness",
+            "_preconditioner",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
 
@@ -371,6 +375,10 @@ def _dense_gradient(parameter: Tensor, name: str) -> Tensor:
             "Build the embedding with sparse=False."
         )
     return gradient
+
+
+def _preconditioned(group: Group) -> bool:
+    return group["role"] == "matrix" and group["norm"].matrix and not group["norm"].adapts
 
 
 def _check_view(row: PlanRow, norm: Norm) -> None:

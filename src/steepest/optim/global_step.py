@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from steepest.anatomy import ROLES
+from steepest.anatomy import ROLES, InputMoment
 from steepest.geometry import Product, get_product
 from steepest.names import unknown_name
 from steepest.optim.diagnostics import StepRecord
@@ -108,6 +108,21 @@ class GlobalStep:
         for label in self.product.labels():
             if label not in known:
                 raise ValueError(f"product={self.product}: {unknown_name('role or group', label, known)}")
+
+    def check_precondition(self, options: InputMoment) -> None:
+        """Refuse momenta of preconditioned gradients where it must be known how the loss changes.
+
+        Args:
+            options: Of the preconditioning.
+
+        Raises:
+            ValueError: If dual norms are needed and gradients are preconditioned.
+        """
+        if options.on == "gradient" and (self.regularized or not self.streams):
+            raise ValueError(
+                "InputMoment(on='gradient') averages preconditioned gradients, which do not tell how the loss changes, "
+                "as Momo, regularised descent and product norms need. Set on='momentum'."
+            )
 
     def check(self, groups: Sequence[Group]) -> None:
         """Refuse groups with different momenta under Momo: losses are averaged once, with the weights of all gradients.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from steepest.anatomy import InputMoment
 from steepest.geometry import Ada2, ColNorm, Frobenius, Hybrid, Product, Scaled, ScaleRule, Sign, Spectral
 from steepest.linalg import Coefficients, PolarMethod
 from steepest.optim.descent import SteepestDescent
@@ -41,6 +42,7 @@ class Scion(SteepestDescent):
         dtype: Of the matrix products; None: bfloat16 on CUDA, float32 elsewhere, float64 for float64 parameters.
         momo: Whether steps are Momo's, with its defaults; the loss must then be passed.
         step_size: `Momo(...)` with options of its own.
+        precondition: `InputMoment(...)`, the name of one of its presets, or None for none; as in `NewtonMuon`.
         dual: "cached" or "stale", for Momo.
         on_nonfinite: "skip" or "raise".
 
@@ -64,6 +66,7 @@ class Scion(SteepestDescent):
         dtype: torch.dtype | None = None,
         momo: bool = False,
         step_size: StepSize | None = None,
+        precondition: InputMoment | str | None = None,
         dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
@@ -76,6 +79,7 @@ class Scion(SteepestDescent):
             weight_decay=per_role(weight_decay, weight_decay, 0.0),
             norms=per_role(spectral, Sign()),
             step_size=chosen_step_size(momo, step_size),
+            precondition=precondition,
             dual=dual,
             on_nonfinite=on_nonfinite,
         )
@@ -173,6 +177,7 @@ class PolarGrad(SteepestDescent):
         dtype: As for `Scion`.
         momo: As for `Scion`.
         step_size: As for `Scion`.
+        precondition: As for `Scion`.
         dual: As for `Scion`.
         on_nonfinite: As for `Scion`.
 
@@ -187,6 +192,7 @@ class PolarGrad(SteepestDescent):
     _product: Product | str = "euclid"
     _lr = 0.5
     _adam_ratio = POLAR_GRAD_ADAM_RATIO
+    _precondition: InputMoment | None = None
 
     def __init__(
         self,
@@ -204,6 +210,7 @@ class PolarGrad(SteepestDescent):
         dtype: torch.dtype | None = None,
         momo: bool = False,
         step_size: StepSize | None = None,
+        precondition: InputMoment | str | None = None,
         dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
@@ -219,6 +226,7 @@ class PolarGrad(SteepestDescent):
             product=self._product,
             regularized=True,
             step_size=chosen_step_size(momo, step_size),
+            precondition=precondition or self._precondition,
             dual=dual,
             on_nonfinite=on_nonfinite,
         )
@@ -246,6 +254,7 @@ class MuonMax(PolarGrad):
         dtype: As for `PolarGrad`.
         momo: As for `PolarGrad`.
         step_size: As for `PolarGrad`.
+        precondition: As for `PolarGrad`.
         dual: "cached" or "stale".
         on_nonfinite: As for `PolarGrad`.
 
@@ -260,6 +269,22 @@ class MuonMax(PolarGrad):
     _product = Hybrid()
     _lr = 0.02
     _adam_ratio = MUON_MAX_ADAM_RATIO
+
+
+class NewtonMuonMax(MuonMax):
+    """MuonMax whose directions are Newton-Muon's, and whose dual norms are what these directions gain.
+
+    Args:
+        params: A module or a plan.
+        lr: As for `MuonMax`, like all options but one.
+        precondition: `InputMoment(...)` or the name of one of its presets, on the momentum. None: `InputMoment()`.
+
+    Raises:
+        ValueError: If an option or parameter does not fit.
+        TypeError: If an option or parameter is of the wrong type.
+    """
+
+    _precondition = InputMoment()
 
 
 class SignDescent(SteepestDescent):

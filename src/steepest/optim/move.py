@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steepest.geometry import Norm
+from steepest.optim.applied import Applied
 from steepest.optim.bucket import Bucket, apply_, directions, gains
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.momentum import average_, debias, look_ahead
@@ -40,10 +41,18 @@ class Move:
         states: Of the parameters, in order; what is missing is allocated.
         label: Place in the product norm.
         accept: A 0-d boolean by which every write is masked; None means True.
+        applied: What gradients or momenta are multiplied with, as layer inputs say; None: nothing.
     """
 
     def __init__(
-        self, group: Group, bucket: Bucket, states: list[dict[str, Tensor]], *, label: str, accept: Tensor | None
+        self,
+        group: Group,
+        bucket: Bucket,
+        states: list[dict[str, Tensor]],
+        *,
+        label: str,
+        accept: Tensor | None,
+        applied: Applied | None = None,
     ) -> None:
         self.group = group
         self.bucket = bucket
@@ -51,6 +60,8 @@ class Move:
         self.norm = cast(Norm, group["norm"])
         self.ahead = bool(group["nesterov"]) and not self.norm.adapts
         self._states = states
+        self._applied = applied if self.norm.matrix and not self.norm.adapts else None
+        self._taken: list[Tensor] | None = None
         first = bucket.parameters[0]
         self.device = first.device
         self._dtype = state_dtype(first)
@@ -90,7 +101,7 @@ class Move:
         moments: tuple[Tensor | None, ...] = (None,) * len(batches)
         if self.norm.adapts:
             moments = self.bucket.matrices(_divided(self._of(SECOND), debias(self.group["beta2"], count)))
-        found = directions(self.norm, batches, moments)
+        found = self._directions(averages, batches, moments)
         aim = Aim(found, gains(batches, found) if duals else None, None)
         if slopes:
             plain = _divided(self._of(MOMENTUM), debias(beta, count)) if self.ahead else averages
@@ -143,7 +154,8 @@ class Move:
             record: Takes note.
         """
         found = cast(Aim, self.aimed).directions
-        sample = record.sample(self.norm, found)
+        bent = self._applied is not None and self._applied.bends_directions
+        sample = None if bent else record.sample(self.norm, found)
         if self._accept is not None:
             found = tuple(torch.where(self._accept, direction, 0.0) for direction in found)
         if factors is not None and factors.ndim == 0 and factors.device.type == "cpu":
@@ -156,7 +168,7 @@ class Move:
         moves = self.bucket.parameter_shaped(found)
         decay = self.lr * self.group["weight_decay"]
         apply_(self.bucket.parameters, moves, length=length, decay=decay, accept=self._accept)
-        self.aimed = None
+        self.aimed = self._taken = None
 
     def _averages(self, count: Tensor) -> list[Tensor]:
         """What the directions are for: the debiased momentum, or Nesterov's."""
@@ -164,11 +176,28 @@ class Move:
         averages = look_ahead(buffers, self._gradients(), beta) if self.ahead else buffers
         return _divided(averages, debias(beta, count + 1 if self.ahead else count))
 
+    def _directions(
+        self, averages: list[Tensor], batches: tuple[Tensor, ...], moments: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, ...]:
+        """polar(M P_a) P_b, or the like in another norm; `batches` are the averages M."""
+        applied, parameters = self._applied, self.bucket.parameters
+        if applied is not None and not applied.on_gradient:
+            batches = self.bucket.matrices(applied.times(parameters, averages, 0))
+        found = directions(self.norm, batches, moments)
+        if applied is None or not applied.bends_directions:
+            return found
+        return self.bucket.matrices(applied.times(parameters, self.bucket.parameter_shaped(found), 1))
+
     def _gradients(self) -> list[Tensor]:
+        """What is averaged: the gradients, or, where these are preconditioned, what that makes of them."""
+        if self._taken is not None:
+            return self._taken
         gradients = [cast(Tensor, parameter.grad).to(self._dtype) for parameter in self.bucket.parameters]
-        if self._accept is None:
-            return gradients
-        return [torch.where(self._accept, gradient, 0.0) for gradient in gradients]
+        if self._accept is not None:
+            gradients = [torch.where(self._accept, gradient, 0.0) for gradient in gradients]
+        if self._applied is not None and self._applied.on_gradient:
+            self._taken = gradients = self._applied.times(self.bucket.parameters, gradients, 0)
+        return gradients
 
     def _of(self, key: str) -> list[Tensor]:
         return [state[key] for state in self._states]

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from steepest.anatomy import ROLES, Role, View
-from steepest.geometry import AdaInf, Norm, Spectral
+from steepest.geometry import AdaInf, Norm, Spectral, get_norm
 from steepest.names import unknown_name
 from steepest.optim.step_size import MODEL_KEYS, Momo, StepSize
 
@@ -26,9 +26,12 @@ FOREIGN_KEYS = (
     "base_momentum",
     "max_momentum",
     "skipped_steps",
+    "input_steps",
     *MODEL_KEYS,
 )
 T = TypeVar("T")
+ADAM_BETAS = (0.9, 0.95)
+INPUT_STEPS = "input_steps"  # how many steps were done, where layer inputs are looked at
 
 DEFAULT_NORMS: Mapping[Role, Norm] = {
     "matrix": Spectral(),
@@ -85,6 +88,47 @@ def chosen_step_size(momo: bool, step_size: StepSize | None) -> StepSize | None:
     if momo and step_size is not None:
         raise ValueError(f"momo=True and step_size={step_size!r} are two answers to one question; give one of them.")
     return Momo() if momo else step_size
+
+
+def complete_group(group: dict[str, Any], where: str, defaults: Mapping[str, Any], *, momo: bool) -> None:
+    """Fill in what a group leaves open; `momentum` is the weight of the old average of gradients in every group.
+
+    Args:
+        group: With a "role"; written to.
+        where: Which group, for messages.
+        defaults: Option to value, or to a mapping from role to value.
+        momo: Whether steps are Momo's, for which all groups need one momentum.
+
+    Raises:
+        ValueError: If the role is none, or betas are given to a norm that does not adapt.
+        TypeError: If betas are not two numbers.
+    """
+    check_role(group["role"], where=where)
+    role = cast(Role, group["role"])
+
+    def default(option: str) -> Any:
+        return for_role(option, defaults[option], role)
+
+    norm = group["norm"] = get_norm(group["norm"] if "norm" in group else default("norm"))
+    if norm.adapts:
+        given = "betas" in group
+        betas = group.pop("betas") if given else default("betas")
+        if betas is None:
+            betas = (default("momentum") if momo else ADAM_BETAS[0], ADAM_BETAS[1])
+        betas = check_betas(where, betas)
+        group["momentum"] = betas[0] if given else group.get("momentum", betas[0])
+        group["beta2"] = betas[1] if given else group.get("beta2", betas[1])
+    elif "betas" in group:
+        raise ValueError(f"{where}: betas are for norms that adapt, and {norm} does not; give momentum instead.")
+    for option in ("lr", "momentum", "nesterov", "weight_decay"):
+        if option not in group:
+            group[option] = default(option)
+    if isinstance(group["lr"], Tensor):  # schedulers write into it: one per group
+        group["lr"] = group["lr"].clone()
+    group.setdefault("beta2", 0.0)
+    group.setdefault("view", None)
+    group.setdefault("name", None)
+    group["skipped_steps"] = 0
 
 
 def check_group(group: Mapping[str, object], *, where: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from steepest.anatomy import InputMoment
 from steepest.geometry import AdaInf, ScaleRule, Spectral
 from steepest.linalg import Coefficients, PolarMethod
 from steepest.optim.descent import SteepestDescent
@@ -40,6 +41,7 @@ class Muon(SteepestDescent):
         dtype: Of the matrix products; None: bfloat16 on CUDA, float32 elsewhere, float64 for float64 parameters.
         momo: Whether steps are Momo's, with its defaults; the loss must then be passed.
         step_size: `Momo(...)` with options of its own.
+        precondition: `InputMoment(...)`, the name of one of its presets, or None for none; as in `NewtonMuon`.
         dual: "cached" or "stale", for Momo.
         on_nonfinite: "skip" or "raise".
 
@@ -50,6 +52,8 @@ class Muon(SteepestDescent):
     Source:
         Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
     """
+
+    _precondition: InputMoment | None = None
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class Muon(SteepestDescent):
         dtype: torch.dtype | None = None,
         momo: bool = False,
         step_size: StepSize | None = None,
+        precondition: InputMoment | str | None = None,
         dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
@@ -83,9 +88,33 @@ class Muon(SteepestDescent):
             betas=betas,
             norms=per_role(spectral, AdaInf(eps=eps)),
             step_size=chosen_step_size(momo, step_size),
+            precondition=precondition or self._precondition,
             dual=dual,
             on_nonfinite=on_nonfinite,
         )
+
+
+class NewtonMuon(Muon):
+    """Muon that knows what its layers read: it follows the polar factor of M (K + γ I)^-a, K the inputs' second moment.
+
+    K is looked at in one step of 32 only, so that other steps cost one more product per layer. The model itself, or its
+    plan, must be passed: parameters alone do not tell which modules they belong to.
+
+    Args:
+        params: A module or a plan.
+        lr: As for `Muon`, like all options but one.
+        precondition: `InputMoment(...)` or the name of one of its presets. None: `InputMoment()`, whose exponent and
+            structures are those found best in docs/results/newton_muon; "paper_record4" is the paper's algorithm.
+
+    Raises:
+        ValueError: If an option or parameter does not fit.
+        TypeError: If an option or parameter is of the wrong type.
+
+    Source:
+        Du and Su, arXiv:2604.01472, Algorithm 1.
+    """
+
+    _precondition = InputMoment()
 
 
 class MuonAdam(Muon):
@@ -108,6 +137,7 @@ class MuonAdam(Muon):
         dtype: As for `Muon`.
         momo: As for `Muon`.
         step_size: As for `Muon`.
+        precondition: As for `Muon`.
         dual: As for `Muon`.
         on_nonfinite: As for `Muon`.
 
@@ -135,6 +165,7 @@ class MuonAdam(Muon):
         dtype: torch.dtype | None = None,
         momo: bool = False,
         step_size: StepSize | None = None,
+        precondition: InputMoment | str | None = None,
         dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
@@ -153,6 +184,7 @@ class MuonAdam(Muon):
             dtype=dtype,
             momo=momo,
             step_size=step_size,
+            precondition=precondition,
             dual=dual,
             on_nonfinite=on_nonfinite,
         )

@@ -4,10 +4,12 @@ step              0-d, number of gradients averaged so far
 momentum_buffer   like the parameter, float32 or wider: average of gradients
 second_moment     like the parameter, float32 or wider: average of squared gradients, for norms that adapt
 dual_norm         one number per matrix, float32 or wider: of the last step, where duals are stale
+
+Moments of layer inputs are kept with the first parameter that reads these inputs; see `refresh` and `precondition`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,13 +51,19 @@ def ensure_state(state: dict[str, Tensor], parameter: Tensor, *, adapts: bool) -
             state[SECOND] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
 
 
-def check_saved(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+def check_saved(
+    saved: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    others: Callable[[Tensor], Mapping[str, torch.Size]],
+) -> None:
     """Refuse a state dict that does not belong to these groups, before anything of it is used.
 
     Args:
         saved: The state dict.
         groups: Of the optimizer.
         names: Of its parameters, in order.
+        others: Entries that a parameter may have besides those above, with their shapes.
 
     Raises:
         ValueError: If a role, a kind of norm, a key or a shape does not match. Numbers of groups and parameters are
@@ -86,13 +94,16 @@ def check_saved(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], n
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     members = [parameter for group in groups for parameter in group["params"]]
     for index, parameter, name in zip(indices, members, names, strict=False):
+        more = others(parameter)
         for key, value in saved["state"].get(index, {}).items():
-            if key not in (STEP, MOMENTUM, SECOND, DUAL):
+            if key not in (STEP, MOMENTUM, SECOND, DUAL, *more):
+                known = ", ".join((STEP, MOMENTUM, SECOND, DUAL, *more))
                 raise ValueError(
-                    f"The state of {name!r} has the entry {key!r}, which is of another optimizer; {STEP}, {MOMENTUM}, "
-                    f"{SECOND} and {DUAL} are known here. Start with fresh state instead."
+                    f"The state of {name!r} has the entry {key!r}, which is of another optimizer; {known} are known "
+                    "here. Start with fresh state instead."
                 )
-            expected = torch.Size(()) if key == STEP else value.shape[:1] if key == DUAL else parameter.shape
+            plain = torch.Size(()) if key == STEP else value.shape[:1] if key == DUAL else parameter.shape
+            expected = more.get(key, plain)
             if value.shape != expected:
                 raise ValueError(
                     f"The state {key!r} of {name!r} has shape {tuple(value.shape)}, but {tuple(expected)} is needed. "

@@ -1,0 +1,253 @@
+"""What to do with the second moment of a layer's inputs: the options of Newton-Muon, and their presets.
+
+For a layer y = W z with gradient G, Newton-Muon follows the polar factor of G (K + γ I)^-1 instead of that of G, where
+K is a moving average of the mean of z zᵀ over tokens (arXiv:2604.01472, Algorithm 1). The general form here is
+
+    polar(G P_a) P_b,    P_c = (K + γ I)^-c,
+
+in which (a, b) = (0, 0) is Muon, (1, 0) Newton-Muon, and (1/2, 1/2) steepest descent in the norm ‖Q K^(1/2)‖: the size
+of the change of the layer's outputs, which no invertible map of the inputs alters.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from numbers import Real
+from typing import Any, Literal, Self, cast, get_args
+
+from steepest.linalg.spd import RidgeUnit
+from steepest.names import unknown_name
+
+Structure = Literal["auto", "full", "block", "diagonal", "none"]
+Preconditioned = Literal["gradient", "momentum"]
+Missing = Literal["raise", "muon"]
+Solver = Literal["inverse", "factor"]
+
+WIDEST = 4096  # a full moment and its inverse of this fan-in take 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class InputMoment:
+    """Second moments of layer inputs, and how gradients are multiplied with their inverses.
+
+    Args:
+        every: Steps from one refresh to the next; only steps that refresh look at inputs at all.
+        decay: Weight of the old moment at a refresh, in [0, 1).
+        ridge: γ, relative to the size of the moment as `ridge_unit` measures it.
+        ridge_unit: "trace" (mean eigenvalue), "frobenius" (root mean square) or "spectral" (largest).
+        ridge_floor: Added to γ, in units of the moment.
+        structure: "full"; "diagonal"; "block": diagonal blocks of `block_size`; "none": Muon for that layer. "auto" is
+            "diagonal" for layers that read at least twice as many features as all layers that share their inputs write,
+            such as the second map of an MLP, and for more than 4,096 features, else "full". Or a mapping from patterns
+            of parameter names to these, of which the last that matches counts; what matches none is "auto".
+        block_size: Of "block"; it must divide the fan-in. None: the fan-out, and where that is not smaller, "full".
+        exponents: (a, b) as above, in [0, 1].
+        on: What is multiplied with P_a: the "momentum" when a direction is sought, or each "gradient" before it is
+            averaged, as the paper does. They differ while K changes. Momo and regularised descent need "momentum",
+            because a momentum of preconditioned gradients does not tell how the loss changes.
+        bias_correction: Whether the average of moments is divided by the sum of its weights.
+        init: The moment before the first refresh, as a multiple of the identity; needs bias_correction=False.
+        normalize: Whether P_a and P_b are scaled to a mean diagonal entry of one. With on="gradient" this keeps
+            gradients of before and after a refresh on one scale in their average.
+        blend: Part of P that is used, in [0, 1]: (1 - blend) I + blend P; 0 is Muon. Below 1 it needs `normalize`.
+        anneal: (start, end), steps between which the blend falls linearly to zero; nothing is looked at after that.
+        first: Step, counted from 0, of the first refresh; steps before it are Muon's. None: every - 1.
+        stagger: Whether layers take turns in refreshing, instead of all in one step.
+        solver: "inverse" keeps (K + γ I)^-1, "factor" a Cholesky factor and solves with it; "factor" is for exponents
+            (1, 0).
+        tokens: At most so many rows, evenly spread, of what one call of a layer reads. None: all.
+        missing: What to do with a layer that has a gradient at a refresh but whose inputs were not seen: "raise", or
+            take Muon's step with it and count that.
+        hooks: Whether inputs are found by hooks on the modules; else only what `record_input` is told counts.
+
+    Raises:
+        ValueError: If an option is out of range, or two options exclude one another.
+        TypeError: If an option is of the wrong type.
+
+    Source:
+        Du and Su, arXiv:2604.01472, Algorithm 1 and Appendix A.
+    """
+
+    every: int = 32
+    decay: float = 0.95
+    ridge: float = 0.2
+    ridge_unit: RidgeUnit = "trace"
+    ridge_floor: float = 0.0
+    structure: Structure | Mapping[str, Structure] = "auto"
+    block_size: int | None = None
+    exponents: tuple[float, float] = (1.0, 0.0)
+    on: Preconditioned = "momentum"
+    bias_correction: bool = True
+    init: float = 0.0
+    normalize: bool = True
+    blend: float = 1.0
+    anneal: tuple[int, int] | None = None
+    first: int | None = None
+    stagger: bool = False
+    solver: Solver = "inverse"
+    tokens: int | None = None
+    missing: Missing = "raise"
+    hooks: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        self._check_pairs()
+        self._check_together()
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """Options by name.
+
+        Args:
+            name: "default"; "paper_record4", "paper_record28" and "track3": those of the published training scripts of
+                that name, which differ from one another in the intervals, and from the default in more.
+            overrides: Options that take the place of the preset's.
+
+        Returns:
+            The options.
+
+        Raises:
+            ValueError: If the preset is unknown, or an option does not fit.
+            TypeError: If an option is unknown.
+        """
+        if name not in PRESETS:
+            raise ValueError(unknown_name("preset", name, PRESETS))
+        for option in overrides:
+            if option not in (known := [field.name for field in fields(cls)]):
+                raise TypeError(f"InputMoment: {unknown_name('option', option, known)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def structure_for(self, name: str) -> Structure:
+        """The structure that was asked for a parameter.
+
+        Args:
+            name: Of the parameter.
+        """
+        if isinstance(self.structure, str):
+            return self.structure
+        found: Structure = "auto"
+        for pattern, own in self.structure.items():
+            found = own if fnmatchcase(name, pattern) else found
+        return found
+
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """The distinct exponents above zero, each of which takes a matrix."""
+        return tuple(dict.fromkeys(exponent for exponent in self.exponents if exponent > 0))
+
+    def start(self, turn: int, turns: int) -> int:
+        """Step of the first refresh of a layer.
+
+        Args:
+            turn: Which layer.
+            turns: Of how many.
+        """
+        first = self.every - 1 if self.first is None else self.first
+        return first + (turn * self.every // turns if self.stagger else 0)
+
+    def due(self, step: int, start: int) -> bool:
+        """Whether a layer refreshes.
+
+        Args:
+            step: Counted from 0.
+            start: Step of its first refresh.
+        """
+        return step >= start and (step - start) % self.every == 0 and self.blend_at(step) > 0
+
+    def blend_at(self, step: int) -> float:
+        """Part of P that is used in a step.
+
+        Args:
+            step: Counted from 0.
+        """
+        if self.anneal is None:
+            return self.blend
+        start, end = self.anneal
+        return self.blend * min(1.0, max(0.0, (end - step) / (end - start)))
+
+    def _check_choices(self) -> None:
+        own = [self.structure] if isinstance(self.structure, str) else [*self.structure.values()]
+        for option, value, choices in (
+            *(("structure", structure, Structure) for structure in own),
+            ("ridge_unit", self.ridge_unit, RidgeUnit),
+            ("on", self.on, Preconditioned),
+            ("solver", self.solver, Solver),
+            ("missing", self.missing, Missing),
+        ):
+            if value not in get_args(choices):
+                raise ValueError(f"InputMoment: {unknown_name(option, str(value), get_args(choices))}")
+        for option in ("bias_correction", "normalize", "stagger", "hooks"):
+            if not isinstance(getattr(self, option), bool):
+                raise TypeError(f"InputMoment: {option} must be True or False, got {getattr(self, option)!r}.")
+
+    def _check_numbers(self) -> None:
+        for option, least in (("every", 1), ("block_size", 1), ("first", 0), ("tokens", 1)):
+            value = getattr(self, option)
+            if value is None and option != "every":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"InputMoment: {option} must be a whole number, got {value!r}.")
+            if value < least:
+                raise ValueError(f"InputMoment: {option} must be at least {least}, got {value}.")
+        for option, most in (("decay", 1.0), ("ridge", math.inf), ("ridge_floor", math.inf), ("init", math.inf)):
+            _check_number(option, getattr(self, option), most)
+        if not isinstance(cast(object, self.blend), Real) or not 0 <= self.blend <= 1:
+            raise ValueError(f"InputMoment: blend must be in [0, 1], got {self.blend!r}.")
+
+    def _check_pairs(self) -> None:
+        for option in ("exponents", "anneal"):  # a list would not be hashable
+            value = getattr(self, option)
+            if value is None and option == "anneal":
+                continue
+            if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(x, Real) for x in value):
+                raise TypeError(f"InputMoment: {option} must be two numbers, got {value!r}.")
+            object.__setattr__(self, option, tuple(value))
+        if not all(0 <= exponent <= 1 for exponent in self.exponents):
+            raise ValueError(f"InputMoment: exponents must be in [0, 1], got {self.exponents}.")
+        if self.anneal is not None and not 0 <= self.anneal[0] < self.anneal[1]:
+            raise ValueError(
+                f"InputMoment: anneal must be two steps (start, end), 0 <= start < end, got {self.anneal}."
+            )
+
+    def _check_together(self) -> None:
+        if self.init > 0 and self.bias_correction:
+            raise ValueError(
+                f"InputMoment: init={self.init:g} is a bias that bias_correction=True would take away; set it to False."
+            )
+        if self.solver == "factor" and self.exponents != (1.0, 0.0):
+            raise ValueError(
+                f"InputMoment: solver='factor' solves with K, so its exponents are (1, 0), got {self.exponents}. "
+                "Use solver='inverse'."
+            )
+        if not self.normalize and (self.blend < 1 or self.anneal is not None):
+            raise ValueError(
+                "InputMoment: blend and anneal add P to the identity, for which P needs its scale; set normalize=True."
+            )
+
+
+def _check_number(option: str, value: object, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"InputMoment: {option} must be a number, got {value!r}.")
+    if not 0 <= float(value) < most:
+        raise ValueError(f"InputMoment: {option} must be in [0, {most:g}), got {value!r}.")
+
+
+_PAPER: Mapping[str, Any] = {
+    "structure": "block",
+    "exponents": (1.0, 0.0),
+    "on": "gradient",
+    "bias_correction": False,
+    "init": 1e-3,
+    "normalize": False,
+}
+
+# Source of the paper's rows: its code release, https://github.com/zhehangdu/Newton-Muon, and the entry of the same
+# author in https://github.com/KellerJordan/modded-nanogpt, records/track_3_optimization.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "paper_record4": {**_PAPER, "every": 32, "decay": 0.95, "ridge": 0.2, "ridge_floor": 1e-8},
+    "paper_record28": {**_PAPER, "every": 16, "decay": 0.8, "ridge": 0.2},
+    "track3": {**_PAPER, "every": 64, "decay": 0.95, "ridge": 0.2, "ridge_floor": 1e-8},
+}

@@ -1,0 +1,116 @@
+"""The second moment of one layer's inputs as tensors: its structure, its size, and sums over tokens."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steepest.anatomy.feeds import Rows
+from steepest.anatomy.inputs import WIDEST, InputMoment, Structure
+
+
+@dataclass(frozen=True)
+class MomentLayout:
+    """Which entries of the moments of a stack are kept.
+
+    Args:
+        structure: "full", "block" or "diagonal".
+        stack: S, matrices of the stack.
+        fan_in: n, features of each.
+        block: Size of a diagonal block; n for "full", 1 for "diagonal".
+    """
+
+    structure: Structure
+    stack: int
+    fan_in: int
+    block: int
+
+    def __str__(self) -> str:
+        stack = f"{self.stack} x " if self.stack > 1 else ""
+        if self.structure == "block":
+            return f"{stack}{self.fan_in // self.block} blocks of {self.block}"
+        return f"{stack}{self.structure} {self.fan_in}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the moment, and of each power of it: (S n/b, b, b), or (S, n) for a diagonal."""
+        if self.structure == "diagonal":
+            return (self.stack, self.fan_in)
+        return (self.stack * self.fan_in // self.block, self.block, self.block)
+
+    @property
+    def mass_shape(self) -> tuple[int, ...]:
+        """Of what belongs to each matrix of the shape as a whole."""
+        return self.shape[:1]
+
+    @property
+    def numel(self) -> int:
+        """Numbers of one such tensor."""
+        return math.prod(self.shape)
+
+    def sums(self, rows: Rows, weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Sum of z zᵀ over tokens.
+
+        Args:
+            rows: Of one call.
+            weights: Broadcast over the token dimensions of the rows, from the first on; None: 1 each.
+            dtype: Of the sums.
+
+        Returns:
+            The sum, of `shape`; and the sum of weights, of `mass_shape`.
+        """
+        values = rows.values
+        tokens = values.shape[:-2]
+        x = values.reshape(-1, *values.shape[-2:]).to(dtype)
+        if weights is None and rows.chosen is None:
+            x = x.expand(-1, self.stack, -1)
+            mass = torch.full((self.stack,), len(x), dtype=dtype, device=x.device)
+        else:
+            own = torch.ones(tokens, dtype=dtype, device=x.device) if weights is None else weights.to(x.device, dtype)
+            own = own.reshape(own.shape + (1,) * (len(tokens) - own.ndim)).expand(tokens).reshape(-1, 1)
+            chosen = 1.0 if rows.chosen is None else rows.chosen.reshape(-1, self.stack).to(dtype)
+            own = (own * chosen).expand(-1, self.stack)
+            x = x * own.unsqueeze(-1).sqrt()  # (tokens, S, n), each weight once in z zᵀ
+            mass = own.sum(0)
+        if self.structure == "diagonal":
+            return x.square().sum(0), mass
+        parts = x.reshape(len(x), *self.shape[:2]).transpose(0, 1)  # (S n/b, tokens, b)
+        return parts.mT @ parts, mass.repeat_interleave(self.fan_in // self.block)
+
+
+def layout_for(
+    options: InputMoment, name: str, *, stack: int, fan_in: int, fan_out: int, readers: int
+) -> MomentLayout | None:
+    """The layout of a layer's moment.
+
+    Args:
+        options: Of all layers.
+        name: Of the parameter.
+        stack: S.
+        fan_in: n.
+        fan_out: m of this parameter.
+        readers: Outputs of all parameters that read the same inputs.
+
+    Returns:
+        The layout; None if the layer is left to Muon.
+
+    Raises:
+        ValueError: If blocks do not divide the fan-in.
+    """
+    structure = options.structure_for(name)
+    if structure == "none":
+        return None
+    if structure == "auto":
+        structure = "diagonal" if fan_in >= 2 * readers or fan_in > WIDEST else "full"
+    if structure == "diagonal":
+        return MomentLayout("diagonal", stack, fan_in, 1)
+    block = fan_in
+    if structure == "block":
+        block = min(options.block_size or fan_out, fan_in)
+        if fan_in % block:
+            raise ValueError(
+                f"InputMoment: blocks of {block} do not divide the fan-in {fan_in} of {name!r}; set block_size to a "
+                f"divisor, or give {name!r} the structure 'diagonal' or 'full'."
+            )
+    return MomentLayout("full" if block == fan_in else "block", stack, fan_in, block)

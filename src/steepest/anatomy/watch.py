@@ -1,0 +1,264 @@
+"""Looking at the inputs of layers, in those steps and for those layers that somebody asked for.
+
+A hook before each module puts an identity with a derivative between the inputs and the module. Its backward pass runs
+exactly once for every call whose gradient is taken, whatever recomputes activations, and never for a call that is only
+evaluated; that is where the inputs are summed. Nothing is put there while nobody watches.
+
+In a compiled graph hooks cannot change with time. There the hook is an operation, always present, that asks this
+registry at run time whether anybody watches; it sees calls in the forward pass and leaves out those that recompute.
+"""
+
+import itertools
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from steepest.anatomy.feeds import Feed, Rows
+from steepest.anatomy.readers import Reader
+
+SAMPLE = 64  # entries by which two tensors at one address are told apart
+
+Print = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass
+class Sighting:
+    """What was seen of one parameter's inputs since the last step.
+
+    Args:
+        total: Sum of z zᵀ, as its layout keeps it; None if only prints were asked for.
+        mass: Sum of the tokens' weights, per matrix.
+        prints: Of the tensors, to tell whether two parameters read the same.
+    """
+
+    total: Tensor | None = None
+    mass: Tensor | None = None
+    prints: list[Print] = field(default_factory=list[Print])
+
+    def add(self, total: Tensor, mass: Tensor) -> None:
+        """Add sums over tokens."""
+        self.total = total if self.total is None else self.total + total
+        self.mass = mass if self.mass is None else self.mass + mass
+
+
+class InputWatch:
+    """Watches the readers of a model.
+
+    Args:
+        readers: Each has a number, its place in the list.
+        tokens: Rows of one call to look at, at most; None: all.
+    """
+
+    def __init__(self, readers: Sequence[Reader], tokens: int | None) -> None:
+        self.readers = list(readers)
+        self.tokens = tokens
+        self.weights: Tensor | None = None
+        self.summing: frozenset[int] = frozenset()
+        self.comparing: frozenset[int] = frozenset()
+        self.seen: dict[int, Sighting] = {}
+        self._attach()
+
+    def watch(self, summing: frozenset[int], comparing: frozenset[int]) -> None:
+        """Choose what to look at from now on, and forget what was seen.
+
+        Args:
+            summing: Numbers of the readers whose inputs are summed.
+            comparing: Of those whose inputs are compared with those of others.
+        """
+        self.summing, self.comparing = summing, comparing
+        self.forget()
+
+    def looks_at(self, number: int) -> bool:
+        """Whether somebody asked for a reader's inputs."""
+        return number in self.summing or number in self.comparing
+
+    def forget(self) -> None:
+        """Drop what was seen since the last step."""
+        self.seen = {}
+        self._first_passes: dict[tuple[int, int], int] = {}
+
+    def seed(self, number: int, total: Tensor, mass: Tensor) -> None:
+        """Go on from sums that were seen before a checkpoint.
+
+        Args:
+            number: Of the reader.
+            total: Its sum.
+            mass: Its sum of weights.
+        """
+        self.seen[number] = Sighting(total, mass)
+
+    def see(self, number: int, rows: Rows, weights: Tensor | None, source: Tensor | None) -> None:
+        """Take note of inputs.
+
+        Args:
+            number: Of the reader.
+            rows: The inputs.
+            weights: Of the tokens, over the first of their dimensions.
+            source: The tensor they are from; None: they were given by hand.
+        """
+        if not self.looks_at(number):
+            return
+        sighting = self.seen.setdefault(number, Sighting())
+        with torch.no_grad(), torch.autocast(rows.values.device.type, enabled=False):
+            if source is not None:
+                sighting.prints.append(_print_of(source))
+            if number in self.summing:
+                sighting.add(*self._sums(number, rows, weights))
+
+    def _sums(self, number: int, rows: Rows, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        layout, parameter = self.readers[number].layout, self.readers[number].parameter
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        tokens = rows.values.shape[:-2]
+        if weights is not None:
+            weights = _fitted(weights, tokens, self.readers[number].row.name)
+        count = tokens.numel()
+        if self.tokens is None or count <= self.tokens:
+            return layout.sums(rows, weights, dtype)
+        chosen = torch.arange(self.tokens, device=rows.values.device) * count // self.tokens
+        flat = Rows(
+            rows.values.reshape(count, *rows.values.shape[-2:])[chosen],
+            None if rows.chosen is None else rows.chosen.reshape(count, -1)[chosen],
+        )
+        if weights is not None:
+            weights = weights.reshape(weights.shape + (1,) * (len(tokens) - weights.ndim)).expand(tokens)
+            weights = weights.reshape(count)[chosen.to(weights.device)]
+        total, mass = layout.sums(flat, weights, dtype)
+        return total * (count / self.tokens), mass * (count / self.tokens)
+
+    def recomputes(self, call: tuple[int, int], *, grad: bool) -> bool:
+        """Whether a compiled call is one that is not to be counted, because it, or its first pass, is counted already.
+
+        Args:
+            call: Number of the reader, and which of its modules.
+            grad: Whether gradients were on.
+        """
+        passes = self._first_passes.get(call, 0)
+        if _in_backward():
+            self._first_passes[call] = max(0, passes - 1)
+            return passes > 0
+        self._first_passes[call] = passes + grad
+        return not grad
+
+    def _attach(self) -> None:
+        self._key = next(_KEYS)
+        _WATCHES[self._key] = self
+        self._handles: list[RemovableHandle] = []
+        for number, reader in enumerate(self.readers):
+            for which, (module, feed) in enumerate(reader.feeds):
+                hook = _Hook(self._key, number, which, feed, reader.parameter)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Take the hooks off the modules."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_handles", "_key")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """A copy has hooks of its own, on the copied modules."""
+        self.__dict__.update(state)
+        self._attach()
+
+
+class _Hook:
+    """Stands before one module for one parameter; a copy of the module takes an idle one along."""
+
+    def __init__(self, key: int, number: int, which: int, feed: Feed, parameter: Tensor) -> None:
+        self.key, self.number, self.which = key, number, which
+        self.feed = feed
+        self.parameter = parameter
+        self.sink = torch.zeros((), device=parameter.device)  # "written to", so that a compiler keeps the operation
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if self.key == _IDLE:
+            return None
+        if torch.compiler.is_compiling():
+            tensors = self.feed.pick(arguments, options)
+            if tensors is not None and module.training and self.parameter.requires_grad:
+                _watch_compiled(list(tensors), self.sink, self.key, self.number, self.which, torch.is_grad_enabled())
+            return None
+        watch = _WATCHES.get(self.key)
+        if watch is None or not watch.looks_at(self.number):
+            return None
+        if not torch.is_grad_enabled() or not self.parameter.requires_grad:
+            return None
+        tensors = self.feed.pick(arguments, options)
+        if tensors is None:
+            return None
+        anchor = torch.zeros((), requires_grad=True)  # inputs that are data have no gradient of their own
+        watched = _Watched.apply(anchor, watch, self.number, self.feed, *tensors)
+
+        def replaced(value: object) -> object:
+            return watched if value is tensors[0] else value
+
+        return tuple(map(replaced, arguments)), {name: replaced(value) for name, value in options.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"key": _IDLE}
+
+
+class _Watched(torch.autograd.Function):
+    """The identity on the inputs, seen when the gradient comes back; what it keeps is what the layer keeps anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, watch: InputWatch, number: int, feed: Feed, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)  # and so recomputed by activation checkpointing, not kept
+        ctx.call = (watch, number, feed, watch.weights)
+        return tensors[0].view_as(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        watch, number, feed, weights = ctx.call
+        tensors = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        watch.see(number, feed.rows(tensors), weights, tensors[0])
+        return (None, None, None, None, gradients[0], *(None for _ in tensors[1:]))
+
+
+_KEYS = itertools.count()
+_IDLE = -1
+_WATCHES: weakref.WeakValueDictionary[int, InputWatch] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("steepest::watch_inputs", mutates_args=("sink",))
+def _watch_compiled(tensors: list[Tensor], sink: Tensor, key: int, number: int, which: int, grad: bool) -> None:
+    watch = _WATCHES.get(key)
+    if watch is None or not watch.looks_at(number):
+        return
+    if not watch.recomputes((number, which), grad=grad):
+        feed = watch.readers[number].feeds[which][1]
+        watch.see(number, feed.rows(tuple(tensors)), watch.weights, tensors[0])
+
+
+@_watch_compiled.register_fake
+def _(tensors: list[Tensor], sink: Tensor, key: int, number: int, which: int, grad: bool) -> None:
+    return None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _print_of(tensor: Tensor) -> Print:
+    """Where a tensor is and a few of its numbers: the same for two views of the same inputs."""
+    flat = tensor.detach().reshape(-1)
+    places = torch.arange(min(SAMPLE, len(flat)), device=flat.device) * len(flat) // max(1, min(SAMPLE, len(flat)))
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(flat[places].float().view(torch.int32).tolist())
+
+
+def _fitted(weights: Tensor, tokens: torch.Size, name: str) -> Tensor:
+    """The weights in the shape of the tokens' first dimensions; (batch, time) also fits tokens in one row."""
+    if weights.shape == tokens[: weights.ndim]:
+        return weights
+    if tokens == (weights.numel(),):
+        return weights.reshape(-1)
+    raise ValueError(
+        f"The mask of inputs has shape {tuple(weights.shape)}, which is not how the tokens {tuple(tokens)} that "
+        f"{name!r} reads begin. Give the mask the shape (batch, time) of the tokens, or (batch,)."
+    )
