@@ -38,17 +38,17 @@ def test_every_command_has_help_with_examples(capsys, command):
 def test_spike_counts_steps_and_draws_them(capsys, tmp_path):
     code, out, _ = run(capsys, "theory", "spike", "--plot", tmp_path / "spike.png")
     assert code == 0
-    rows = {line.split()[0]: line.split("  ")[1:] for line in out.splitlines() if "/" in line and "reached" not in line}
+    rows = {line.split()[0]: line for line in out.splitlines() if line.count("/") == 6}
     assert list(rows) == ["2", "4", "16", "64", "256"]
-    assert "13 / 13 / 13" in out
-    assert "231 / 1771 / 1772" in out
+    assert all(row.rstrip().endswith("13 / 13 / 13") for row in rows.values())
+    assert "885 / 885 / 885   231 / 1771 / 1772" in rows["256"]
     with Image.open(tmp_path / "spike.png") as image:
         assert image.width == 1640
     code, out, _ = run(capsys, "theory", "spike", "--kappa", "3", "--eps", "0.5", "--json")
     content = json.loads(out)
     assert content["eps"] == 0.5
     assert content["rows"][0]["kappa"] == 3
-    assert content["rows"][0]["newton-muon"] == {"reached": 1, "settled": 1, "guaranteed": 2}
+    assert content["rows"][0]["newton-muon"] == {"reached": 2, "settled": 2, "guaranteed": 2}
 
 
 def test_scores_are_printed_and_drawn(capsys, tmp_path):

@@ -150,7 +150,7 @@ def test_the_tuning_record_holds_for_the_length_batch_and_data_of_the_search_onl
 
 
 def test_the_code_version_sees_what_trains_and_nothing_else(tmp_path):
-    files = ["__init__.py", "optim/descent.py", "cli.py", "cli/race.py", "client.py"]
+    files = ["__init__.py", "optim/descent.py", "cli.py", "cli/race.py", "client.py", "theory/spike.py"]
     files += [f"lab/{name}.py" for name in ("train", "training", "methods", "combined", "schedule", "tasks/text")]
     files += [f"lab/{name}.py" for name in ("models/gpt", "report/html", "records", "race", "tuned", "trainer")]
     for name in files:
@@ -165,6 +165,14 @@ def test_the_code_version_sees_what_trains_and_nothing_else(tmp_path):
         if hash_sources(tmp_path) != before:
             seen.add(name)
         (tmp_path / name).write_text("x = 1\n")
-    unseen = {"cli.py", "cli/race.py", "lab/report/html.py", "lab/records.py", "lab/race.py", "lab/tuned.py"}
+    unseen = {
+        "cli.py",
+        "cli/race.py",
+        "theory/spike.py",
+        "lab/report/html.py",
+        "lab/records.py",
+        "lab/race.py",
+        "lab/tuned.py",
+    }
     assert set(files) - seen == unseen | {"lab/trainer.py"}
     assert hash_sources(tmp_path) == before

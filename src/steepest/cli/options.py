@@ -14,7 +14,7 @@ RACERS = {"text": ("adamw", "muon", "torch-muon", "muonadam"), "digits": ("adamw
 # spelled out, so that --help does not wait for the lab; a test compares it with the registry
 METHODS = (
     "adam, adamw, muon, muon-plain, muon-plain-wd, muon-wd, muonadam, muonadam-momo, muonmax, muonmax-momo, "
-    "polargrad, polargrad-momo, scion, scion-momo, sgd, torch-muon"
+    "newton-muon, polargrad, polargrad-momo, scion, scion-momo, sgd, torch-muon"
 )
 
 Commands = argparse._SubParsersAction  # argparse has no public name for what it returns

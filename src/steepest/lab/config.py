@@ -159,12 +159,12 @@ def code_version() -> str:
 def hash_sources(package: Path) -> str:
     """The first 12 hexadecimal digits of the SHA-256 over the sources below `package` that train.
 
-    Of the lab these are the files named below, `tasks` and `models`; `cli` is left out.
+    Of the lab these are the files named below, `tasks` and `models`; `cli` and `theory` are left out.
     """
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
-        if not re.match(r"cli[./]|lab/(?!(train|training|methods|combined|schedule)\.py|tasks/|models/)", name):
+        if not re.match(r"cli[./]|theory/|lab/(?!(train|training|methods|combined|schedule)\.py|tasks/|models/)", name):
             digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

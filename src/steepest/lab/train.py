@@ -83,10 +83,10 @@ def train_run(
         if config.code != code_version():
             problem = f"The run was configured for the code {config.code}, this is {code_version()}."
             raise RunMismatchError(f"{problem} Use that version, or make a new config in a new directory.")
-        task = _load_task(config, data)
+        task = load_task(config, data)
         write_whole(run_dir / "config.json", config.to_json())
         checkpoint = run_dir / "checkpoint.pt"
-        with _threads(threads), torch.random.fork_rng(devices=[]):
+        with using_threads(threads), torch.random.fork_rng(devices=[]):
             training = Training(config, task)
             if resuming := checkpoint.exists():
                 training.load(checkpoint)
@@ -137,7 +137,16 @@ def _stored_result(config: RunConfig, run_dir: Path) -> Result | None:
     return read_result(run_dir / "result.json")
 
 
-def _load_task(config: RunConfig, data: Path | None) -> Task:
+def load_task(config: RunConfig, data: Path | None) -> Task:
+    """The task of a run, with the data it was configured for.
+
+    Args:
+        config: The run.
+        data: Where the data of the user is; None for the task's own.
+
+    Raises:
+        RunMismatchError: If the data are others.
+    """
     task = make_task(config.task, config.preset, data=data)
     identity = task.data_identity()
     if identity.sha256 != config.data.sha256:
@@ -148,7 +157,7 @@ def _load_task(config: RunConfig, data: Path | None) -> Task:
 
 
 @contextlib.contextmanager
-def _threads(threads: int | None) -> Generator[None]:
+def using_threads(threads: int | None) -> Generator[None]:
     """Set the number of threads for a while, and bring back the caller's."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)

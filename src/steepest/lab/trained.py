@@ -14,7 +14,7 @@ from steepest.lab.combined import CombinedOptimizer
 from steepest.lab.config import RunConfig, code_version
 from steepest.lab.fields import RecordError, read_text
 from steepest.lab.tasks import Batch, Task
-from steepest.lab.train import _load_task, _threads
+from steepest.lab.train import load_task, using_threads
 from steepest.lab.training import Training
 
 _SECOND_MOMENTS = ("exp_avg_sq", "second_moment")  # torch's name and ours
@@ -74,8 +74,8 @@ def load_trained(run_dir: Path, *, examples: int, data: Path | None = None) -> T
     if not checkpoint.exists():
         problem = f"{run_dir} holds no checkpoint: runs delete it when they are finished"
         raise NoCheckpointError(f"{problem}. Train into a new directory with `steepest train --keep-checkpoint`.")
-    task = _load_task(config, data)
-    with _threads(None), torch.random.fork_rng(devices=[]):  # loading sets both as the run had them
+    task = load_task(config, data)
+    with using_threads(None), torch.random.fork_rng(devices=[]):  # loading sets both as the run had them
         training = Training(config, task)
         training.load(checkpoint)
     return TrainedRun(
