@@ -75,8 +75,10 @@ def find_feed(site: Site, row: PlanRow) -> Feed | str:
     feed = _of_kind(site, row)
     if isinstance(feed, str):
         return feed
-    ((stack, _, fan_in),) = joined(cast(View, row.view)).blocks(row.shape)
-    if (stack, fan_in) != (feed.stack, feed.fan_in):
+    view = cast(View, row.view)
+    ((stack, _, fan_in),) = joined(view).blocks(row.shape)
+    other_way = view.transposed != ("Conv1D" in kinds(site.module)) and not view.experts
+    if other_way or (stack, fan_in) != (feed.stack, feed.fan_in):
         return f"the view '{row.view}' is not the one that {kinds(site.module)[0]} multiplies with"
     return feed
 
@@ -150,10 +152,10 @@ def _experts(site: Site, stack: int, fan_in: int) -> Feed | str:
         tensors = [value for value in (*arguments, *options.values()) if isinstance(value, Tensor)]
         if not tensors or tensors[0].size(-1) != fan_in:
             return None
-        if tensors[0].ndim == 3 and tensors[0].size(0) == stack:
-            return (tensors[0],)
         routes = [t for t in tensors[1:] if t.ndim == 2 and t.dtype in (torch.int32, torch.int64)]
-        return (tensors[0], routes[0]) if routes and tensors[0].shape[:-1].numel() == routes[0].size(0) else None
+        if routes:  # before the shape is asked: a batch may be as large as the stack
+            return (tensors[0], routes[0]) if tensors[0].shape[:-1].numel() == routes[0].size(0) else None
+        return (tensors[0],) if tensors[0].ndim == 3 and tensors[0].size(0) == stack else None
 
     def rows(tensors: tuple[Tensor, ...]) -> Rows:
         x = tensors[0]

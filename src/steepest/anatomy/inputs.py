@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, cast, get_args
 from steepest.linalg.spd import RidgeUnit
 from steepest.names import unknown_name
 
-Structure = Literal["auto", "full", "block", "diagonal", "none"]
+Structure = Literal["wide", "auto", "full", "block", "diagonal", "none"]
 Preconditioned = Literal["gradient", "momentum"]
 Missing = Literal["raise", "muon"]
 Solver = Literal["inverse", "factor"]
@@ -37,12 +37,13 @@ class InputMoment:
         ridge: γ, relative to the size of the moment as `ridge_unit` measures it.
         ridge_unit: "trace" (mean eigenvalue), "frobenius" (root mean square) or "spectral" (largest).
         ridge_floor: Added to γ, in units of the moment.
-        structure: "full"; "diagonal"; "block": diagonal blocks of `block_size`; "none": Muon for that layer. "auto" is
+        structure: "full"; "diagonal"; "block": diagonal blocks of `block_size`; "none": Muon for that layer. "wide" is
             "diagonal" for layers that read at least twice as many features as all layers that share their inputs write,
-            such as the second map of an MLP, and for more than 4,096 features, else "full". Or a mapping from patterns
-            of parameter names to these, of which the last that matches counts; what matches none is "auto".
+            such as the second map of an MLP, else "none". "auto" is the same, but "full" where that is "none" and the
+            features are at most 4,096, else "diagonal". Or a mapping from patterns of parameter names to these, of
+            which the last that matches counts; what matches none is "wide".
         block_size: Of "block"; it must divide the fan-in. None: the fan-out, and where that is not smaller, "full".
-        exponents: (a, b) as above, in [0, 1].
+        exponents: (a, b) as above, in [0, 1]; (1, 0) is the paper's.
         on: What is multiplied with P_a: the "momentum" when a direction is sought, or each "gradient" before it is
             averaged, as the paper does. They differ while K changes. Momo and regularised descent need "momentum",
             because a momentum of preconditioned gradients does not tell how the loss changes.
@@ -74,7 +75,7 @@ class InputMoment:
     ridge: float = 0.2
     ridge_unit: RidgeUnit = "trace"
     ridge_floor: float = 0.0
-    structure: Structure | Mapping[str, Structure] = "auto"
+    structure: Structure | Mapping[str, Structure] = "wide"
     block_size: int | None = None
     exponents: tuple[float, float] = (1.0, 0.0)
     on: Preconditioned = "momentum"
@@ -127,7 +128,7 @@ class InputMoment:
         """
         if isinstance(self.structure, str):
             return self.structure
-        found: Structure = "auto"
+        found: Structure = "wide"
         for pattern, own in self.structure.items():
             found = own if fnmatchcase(name, pattern) else found
         return found
@@ -168,6 +169,10 @@ class InputMoment:
         return self.blend * min(1.0, max(0.0, (end - step) / (end - start)))
 
     def _check_choices(self) -> None:
+        if not isinstance(cast(object, self.structure), str | Mapping):
+            raise TypeError(
+                f"InputMoment: structure must be a name or a mapping from patterns to names, got {self.structure!r}."
+            )
         own = [self.structure] if isinstance(self.structure, str) else [*self.structure.values()]
         for option, value, choices in (
             *(("structure", structure, Structure) for structure in own),

@@ -64,19 +64,26 @@ class MomentLayout:
         tokens = values.shape[:-2]
         x = values.reshape(-1, *values.shape[-2:]).to(dtype)
         if weights is None and rows.chosen is None:
-            x = x.expand(-1, self.stack, -1)
             mass = torch.full((self.stack,), len(x), dtype=dtype, device=x.device)
+            total = self._products(x.expand(-1, self.stack, -1))
         else:
             own = torch.ones(tokens, dtype=dtype, device=x.device) if weights is None else weights.to(x.device, dtype)
             own = own.reshape(own.shape + (1,) * (len(tokens) - own.ndim)).expand(tokens).reshape(-1, 1)
             chosen = 1.0 if rows.chosen is None else rows.chosen.reshape(-1, self.stack).to(dtype)
-            own = (own * chosen).expand(-1, self.stack)
-            x = x * own.unsqueeze(-1).sqrt()  # (tokens, S, n), each weight once in z zᵀ
+            own = (own * chosen).expand(-1, self.stack)  # (tokens, S)
             mass = own.sum(0)
+            # One matrix after the other, each with its own tokens: S copies of all would be too many, and what is
+            # left out may be no number.
+            alone = zip(x.expand(-1, self.stack, -1).split(1, dim=1), own.unbind(1), strict=True)
+            total = torch.cat([self._products(z[w != 0] * w[w != 0].sqrt()[:, None, None]) for z, w in alone])
+        return total, mass if self.structure == "diagonal" else mass.repeat_interleave(self.fan_in // self.block)
+
+    def _products(self, x: Tensor) -> Tensor:
+        """Sum of z zᵀ over (tokens, matrices, n), as `shape` says for these matrices."""
         if self.structure == "diagonal":
-            return x.square().sum(0), mass
-        parts = x.reshape(len(x), *self.shape[:2]).transpose(0, 1)  # (S n/b, tokens, b)
-        return parts.mT @ parts, mass.repeat_interleave(self.fan_in // self.block)
+            return x.square().sum(0)
+        parts = x.reshape(len(x), x.size(1) * self.fan_in // self.block, self.block).transpose(0, 1)
+        return parts.mT @ parts
 
 
 def layout_for(
@@ -99,10 +106,12 @@ def layout_for(
         ValueError: If blocks do not divide the fan-in.
     """
     structure = options.structure_for(name)
+    if structure in ("wide", "auto"):
+        wide = fan_in >= 2 * readers
+        otherwise = "none" if structure == "wide" else "full" if fan_in <= WIDEST else "diagonal"
+        structure = "diagonal" if wide else otherwise
     if structure == "none":
         return None
-    if structure == "auto":
-        structure = "diagonal" if fan_in >= 2 * readers or fan_in > WIDEST else "full"
     if structure == "diagonal":
         return MomentLayout("diagonal", stack, fan_in, 1)
     block = fan_in

@@ -7,6 +7,7 @@ names here, so that memory can be planned; the first refresh sees the tensors th
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from steepest.anatomy.inputs import InputMoment
 from steepest.anatomy.moments import MomentLayout, layout_for
 from steepest.anatomy.plan import PlanRow
 from steepest.anatomy.views import View
+from steepest.names import near_miss
 
 _FAMILIES = (
     re.compile(r"^(to_|w_?|in_proj_)?(q|k|v)(_?(proj|lin|linear))?$|^(query|key|value)s?(_(proj|layer))?$|^w(q|k|v)$"),
@@ -64,8 +66,9 @@ def find_readers(rows: Sequence[PlanRow], options: InputMoment) -> list[Reader]:
         One per row whose structure is not "none".
 
     Raises:
-        ValueError: If blocks do not divide a fan-in.
+        ValueError: If blocks do not divide a fan-in, or a pattern of structures matches no matrix.
     """
+    _refuse_unmatched(options, [row.name for row in rows])
     blocks = [joined(cast(View, row.view)).blocks(row.shape)[0] for row in rows]
     keys = [_group_key(row, stack, fan_in) for row, (stack, _, fan_in) in zip(rows, blocks, strict=True)]
     outputs: dict[tuple[object, ...], int] = {}
@@ -79,6 +82,15 @@ def find_readers(rows: Sequence[PlanRow], options: InputMoment) -> list[Reader]:
             continue
         readers.append(_rebuilt(row, joined(cast(View, row.view)), layout, groups[key], options.hooks))
     return readers
+
+
+def _refuse_unmatched(options: InputMoment, names: Sequence[str]) -> None:
+    for pattern in () if isinstance(options.structure, str) else options.structure:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"InputMoment: the structure of {pattern!r} is given, but no matrix has such a name."
+                f"{near_miss(pattern, names)}"
+            )
 
 
 def _rebuilt(row: PlanRow, view: View, layout: MomentLayout, group: int, hooks: bool) -> Reader:

@@ -4,8 +4,8 @@ A hook before each module puts an identity with a derivative between the inputs 
 exactly once for every call whose gradient is taken, whatever recomputes activations, and never for a call that is only
 evaluated; that is where the inputs are summed. Nothing is put there while nobody watches.
 
-In a compiled graph hooks cannot change with time. There the hook is an operation, always present, that asks this
-registry at run time whether anybody watches; it sees calls in the forward pass and leaves out those that recompute.
+In a compiled graph hooks cannot change with time. There the identity is always present, and its backward pass is an
+operation that asks this registry at run time whether anybody watches.
 """
 
 import itertools
@@ -57,11 +57,22 @@ class InputWatch:
     def __init__(self, readers: Sequence[Reader], tokens: int | None) -> None:
         self.readers = list(readers)
         self.tokens = tokens
-        self.weights: Tensor | None = None
+        self._weights: Tensor | None = None
+        self._weighted = False
         self.summing: frozenset[int] = frozenset()
         self.comparing: frozenset[int] = frozenset()
         self.seen: dict[int, Sighting] = {}
         self._attach()
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Of the tokens of calls from now on; None: 1 each."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Tensor | None) -> None:
+        self._weights = weights
+        self._weighted = self._weighted or weights is not None
 
     def watch(self, summing: frozenset[int], comparing: frozenset[int]) -> None:
         """Choose what to look at from now on, and forget what was seen.
@@ -71,6 +82,7 @@ class InputWatch:
             comparing: Of those whose inputs are compared with those of others.
         """
         self.summing, self.comparing = summing, comparing
+        self._weighted = self._weights is not None
         self.forget()
 
     def looks_at(self, number: int) -> bool:
@@ -80,7 +92,6 @@ class InputWatch:
     def forget(self) -> None:
         """Drop what was seen since the last step."""
         self.seen = {}
-        self._first_passes: dict[tuple[int, int], int] = {}
 
     def seed(self, number: int, total: Tensor, mass: Tensor) -> None:
         """Go on from sums that were seen before a checkpoint.
@@ -130,19 +141,22 @@ class InputWatch:
         total, mass = layout.sums(flat, weights, dtype)
         return total * (count / self.tokens), mass * (count / self.tokens)
 
-    def recomputes(self, call: tuple[int, int], *, grad: bool) -> bool:
-        """Whether a compiled call is one that is not to be counted, because it, or its first pass, is counted already.
+    def late_weights(self, number: int) -> Tensor | None:
+        """The weights of a call that is seen without knowing which were in force in its forward pass.
 
         Args:
-            call: Number of the reader, and which of its modules.
-            grad: Whether gradients were on.
+            number: Of the reader.
+
+        Raises:
+            RuntimeError: If others were, since the last step, than now.
         """
-        passes = self._first_passes.get(call, 0)
-        if _in_backward():
-            self._first_passes[call] = max(0, passes - 1)
-            return passes > 0
-        self._first_passes[call] = passes + grad
-        return not grad
+        if self._weights is None and self._weighted and self.looks_at(number):
+            raise RuntimeError(
+                f"input_mask was used in a forward pass since the last step, but is not in force while the inputs of "
+                f"{self.readers[number].row.name!r} are seen: of compiled or checkpointed layers, that is in the "
+                "backward pass. Call backward() within input_mask, with a mask for each micro-batch."
+            )
+        return self._weights
 
     def _attach(self) -> None:
         self._key = next(_KEYS)
@@ -152,11 +166,11 @@ class InputWatch:
             for which, (module, feed) in enumerate(reader.feeds):
                 hook = _Hook(self._key, number, which, feed, reader.parameter)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        weakref.finalize(self, _remove, self._handles)
 
     def detach(self) -> None:
-        """Take the hooks off the modules."""
-        for handle in self._handles:
-            handle.remove()
+        """Take the hooks off the modules; also done for a watch that is gone."""
+        _remove(self._handles)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_handles", "_key")}
@@ -167,33 +181,36 @@ class InputWatch:
         self._attach()
 
 
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
 class _Hook:
     """Stands before one module for one parameter; a copy of the module takes an idle one along."""
 
     def __init__(self, key: int, number: int, which: int, feed: Feed, parameter: Tensor) -> None:
-        self.key, self.number, self.which = key, number, which
+        self.key, self.number = key, number
         self.feed = feed
         self.parameter = parameter
-        self.sink = torch.zeros((), device=parameter.device)  # "written to", so that a compiler keeps the operation
+        # Inputs that are data have no gradient of their own, and without one there is no backward pass to see them in.
+        self.anchor: Tensor | None = torch.zeros((), requires_grad=True)
+        self.address = torch.tensor([key, number, which])  # a tensor, so that layers alike share one compiled graph
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if self.key == _IDLE:
+        if self.anchor is None or not torch.is_grad_enabled() or not self.parameter.requires_grad:
             return None
-        if torch.compiler.is_compiling():
-            tensors = self.feed.pick(arguments, options)
-            if tensors is not None and module.training and self.parameter.requires_grad:
-                _watch_compiled(list(tensors), self.sink, self.key, self.number, self.which, torch.is_grad_enabled())
-            return None
-        watch = _WATCHES.get(self.key)
-        if watch is None or not watch.looks_at(self.number):
-            return None
-        if not torch.is_grad_enabled() or not self.parameter.requires_grad:
+        compiling = torch.compiler.is_compiling()
+        watch = None if compiling else _WATCHES.get(self.key)
+        if not compiling and (watch is None or not watch.looks_at(self.number) or _transformed()):
             return None
         tensors = self.feed.pick(arguments, options)
         if tensors is None:
             return None
-        anchor = torch.zeros((), requires_grad=True)  # inputs that are data have no gradient of their own
-        watched = _Watched.apply(anchor, watch, self.number, self.feed, *tensors)
+        if watch is None:
+            watched = _WatchedCompiled.apply(self.anchor, self.address, *tensors)
+        else:
+            watched = _Watched.apply(self.anchor, watch, self.number, self.feed, *tensors)
 
         def replaced(value: object) -> object:
             return watched if value is tensors[0] else value
@@ -201,7 +218,7 @@ class _Hook:
         return tuple(map(replaced, arguments)), {name: replaced(value) for name, value in options.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"key": _IDLE}
+        return {"anchor": None}
 
 
 class _Watched(torch.autograd.Function):
@@ -210,35 +227,55 @@ class _Watched(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, watch: InputWatch, number: int, feed: Feed, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)  # and so recomputed by activation checkpointing, not kept
-        ctx.call = (watch, number, feed, watch.weights)
+        ctx.call = (watch, number, feed, watch.weights, _in_backward())
         return tensors[0].view_as(tensors[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        watch, number, feed, weights = ctx.call
+        watch, number, feed, weights, late = ctx.call
         tensors = cast(tuple[Tensor, ...], ctx.saved_tensors)
-        watch.see(number, feed.rows(tensors), weights, tensors[0])
+        watch.see(number, feed.rows(tensors), watch.late_weights(number) if late else weights, tensors[0])
         return (None, None, None, None, gradients[0], *(None for _ in tensors[1:]))
 
 
+class _WatchedCompiled(torch.autograd.Function):
+    """The same in a compiled graph, which may hold tensors only."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, address: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.address = address
+        return tensors[0].view_as(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        tensors = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        _see_compiled(list(tensors), ctx.address)
+        return (None, None, gradients[0], *(None for _ in tensors[1:]))
+
+
 _KEYS = itertools.count()
-_IDLE = -1
 _WATCHES: weakref.WeakValueDictionary[int, InputWatch] = weakref.WeakValueDictionary()
 
 
-@torch.library.custom_op("steepest::watch_inputs", mutates_args=("sink",))
-def _watch_compiled(tensors: list[Tensor], sink: Tensor, key: int, number: int, which: int, grad: bool) -> None:
+# The address is "written to", so that a compiler keeps an operation that returns nothing.
+@torch.library.custom_op("steepest::see_inputs", mutates_args=("address",))
+def _see_compiled(tensors: list[Tensor], address: Tensor) -> None:
+    key, number, which = address.tolist()
     watch = _WATCHES.get(key)
-    if watch is None or not watch.looks_at(number):
-        return
-    if not watch.recomputes((number, which), grad=grad):
+    if watch is not None and watch.looks_at(number):
         feed = watch.readers[number].feeds[which][1]
-        watch.see(number, feed.rows(tuple(tensors)), watch.weights, tensors[0])
+        watch.see(number, feed.rows(tuple(tensors)), watch.late_weights(number), tensors[0])
 
 
-@_watch_compiled.register_fake
-def _(tensors: list[Tensor], sink: Tensor, key: int, number: int, which: int, grad: bool) -> None:
+@_see_compiled.register_fake
+def _(tensors: list[Tensor], address: Tensor) -> None:
     return None
+
+
+def _transformed() -> bool:
+    """Whether this is inside `torch.func`, whose gradients are not those that a step takes."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _in_backward() -> bool:

@@ -105,7 +105,7 @@ def newton_muon(
     ridge: float = 0.2,
     exponent_in: float = 1.0,
     exponent_out: float = 0.0,
-    structure: str = "auto",
+    structure: str = "none",
     wide: str = "diagonal",
     on: str = "momentum",
     normalize: bool = True,
@@ -114,10 +114,11 @@ def newton_muon(
     anneal_from: int = 0,
     anneal_to: int = 0,
 ) -> Optimizer:
-    """steepest.NewtonMuon; `wide` is the structure of maps that read twice as many features as they write, or more.
+    """steepest.NewtonMuon; `wide` is the structure of maps that read twice as many features as they write, or more, and
+    `structure` that of the others.
 
     With a preset other than "default", only `every` is taken of the options of the moments. Both `anneal` options at 0
-    mean none.
+    mean none. `every` is lower than steepest's own 32, which is for longer runs than the lab's.
     """
     options: dict[str, Any] = {"every": every}
     if preset == "default":

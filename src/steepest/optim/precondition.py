@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from steepest.anatomy import InputMoment, InputWatch, PlanRow, Rows, find_readers
+from steepest.anatomy import InputMoment, InputWatch, PlanRow, Reader, Rows, find_readers
 from steepest.optim.applied import Applied
 from steepest.optim.ranks import summed, unanimous
 from steepest.optim.refresh import INPUT_MASS, INPUT_MOMENT, INPUT_POWERS, Outcome, ensure_moments, refresh_
 from steepest.optim.state import state_dtype
 
-INPUT_LEADER = "input_leader"  # 0-d, number of the reader whose moment a reader uses, once that is known
+INPUT_LEADER = "input_leader"  # 0-d, number of the reader whose moment a reader uses; UNSETTLED until that is known
+UNSETTLED = -1.0
 INPUT_SUM, INPUT_SUM_MASS = "input_sum", "input_sum_mass"  # seen since the last step, if a refresh is under way
 INPUT_KEYS = (INPUT_MOMENT, INPUT_MASS, INPUT_POWERS, INPUT_LEADER, INPUT_SUM, INPUT_SUM_MASS)
 
@@ -42,7 +43,10 @@ class Preconditioner:
         self.options = options
         readers = find_readers(rows, options)
         if not readers:
-            raise ValueError("InputMoment: no matrix is left to precondition; leave out precondition=.")
+            raise ValueError(
+                "InputMoment: no matrix is left to precondition. By default these are the layers that read at least "
+                "twice as many features as they write; give structure='full' for all, or leave out precondition=."
+            )
         if options.hooks and not any(reader.feeds for reader in readers):
             raise ValueError(
                 f"InputMoment: no module is known that feeds {readers[0].row.name!r} or any other matrix. Pass the "
@@ -53,10 +57,10 @@ class Preconditioner:
         self.readers = self.watch.readers
         self.steps = 0
         self.counts = {"input_ridge_raised": 0, "input_kept_powers": 0, "input_missing": 0, "input_parted": 0}
-        self._numbers = {id(reader.parameter): number for number, reader in enumerate(readers)}
+        self._numbers = {reader.parameter: number for number, reader in enumerate(readers)}
         self._leaders = [self._first_of(reader.group) for reader in readers]
         self._settled: set[int] = set()  # readers whose leader was told by what they read
-        self._ready: set[int] = set()  # leaders that have a moment
+        self._ready: dict[int, int] = {}  # leaders that have a moment, and the step that refreshed it last
         self.expect()
 
     def _first_of(self, group: int) -> int:
@@ -89,7 +93,7 @@ class Preconditioner:
         Raises:
             ValueError: If the parameter is not preconditioned, or a shape does not fit.
         """
-        number = self._numbers.get(id(parameter))
+        number = self._numbers.get(parameter)
         if number is None:
             raise ValueError(
                 f"record_input: the parameter of shape {tuple(parameter.shape)} is not preconditioned by this "
@@ -126,12 +130,15 @@ class Preconditioner:
             MissingInputsError: If inputs are missing and the options say "raise".
         """
         self._ensure(states, set(self._leaders))
+        for reader in self.readers:  # left there by a checkpoint since the last step
+            states[reader.parameter].pop(INPUT_SUM, None)
+            states[reader.parameter].pop(INPUT_SUM_MASS, None)
         due = sorted(self.watch.summing)
         if not due:
             return
         totals, masses = self._over_ranks(due)
         seen = [bool((mass > 0).any()) for mass in masses]
-        with_gradient = {self._numbers[id(p)] for p in present if id(p) in self._numbers}
+        with_gradient = {self._numbers[p] for p in present if p in self._numbers}
         missing = [n for n, found in zip(due, seen, strict=True) if not found and n in with_gradient]
         if missing and not idle():
             self._miss(missing)
@@ -153,9 +160,12 @@ class Preconditioner:
             accept=accept,
         )
         self._count(outcome)
-        self._ready.update(leaders)
+        self._ready.update(dict.fromkeys(leaders, self.steps))
 
     def _ensure(self, states: States, leaders: Iterable[int]) -> None:
+        for reader in self.readers:
+            if INPUT_LEADER not in states[reader.parameter]:
+                states[reader.parameter][INPUT_LEADER] = self._number(reader, UNSETTLED)
         for number in leaders:
             parameter, layout = self.readers[number].parameter, self.readers[number].layout
             ensure_moments(states[parameter], layout, self.options, state_dtype(parameter), parameter.device)
@@ -206,10 +216,13 @@ class Preconditioner:
     def _lead(self, states: States, number: int, leader: int) -> None:
         self._leaders[number] = leader
         state = states[self.readers[number].parameter]
-        state[INPUT_LEADER] = torch.tensor(float(leader), dtype=state_dtype(self.readers[number].parameter))
+        state[INPUT_LEADER] = self._number(self.readers[number], leader)
         if leader != number:
             for key in (INPUT_MOMENT, INPUT_MASS, INPUT_POWERS):
                 state.pop(key, None)
+
+    def _number(self, reader: Reader, value: float) -> Tensor:
+        return torch.tensor(float(value), dtype=state_dtype(reader.parameter))
 
     def _part(self, states: States) -> None:
         """A reader that no longer reads what its leader reads goes on alone, with a copy of the moment."""
@@ -218,12 +231,13 @@ class Preconditioner:
         for number, same in zip(followers, unanimous(differ, self.readers[0].parameter.device), strict=True):
             if same == 0:
                 continue
-            leader = states[self.readers[self._leaders[number]].parameter]
+            leader_number = self._leaders[number]
+            leader = states[self.readers[leader_number].parameter]
             self._lead(states, number, number)
             states[self.readers[number].parameter].update(
                 {key: leader[key].clone() for key in (INPUT_MOMENT, INPUT_MASS, INPUT_POWERS)}
             )
-            self._ready.add(number)
+            self._ready[number] = self._ready[leader_number]
             self.counts["input_parted"] += 1
 
     def _differs(self, number: int) -> bool:
@@ -241,8 +255,8 @@ class Preconditioner:
         blend = self.options.blend_at(self.steps)
         powers = {
             id(reader.parameter): (reader, states[self.readers[leader].parameter][INPUT_POWERS])
-            for reader, leader in zip(self.readers, self._leaders, strict=True)
-            if leader in self._ready
+            for number, (reader, leader) in enumerate(zip(self.readers, self._leaders, strict=True))
+            if number in self._settled and leader in self._ready
         }
         return Applied(self.options, powers, blend) if blend > 0 and powers else None
 
@@ -252,7 +266,7 @@ class Preconditioner:
         Args:
             row: Of any parameter.
         """
-        number = self._numbers.get(id(row.parameter))
+        number = self._numbers.get(row.parameter)
         if number is None:
             return row
         reader = self.readers[number]
@@ -266,18 +280,13 @@ class Preconditioner:
 
     def diagnostics(self) -> dict[str, float]:
         """Counters, and the age of the oldest moment in steps."""
-        groups = max(reader.group for reader in self.readers) + 1
-        last = self.steps - 1
-        ages = [
-            (last - self.options.start(self.readers[number].group, groups)) % self.options.every
-            for number in self._ready
-        ]
         counts = {name: float(count) for name, count in self.counts.items()}
-        return {**counts, **({"input_moment_age": float(max(ages))} if ages else {})}
+        age = {"input_moment_age": float(self.steps - 1 - min(self._ready.values()))} if self._ready else {}
+        return {**counts, **age}
 
     def known_shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
         """Entries that a parameter's saved state may have, with their shapes."""
-        number = self._numbers.get(id(parameter))
+        number = self._numbers.get(parameter)
         if number is None:
             return {}
         layout = self.readers[number].layout
@@ -301,20 +310,47 @@ class Preconditioner:
         Args:
             states: Of the parameters, as loaded.
             steps: How many were done.
+
+        Raises:
+            ValueError: If a layer refers to a moment that is not there.
         """
-        self.steps, self._settled, self._ready = steps, set(), set()
+        self.steps, self._settled, self._ready = steps, set(), {}
+        self._leaders = self._saved_leaders(states)
         for number, reader in enumerate(self.readers):
             state = states.get(reader.parameter, {})
-            if INPUT_LEADER in state:
+            if float(state.get(INPUT_LEADER, UNSETTLED)) != UNSETTLED:
                 self._settled.add(number)
-                self._leaders[number] = int(state[INPUT_LEADER])
+                self._lead(states, number, self._leaders[number])  # by the numbers of here
             if INPUT_MASS in state and bool((state[INPUT_MASS] > 0).any()):
-                self._ready.add(number)
+                self._ready[number] = self._last_refresh(reader)
         self.expect()
         for number, reader in enumerate(self.readers):
             state = states.get(reader.parameter, {})
             if INPUT_SUM in state and number in self.watch.summing:
                 self.watch.seed(number, state.pop(INPUT_SUM), state.pop(INPUT_SUM_MASS))
+
+    def _saved_leaders(self, states: States) -> list[int]:
+        """Leaders by the numbers of here; those in the state are of the optimizer that saved it."""
+        own = [states.get(reader.parameter, {}) for reader in self.readers]
+        saved = [float(state.get(INPUT_LEADER, UNSETTLED)) for state in own]
+        holders = {leader: number for number, leader in enumerate(saved) if INPUT_MOMENT in own[number]}
+        leaders = [self._first_of(reader.group) for reader in self.readers]
+        for number, (reader, leader) in enumerate(zip(self.readers, saved, strict=True)):
+            if leader == UNSETTLED:
+                continue
+            if leader not in holders or self.readers[holders[leader]].layout != reader.layout:
+                raise ValueError(
+                    f"The state of {reader.row.name!r} refers to the moment of layer number {leader:g}, which is not "
+                    "there: the checkpoint is damaged. Start with fresh state instead."
+                )
+            leaders[number] = holders[leader]
+        return leaders
+
+    def _last_refresh(self, reader: Reader) -> int:
+        """The last step that was due for a reader, if none was left out."""
+        start = self.options.start(reader.group, max(reader.group for reader in self.readers) + 1)
+        last = self.steps - 1 if self.options.anneal is None else min(self.steps, self.options.anneal[1]) - 1
+        return last - (last - start) % self.options.every
 
 
 def precondition_options(precondition: InputMoment | str | None) -> InputMoment | None:

@@ -83,13 +83,18 @@ def refresh_(
         ready = torch.cat([fresh[index] for index in places])
         sizes = [len(fresh[index]) for index in places]
         diagonal = layouts[places[0]].structure == "diagonal"
-        for number, exponent in enumerate(options.powers):
-            found = _power(moments, exponent, options, diagonal=diagonal)
-            outcome.kept += int((ready & ~found.ok).sum())
-            outcome.raised += int((ready & (found.raised > 0)).sum())
-            for index, power, ok in zip(places, found.power.split(sizes), (ready & found.ok).split(sizes), strict=True):
+        found = [_power(moments, exponent, options, diagonal=diagonal) for exponent in options.powers]
+        ok = ready.clone()  # all powers of a matrix or none, so that they are of one moment
+        raised = torch.zeros_like(ready)
+        for damped in found:
+            ok &= damped.ok
+            raised |= damped.raised > 0
+        outcome.kept += int((ready & ~ok).sum())
+        outcome.raised += int((ready & raised).sum())
+        for number, damped in enumerate(found):
+            for index, power, own in zip(places, damped.power.split(sizes), ok.split(sizes), strict=True):
                 old = states[index][INPUT_POWERS][number]
-                old.copy_(torch.where(_over(ok, power), power, old))
+                old.copy_(torch.where(_over(own, power), power, old))
     return outcome
 
 
@@ -121,13 +126,10 @@ def _average_(
     state: dict[str, Tensor], total: Tensor, mass: Tensor, options: InputMoment, accept: Tensor | None, outcome: Outcome
 ) -> Tensor:
     """Move the moment toward the mean of z zᵀ; returns for which matrices that was done."""
-    seen = mass > 0
+    seen = mass > 0 if accept is None else (mass > 0) & accept.to(mass.device)
     mean = total / _over(torch.where(seen, mass, 1.0), total)
     usable = seen & mean.isfinite().flatten(1).all(-1)
-    if accept is not None:
-        usable = usable & accept.to(usable.device)
-    else:
-        outcome.kept += int((seen & ~usable).sum())
+    outcome.kept += int((seen & ~usable).sum())
     moment, weight = state[INPUT_MOMENT], state[INPUT_MASS]
     moment.copy_(torch.where(_over(usable, moment), torch.lerp(mean, moment, options.decay), moment))
     weight.copy_(torch.where(usable, options.decay * weight + (1 - options.decay), weight))
