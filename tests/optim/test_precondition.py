@@ -31,9 +31,7 @@ def handmade(gradients, inputs, *, method=NewtonMuon, start=None, view=None, **o
     group = {"params": [weight], **({} if view is None else {"view": view})}
     momentum = {"momentum": options.pop("momentum", 0.9)}
     if method is NewtonMuon:
-        momentum["precondition"] = InputMoment(
-            hooks=False, **{"structure": "auto", **{"exponents": (1.0, 0.0), **options}}
-        )
+        momentum["precondition"] = InputMoment(hooks=False, **{"structure": "auto", "exponents": (1.0, 0.0), **options})
     optimizer = method([group], 0.1, polar="svd", scale="none", **momentum)
     trajectory = []
     for gradient, x in zip(gradients, inputs, strict=True):

@@ -28,9 +28,7 @@ def one_matrix(x, *, steps=1, **options):
     """State, report and weight after a few refreshes with the same inputs."""
     weight = nn.Parameter(torch.zeros(5, x.size(-1), dtype=x.dtype))
     plain = {"every": 1, "structure": "full", "exponents": (1.0, 0.0)}
-    optimizer = NewtonMuon(
-        [weight], precondition=InputMoment(hooks=False, **{"structure": "auto", **{**plain, **options}})
-    )
+    optimizer = NewtonMuon([weight], precondition=InputMoment(hooks=False, **{"structure": "auto", **plain, **options}))
     for _ in range(steps):
         weight.grad = normal(*weight.shape, seed=9)
         optimizer.record_input(weight, x)
