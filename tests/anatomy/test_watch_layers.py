@@ -151,6 +151,17 @@ def test_layers_whose_names_promise_more_than_they_hold_part_at_the_first_refres
     assert optimizer.diagnostics()["input_parted"] == 0  # they never were together
 
 
+def test_inputs_that_differ_where_they_are_not_sampled_are_told_apart_by_their_place():
+    torch.manual_seed(7)
+    model, x = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)]).double(), data()
+    optimizer = newton(model)
+    y = x.clone()
+    y[0, 0, 2] += 1  # of 120 entries every other one is looked at, more or less: 0, 1, 3, 5, 7, ...
+    model[2](model[0](x) * model[1](y)).square().mean().backward()
+    optimizer.step()
+    assert [kind for _, kind in memory(optimizer)] == ["full 5", "full 5"]
+
+
 def test_layers_that_cease_to_read_the_same_part_then():
     torch.manual_seed(7)
     model = Attention(["q_proj", "k_proj", "v_proj"]).double()
@@ -185,7 +196,8 @@ class SelfAttention(nn.Module):
 def test_multihead_attention_reads_out_of_sight_until_it_is_recorded():
     torch.manual_seed(7)
     model, x = SelfAttention().double(), data()
-    optimizer = newton(model)
+    with pytest.warns(UserWarning, match=r"cannot see the inputs of attention\.out_proj\.weight"):
+        optimizer = newton(model)
     weight = model.attention.out_proj.weight
     backward(model, x)
     why = "hooks cannot see them: MultiheadAttention multiplies with it without calling the module"

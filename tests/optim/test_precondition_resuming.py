@@ -222,8 +222,10 @@ def test_distributed_checkpoints_make_load_and_keep_the_state(tmp_path):
 
 
 RANKED = {
-    "staggered": lambda model: NewtonMuon(model, precondition=InputMoment(every=EVERY, stagger=True)),
-    "max": lambda model: NewtonMuonMax(model, 0.05, precondition=InputMoment(every=EVERY, exponents=(0.5, 0.5))),
+    "staggered": lambda model: NewtonMuon(model, precondition=InputMoment(structure="auto", every=EVERY, stagger=True)),
+    "max": lambda model: NewtonMuonMax(
+        model, 0.05, precondition=InputMoment(structure="auto", every=EVERY, exponents=(0.5, 0.5))
+    ),
 }
 
 

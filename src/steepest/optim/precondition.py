@@ -3,6 +3,7 @@
 Per step: `expect` before the forward pass, `refresh` in the step before anything else, `applied` for the moves.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -16,6 +17,7 @@ from steepest.optim.ranks import summed, unanimous
 from steepest.optim.refresh import INPUT_MASS, INPUT_MOMENT, INPUT_POWERS, Outcome, ensure_moments, refresh_
 from steepest.optim.state import state_dtype
 
+CALLER = 4  # from the warning through the optimizer and the recipe to the line that built it
 INPUT_LEADER = "input_leader"  # 0-d, number of the reader whose moment a reader uses; UNSETTLED until that is known
 UNSETTLED = -1.0
 INPUT_SUM, INPUT_SUM_MASS = "input_sum", "input_sum_mass"  # seen since the last step, if a refresh is under way
@@ -52,6 +54,16 @@ class Preconditioner:
                 f"InputMoment: no module is known that feeds {readers[0].row.name!r} or any other matrix. Pass the "
                 "model (or steepest.route(model)) instead of its parameters, or give InputMoment(hooks=False) and call "
                 "record_input() in each step that refreshes."
+            )
+        unseen = [reader for reader in readers if options.hooks and not reader.feeds]
+        if unseen and options.missing == "raise":
+            warnings.warn(
+                f"Hooks cannot see the inputs of {', '.join(reader.row.name for reader in unseen)}: "
+                f"{unseen[0].unseen}. "
+                "Call record_input(parameter, inputs) in each micro-batch of a step that refreshes, or leave them to "
+                f"Muon with InputMoment(structure={{{unseen[0].row.name!r}: 'none'}}) or missing='muon'.",
+                UserWarning,
+                stacklevel=CALLER,
             )
         self.watch = InputWatch(readers, options.tokens)
         self.readers = self.watch.readers

@@ -30,14 +30,16 @@ class SeesInputs(Optimizer):
 
     @contextmanager
     def input_mask(self, mask: Tensor) -> Generator[None]:
-        """Within it, tokens of a forward pass count by their mask where layer inputs are looked at: 0 for padding.
+        """Within it, tokens count by their mask where layer inputs are looked at: 0 for padding.
+
+        Keep it around the backward pass too: that is where inputs of compiled and checkpointed layers are seen.
 
         Args:
             mask: (batch, time) or (batch,), at least 0; fits every layer whose inputs begin with these dimensions, and
                 those that have all tokens in one dimension.
 
         Raises:
-            RuntimeError: If the optimizer was built without `precondition`.
+            RuntimeError: If the optimizer was built without `precondition`; from backward() outside of it.
         """
         watch = self._known_preconditioner("input_mask").watch
         before, watch.weights = watch.weights, mask.detach()
