@@ -68,12 +68,9 @@ def compare(name: str, config: GPTConfig, tokens: Tensor, *, every: int, pairs: 
             times[index % CYCLE == CYCLE - 1].append((first, second))
     quarters = {kind: statistics.quantiles([n / b for b, n in own], n=4) for kind, own in times.items()}
     ordinary, refresh = (quarters[kind] for kind in (False, True))
-    held = sum(
-        state[key].nbytes
-        for state in newton.optimizer.state.values()
-        for key in ("input_moment", "input_mass", "input_powers")
-        if key in state
-    )
+    keys = ("input_moment", "input_mass", "input_powers")
+    kept = {state[k].data_ptr(): state[k] for state in newton.optimizer.state.values() for k in keys if k in state}
+    held = sum(tensor.nbytes for tensor in kept.values())  # layers that share a moment hold the same tensors
     planned = sum(row.moment_bytes + row.inverse_bytes for row in newton.optimizer.plan)
     return {
         "case": name,

@@ -189,7 +189,7 @@ def test_outputs_changed_in_place():
     assert_kept(model, optimizer, expected, names=["0.weight", "2.weight"])
 
 
-def test_under_autocast_moments_are_of_the_inputs_before_they_are_rounded():
+def test_under_autocast_moments_are_of_the_rounded_inputs_that_layers_multiply():
     model, x = net(torch.float32), data(dtype=torch.float32)
     optimizer = newton(model)
     calls = []
@@ -200,7 +200,7 @@ def test_under_autocast_moments_are_of_the_inputs_before_they_are_rounded():
     loss.backward()
     optimizer.step()
     assert [z.dtype for z in calls] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    rows = (z.double().flatten(0, -2) for z in calls)
+    rows = (z.bfloat16().double().flatten(0, -2) for z in calls)
     expected = {name: z.T @ z / len(z) for name, z in zip(NAMES, rows, strict=True)}
     assert_kept(model, optimizer, expected, rtol=1e-5, atol=1e-6)
     assert {moment.dtype for moment in kept(model, optimizer).values()} == {torch.float32}

@@ -78,12 +78,13 @@ def newton(model, options=SEEN, **others):
 
 def kept(model, optimizer):
     """Parameter name to its moment, for those that have one of their own."""
-    states = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
-    return {
-        name: state["input_moment"][0]
-        for name, state in states.items()
-        if state.get("input_mass", torch.zeros(1)).any()
-    }
+    found, seen = {}, set()
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        if state.get("input_mass", torch.zeros(1)).any() and state["input_moment"].data_ptr() not in seen:
+            seen.add(state["input_moment"].data_ptr())  # those that share hold the same tensor
+            found[name] = state["input_moment"][0]
+    return found
 
 
 def assert_kept(model, optimizer, expected, *, names=NAMES, rtol=1e-12, atol=1e-13):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from steepest import InputMoment, Momo, Muon, MuonMax, NewtonMuon, SteepestDescent, View, route
-from steepest.optim.precondition import MissingInputsError
+from steepest.optim.input_moments import MissingInputsError
 from steepest.optim.refresh import INPUT_MASS, INPUT_MOMENT, INPUT_POWERS
 from tests.optim.training import assert_same, network
 
@@ -61,7 +61,7 @@ def test_why_hooks_cannot_see_a_layer_is_part_of_the_error():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     torch.nn.utils.parametrizations.orthogonal(model[1])
     with pytest.warns(
-        UserWarning, match=r"cannot see the inputs of 1\.weight: .*parametriz.*record_input.*'none'"
+        UserWarning, match=r"cannot see the inputs of 1\.param.*: .*parametriz.*record_input.*'none'"
     ) as told:
         optimizer = NewtonMuon(model, precondition=InputMoment(structure="auto", every=1))
     assert told[0].filename == __file__
@@ -232,7 +232,7 @@ def test_inputs_recorded_in_steps_that_look_at_none_are_dropped():
     for step in range(3):
         weight.grad = torch.ones_like(weight)
         optimizer.record_input(weight, torch.full((2, 4), 1.0 + step))
-        assert bool(optimizer._preconditioner.watch.seen) == (step == 2)
+        assert bool(optimizer._preconditioner.watch.given) == (step == 2)
         optimizer.step()
     torch.testing.assert_close(optimizer.state[weight][INPUT_MOMENT].max().item(), 0.05 * 9.0)
 

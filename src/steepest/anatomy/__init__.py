@@ -2,7 +2,7 @@
 
 from steepest.anatomy.feeds import Rows
 from steepest.anatomy.inputs import PRESETS, InputMoment
-from steepest.anatomy.moments import MomentLayout
+from steepest.anatomy.moments import MomentLayout, given_rows
 from steepest.anatomy.plan import ROLES, Plan, PlanRow, Role
 from steepest.anatomy.readers import Reader, find_readers
 from steepest.anatomy.routing import Override, Rule, route
@@ -29,5 +29,6 @@ __all__ = [
     "View",
     "conv",
     "find_readers",
+    "given_rows",
     "route",
 ]

@@ -51,6 +51,10 @@ class Feed:
     rows: Callable[[tuple[Tensor, ...]], Rows]
 
 
+_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
 def joined(view: View) -> View:
     """The view without what only divides the outputs, or the inputs into heads: one matrix for each input vector.
 
@@ -89,9 +93,11 @@ def _of_kind(site: Site, row: PlanRow) -> Feed | str:
     ((stack, _, fan_in),) = joined(view).blocks(row.shape)
     if isinstance(module, nn.Linear) and isinstance(site.owner, nn.MultiheadAttention):
         return "MultiheadAttention multiplies with it without calling the module"
+    if isinstance(module, nn.Linear | _CONVOLUTIONS) and type(module).forward not in _FORWARDS:
+        return f"{names[0]} has a forward() of its own, which may change the inputs first"
     if site.leaf == "weight" and (isinstance(module, nn.Linear) or "Conv1D" in names):
         return Feed(1, fan_in, _first_tensor, lambda tensors: Rows(tensors[0].unsqueeze(-2)))
-    if site.leaf == "weight" and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if site.leaf == "weight" and isinstance(module, _CONVOLUTIONS):
         return _convolution(module)
     if isinstance(module, nn.MultiheadAttention) and site.leaf == "in_proj_weight":
         return Feed(1, fan_in, _self_attention, lambda tensors: Rows(tensors[0].unsqueeze(-2)))

@@ -86,8 +86,35 @@ class MomentLayout:
         return parts.mT @ parts
 
 
+def given_rows(layout: MomentLayout, name: str, x: Tensor, weight: Tensor | None) -> Rows:
+    """Inputs that were given by hand.
+
+    Args:
+        layout: Of the moment they belong to.
+        name: Of the parameter, for messages.
+        x: (*tokens, n), or (S, *tokens, n) for a stack of S.
+        weight: Of the tokens, likewise without n, at least 0; None: 1.
+
+    Raises:
+        ValueError: If a shape does not fit.
+    """
+    stacked = layout.stack > 1
+    if x.ndim < 1 + stacked or x.size(-1) != layout.fan_in or (stacked and x.size(0) != layout.stack):
+        needed = f"({layout.stack}, *tokens, {layout.fan_in})" if stacked else f"(*tokens, {layout.fan_in})"
+        raise ValueError(f"record_input: {name!r} takes inputs {needed}, got {tuple(x.shape)}.")
+    if weight is not None and weight.shape != x.shape[:-1]:
+        raise ValueError(
+            f"record_input: the weight of {name!r} must have the shape {tuple(x.shape[:-1])} of the tokens, got "
+            f"{tuple(weight.shape)}."
+        )
+    values = x.detach().movedim(0, -2) if stacked else x.detach().unsqueeze(-2)
+    if weight is None:
+        return Rows(values)
+    return Rows(values, weight.detach().movedim(0, -1) if stacked else weight.detach().unsqueeze(-1))
+
+
 def layout_for(
-    options: InputMoment, name: str, *, stack: int, fan_in: int, fan_out: int, readers: int
+    options: InputMoment, name: str, *, stack: int, fan_in: int, fan_out: int, readers: int, heads: int = 1
 ) -> MomentLayout | None:
     """The layout of a layer's moment.
 
@@ -98,6 +125,8 @@ def layout_for(
         fan_in: n.
         fan_out: m of this parameter.
         readers: Outputs of all parameters that read the same inputs.
+        heads: Into how many matrices the view cuts the fan-in. Each is orthogonalised alone, and a moment that mixed
+            their columns could make a step ascend; so these are blocks at most.
 
     Returns:
         The layout; None if the layer is left to Muon.
@@ -114,9 +143,9 @@ def layout_for(
         return None
     if structure == "diagonal":
         return MomentLayout("diagonal", stack, fan_in, 1)
-    block = fan_in
+    block = fan_in // heads
     if structure == "block":
-        block = min(options.block_size or fan_out, fan_in)
+        block = min(options.block_size or fan_out, block)
         if fan_in % block:
             raise ValueError(
                 f"InputMoment: blocks of {block} do not divide the fan-in {fan_in} of {name!r}; set block_size to a "

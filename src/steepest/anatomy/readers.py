@@ -74,13 +74,18 @@ def find_readers(rows: Sequence[PlanRow], options: InputMoment) -> list[Reader]:
     outputs: dict[tuple[object, ...], int] = {}
     for key, (_, fan_out, _) in zip(keys, blocks, strict=True):
         outputs[key] = outputs.get(key, 0) + fan_out
-    groups = {key: index for index, key in enumerate(outputs)}
+    groups: dict[tuple[object, ...], int] = {}
     readers: list[Reader] = []
     for row, key, (stack, fan_out, fan_in) in zip(rows, keys, blocks, strict=True):
-        layout = layout_for(options, row.name, stack=stack, fan_in=fan_in, fan_out=fan_out, readers=outputs[key])
+        view = cast(View, row.view)
+        heads = view.heads if view.heads_dim == "in" and isinstance(view.heads, int) else 1
+        layout = layout_for(
+            options, row.name, stack=stack, fan_in=fan_in, fan_out=fan_out, readers=outputs[key], heads=heads
+        )
         if layout is None:
             continue
-        readers.append(_rebuilt(row, joined(cast(View, row.view)), layout, groups[key], options.hooks))
+        group = groups.setdefault((key, layout), len(groups))
+        readers.append(_rebuilt(row, joined(view), layout, group, options.hooks))
     return readers
 
 

@@ -62,6 +62,7 @@ class InputWatch:
         self.summing: frozenset[int] = frozenset()
         self.comparing: frozenset[int] = frozenset()
         self.seen: dict[int, Sighting] = {}
+        self.given: dict[int, Sighting] = {}  # by hand, which clearing gradients does not take back
         self._attach()
 
     @property
@@ -83,6 +84,7 @@ class InputWatch:
         """
         self.summing, self.comparing = summing, comparing
         self._weighted = self._weights is not None
+        self.given = {}
         self.forget()
 
     def looks_at(self, number: int) -> bool:
@@ -90,8 +92,34 @@ class InputWatch:
         return number in self.summing or number in self.comparing
 
     def forget(self) -> None:
-        """Drop what was seen since the last step."""
+        """Drop what hooks saw since the last step."""
         self.seen = {}
+
+    def sums(self, number: int) -> tuple[Tensor, Tensor] | None:
+        """Sum of z zᵀ and mass of a reader since the last step, seen and given; None if there was nothing.
+
+        Args:
+            number: Of the reader.
+        """
+        both = [own[number] for own in (self.seen, self.given) if number in own]
+        known = [(one.total, one.mass) for one in both if one.total is not None and one.mass is not None]
+        if not known:
+            return None
+        total, mass = known[0]
+        for more_total, more_mass in known[1:]:
+            total, mass = total + more_total, mass + more_mass
+        return total, mass
+
+    def give(self, number: int, rows: Rows) -> None:
+        """Take note of inputs that were given by hand; not in passes without gradients, or that only recompute.
+
+        Args:
+            number: Of the reader.
+            rows: The inputs.
+        """
+        if number in self.summing and torch.is_grad_enabled() and not _in_backward():
+            with torch.no_grad(), torch.autocast(rows.values.device.type, enabled=False):
+                self.given.setdefault(number, Sighting()).add(*self._sums(number, rows, None))
 
     def seed(self, number: int, total: Tensor, mass: Tensor) -> None:
         """Go on from sums that were seen before a checkpoint.
@@ -103,21 +131,20 @@ class InputWatch:
         """
         self.seen[number] = Sighting(total, mass)
 
-    def see(self, number: int, rows: Rows, weights: Tensor | None, source: Tensor | None) -> None:
+    def see(self, number: int, rows: Rows, weights: Tensor | None, source: Tensor) -> None:
         """Take note of inputs.
 
         Args:
             number: Of the reader.
             rows: The inputs.
             weights: Of the tokens, over the first of their dimensions.
-            source: The tensor they are from; None: they were given by hand.
+            source: The tensor they are from.
         """
         if not self.looks_at(number):
             return
         sighting = self.seen.setdefault(number, Sighting())
         with torch.no_grad(), torch.autocast(rows.values.device.type, enabled=False):
-            if source is not None:
-                sighting.prints.append(_print_of(source))
+            sighting.prints.append(_print_of(source))
             if number in self.summing:
                 sighting.add(*self._sums(number, rows, weights))
 
@@ -130,7 +157,7 @@ class InputWatch:
         count = tokens.numel()
         if self.tokens is None or count <= self.tokens:
             return layout.sums(rows, weights, dtype)
-        chosen = torch.arange(self.tokens, device=rows.values.device) * count // self.tokens
+        chosen = _spread(count, self.tokens, rows.values.device)
         flat = Rows(
             rows.values.reshape(count, *rows.values.shape[-2:])[chosen],
             None if rows.chosen is None else rows.chosen.reshape(count, -1)[chosen],
@@ -226,7 +253,7 @@ class _Watched(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, watch: InputWatch, number: int, feed: Feed, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)  # and so recomputed by activation checkpointing, not kept
+        ctx.save_for_backward(_as_multiplied(tensors[0]), *tensors[1:])  # recomputed by checkpointing, not kept
         ctx.call = (watch, number, feed, watch.weights, _in_backward())
         return tensors[0].view_as(tensors[0])
 
@@ -243,7 +270,7 @@ class _WatchedCompiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, address: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(_as_multiplied(tensors[0]), *tensors[1:])
         ctx.address = address
         return tensors[0].view_as(tensors[0])
 
@@ -280,6 +307,21 @@ def _transformed() -> bool:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _as_multiplied(x: Tensor) -> Tensor:
+    """What the layer keeps of its inputs: under autocast a rounded copy, so that the inputs may change in place."""
+    kind = x.device.type
+    rounds = torch.is_autocast_enabled(kind) and x.dtype == torch.float32
+    return x.to(torch.get_autocast_dtype(kind)) if rounds else x
+
+
+def _spread(count: int, wanted: int, device: torch.device) -> Tensor:
+    """Places of `wanted` rows of `count`, one in each of as many equal parts; where in it changes from part to part,
+    because rows that are a whole number of sequences apart would all be at one position.
+    """
+    part = torch.arange(wanted, dtype=torch.float64, device=device)
+    return ((part + part * 0.6180339887498949 % 1) * count / wanted).long().clamp_max(count - 1)
 
 
 def _print_of(tensor: Tensor) -> Print:

@@ -3,7 +3,7 @@
 from steepest.optim.descent import SteepestDescent
 from steepest.optim.grid import MuonMax, NewtonMuonMax, PethickScion, PolarGrad, Scion, SignDescent
 from steepest.optim.guard import NonFiniteError, OnNonFinite
-from steepest.optim.precondition import MissingInputsError
+from steepest.optim.input_moments import MissingInputsError
 from steepest.optim.recipes import Adam, Muon, MuonAdam, NewtonMuon
 from steepest.optim.step_size import Fixed, Momo
 

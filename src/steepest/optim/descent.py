@@ -23,12 +23,12 @@ from steepest.optim.bucket import Bucket, buckets
 from steepest.optim.clipping import Witness
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.global_step import DualMode, GlobalStep
-from steepest.optim.guard import Guard, OnNonFinite
+from steepest.optim.guard import Guard, OnNonFinite, dense_gradient
 from steepest.optim.losses import MISSING, Loss, LossTap, check_loss, over_ranks
 from steepest.optim.move import Move
-from steepest.optim.options import DEFAULT_NORMS, INPUT_STEPS, check_group, complete_group, for_role
+from steepest.optim.options import DEFAULT_NORMS, INPUT_OPTIONS, INPUT_STEPS, check_group, complete_group, for_role
 from steepest.optim.parameters import Parameters, collect, complete_row
-from steepest.optim.precondition import Preconditioner, precondition_options
+from steepest.optim.precondition import Preconditioner, drop_moments, precondition_options
 from steepest.optim.sees_inputs import SeesInputs
 from steepest.optim.state import DUAL, check_saved, restored
 from steepest.optim.step_size import MODEL_KEYS, StepSize
@@ -154,7 +154,7 @@ class SteepestDescent(SeesInputs):
         momo = self._global_step.momo is not None
         complete_group(group, where, self._defaults_per_role, momo=momo)
         group.update(self._global_step.saved([]))
-        group[INPUT_STEPS] = 0
+        group.update({INPUT_STEPS: 0, INPUT_OPTIONS: ""})
         check_group(group, where=where)
         self._global_step.label(group)
         self._global_step.check([*self.param_groups, group])
@@ -194,7 +194,7 @@ class SteepestDescent(SeesInputs):
         if not parameters:
             return returned
         names = [self._rows[parameter].name for parameter in parameters]
-        gradients = [_dense_gradient(parameter, name) for parameter, name in zip(parameters, names, strict=True)]
+        gradients = [dense_gradient(parameter, name) for parameter, name in zip(parameters, names, strict=True)]
         if known is None and self._global_step.momo and not self._idle(gradients):
             raise ValueError(MISSING)
         self._global_step.check([group for group, members in present if members])
@@ -206,12 +206,11 @@ class SteepestDescent(SeesInputs):
                 self._witness.look()
             accept = admitted if isinstance(admitted, Tensor) else None
             if self._preconditioner:
-                idle = partial(self._idle, gradients)
-                self._preconditioner.refresh(self.state, parameters, accept, idle=idle)
+                self._preconditioner.refresh(self.state, parameters, accept, idle=partial(self._idle, gradients))
             self._record.clear()
             self._global_step.take(self._moves(present, accept), known, accept, self._record)
         if self._preconditioner:
-            self._preconditioner.passed()
+            self._preconditioner.passed(skipped=admitted is False, idle=partial(self._idle, gradients))
         return returned
 
     def _moves(self, present: Sequence[tuple[Group, list[Tensor]]], accept: Tensor | None) -> list[Move]:
@@ -255,7 +254,10 @@ class SteepestDescent(SeesInputs):
         else:
             return None
         parameters = self._parameters()
-        return over_ranks(loss, parameters[0].device) if self._global_step.momo and parameters else loss
+        together = (
+            self._global_step.momo is not None or self._preconditioner is not None
+        )  # ranks skip alike, or wait for ever
+        return over_ranks(loss, parameters[0].device) if together and parameters else loss
 
     def _idle(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the step changes no weight, as when torch's distributed checkpoints take one to make the state."""
@@ -291,7 +293,8 @@ class SteepestDescent(SeesInputs):
         self._publish_skips()
         for group in self.param_groups:
             group.update(self._global_step.saved(self._parameters()))
-            group[INPUT_STEPS] = self._preconditioner.steps if self._preconditioner else 0
+            if self._preconditioner:
+                group.update({INPUT_STEPS: self._preconditioner.steps, INPUT_OPTIONS: self._preconditioner.tag})
         if self._preconditioner:
             self._preconditioner.save_seen(self.state)
         packed = super().state_dict()
@@ -316,6 +319,8 @@ class SteepestDescent(SeesInputs):
 
         def check(_: Optimizer, given: dict[str, Any]) -> None:
             known = self._preconditioner.known_shapes if self._preconditioner else lambda _: {}
+            if self._preconditioner:
+                self._preconditioner.check_tag(given["param_groups"])
             check_saved(given, self.param_groups, [self._rows[p].name for p in self._parameters()], known)
             effective.update(given)
 
@@ -346,7 +351,9 @@ class SteepestDescent(SeesInputs):
                 for parameter in parameters:
                     self.state[parameter].pop(DUAL, None)
         if self._preconditioner:
-            self._preconditioner.load(self.state, int(max(g.get(INPUT_STEPS, 0) for g in self.param_groups)))
+            self._preconditioner.load(self.state, saved["param_groups"])
+        else:
+            drop_moments(self.state)
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
 
     def _parameters(self) -> list[Tensor]:
@@ -365,16 +372,6 @@ class SteepestDescent(SeesInputs):
             "_preconditioner",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-
-def _dense_gradient(parameter: Tensor, name: str) -> Tensor:
-    gradient = cast(Tensor, parameter.grad)
-    if gradient.layout != torch.strided:
-        raise ValueError(
-            f"The gradient of {name!r} has layout {gradient.layout}, but a dense one is needed. "
-            "Build the embedding with sparse=False."
-        )
-    return gradient
 
 
 def _preconditioned(group: Group) -> bool:

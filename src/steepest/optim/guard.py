@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -97,6 +97,25 @@ class Guard:
                 RuntimeWarning,
                 stacklevel=CALLER,
             )
+
+
+def dense_gradient(parameter: Tensor, name: str) -> Tensor:
+    """The gradient of a parameter that has one.
+
+    Args:
+        parameter: With a gradient.
+        name: For the message.
+
+    Raises:
+        ValueError: If the gradient is sparse.
+    """
+    gradient = cast(Tensor, parameter.grad)
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"The gradient of {name!r} has layout {gradient.layout}, but a dense one is needed. "
+            "Build the embedding with sparse=False."
+        )
+    return gradient
 
 
 def _finite(loss: Tensor | float | None, device: torch.device) -> bool | Tensor:

@@ -26,11 +26,13 @@ FOREIGN_KEYS = (
     "base_momentum",
     "max_momentum",
     "skipped_steps",
+    "input_options",
     "input_steps",
     *MODEL_KEYS,
 )
 T = TypeVar("T")
 ADAM_BETAS = (0.9, 0.95)
+INPUT_OPTIONS = "input_options"  # what the powers in the state were made with, where there are some
 INPUT_STEPS = "input_steps"  # how many steps were done, where layer inputs are looked at
 
 DEFAULT_NORMS: Mapping[Role, Norm] = {

@@ -1,300 +1,45 @@
-"""Preconditioning by layer inputs, for one optimizer: when to look at inputs, whose moment is whose, what is applied.
-
-Per step: `expect` before the forward pass, `refresh` in the step before anything else, `applied` for the moves.
-"""
+"""What a checkpoint must hold of layer inputs, and how training goes on from it."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from steepest.anatomy import InputMoment, InputWatch, PlanRow, Reader, Rows, find_readers
-from steepest.optim.applied import Applied
-from steepest.optim.ranks import summed, unanimous
-from steepest.optim.refresh import INPUT_MASS, INPUT_MOMENT, INPUT_POWERS, Outcome, ensure_moments, refresh_
-from steepest.optim.state import state_dtype
+from steepest.anatomy import InputMoment, Reader
+from steepest.optim.input_moments import INPUT_LEADER, INPUT_SUM, INPUT_SUM_MASS, UNSETTLED, InputMoments, States
+from steepest.optim.options import INPUT_OPTIONS, INPUT_STEPS
+from steepest.optim.refresh import INPUT_MASS, INPUT_MOMENT, INPUT_POWERS, Outcome, invert_
 
-CALLER = 4  # from the warning through the optimizer and the recipe to the line that built it
-INPUT_LEADER = "input_leader"  # 0-d, number of the reader whose moment a reader uses; UNSETTLED until that is known
-UNSETTLED = -1.0
-INPUT_SUM, INPUT_SUM_MASS = "input_sum", "input_sum_mass"  # seen since the last step, if a refresh is under way
+CALLER = 6  # from the warning through loading and torch's wrapper of it to the line that loads
 INPUT_KEYS = (INPUT_MOMENT, INPUT_MASS, INPUT_POWERS, INPUT_LEADER, INPUT_SUM, INPUT_SUM_MASS)
 
-States = Mapping[Tensor, dict[str, Tensor]]
 
+class Preconditioner(InputMoments):
+    """Moments that can be saved and loaded. Its arguments and errors are those of `InputMoments`."""
 
-class MissingInputsError(RuntimeError):
-    """A layer has a gradient, but what it was fed was not seen, and the optimizer was told to raise."""
+    @property
+    def tag(self) -> str:
+        """What momenta and powers in the state depend on."""
+        options = self.options
+        return f"on={options.on} exponents={options.exponents} solver={options.solver} normalize={options.normalize}"
 
-
-class Preconditioner:
-    """Keeps the moments of a model's inputs.
-
-    Args:
-        options: What to do.
-        rows: Of the matrices, as routed.
-
-    Raises:
-        ValueError: If no parameter is left to precondition, or none can be hooked.
-    """
-
-    def __init__(self, options: InputMoment, rows: Sequence[PlanRow]) -> None:
-        self.options = options
-        readers = find_readers(rows, options)
-        if not readers:
-            raise ValueError(
-                "InputMoment: no matrix is left to precondition. By default these are the layers that read at least "
-                "twice as many features as they write; give structure='full' for all, or leave out precondition=."
-            )
-        if options.hooks and not any(reader.feeds for reader in readers):
-            raise ValueError(
-                f"InputMoment: no module is known that feeds {readers[0].row.name!r} or any other matrix. Pass the "
-                "model (or steepest.route(model)) instead of its parameters, or give InputMoment(hooks=False) and call "
-                "record_input() in each step that refreshes."
-            )
-        unseen = [reader for reader in readers if options.hooks and not reader.feeds]
-        if unseen and options.missing == "raise":
-            warnings.warn(
-                f"Hooks cannot see the inputs of {', '.join(reader.row.name for reader in unseen)}: "
-                f"{unseen[0].unseen}. "
-                "Call record_input(parameter, inputs) in each micro-batch of a step that refreshes, or leave them to "
-                f"Muon with InputMoment(structure={{{unseen[0].row.name!r}: 'none'}}) or missing='muon'.",
-                UserWarning,
-                stacklevel=CALLER,
-            )
-        self.watch = InputWatch(readers, options.tokens)
-        self.readers = self.watch.readers
-        self.steps = 0
-        self.counts = {"input_ridge_raised": 0, "input_kept_powers": 0, "input_missing": 0, "input_parted": 0}
-        self._numbers = {reader.parameter: number for number, reader in enumerate(readers)}
-        self._leaders = [self._first_of(reader.group) for reader in readers]
-        self._settled: set[int] = set()  # readers whose leader was told by what they read
-        self._ready: dict[int, int] = {}  # leaders that have a moment, and the step that refreshed it last
-        self.expect()
-
-    def _first_of(self, group: int) -> int:
-        return next(number for number, reader in enumerate(self.readers) if reader.group == group)
-
-    def expect(self) -> None:
-        """Look at the inputs that the coming step needs, and only at these."""
-        groups = max(reader.group for reader in self.readers) + 1
-        due = {
-            number
-            for number, reader in enumerate(self.readers)
-            if self.options.due(self.steps, self.options.start(reader.group, groups))
-        }
-        comparing = {number for number in due & self._settled if self._leaders[number] != number}
-        self.watch.watch(frozenset(due - comparing), frozenset(comparing))
-
-    def passed(self) -> None:
-        """A step is over."""
-        self.steps += 1
-        self.expect()
-
-    def record(self, parameter: Tensor, x: Tensor, weight: Tensor | None) -> None:
-        """Inputs that hooks do not see.
+    def check_tag(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse momenta of gradients if these are not averaged alike here.
 
         Args:
-            parameter: Whose.
-            x: (*tokens, n), or (S, *tokens, n) for a stack of S.
-            weight: Of the tokens, likewise without n; None: 1.
+            groups: Of a state dict.
 
         Raises:
-            ValueError: If the parameter is not preconditioned, or a shape does not fit.
+            ValueError: If so.
         """
-        number = self._numbers.get(parameter)
-        if number is None:
+        saved = str(next((group[INPUT_OPTIONS] for group in groups if group.get(INPUT_OPTIONS)), ""))
+        if saved and saved.split()[0] != f"on={self.options.on}":
             raise ValueError(
-                f"record_input: the parameter of shape {tuple(parameter.shape)} is not preconditioned by this "
-                "optimizer; opt.plan lists those that are."
+                f"The state was saved with InputMoment({saved.split()[0]}), here it is on={self.options.on!r}, for "
+                "which its momenta are of another kind. Use the same, or start with fresh state."
             )
-        layout, name = self.readers[number].layout, self.readers[number].row.name
-        stacked = layout.stack > 1
-        if x.ndim < 1 + stacked or x.size(-1) != layout.fan_in or (stacked and x.size(0) != layout.stack):
-            needed = f"({layout.stack}, *tokens, {layout.fan_in})" if stacked else f"(*tokens, {layout.fan_in})"
-            raise ValueError(f"record_input: {name!r} takes inputs {needed}, got {tuple(x.shape)}.")
-        if weight is not None and weight.shape != x.shape[:-1]:
-            raise ValueError(
-                f"record_input: the weight of {name!r} must have the shape {tuple(x.shape[:-1])} of the tokens, got "
-                f"{tuple(weight.shape)}."
-            )
-        values = x.detach().movedim(0, -2) if stacked else x.detach().unsqueeze(-2)
-        chosen = None
-        if weight is not None:
-            chosen = weight.detach().movedim(0, -1) if stacked else weight.detach().unsqueeze(-1)
-        self.watch.see(number, Rows(values, chosen), None, None)
-
-    def refresh(
-        self, states: States, present: Sequence[Tensor], accept: Tensor | None, *, idle: Callable[[], bool]
-    ) -> None:
-        """Bring those moments up to date that are due.
-
-        Args:
-            states: Of the parameters; written to.
-            present: Parameters with a gradient.
-            accept: A 0-d boolean; where it is False no moment changes. None means True.
-            idle: Tells whether the step changes nothing anyway, so that missing inputs do not matter.
-
-        Raises:
-            MissingInputsError: If inputs are missing and the options say "raise".
-        """
-        self._ensure(states, set(self._leaders))
-        for reader in self.readers:  # left there by a checkpoint since the last step
-            states[reader.parameter].pop(INPUT_SUM, None)
-            states[reader.parameter].pop(INPUT_SUM_MASS, None)
-        due = sorted(self.watch.summing)
-        if not due:
-            return
-        totals, masses = self._over_ranks(due)
-        seen = [bool((mass > 0).any()) for mass in masses]
-        with_gradient = {self._numbers[p] for p in present if p in self._numbers}
-        missing = [n for n, found in zip(due, seen, strict=True) if not found and n in with_gradient]
-        if missing and not idle():
-            self._miss(missing)
-        self._settle(states, [number for number, found in zip(due, seen, strict=True) if found])
-        self._part(states)
-        taken = [
-            place
-            for place, (number, found) in enumerate(zip(due, seen, strict=True))
-            if found and self._leaders[number] == number
-        ]
-        leaders = [due[place] for place in taken]
-        self._ensure(states, leaders)
-        outcome = refresh_(
-            [states[self.readers[number].parameter] for number in leaders],
-            [self.readers[number].layout for number in leaders],
-            [totals[place] for place in taken],
-            [masses[place] for place in taken],
-            options=self.options,
-            accept=accept,
-        )
-        self._count(outcome)
-        self._ready.update(dict.fromkeys(leaders, self.steps))
-
-    def _ensure(self, states: States, leaders: Iterable[int]) -> None:
-        for reader in self.readers:
-            if INPUT_LEADER not in states[reader.parameter]:
-                states[reader.parameter][INPUT_LEADER] = self._number(reader, UNSETTLED)
-        for number in leaders:
-            parameter, layout = self.readers[number].parameter, self.readers[number].layout
-            ensure_moments(states[parameter], layout, self.options, state_dtype(parameter), parameter.device)
-
-    def _over_ranks(self, due: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Sums and masses of each due reader, zeros where nothing was seen, over all ranks."""
-        own: list[Tensor] = []
-        for number in due:
-            reader = self.readers[number]
-            like = torch.empty(0, dtype=state_dtype(reader.parameter), device=reader.parameter.device)
-            sighting = self.watch.seen.get(number)
-            if sighting is None or sighting.total is None or sighting.mass is None:
-                own += [like.new_zeros(reader.layout.shape), like.new_zeros(reader.layout.mass_shape)]
-            else:
-                own += [sighting.total.to(like.device), sighting.mass.to(like.device)]
-        both = summed(own)
-        return both[0::2], both[1::2]
-
-    def _miss(self, missing: Sequence[int]) -> None:
-        self.counts["input_missing"] += len(missing)
-        if self.options.missing == "muon":
-            return
-        reader = self.readers[missing[0]]
-        why = "no call of its module had a backward pass, or the model was compiled before this optimizer was built"
-        if reader.unseen:
-            why = f"hooks cannot see them: {reader.unseen}"
-        self.watch.forget()
-        raise MissingInputsError(
-            f"{reader.row.name!r} has a gradient, but its inputs since the last step are missing ({why}). Call "
-            f"opt.record_input(parameter, inputs) before step(), give it InputMoment(structure={{{reader.row.name!r}: "
-            "'none'}), or take Muon's step for such layers with InputMoment(missing='muon')."
-        )
-
-    def _settle(self, states: States, seen: Sequence[int]) -> None:
-        """At its first refresh a reader joins the first one that read the same tensors, or stands alone."""
-        fresh = [number for number in seen if number not in self._settled]
-        firsts: dict[tuple[object, ...], int] = {}
-        found: list[int] = []
-        for number in fresh:
-            sighting = self.watch.seen.get(number)
-            prints = tuple(sorted(sighting.prints)) if sighting else ()
-            found.append(firsts.setdefault((self.readers[number].layout, prints), number) if prints else number)
-        agreed = unanimous(found, self.readers[0].parameter.device)
-        for number, leader in zip(fresh, agreed, strict=True):
-            self._lead(states, number, number if leader is None else leader)
-            self._settled.add(number)
-
-    def _lead(self, states: States, number: int, leader: int) -> None:
-        self._leaders[number] = leader
-        state = states[self.readers[number].parameter]
-        state[INPUT_LEADER] = self._number(self.readers[number], leader)
-        if leader != number:
-            for key in (INPUT_MOMENT, INPUT_MASS, INPUT_POWERS):
-                state.pop(key, None)
-
-    def _number(self, reader: Reader, value: float) -> Tensor:
-        return torch.tensor(float(value), dtype=state_dtype(reader.parameter))
-
-    def _part(self, states: States) -> None:
-        """A reader that no longer reads what its leader reads goes on alone, with a copy of the moment."""
-        followers = sorted(self.watch.comparing)
-        differ = [int(self._differs(number)) for number in followers]
-        for number, same in zip(followers, unanimous(differ, self.readers[0].parameter.device), strict=True):
-            if same == 0:
-                continue
-            leader_number = self._leaders[number]
-            leader = states[self.readers[leader_number].parameter]
-            self._lead(states, number, number)
-            states[self.readers[number].parameter].update(
-                {key: leader[key].clone() for key in (INPUT_MOMENT, INPUT_MASS, INPUT_POWERS)}
-            )
-            self._ready[number] = self._ready[leader_number]
-            self.counts["input_parted"] += 1
-
-    def _differs(self, number: int) -> bool:
-        own, leader = self.watch.seen.get(number), self.watch.seen.get(self._leaders[number])
-        if own is None:  # its layer was not called
-            return False
-        return leader is None or sorted(own.prints) != sorted(leader.prints)
-
-    def _count(self, outcome: Outcome) -> None:
-        self.counts["input_ridge_raised"] += outcome.raised
-        self.counts["input_kept_powers"] += outcome.kept
-
-    def applied(self, states: States) -> Applied | None:
-        """The powers of this step; None while there are none, or the blend is zero."""
-        blend = self.options.blend_at(self.steps)
-        powers = {
-            id(reader.parameter): (reader, states[self.readers[leader].parameter][INPUT_POWERS])
-            for number, (reader, leader) in enumerate(zip(self.readers, self._leaders, strict=True))
-            if number in self._settled and leader in self._ready
-        }
-        return Applied(self.options, powers, blend) if blend > 0 and powers else None
-
-    def complete(self, row: PlanRow) -> PlanRow:
-        """The row of the plan with what is kept for it.
-
-        Args:
-            row: Of any parameter.
-        """
-        number = self._numbers.get(row.parameter)
-        if number is None:
-            return row
-        reader = self.readers[number]
-        unseen = f"; not seen by hooks: {reader.unseen}" if reader.unseen else ""
-        if self._leaders[number] != number:
-            return replace(row, inputs=f"as {self.readers[self._leaders[number]].row.name}{unseen}")
-        size = state_dtype(row.parameter).itemsize
-        moment = (reader.layout.numel + reader.layout.mass_shape[0]) * size
-        inverse = reader.layout.numel * size * len(self.options.powers)
-        return replace(row, inputs=f"{reader.layout}{unseen}", moment_bytes=moment, inverse_bytes=inverse)
-
-    def diagnostics(self) -> dict[str, float]:
-        """Counters, and the age of the oldest moment in steps."""
-        counts = {name: float(count) for name, count in self.counts.items()}
-        age = {"input_moment_age": float(self.steps - 1 - min(self._ready.values()))} if self._ready else {}
-        return {**counts, **age}
 
     def known_shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
         """Entries that a parameter's saved state may have, with their shapes."""
@@ -309,24 +54,24 @@ class Preconditioner:
     def save_seen(self, states: States) -> None:
         """Put what was seen since the last step into the state, for a checkpoint between two micro-batches."""
         for number, reader in enumerate(self.readers):
-            state, sighting = states[reader.parameter], self.watch.seen.get(number)
-            if sighting is None or sighting.total is None or sighting.mass is None:
-                if INPUT_SUM in state:
-                    del state[INPUT_SUM], state[INPUT_SUM_MASS]
-            else:
-                state[INPUT_SUM], state[INPUT_SUM_MASS] = sighting.total, sighting.mass
+            state, sums = states[reader.parameter], self.watch.sums(number)
+            if sums is not None:
+                state[INPUT_SUM], state[INPUT_SUM_MASS] = sums
+            elif INPUT_SUM in state:
+                del state[INPUT_SUM], state[INPUT_SUM_MASS]
 
-    def load(self, states: States, steps: int) -> None:
+    def load(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
         """Continue from loaded state.
 
         Args:
             states: Of the parameters, as loaded.
-            steps: How many were done.
+            groups: Of the state dict.
 
         Raises:
             ValueError: If a layer refers to a moment that is not there.
         """
-        self.steps, self._settled, self._ready = steps, set(), {}
+        self.steps = int(max(group.get(INPUT_STEPS, 0) for group in groups))
+        self._settled, self._ready, self._owed = set(), {}, set()
         self._leaders = self._saved_leaders(states)
         for number, reader in enumerate(self.readers):
             state = states.get(reader.parameter, {})
@@ -335,17 +80,30 @@ class Preconditioner:
                 self._lead(states, number, self._leaders[number])  # by the numbers of here
             if INPUT_MASS in state and bool((state[INPUT_MASS] > 0).any()):
                 self._ready[number] = self._last_refresh(reader)
+        if any(group.get(INPUT_OPTIONS) not in (None, "", self.tag) for group in groups):
+            self._invert_again(states)
+        self._link(states)
         self.expect()
         for number, reader in enumerate(self.readers):
             state = states.get(reader.parameter, {})
             if INPUT_SUM in state and number in self.watch.summing:
                 self.watch.seed(number, state.pop(INPUT_SUM), state.pop(INPUT_SUM_MASS))
 
+    def _invert_again(self, states: States) -> None:
+        """Powers that were saved under other options are not those of here; the moments are."""
+        ready = sorted(self._ready)
+        own = [states[self.readers[number].parameter] for number in ready]
+        layouts = [self.readers[number].layout for number in ready]
+        invert_(own, layouts, [state[INPUT_MASS] > 0 for state in own], options=self.options, outcome=Outcome())
+
     def _saved_leaders(self, states: States) -> list[int]:
         """Leaders by the numbers of here; those in the state are of the optimizer that saved it."""
         own = [states.get(reader.parameter, {}) for reader in self.readers]
         saved = [float(state.get(INPUT_LEADER, UNSETTLED)) for state in own]
-        holders = {leader: number for number, leader in enumerate(saved) if INPUT_MOMENT in own[number]}
+        holders: dict[float, int] = {}
+        for number, leader in enumerate(saved):  # all who share hold the moment, and the first of them leads
+            if INPUT_MOMENT in own[number]:
+                holders.setdefault(leader, number)
         leaders = [self._first_of(reader.group) for reader in self.readers]
         for number, (reader, leader) in enumerate(zip(self.readers, saved, strict=True)):
             if leader == UNSETTLED:
@@ -363,6 +121,22 @@ class Preconditioner:
         start = self.options.start(reader.group, max(reader.group for reader in self.readers) + 1)
         last = self.steps - 1 if self.options.anneal is None else min(self.steps, self.options.anneal[1]) - 1
         return last - (last - start) % self.options.every
+
+
+def drop_moments(states: States) -> None:
+    """Forget moments that were saved by an optimizer that looked at inputs, where nobody does; warns if there are some.
+
+    Args:
+        states: Of the parameters, as loaded; written to.
+    """
+    dropped = [key for state in states.values() for key in INPUT_KEYS if state.pop(key, None) is not None]
+    if dropped:
+        warnings.warn(
+            "The state holds moments of layer inputs, which this optimizer does not use: they are dropped. Build it "
+            "with precondition=InputMoment() to go on with them.",
+            UserWarning,
+            stacklevel=CALLER,
+        )
 
 
 def precondition_options(precondition: InputMoment | str | None) -> InputMoment | None:

@@ -72,6 +72,27 @@ def refresh_(
         _average_(state, total, mass, options, accept, outcome)
         for state, total, mass in zip(states, totals, masses, strict=True)
     ]
+    invert_(states, layouts, fresh, options=options, outcome=outcome)
+    return outcome
+
+
+def invert_(
+    states: Sequence[dict[str, Tensor]],
+    layouts: Sequence[MomentLayout],
+    fresh: Sequence[Tensor],
+    *,
+    options: InputMoment,
+    outcome: Outcome,
+) -> None:
+    """Make the powers of the moments, those of one size together.
+
+    Args:
+        states: With the keys above; written to.
+        layouts: One per state.
+        fresh: Which matrices of each state get new powers.
+        options: Of the optimizer.
+        outcome: Takes note of what was unusual.
+    """
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, (state, layout) in enumerate(zip(states, layouts, strict=True)):
         moment = state[INPUT_MOMENT]
@@ -95,7 +116,6 @@ def refresh_(
             for index, power, own in zip(places, damped.power.split(sizes), ok.split(sizes), strict=True):
                 old = states[index][INPUT_POWERS][number]
                 old.copy_(torch.where(_over(own, power), power, old))
-    return outcome
 
 
 def multiplied(batch: Tensor, power: Tensor, layout: MomentLayout, *, solver: str) -> Tensor:
