@@ -58,8 +58,8 @@ class InputMoment:
         solver: "inverse" keeps (K + γ I)^-1, "factor" a Cholesky factor and solves with it; "factor" is for exponents
             (1, 0).
         tokens: At most so many rows, evenly spread, of what one call of a layer reads. None: all.
-        missing: What to do with a layer that has a gradient at a refresh but whose inputs were not seen: "raise", or
-            take Muon's step with it and count that.
+        missing: What to do with a layer that has a gradient at a refresh but whose inputs were not seen: "raise"; or,
+            for "muon", go on with the moment it has, which is Muon's step if there is none, and count that.
         hooks: Whether inputs are found by hooks on the modules; else only what `record_input` is told counts.
 
     Raises:
