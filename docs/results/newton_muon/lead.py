@@ -1,0 +1,29 @@
+"""The lead of Newton-Muon over Muon along the runs of `tiny`, paired by seed.
+
+.venv/bin/python docs/results/newton_muon/lead.py
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+RUNS = Path(__file__).parent / "tiny" / "runs"
+
+
+def main() -> None:
+    """Print the mean difference of evaluation losses, its standard error and its sign per seed, every 100 steps."""
+    losses: dict[tuple[str, int], dict[int, float]] = {}
+    for run in sorted(RUNS.iterdir()):
+        config = json.loads((run / "config.json").read_text())
+        rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses[config["method"], config["seed"]] = {r["step"]: r["loss"] for r in rows if r["kind"] == "eval"}
+    seeds = sorted(seed for method, seed in losses if method == "muon")
+    for step in (100, 200, 300, 400, 500):
+        lead = [losses["newton-muon", seed][step] - losses["muon", seed][step] for seed in seeds]
+        error = statistics.stdev(lead) / len(lead) ** 0.5
+        ahead = sum(x < 0 for x in lead)
+        print(f"| {step} | {statistics.mean(lead):+.4f} ± {error:.4f} | {ahead} of {len(lead)} |")  # noqa: T201 - a command
+
+
+if __name__ == "__main__":
+    main()
