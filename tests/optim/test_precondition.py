@@ -322,9 +322,8 @@ def test_what_reads_the_same_inputs_shares_one_moment_and_is_the_better_for_it_b
     for copies in (False, True):
         torch.manual_seed(2)
         model = nn.Sequential(nn.Linear(5, 6), Attention(copies=copies), nn.Linear(6, 3)).double()
-        optimizer = NewtonMuon(
-            model, polar="svd", precondition=InputMoment(structure="auto", every=2, exponents=exponents)
-        )
+        moment = InputMoment(structure="auto", every=2, exponents=exponents)
+        optimizer = NewtonMuon(model, polar="svd", precondition=moment)
         train(model, optimizer, range(5))
         weights.append([p.detach().clone() for p in model.parameters()])
         states = [optimizer.state[f.weight] for f in (model[1].q_proj, model[1].k_proj, model[1].v_proj)]

@@ -10,18 +10,13 @@ import csv
 import dataclasses
 import itertools
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
-from rich.console import Console
-
 from steepest.lab.config import RunConfig, configure
-from steepest.lab.display import StudyDisplay
 from steepest.lab.fields import read_text
 from steepest.lab.ledger import write_whole
-from steepest.lab.pool import POLL_S, Pool
 from steepest.lab.result import read_result
+from steepest.lab.runs import train_runs
 from steepest.lab.study import run_directory
 from steepest.lab.tasks import make_task
 
@@ -99,31 +94,8 @@ def main() -> None:
     options = parser.parse_args()
     for part in options.parts:
         runs = PARTS[part]()
-        train(part, runs, options.out, options.workers)
+        train_runs({part: runs}, options.out, workers=options.workers)
         write_rows(part, runs, options.out)
-
-
-def train(part: str, runs: list[RunConfig], out: Path, workers: int) -> None:
-    """Bring every run to its end."""
-    for config in runs:
-        directory = run_directory(out, config)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / "config.json", config.to_json())
-    directories = [run_directory(out, config) for config in runs]
-    missing = [directory for directory in directories if not (directory / "result.json").exists()]
-    pool = Pool(workers, threads=1, data=None, stop=threading.Event())
-    with (
-        StudyDisplay({part: directories}, steps=runs[0].steps, console=Console()) as display,
-        ThreadPoolExecutor(pool.workers) as threads,
-    ):
-        outcomes = {run: threads.submit(pool.train, run) for run in missing}
-        try:
-            while wait(outcomes.values(), POLL_S).not_done:
-                display.update()
-        finally:
-            pool.stop.set()
-    if failed := [run for run, outcome in outcomes.items() if outcome.result() != "finished"]:
-        raise SystemExit(f"These runs did not finish: {failed}")
 
 
 def write_rows(part: str, runs: list[RunConfig], out: Path) -> None:

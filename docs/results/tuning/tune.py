@@ -10,19 +10,14 @@ import argparse
 import csv
 import itertools
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
-from rich.console import Console
-
 from steepest.lab.config import RunConfig, configure
-from steepest.lab.display import StudyDisplay
 from steepest.lab.engine import default_workers
 from steepest.lab.fields import read_text
 from steepest.lab.ledger import write_whole
-from steepest.lab.pool import POLL_S, Pool
 from steepest.lab.result import read_result
+from steepest.lab.runs import train_runs
 from steepest.lab.study import run_directory
 from steepest.lab.tasks import make_task
 
@@ -54,31 +49,9 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.tasks:
         runs = configs(name)
-        train(name, runs, options.out)
+        members = {method: [config for config in runs if config.method == method] for method in CENTRES[name]}
+        train_runs(members, options.out, workers=default_workers())
         write_rows(name, runs, options.out)
-
-
-def train(name: str, runs: list[RunConfig], out: Path) -> None:
-    """Bring every run to its end."""
-    for config in runs:
-        directory = run_directory(out, config)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / "config.json", config.to_json())
-    members = {method: [run_directory(out, c) for c in runs if c.method == method] for method in CENTRES[name]}
-    missing = [run for members_of in members.values() for run in members_of if not (run / "result.json").exists()]
-    pool = Pool(default_workers(), threads=1, data=None, stop=threading.Event())
-    with (
-        StudyDisplay(members, steps=runs[0].steps, console=Console()) as display,
-        ThreadPoolExecutor(pool.workers) as threads,
-    ):
-        outcomes = {run: threads.submit(pool.train, run) for run in missing}
-        try:
-            while wait(outcomes.values(), POLL_S).not_done:
-                display.update()
-        finally:
-            pool.stop.set()
-    if failed := [run for run, outcome in outcomes.items() if outcome.result() != "finished"]:
-        raise SystemExit(f"These runs did not finish: {failed}")
 
 
 def write_rows(name: str, runs: list[RunConfig], out: Path) -> None:

@@ -4,6 +4,7 @@ Query, key and value maps read one tensor, and so do the gate and up maps of a g
 names here, so that memory can be planned; the first refresh sees the tensors themselves and has the last word.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -78,7 +79,8 @@ def find_readers(rows: Sequence[PlanRow], options: InputMoment) -> list[Reader]:
     readers: list[Reader] = []
     for row, key, (stack, fan_out, fan_in) in zip(rows, keys, blocks, strict=True):
         view = cast(View, row.view)
-        heads = view.heads if view.heads_dim == "in" and isinstance(view.heads, int) else 1
+        cuts = view.heads if isinstance(view.heads, tuple) else (view.heads or 1,)
+        heads = math.lcm(*cuts) if view.heads_dim == "in" else 1  # blocks that fit into the heads of every fused part
         layout = layout_for(
             options, row.name, stack=stack, fan_in=fan_in, fan_out=fan_out, readers=outputs[key], heads=heads
         )

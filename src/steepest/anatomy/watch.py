@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.utils.hooks import RemovableHandle
 
 from steepest.anatomy.feeds import Feed, Rows
@@ -286,7 +286,7 @@ _WATCHES: weakref.WeakValueDictionary[int, InputWatch] = weakref.WeakValueDictio
 
 
 # The address is "written to", so that a compiler keeps an operation that returns nothing.
-@torch.library.custom_op("steepest::see_inputs", mutates_args=("address",))
+@library.custom_op("steepest::see_inputs", mutates_args=("address",))
 def _see_compiled(tensors: list[Tensor], address: Tensor) -> None:
     key, number, which = address.tolist()
     watch = _WATCHES.get(key)

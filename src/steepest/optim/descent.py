@@ -319,9 +319,11 @@ class SteepestDescent(SeesInputs):
 
         def check(_: Optimizer, given: dict[str, Any]) -> None:
             known = self._preconditioner.known_shapes if self._preconditioner else lambda _: {}
-            if self._preconditioner:
-                self._preconditioner.check_tag(given["param_groups"])
             check_saved(given, self.param_groups, [self._rows[p].name for p in self._parameters()], known)
+            if self._preconditioner:
+                indices = [index for group in given["param_groups"] for index in group["params"]]
+                states = {p: given["state"].get(i, {}) for p, i in zip(self._parameters(), indices, strict=False)}
+                self._preconditioner.check(given["param_groups"], states)
             effective.update(given)
 
         # Last before and first after: hooks of the user see, and may change, what they would see of any optimizer.

@@ -6,6 +6,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from steepest.optim.ranks import world_size
+
 Loss = Tensor | float
 TOLERANCE = 1e-4  # of the sum of weights: a ninth of nine micro-batches, in float32
 
@@ -115,9 +117,7 @@ def over_ranks(loss: Loss, device: torch.device) -> Loss:
     Returns:
         The same number on every rank of the default group; `loss` itself without one.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return loss
-    ranks = torch.distributed.get_world_size()
+    ranks = world_size()
     if ranks == 1:
         return loss
     given = loss.dtype if isinstance(loss, Tensor) else torch.float32

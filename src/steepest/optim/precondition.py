@@ -25,15 +25,17 @@ class Preconditioner(InputMoments):
         options = self.options
         return f"on={options.on} exponents={options.exponents} solver={options.solver} normalize={options.normalize}"
 
-    def check_tag(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse momenta of gradients if these are not averaged alike here.
+    def check(self, groups: Sequence[Mapping[str, Any]], states: States) -> None:
+        """Refuse momenta of gradients if these are not averaged alike here, and moments that are not there.
 
         Args:
             groups: Of a state dict.
+            states: Of the parameters, as saved.
 
         Raises:
             ValueError: If so.
         """
+        self._saved_leaders(states)
         saved = str(next((group[INPUT_OPTIONS] for group in groups if group.get(INPUT_OPTIONS)), ""))
         if saved and saved.split()[0] != f"on={self.options.on}":
             raise ValueError(
@@ -66,9 +68,6 @@ class Preconditioner(InputMoments):
         Args:
             states: Of the parameters, as loaded.
             groups: Of the state dict.
-
-        Raises:
-            ValueError: If a layer refers to a moment that is not there.
         """
         self.steps = int(max(group.get(INPUT_STEPS, 0) for group in groups))
         self._settled, self._ready, self._owed = set(), {}, set()

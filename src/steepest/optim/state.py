@@ -5,7 +5,8 @@ momentum_buffer   like the parameter, float32 or wider: average of gradients
 second_moment     like the parameter, float32 or wider: average of squared gradients, for norms that adapt
 dual_norm         one number per matrix, float32 or wider: of the last step, where duals are stale
 
-Moments of layer inputs are kept with the first parameter that reads these inputs; see `refresh` and `precondition`.
+Moments of layer inputs have keys of their own, see `refresh` and `input_moments`; parameters that share a moment hold
+the same tensors.
 """
 
 import math

@@ -1,0 +1,49 @@
+"""Brings given runs to their end, for studies that are written as a program."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+from rich.console import Console
+
+from steepest.lab.config import RunConfig
+from steepest.lab.display import StudyDisplay
+from steepest.lab.ledger import write_whole
+from steepest.lab.pool import POLL_S, Pool, last_words
+from steepest.lab.study import run_directory
+
+
+def train_runs(runs: Mapping[str, Sequence[RunConfig]], out: Path, *, workers: int) -> None:
+    """Train what has no result yet; an interrupted run goes on from its checkpoint.
+
+    Args:
+        runs: Under the labels that the display shows.
+        out: Each run gets a directory in `out/runs`, named by its content.
+        workers: Runs at once, one CPU thread each.
+
+    Raises:
+        RuntimeError: If a run did not end; the message says which, and its last words.
+        KeyboardInterrupt: If the user stopped it; every run is saved.
+    """
+    configs = [config for labelled in runs.values() for config in labelled]
+    for config in configs:
+        directory = run_directory(out, config)
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / "config.json").exists():
+            write_whole(directory / "config.json", config.to_json())
+    shown = {label: [run_directory(out, config) for config in labelled] for label, labelled in runs.items()}
+    missing = [run for config in configs if not ((run := run_directory(out, config)) / "result.json").exists()]
+    pool = Pool(workers, threads=1, data=None, stop=threading.Event())
+    steps = max(config.steps for config in configs)
+    with StudyDisplay(shown, steps=steps, console=Console()) as display, ThreadPoolExecutor(workers) as threads:
+        outcomes = {run: threads.submit(pool.train, run) for run in missing}
+        try:
+            while wait(outcomes.values(), POLL_S).not_done:
+                display.update()
+        finally:
+            pool.stop.set()
+    if failed := [run for run, outcome in outcomes.items() if outcome.result() != "finished"]:
+        raise RuntimeError("Not finished: " + "; ".join(f"{run}: {last_words(run)}" for run in failed))
