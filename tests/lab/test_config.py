@@ -44,6 +44,9 @@ configs = st.builds(
     tuning=st.none() | st.builds(Tuning, st.none() | st.integers(0, 99), st.none() | texts, st.booleans()),
     code=texts,
     data=st.builds(DataIdentity, texts, digests, st.integers(0, 99)),
+    schedule=st.sampled_from(["cooldown", "constant"]),
+    target=st.none() | numbers,
+    watch_from=st.none() | numbers,
 )
 
 
@@ -73,6 +76,9 @@ CHANGES = [
     {"tuning": None},
     {"code": "0.1.0+0123456789ac"},
     {"data": DataIdentity("python-stdlib 3.11.7", "ac" * 32, 123)},
+    {"schedule": "constant"},
+    {"target": 2.0},
+    {"watch_from": 2.0},
 ]
 
 
@@ -107,6 +113,8 @@ def test_moving_the_data_changes_no_hash():
         ({"data": {"name": "x", "sha256": "y", "bytes": 1}}, "data.sha256 must be 64 hexadecimal digits, got 'y'"),
         ({"data": {"name": "x", "sha256": SHA}}, "data.bytes must be a whole number"),
         ({"data": {"name": "x", "sha256": SHA, "bytes": 1, "url": "z"}}, "data.url must be absent"),
+        ({"schedule": "cosine"}, "schedule must be one of cooldown, constant, got 'cosine'"),
+        ({"target": "low"}, "target must be a number"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name_and_key(change, message):
@@ -120,6 +128,21 @@ def test_a_number_out_of_range_is_refused(name, least):
     for value in (least - 1, 2**63):  # no file may hold what its own reader refuses
         with pytest.raises(ValueError, match=rf"{name} must be .* at least {least} and below 2\^63, got {value}\."):
             dataclasses.replace(CONFIG, **{name: value})
+
+
+def test_a_config_from_before_schedules_and_targets_means_what_it_did():
+    content = json.loads(CONFIG.to_json())
+    for key in ("schedule", "target", "watch_from"):
+        del content[key]
+    assert RunConfig.from_json(json.dumps(content), path=PATH) == CONFIG
+
+
+def test_an_unknown_schedule_and_a_target_without_bound_are_refused():
+    with pytest.raises(ValueError, match="Unknown schedule 'cooldwn': did you mean 'cooldown'"):
+        dataclasses.replace(CONFIG, schedule="cooldwn")
+    for name in ("target", "watch_from"):
+        with pytest.raises(ValueError, match=f"{name} must be a finite loss or None, got nan"):
+            dataclasses.replace(CONFIG, **{name: float("nan")})
 
 
 def test_what_is_not_given_comes_from_the_preset():

@@ -1,6 +1,8 @@
+from itertools import pairwise
+
 import pytest
 
-from steepest.lab.schedule import cooldown
+from steepest.lab.schedule import cooldown, evaluates, rate_factor, reached
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 150, 999])
@@ -12,3 +14,24 @@ def test_constant_then_linear_to_zero(steps):
     for step, factor in enumerate(factors):
         expected = 1 if step <= 0.3 * steps else (steps - step) / (0.7 * steps)
         assert factor == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_constant_rate_is_constant():
+    assert {rate_factor(step, steps=10, schedule="constant") for step in range(10)} == {1.0}
+    assert rate_factor(9, steps=10, schedule="cooldown") == cooldown(9, steps=10)
+
+
+@pytest.mark.parametrize("spacing", [0.02, 0.2])
+def test_evaluations_of_a_run_to_a_target_are_never_further_apart_than_asked(spacing):
+    steps = [step for step in range(1, 5000) if evaluates(step, every=1, spacing=spacing)]
+    gaps = [(after - before, after) for before, after in pairwise(steps)]
+    assert all(gap == 1 or gap <= spacing * after for gap, after in gaps)
+    assert all(gap > 0.45 * spacing * after for gap, after in gaps if gap > 1)
+    assert [step for step in range(1, 40) if evaluates(step, every=10, spacing=None)] == [10, 20, 30]
+
+
+def test_a_target_is_reached_when_the_middle_of_five_evaluations_is_below_it():
+    assert reached([3.0, 0.9, 0.9, 3.0, 0.9], 1.0)
+    assert not reached([3.0, 0.9, 0.9, 3.0, 1.0], 1.0)
+    assert not reached([0.9] * 4, 1.0)
+    assert not reached([0.9] * 5, None)

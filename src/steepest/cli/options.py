@@ -8,8 +8,10 @@ import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 
-# torch's Muon takes no convolutions, so it is not in the race on images
-RACERS = {"text": ("adamw", "muon", "torch-muon", "muonadam"), "digits": ("adamw", "muon", "muonadam")}
+# torch's Muon takes no convolutions, and as a method here not a matrix alone, so it races on text only
+_WITH_TORCH = ("adamw", "muon", "torch-muon", "muonadam")
+RACERS: Mapping[str, tuple[str, ...]] = {"text": _WITH_TORCH, "fineweb": _WITH_TORCH}
+_ANYWHERE = ("adamw", "muon", "muonadam")
 
 # spelled out, so that --help does not wait for the lab; a test compares it with the registry
 METHODS = (
@@ -32,6 +34,11 @@ def checking_usage() -> Generator[None]:
         yield
     except (ValueError, TypeError, FileNotFoundError) as wrong:
         raise UsageError(str(wrong)) from wrong
+
+
+def racers(task: str) -> tuple[str, ...]:
+    """The methods that race on a task unless one says otherwise."""
+    return RACERS.get(task, _ANYWHERE)
 
 
 def add_command(
@@ -64,9 +71,13 @@ def add_command(
 
 def add_task(parser: argparse.ArgumentParser) -> None:
     """Declare which task at which size on which data."""
-    parser.add_argument("--task", default="text", help="text or digits; default: %(default)s")
+    parser.add_argument(
+        "--task", default="text", help="text, digits, quadratic, cifar10 or fineweb; default: %(default)s"
+    )
     parser.add_argument("--preset", default="demo", help="demo, tiny or small; default: %(default)s")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="train the text model on this file or folder")
+    parser.add_argument(
+        "--data", type=Path, metavar="PATH", help="a file or folder for text; a folder for cifar10, fineweb"
+    )
 
 
 def names(text: str) -> list[str]:

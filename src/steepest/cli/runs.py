@@ -31,6 +31,9 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     train.add_argument("--steps", type=count, metavar="N", help="instead of the preset's number")
     train.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads; default: %(default)s")
     train.add_argument("--keep-checkpoint", action="store_true", help="keep the trained weights")
+    train.add_argument(
+        "--diagnostics", action="store_true", help="record the optimizer's numbers and the weights' norms, too"
+    )
     train.add_argument("--json", action="store_true", help="print the result as JSON")
 
     plan = add_command(commands, "plan", _plan, "print which parameter is optimised how, and why", PLAN_EXAMPLES)
@@ -68,6 +71,7 @@ def _train(options: argparse.Namespace) -> int:
                 data=options.data,
                 threads=options.threads,
                 keep_checkpoint=options.keep_checkpoint,
+                diagnostics=options.diagnostics,
                 stop=lambda: display.glance() or bool(stopped),
             )
     except Interrupted as interrupted:

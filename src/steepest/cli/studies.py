@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from steepest.cli.options import (
     METHODS,
-    RACERS,
     Commands,
     UsageError,
     add_command,
@@ -21,6 +20,7 @@ from steepest.cli.options import (
     checking_usage,
     count,
     names,
+    racers,
 )
 from steepest.cli.outcome import DONE, FAILED
 
@@ -83,7 +83,7 @@ def _add_study(parser: argparse.ArgumentParser, *, seeds: int, out: str) -> None
         "--methods",
         type=names,
         metavar="A,B,...",
-        help=f"of {METHODS}; default: {','.join(RACERS['text'])}, without torch-muon on digits",
+        help=f"of {METHODS}; default: {','.join(racers('text'))}, torch-muon on text and fineweb only",
     )
     parser.add_argument("--seeds", type=count, default=seeds, metavar="N", help="runs of each; default: %(default)s")
     add_task(parser)
@@ -105,7 +105,7 @@ def _race(options: argparse.Namespace) -> int:
 
     with checking_usage():
         task = make_task(options.task, options.preset, data=options.data)
-        methods = tuple(options.methods or RACERS[task.name])
+        methods = tuple(options.methods or racers(task.name))
         baseline = options.baseline or methods[0]
         race = Race(
             task=task,
@@ -125,7 +125,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
     with checking_usage():
         task = make_task(options.task, options.preset, data=options.data)
-        methods = tuple(options.methods or RACERS[task.name])
+        methods = tuple(options.methods or racers(task.name))
         sweep = Sweep(
             task=task,
             methods=methods,

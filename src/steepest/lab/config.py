@@ -6,19 +6,23 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import steepest
 from steepest.lab.fields import LARGEST, Fields, parse_object
 from steepest.lab.methods import resolve
+from steepest.lab.schedule import Schedule
 from steepest.lab.tasks import DataIdentity, Task
 from steepest.lab.tuned import OptionValue, Tuning
 from steepest.names import unknown_name
 
 FORMAT = 1
+_UNHASHED = r"cli[./]|(theory|batch_size)/|lab/(?!(train|training|methods|combined|schedule)\.py|tasks/|models/)"
 _REMEDY = "Delete the run's directory and repeat the command: only this run is trained again."
 
 
@@ -38,9 +42,13 @@ class RunConfig:
         tuning: How the options were found; None for options chosen by hand, at an unknown budget.
         code: Version of the code that trains.
         data: Which data, exactly.
+        schedule: Of the learning rate; see `rate_factor`.
+        target: Validation loss at which the run ends early, and for which it is evaluated more often; see `reached`.
+            None: it goes to the last step.
+        watch_from: Validation loss below which it is evaluated most often; None: from the start. With a target only.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or the schedule is unknown.
     """
 
     task: str
@@ -54,8 +62,16 @@ class RunConfig:
     tuning: Tuning | None
     code: str
     data: DataIdentity
+    schedule: Schedule = "cooldown"
+    target: float | None = None
+    watch_from: float | None = None
 
     def __post_init__(self) -> None:
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(unknown_name("schedule", self.schedule, get_args(Schedule)))
+        for name in ("target", "watch_from"):
+            if (loss := getattr(self, name)) is not None and not math.isfinite(loss):
+                raise ValueError(f"{name} must be a finite loss or None, got {loss}.")
         for name, least in (("seed", 0), ("steps", 1), ("batch_size", 1), ("eval_every", 1)):
             if not least <= (value := getattr(self, name)) < LARGEST:
                 raise ValueError(f"{name} must be a whole number of at least {least} and below 2^63, got {value}.")
@@ -92,6 +108,9 @@ class RunConfig:
             tuning=None if tuning is None else _tuning(tuning),
             code=fields.text("code"),
             data=_data(fields.inner("data")),
+            schedule=_schedule(fields),
+            target=_loss(fields, "target"),
+            watch_from=_loss(fields, "watch_from"),
         )
 
 
@@ -104,6 +123,9 @@ def configure(
     steps: int | None = None,
     batch_size: int | None = None,
     eval_every: int | None = None,
+    schedule: Schedule = "cooldown",
+    target: float | None = None,
+    watch_from: float | None = None,
 ) -> RunConfig:
     """The config of one run: what is not given comes from the task's preset and the method's defaults for it.
 
@@ -115,6 +137,9 @@ def configure(
         steps: None for the preset's; the tuning record applies to no other number, and only to the task's own data.
         batch_size: None for the preset's; the tuning record applies to no other size.
         eval_every: None for the preset's.
+        schedule: The tuning record applies to "cooldown" only.
+        target: As in the config; the tuning record applies to whole runs only.
+        watch_from: As in the config.
 
     Raises:
         ValueError: If a name is unknown or a number out of range.
@@ -123,7 +148,7 @@ def configure(
     resolved = resolve(method, task=task.name, preset=task.preset, options=options or {})
     steps = budget.steps if steps is None else steps
     batch_size = budget.batch_size if batch_size is None else batch_size
-    as_tuned = task.own_data and (steps, batch_size) == (budget.steps, budget.batch_size)
+    whole = (steps, batch_size, schedule, target) == (budget.steps, budget.batch_size, "cooldown", None)
     return RunConfig(
         task=task.name,
         preset=task.preset,
@@ -133,18 +158,25 @@ def configure(
         steps=steps,
         batch_size=batch_size,
         eval_every=budget.eval_every if eval_every is None else eval_every,
-        tuning=resolved.tuning if as_tuned else None,
+        tuning=resolved.tuning if task.own_data and whole else None,
         code=code_version(),
         data=task.data_identity(),
+        schedule=schedule,
+        target=target,
+        watch_from=watch_from,
     )
 
 
 def run_hash(config: RunConfig) -> str:
     """The name of the run's directory: 16 hexadecimal digits.
 
-    The name of the data does not count, its content does: a folder may be moved.
+    The name of the data does not count, its content does: a folder may be moved. Fields that older configs do not have
+    count only where they differ from what those runs did.
     """
     content = dataclasses.asdict(config)
+    for field in dataclasses.fields(config):
+        if field.default is not dataclasses.MISSING and content[field.name] == field.default:
+            del content[field.name]
     content["data"] = config.data.sha256
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
@@ -159,12 +191,12 @@ def code_version() -> str:
 def hash_sources(package: Path) -> str:
     """The first 12 hexadecimal digits of the SHA-256 over the sources below `package` that train.
 
-    Of the lab these are the files named below, `tasks` and `models`; `cli` and `theory` are left out.
+    Of the lab these are the files named below, `tasks` and `models`; `cli`, `theory` and `batch_size` are left out.
     """
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
-        if not re.match(r"cli[./]|theory/|lab/(?!(train|training|methods|combined|schedule)\.py|tasks/|models/)", name):
+        if not re.match(_UNHASHED, name):
             digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -190,6 +222,18 @@ def _tuning(fields: Fields) -> Tuning:
     if not isinstance(edge, bool):
         raise fields.error("edge", "true or false")
     return Tuning(fields.count_or_none("trials"), fields.text_or_none("source"), edge)
+
+
+def _loss(fields: Fields, key: str) -> float | None:
+    return fields.real_or_none(key) if key in fields.values else None
+
+
+def _schedule(fields: Fields) -> Schedule:
+    value = fields.values.get("schedule", "cooldown")
+    for known in get_args(Schedule):
+        if value == known:
+            return known
+    raise fields.error("schedule", f"one of {', '.join(get_args(Schedule))}")
 
 
 def _data(fields: Fields) -> DataIdentity:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from steepest.lab.config import code_version
 from steepest.lab.display import StudyDisplay
-from steepest.lab.ledger import locked
+from steepest.lab.ledger import RunBusyError, locked
 from steepest.lab.pool import POLL_S, Pool, last_words
 from steepest.lab.queue import Queue, open_queue
 from steepest.lab.report import write_report
@@ -53,7 +53,7 @@ def run_study(
     """Train what is missing, and write the report.
 
     Args:
-        plan: A race or a sweep.
+        plan: A race or a sweep; one that grows with its results goes on until it asks for no more runs.
         out: Directory of the study.
         command: How to repeat it, for the report.
         workers: Runs that are trained at once here, at least 1. Times per step are compared fairly only if no more
@@ -84,13 +84,17 @@ def run_study(
             f"--out {out} lies inside --data {data}, which would change while it is read; choose another."
         )
     url = default_url(out) if storage is None else parse_url(storage)
-    configs = plan.configs()
+    configs = plan.grown(out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        write_study(out, plan, configs, command=command)
-        with open_queue(out, url, create=True) as queue:
-            queue.fill(retry=True)
-            failed = _train(queue, pool, console or Console(), steps=configs[0].steps)
+        while True:
+            write_study(out, plan, configs, command=command)
+            with open_queue(out, url, create=True) as queue:
+                queue.fill(retry=True)
+                failed = _train(queue, pool, console or Console(), steps=max(config.steps for config in configs))
+            known, configs = len(configs), plan.grown(out)
+            if failed or len(configs) == known:
+                break
         report = write_report(out)
     if failed:
         raise FailedRunsError(
@@ -141,12 +145,25 @@ def join_study(
     steps = read_config(out / "runs" / next(iter(listing.runs))).steps
     with open_queue(out, url, create=False) as queue:
         failed = _train(queue, pool, console or Console(), steps=steps)
+        while not failed and _led(out):  # whoever leads adds runs when results ask for them
+            time.sleep(IDLE_S)
+            if queue.fill():
+                failed = _train(queue, pool, console or Console(), steps=steps)
     if failed:
         raise FailedRunsError(
             f"{len(failed)} of {len(listing.runs)} runs ended with an error:\n{_reasons(failed)}\nMend the cause and "
             "repeat the command that started the study to try them again."
         )
-    return len(listing.runs)
+    return len(read_listing(out).runs)
+
+
+def _led(out: Path) -> bool:
+    """Whether the process that started the study is still there."""
+    try:
+        with locked(out):
+            return False
+    except RunBusyError:
+        return True
 
 
 def _pool(workers: int, threads: int, data: Path | None) -> Pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -61,6 +62,13 @@ class Recorder:
         self._events.add_scalar("loss/eval", result.loss, step)
         if result.accuracy is not None:
             self._events.add_scalar("accuracy/eval", result.accuracy, step)
+
+    def diagnostics(self, numbers: Mapping[str, float], *, step: int) -> None:
+        """Record numbers of an optimizer by name; one that is not finite becomes null."""
+        finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        self._metrics.append({"kind": "diagnostics", "step": step, "numbers": finite})
+        for name, number in numbers.items():
+            self._events.add_scalar(f"optimizer/{name}", number, step)
 
     def sync(self) -> None:
         """Bring all rows and events so far to the disk."""

@@ -14,18 +14,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.fields import Fields, RecordError, parse_object, read_text
 from steepest.lab.result import Result, read_result
+from steepest.lab.study import Kind
 
 FORMAT = 1
 HUGE = 1e100  # float64 holds larger numbers, but not their sums; a loss above it has diverged
 
 STUDY_REMEDY = "Delete the file and repeat the study's command: finished runs are found by their content."
 
-Kind = Literal["race", "sweep"]
 Status = Literal["finished", "diverged", "unfinished"]
 
 
@@ -148,8 +148,8 @@ def open_study(study_dir: Path) -> Fields:
         raise RecordError(path, "no study here", "Give the directory that race or sweep was given as --out.")
     study = parse_object(read_text(path, remedy=STUDY_REMEDY), path, remedy=STUDY_REMEDY)
     study.expect("format", FORMAT)
-    if study.values.get("kind") not in ("race", "sweep"):
-        raise study.error("kind", "'race' or 'sweep'")
+    if study.values.get("kind") not in get_args(Kind):
+        raise study.error("kind", f"one of {', '.join(get_args(Kind))}")
     return study
 
 
@@ -301,8 +301,10 @@ def _metrics(path: Path, remedy: str) -> tuple[tuple[TrainRow, ...], tuple[EvalR
             case "eval":
                 evals.append(_eval_row(fields))
                 _check_order(fields, [row.step for row in evals[-2:]])
+            case "diagnostics":  # for the eye: no report reads them
+                fields.inner("numbers")
             case _:
-                raise fields.error("kind", "'train' or 'eval'")
+                raise fields.error("kind", "'train', 'eval' or 'diagnostics'")
     return tuple(train), tuple(evals)
 
 
@@ -341,7 +343,8 @@ def _agree(path: Path, result: Result | None, config: RunConfig, evals: tuple[Ev
     if result is None or result.status == "diverged":
         return
     last = evals[-1] if evals else None
-    if last is None or last.step != config.steps or result.steps != config.steps:
+    early = config.target is not None and 0 < result.steps <= config.steps
+    if last is None or last.step != result.steps or not (early or result.steps == config.steps):
         got = f"the last evaluation is at step {last.step if last else None}, the result at step {result.steps}"
         raise RecordError(path, f"the run counts as finished with {config.steps} steps, but {got}", remedy)
     own = _bounded(result.final_loss)

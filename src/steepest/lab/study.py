@@ -21,7 +21,7 @@ from steepest.lab.tuned import OptionValue
 from steepest.names import near_miss, unknown_name
 
 FORMAT = 1
-Kind = Literal["race", "sweep"]
+Kind = Literal["race", "sweep", "critical-batch"]
 _REMEDY = "Choose another --out, or delete the file: runs that still fit are found by their content."
 
 
@@ -80,6 +80,15 @@ class StudyPlan(ABC):
             TypeError: If an option is of the wrong type.
         """
 
+    def grown(self, out: Path) -> list[RunConfig]:
+        """Every run that is known to be needed by now; more, for a plan that goes by the results in `out`."""
+        del out
+        return self.configs()
+
+    def described(self, config: RunConfig) -> dict[str, object]:
+        """What `study.json` says of a run."""
+        return {"method": config.method, "seed": config.seed}
+
     @abstractmethod
     def own_fields(self) -> Mapping[str, object]:
         """What `study.json` holds for this kind of study only."""
@@ -133,7 +142,7 @@ def write_study(out: Path, plan: StudyPlan, configs: Sequence[RunConfig], *, com
         "methods": plan.methods,
         "seeds": plan.seeds,
         **plan.own_fields(),
-        "runs": {run_hash(config): _described(plan, config) for config in configs},
+        "runs": {run_hash(config): plan.described(config) for config in configs},
         "command": command,
         **fresh,
         **kept,
@@ -169,11 +178,6 @@ def read_config(run: Path) -> RunConfig:
     path = run / "config.json"
     remedy = "Delete the run's directory and repeat the command that made the study: it writes the file anew."
     return RunConfig.from_json(read_text(path, remedy=remedy), path=path, remedy=remedy)
-
-
-def _described(plan: StudyPlan, config: RunConfig) -> dict[str, object]:
-    described: dict[str, object] = {"method": config.method, "seed": config.seed}
-    return described | ({"lr": config.options["lr"]} if plan.kind == "sweep" else {})
 
 
 def _kept(path: Path, plan: StudyPlan) -> dict[str, str]:

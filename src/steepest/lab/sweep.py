@@ -62,6 +62,10 @@ class Sweep(StudyPlan):
             check_buildable(method, self.task, options[method][0])
         return configs
 
+    def described(self, config: RunConfig) -> dict[str, object]:
+        """With the learning rate."""
+        return super().described(config) | {"lr": config.options["lr"]}
+
     def own_fields(self) -> Mapping[str, object]:
         """The learning rates, and the first method as what others are compared with."""
         return {"baseline": self.methods[0], "lrs": {method: self.lrs[method] for method in self.methods}}

@@ -43,6 +43,7 @@ def train_run(
     data: Path | None = None,
     checkpoint_every: int = 25,
     keep_checkpoint: bool = False,
+    diagnostics: bool = False,
     threads: int | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Result:
@@ -54,6 +55,8 @@ def train_run(
         data: Where the data of the user is, for a config that was made with it.
         checkpoint_every: Steps from one checkpoint to the next; at most so many are repeated after a crash.
         keep_checkpoint: Whether the last checkpoint, with the trained weights, outlives the run.
+        diagnostics: Whether each evaluation also records what the optimizer says of itself and of the weights, see
+            `SteepestDescent.diagnostics`; for methods of this library.
         threads: CPU threads; None for torch's present number. A run that goes on keeps the number it started with,
             because sums depend on it.
         stop: Asked after every step; True saves a checkpoint and raises `Interrupted`.
@@ -91,14 +94,16 @@ def train_run(
             if resuming := checkpoint.exists():
                 training.load(checkpoint)
             _record_environment(run_dir, resuming=resuming)
-            result = _train(training, run_dir, checkpoint_every, stop)
+            result = _train(training, run_dir, checkpoint_every, stop, diagnostics=diagnostics)
         write_whole(run_dir / "result.json", result.to_json())
         if not keep_checkpoint:
             checkpoint.unlink(missing_ok=True)
         return result
 
 
-def _train(training: Training, run_dir: Path, checkpoint_every: int, stop: Callable[[], bool] | None) -> Result:
+def _train(
+    training: Training, run_dir: Path, checkpoint_every: int, stop: Callable[[], bool] | None, *, diagnostics: bool
+) -> Result:
     config = training.config
     with Recorder(run_dir, step=training.step) as recorder:
 
@@ -108,12 +113,13 @@ def _train(training: Training, run_dir: Path, checkpoint_every: int, stop: Calla
 
         if training.step == 0:
             training.evaluate(recorder)
-        while training.step < config.steps and not training.diverged:
+        while not training.ended:
             training.train_step(recorder)
-            last = training.step == config.steps
-            if last or training.diverged or training.step % config.eval_every == 0:
+            if training.evaluates:
                 training.evaluate(recorder)
-            if last or training.diverged:
+                if diagnostics:
+                    training.diagnose(recorder)
+            if training.ended:
                 save()
             elif stop is not None and stop():
                 save()

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from steepest.lab.memory import peak_memory
 from steepest.lab.methods import build_optimizer
 from steepest.lab.recorder import Recorder
 from steepest.lab.result import Result
-from steepest.lab.schedule import cooldown
+from steepest.lab.schedule import FAR_SPACING, NEAR, SMOOTHED, SPACING, evaluates, rate_factor, reached
 from steepest.lab.tasks import Evaluation, Task
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
 from steepest.optim import SteepestDescent
@@ -30,6 +29,7 @@ class Counters:
     """What has been done and what it took; seconds go on counting after an interruption."""
 
     step: int = 0
+    near: bool = False  # the target, by the training loss
     forward_backward_s: float = 0.0
     optimizer_s: float = 0.0
     peak_memory_bytes: int = 0
@@ -52,10 +52,11 @@ class Training:
         self.counters = Counters()
         self.diverged = False
         self.last_evaluation: Evaluation | None = None
+        self.losses: list[float] = []  # of the last evaluations
         self.model = task.build_model(config.seed)
         torch.manual_seed(derive_seed("method", config.seed))  # for methods that draw random numbers
         self.optimizer = build_optimizer(config.method, self.model, config.options)
-        self.scheduler = LambdaLR(self.optimizer, partial(cooldown, steps=config.steps))
+        self.scheduler = LambdaLR(self.optimizer, self._rate_factor)
         self.order = ExampleOrder(task.train_size, seed=config.seed)
 
     @property
@@ -73,9 +74,22 @@ class Training:
         """Seconds of training."""
         return self.counters.forward_backward_s + self.counters.optimizer_s
 
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to do: the last step is done, the target reached, or the run has diverged."""
+        return self.diverged or self.step >= self.config.steps or reached(self.losses, self.config.target)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it is time for an evaluation."""
+        if self.diverged or self.step == self.config.steps:
+            return True
+        spacing = None if self.config.target is None else SPACING if self.counters.near else FAR_SPACING
+        return evaluates(self.step, every=self.config.eval_every, spacing=spacing)
+
     def train_step(self, recorder: Recorder) -> None:
         """Train on the next batch and record it; a loss that is not finite changes no weight."""
-        lr = float(self.config.options["lr"]) * cooldown(self.step, steps=self.config.steps)
+        lr = float(self.config.options["lr"]) * self._rate_factor(self.step)
         start = time.perf_counter()
         batch = self.task.batch(self.order.take(self.config.batch_size))
         loss = self.task.loss(self.model, batch)
@@ -83,6 +97,7 @@ class Training:
         value = loss.item()
         middle = time.perf_counter()
         self.diverged = not math.isfinite(value)
+        self.counters.near |= self.config.watch_from is None or value < NEAR * self.config.watch_from
         if not self.diverged:
             if isinstance(self.optimizer, SteepestDescent):
                 self.optimizer.step(loss=loss)
@@ -113,7 +128,13 @@ class Training:
             self.last_evaluation = self.task.evaluate(self.model)
             self.model.train()
             self.diverged = not math.isfinite(self.last_evaluation.loss)
+            self.losses = [*self.losses, self.last_evaluation.loss][-SMOOTHED:]
         recorder.evaluation(self.last_evaluation, step=self.step, tokens=self.tokens, train_s=self.train_s)
+
+    def diagnose(self, recorder: Recorder) -> None:
+        """Record what the optimizer says of its last step and of the weights, if it is one of this library."""
+        if isinstance(self.optimizer, SteepestDescent):
+            recorder.diagnostics(self.optimizer.diagnostics(weights=True), step=self.step)
 
     def result(self, *, finished: str) -> Result:
         """The result after the last step."""
@@ -152,10 +173,14 @@ class Training:
             self.counters = Counters(**state["counters"])
             self.diverged = state["diverged"]
             self.last_evaluation = None if state["evaluation"] is None else Evaluation(**state["evaluation"])
+            self.losses = list(map(float, state["losses"]))
             torch.set_rng_state(state["random"])
             torch.set_num_threads(state["threads"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as problem:
             raise CheckpointError(path, f"its content does not fit the run: {problem}") from problem
+
+    def _rate_factor(self, step: int) -> float:
+        return rate_factor(step, steps=self.config.steps, schedule=self.config.schedule)
 
     def _state(self) -> dict[str, Any]:
         evaluation = self.last_evaluation
@@ -169,5 +194,6 @@ class Training:
             "threads": torch.get_num_threads(),
             "counters": dataclasses.asdict(self.counters),
             "diverged": self.diverged,
+            "losses": self.losses,
             "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),
         }

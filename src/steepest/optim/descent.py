@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from steepest.anatomy import InputMoment, Plan, PlanRow, Role
 from steepest.geometry import Norm, Product
+from steepest.optim.ball import weight_numbers
 from steepest.optim.bucket import Bucket, buckets
 from steepest.optim.clipping import Witness
 from steepest.optim.diagnostics import StepRecord
@@ -266,8 +267,13 @@ class SteepestDescent(SeesInputs):
     def _states(self, bucket: Bucket) -> list[dict[str, Tensor]]:
         return [cast(dict[str, Tensor], self.state[parameter]) for parameter in bucket.parameters]
 
-    def diagnostics(self) -> dict[str, float]:
+    def diagnostics(self, *, weights: bool = False) -> dict[str, float]:
         """Scalars of the last step; reading them waits for the device.
+
+        Args:
+            weights: Add, for each parameter NAME of a group in the spectral norm: "weights/NAME/spectral_norm", by
+                power iteration; and for constrained descent "ball_radius", within which weight decay keeps it, and
+                "frank_wolfe_gap", dual(M) + weight_decay · <M, W> with the averaged gradient M; see `ball`.
 
         Returns:
             "skipped_steps": steps passed over because something was not finite. Per role that moved:
@@ -281,7 +287,10 @@ class SteepestDescent(SeesInputs):
         """
         self._publish_skips()
         inputs = self._preconditioner.diagnostics() if self._preconditioner else {}
-        return {"skipped_steps": float(self._guard.skipped_steps()), **self._record.read(), **inputs}
+        looked = weight_numbers(self.param_groups, self._rows, self.state) if weights else {}
+        if self._global_step.regularized:  # steps of any length: there is no ball
+            looked = {name: number for name, number in looked.items() if name.endswith("/spectral_norm")}
+        return {"skipped_steps": float(self._guard.skipped_steps()), **self._record.read(), **inputs, **looked}
 
     def _publish_skips(self) -> None:
         skipped = self._guard.skipped_steps()
@@ -363,16 +372,8 @@ class SteepestDescent(SeesInputs):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
-        own = (
-            "_defaults_per_role",
-            "_guard",
-            "_record",
-            "_rows",
-            "_tap",
-            "_global_step",
-            "_witness",
-            "_preconditioner",
-        )
+        own = ["_defaults_per_role", "_guard", "_record", "_rows"]
+        own += ["_tap", "_global_step", "_witness", "_preconditioner"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
 

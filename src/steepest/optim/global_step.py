@@ -19,6 +19,7 @@ from torch import Tensor
 from steepest.anatomy import ROLES, InputMoment
 from steepest.geometry import Product, get_product
 from steepest.names import unknown_name
+from steepest.optim.ball import beyond_ball
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.losses import Loss
 from steepest.optim.move import Move
@@ -72,6 +73,7 @@ class GlobalStep:
         self._changes = Changes()
         self._averaged: tuple[float, list[Tensor]] | None = None  # momentum and parameters of the last step
         self._resync = False  # at the next step, whatever was averaged
+        self._warned = False  # of decay
         self._below = 0  # losses below the bound, in a row
 
     @property
@@ -127,6 +129,8 @@ class GlobalStep:
     def check(self, groups: Sequence[Group]) -> None:
         """Refuse groups with different momenta under Momo: losses are averaged once, with the weights of all gradients.
 
+        Warns, once, of a group whose lr · weight_decay is above 1.
+
         Args:
             groups: Those that move in this step.
 
@@ -140,6 +144,19 @@ class GlobalStep:
                 f"Momo needs one momentum for all groups, as losses are averaged like gradients, got {found}. Give "
                 "momentum= and the first of betas= the same value."
             )
+        self._warn_of_decay(groups)
+
+    def _warn_of_decay(self, groups: Sequence[Group]) -> None:
+        for group in () if self._warned else groups:
+            if (product := beyond_ball(group)) is not None:
+                self._warned = True
+                warnings.warn(
+                    f"lr · weight_decay is {product:.3g} for the role {group['role']!r}: above 1, weights are no "
+                    "longer kept within norm 1 / weight_decay, and from 2 on they may grow without bound. Lower lr or "
+                    "weight_decay.",
+                    UserWarning,
+                    stacklevel=CALLER,
+                )
 
     def take(self, moves: Sequence[Move], loss: Loss | None, accept: Tensor | None, record: StepRecord) -> None:
         """Make the moves.

@@ -3,17 +3,28 @@ from typing import get_args
 import pytest
 import torch
 
+from steepest.cli.options import racers
+from steepest.lab.methods import check_buildable
 from steepest.lab.tasks import TASKS, PresetName, make_task
 from steepest.lab.tasks.text import TextTask
+from tests.lab.tasks.fake_data import write_cifar10, write_fineweb
 
 PRESETS = get_args(PresetName)
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Where each task finds its data, None for those that bring their own."""
+    root = tmp_path_factory.mktemp("data")
+    given = {"cifar10": write_cifar10(root / "cifar"), "fineweb": write_fineweb(root / "fineweb")}
+    return dict.fromkeys(TASKS) | given
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", TASKS)
-def test_every_preset_trains_and_evaluates(name, preset):  # conformance of every task
-    task = make_task(name, preset)
-    assert (task.name, task.preset, task.own_data) == (name, preset, True)
+def test_every_preset_trains(name, preset, data):  # conformance of every task
+    task = make_task(name, preset, data=data[name])
+    assert (task.name, task.preset, task.own_data) == (name, preset, data[name] is None)
     model = task.build_model(0)
     examples = torch.tensor([0, task.train_size - 1])
     batch = task.batch(examples)
@@ -25,9 +36,9 @@ def test_every_preset_trains_and_evaluates(name, preset):  # conformance of ever
     assert len(task.data_identity().sha256) == 64
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_weights_depend_on_the_seed_only(name):
-    task = make_task(name)
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"quadratic"}))  # which starts at zero
+def test_weights_depend_on_the_seed_only(name, data):
+    task = make_task(name, data=data[name])
     state = torch.get_rng_state()
     first = torch.nn.utils.parameters_to_vector(task.build_model(1).parameters())
     assert torch.equal(torch.get_rng_state(), state)
@@ -38,12 +49,19 @@ def test_weights_depend_on_the_seed_only(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_loss_of_a_batch_is_the_mean_over_its_examples(name):
-    task = make_task(name)
+def test_the_loss_of_a_batch_is_the_mean_over_its_examples(name, data):
+    task = make_task(name, data=data[name])
     model = task.build_model(0).eval()
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.weight if name == "quadratic" else model.head.weight)
     single = [task.loss(model, task.batch(torch.tensor([i]))) for i in (3, 5)]
     torch.testing.assert_close(task.loss(model, task.batch(torch.tensor([3, 5]))), sum(single) / 2)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_methods_that_race_by_default_take_the_model(name, data):
+    task = make_task(name, data=data[name])
+    for method in racers(name):
+        check_buildable(method, task, {})
 
 
 def test_text_predicts_the_next_byte_of_its_own_windows(tmp_path):
@@ -95,12 +113,16 @@ def test_too_little_text_is_refused(tmp_path):
 
 
 def test_unknown_names_are_answered_with_the_valid_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"Unknown task 'txet': did you mean 'text'\? Valid: digits, text"):
+    with pytest.raises(
+        ValueError, match=r"Unknown task 'txet': did you mean 'text'\? Valid: cifar10, digits, fineweb, quad"
+    ):
         make_task("txet")
     with pytest.raises(ValueError, match=r"Unknown preset 'tny': did you mean 'tiny'\? Valid: demo, small, tiny"):
         make_task("text", "tny")
     with pytest.raises(ValueError, match="'digits' has its own images, got --data"):
         make_task("digits", data=tmp_path)
+    with pytest.raises(ValueError, match="'quadratic' draws its own examples, got --data"):
+        make_task("quadratic", data=tmp_path)
 
 
 def test_digits_without_scikit_learn_says_what_to_install(monkeypatch):

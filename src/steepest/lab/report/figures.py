@@ -13,7 +13,7 @@ from steepest.lab.statistics import t_interval
 
 KEYS = ("difference", "loss-steps", "loss-tokens", "loss-samples", "loss-time")
 DIVERGED, UNFINISHED = " \N{MULTIPLICATION X}", " \N{HORIZONTAL ELLIPSIS}"
-_SAMPLE_TASKS = ("digits", "cifar10")  # the others count tokens
+_SAMPLE_TASKS = ("digits", "cifar10", "quadratic")  # the others count tokens
 
 
 def data_unit(study: Study) -> str:

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+from steepest.lab.tasks.cifar10 import Cifar10Task
 from steepest.lab.tasks.digits import DigitsTask
+from steepest.lab.tasks.fineweb import FinewebTask
+from steepest.lab.tasks.quadratic import QuadraticTask
 from steepest.lab.tasks.task import Batch, Budget, DataIdentity, Evaluation, PresetName, Task
 from steepest.lab.tasks.text import TextTask
 from steepest.names import unknown_name
@@ -18,9 +21,18 @@ def _digits(preset: PresetName, data: Path | None) -> Task:
     return DigitsTask(preset)
 
 
+def _quadratic(preset: PresetName, data: Path | None) -> Task:
+    if data is not None:
+        raise ValueError(f"The task 'quadratic' draws its own examples, got --data {str(data)!r}. Leave it out.")
+    return QuadraticTask(preset)
+
+
 TASKS: dict[str, Callable[[PresetName, Path | None], Task]] = {
     "text": lambda preset, data: TextTask(preset, data=data),
     "digits": _digits,
+    "quadratic": _quadratic,
+    "cifar10": lambda preset, data: Cifar10Task(preset, data=data),
+    "fineweb": lambda preset, data: FinewebTask(preset, data=data),
 }
 
 

@@ -1,0 +1,336 @@
+"""Noise scales of a training run: what watches somebody's loop, and keeps what it saw."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, cast, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from steepest.batch_size.noise_collect import MicroBatches, Ranks, Store
+from steepest.batch_size.noise_layers import Kind, check_kinds, columns, find_layers, measure_layer, second_moment
+from steepest.batch_size.noise_report import NoiseReport, Record, make_report
+from steepest.geometry import Norm
+from steepest.linalg import PolarMethod
+from steepest.names import unknown_name
+
+Losses = Literal["divided", "whole", "weighted"]
+FORMAT = 1
+
+
+class NoiseScale:
+    """Measures, every so many steps, how much of the gradient is noise, from the gradients of the micro-batches.
+
+    Build it after the model was wrapped (DistributedDataParallel) or sharded (FSDP2), with the optimizer. A measured
+    step needs two micro-batches at least, that is calls of backward times ranks; under FSDP2 calls of backward alone.
+    In between it costs a counter. Gradients are taken when autograd delivers them: clipping does not matter. A
+    measured step keeps a gradient per micro-batch, and with alignment copies of one layer's at a time.
+
+    Args:
+        model: Whose layers to name and to see as matrices.
+        optimizer: Any; its parameters are measured, and its steps counted.
+        every: Of so many steps the last is measured.
+        kinds: "euclidean", "l1", "nuclear" and "alignment"; see `estimators`.
+        level: Of the intervals.
+        samples: Samples per micro-batch and rank. None: tell `micro_batch`, or the unit is the micro-batch.
+        unit: What samples are, for printing. Not tokens: those of one sequence are not independent.
+        losses: What backward is called on. "divided": each micro-batch's mean loss over the number of calls per step;
+            "whole": the mean loss itself; "weighted": the mean loss times its share of the samples of the batch, and
+            times the number of ranks if there are many. A common factor changes no scale, only `noise` and `signal`.
+        scale: What losses are multiplied by besides, or a function for it, such as `GradScaler.get_scale`.
+        norm: In which steps are taken, for the alignment. None: that of the group, or for torch's optimizers "sign"
+            (Adam, AdamW), "frobenius" (SGD) or "spectral" (Muon).
+        store: "cpu" keeps the micro-batches' gradients in main memory.
+        polar: Of the nuclear scale: "svd" is exact, "auto" faster for large matrices.
+        process_group: Of the data-parallel ranks; None: the default group, if there is one.
+
+    Raises:
+        ValueError: If an option is unknown or out of range, or a layer cannot be measured.
+
+    Example:
+        >>> model = nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> noise = NoiseScale(model, optimizer, every=2, samples=8)
+        >>> for step in range(10):
+        ...     for _ in range(4):
+        ...         (model(torch.randn(8, 4)).square().mean() / 4).backward()
+        ...     optimizer.step(); optimizer.zero_grad()
+        >>> noise.read().measurements
+        5
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        every: int = 100,
+        kinds: Sequence[Kind] = ("euclidean", "alignment"),
+        level: float = 0.9,
+        samples: float | None = None,
+        unit: str | None = None,
+        losses: Losses = "divided",
+        scale: float | Callable[[], float] = 1.0,
+        norm: Norm | str | None = None,
+        store: Store | None = None,
+        polar: PolarMethod = "svd",
+        process_group: "dist.ProcessGroup | None" = None,
+    ) -> None:
+        _check(every, level, samples, losses, store, polar)
+        self._optimizer = optimizer
+        self._every = every
+        self._kinds = check_kinds(kinds)
+        self._level = level
+        self._samples = samples
+        self._unit = unit
+        self._told = samples is not None
+        self._losses = losses
+        self._scale = scale
+        self._polar: PolarMethod = polar
+        self._layers = find_layers(model, optimizer, self._kinds, norm)
+        self._ranks = Ranks(self._layers, process_group)
+        self._record = MicroBatches(self._layers, store)
+        self._records: list[Record] = []
+        self._discarded = 0
+        self._step = 0
+        self._listening = False
+        self._moments: dict[str, Tensor | None] | None = None
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._due(every == 1)
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the coming step is measured: the time to split a batch that is otherwise whole."""
+        return self._listening
+
+    def micro_batch(self, samples: float) -> None:
+        """Tell how many samples the next, or the last, micro-batch has; once for each call of backward.
+
+        Args:
+            samples: Of this rank.
+
+        Raises:
+            ValueError: If the number is not positive.
+        """
+        if not 0 < samples < math.inf:
+            raise ValueError(f"micro_batch takes a positive number of samples, got {samples!r}.")
+        self._told = True
+        if self._listening:
+            self._record.samples.append(float(samples))
+
+    def forget(self) -> None:
+        """Forget micro-batches whose gradients you threw away by setting them to zero, without a step."""
+        self._record.forget()
+
+    def read(self, last: int | None = None, *, kappa: float = 0.9) -> NoiseReport:
+        """Noise scales, averaged over measurements.
+
+        Args:
+            last: How many of the latest measurements; None: all.
+            kappa: κ in (0, 1): the alignment that a batch shall have, relative to the largest that was looked at.
+
+        Returns:
+            Per layer and in all, with intervals. Under several ranks the same on each.
+
+        Raises:
+            ValueError: If nothing was measured yet, or an option is out of range.
+        """
+        if last is not None and last < 1:
+            raise ValueError(f"read takes last >= 1, or None for all measurements, got {last}.")
+        if not self._records:
+            raise ValueError(
+                f"Nothing was measured in {self._step} steps; the last of every {self._every} is, unless a gradient is "
+                f"not finite ({self._discarded} measurements). Take more steps first, or pass a smaller every=."
+            )
+        records = self._records[-last:] if last else self._records
+        return make_report(
+            records,
+            [layer.name for layer in self._layers],
+            self._kinds,
+            [columns(self._kinds, record.count) for record in records],
+            matrices=[layer.matrix for layer in self._layers],
+            kappa=kappa,
+            level=self._level,
+            unit=self._unit or ("samples" if self._told else "micro-batches"),
+            discarded=self._discarded,
+        )
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._listening:
+            return
+        if _closure(args, kwargs) is None:
+            self._measure()
+        elif "alignment" in self._kinds:  # backward is about to run, and the moments to change
+            self._moments = {layer.name: second_moment(optimizer, layer) for layer in self._layers}
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._listening and _closure(args, kwargs) is not None:
+            self._measure()
+        self._step += 1
+        # a measurement that failed is taken again in the next step
+        self._due((self._step + 1) % self._every == 0 or self._listening)
+
+    def _due(self, due: bool) -> None:
+        if due != self._listening:
+            self._record.close()
+            if due:
+                self._record.listen()
+            self._listening = due
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        late, moments = self._record.overheard(), self._moments
+        self._moments = None
+        members = sum(len(group["params"]) for group in self._optimizer.param_groups)
+        if members != len(self._layers):
+            raise ValueError(
+                f"The optimizer had {len(self._layers)} parameters when NoiseScale was built, and has {members} now. "
+                "Build NoiseScale after the last add_param_group; load_state_dict carries nothing over."
+            )
+        self._record.check()
+        own, samples = self._sizes()
+        values = self._ranks.shared(self._rows(own, samples, moments)).cpu()
+        late = bool(self._ranks.shared(own.new_tensor([float(late)])))
+        self._record.forget()
+        if late:  # frozen until now on some rank: once more, with its hook
+            self._record.close()
+            self._record.listen()
+        elif not bool(values.isfinite().all()):
+            self._discarded += 1
+        else:
+            total = float(samples.sum())
+            self._records.append(Record(self._step, len(samples), total, values, self._weights()))
+            self._due(False)
+
+    def _rows(self, own: Tensor, samples: Tensor, moments: Mapping[str, Tensor | None] | None) -> Tensor:
+        """(layers, columns): of the layers that this rank works on; zero elsewhere."""
+        width = len(columns(self._kinds, len(samples)))
+        rows = torch.zeros(len(self._layers), width, dtype=torch.float64, device=own.device)
+        for index, layer in enumerate(self._layers):
+            gradients, owner = self._record.of(layer), self._ranks.owner(index)
+            factors = self._factors(own, samples).to(gradients.device, gradients.dtype)
+            gradients = gradients * factors.view(-1, *[1] * (gradients.ndim - 1))
+            together = self._ranks.gathered(layer, gradients, owner)
+            if together is None or owner != self._ranks.rank:
+                continue
+            rows[index] = measure_layer(
+                layer,
+                together,
+                samples.to(together.device),
+                kinds=self._kinds,
+                moment=second_moment(self._optimizer, layer) if moments is None else moments[layer.name],
+                method=self._polar,
+            )
+        return rows
+
+    def _sizes(self) -> tuple[Tensor, Tensor]:
+        """Samples of this rank's micro-batches, and of all."""
+        count, told = len(self._record), self._record.samples
+        if told and len(told) != count:
+            raise ValueError(
+                f"micro_batch was called {len(told)} times in a step with {count} calls of backward. Call it once for "
+                "each; call forget() after gradients were thrown away."
+            )
+        each = told or [1.0 if self._samples is None else float(self._samples)] * count
+        device = self._layers[0].parameter.device
+        own = torch.tensor(each, dtype=torch.float64, device=device)
+        return own, self._ranks.samples(own)
+
+    def _factors(self, own: Tensor, samples: Tensor) -> Tensor:
+        """What turns recorded gradients into those of mean losses."""
+        scale = float(self._scale()) if callable(self._scale) else float(self._scale)
+        if self._losses == "whole":
+            return torch.full_like(own, 1 / scale)
+        if self._losses == "divided":
+            return torch.full_like(own, len(own) / scale)
+        # "weighted": recorded = ranks · own / all · mean gradient; what FSDP2 averages over ranks has that share too
+        return (
+            samples.sum() / (self._ranks.size * own * scale)
+            if not self._ranks.common
+            else samples.sum() / (samples * scale)
+        )
+
+    def _weights(self) -> Tensor:
+        """Learning rate of each layer over the largest; equal ones if all are zero."""
+        rates = torch.tensor(
+            [float(group["lr"]) for group in self._optimizer.param_groups for _ in group["params"]],
+            dtype=torch.float64,
+        )
+        most = rates.max()
+        return rates / most if most > 0 else torch.ones_like(rates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All measurements, for `torch.save`; a half-recorded step is not in it."""
+        return {
+            "format": FORMAT,
+            "layers": [layer.name for layer in self._layers],
+            "kinds": list(self._kinds),
+            "step": self._step,
+            "discarded": self._discarded,
+            "told": self._told,
+            "records": [
+                {"step": r.step, "count": r.count, "samples": r.samples, "values": r.values, "weights": r.weights}
+                for r in self._records
+            ],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from saved measurements.
+
+        Args:
+            state_dict: Of the same model and kinds.
+
+        Raises:
+            ValueError: If layers, kinds or the format differ.
+        """
+        here = {"format": FORMAT, "layers": [layer.name for layer in self._layers], "kinds": list(self._kinds)}
+        for key, expected in here.items():
+            if state_dict.get(key) != expected:
+                raise ValueError(
+                    f"The saved noise scale has {key}={state_dict.get(key)!r}, but {expected!r} is needed. Build it "
+                    "with the model, optimizer and kinds that were saved."
+                )
+        self._records = [Record(**record) for record in state_dict["records"]]
+        self._step, self._discarded = int(state_dict["step"]), int(state_dict["discarded"])
+        self._told = self._told or bool(state_dict["told"])
+        self._record.forget()
+        self._due((self._step + 1) % self._every == 0)
+
+    def close(self) -> None:
+        """Remove all hooks; what was measured can still be read."""
+        self._due(False)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """What a step was given; torch's hooks get the optimizer as the first argument."""
+    given = args[1:] if args and isinstance(args[0], Optimizer) else args
+    return kwargs.get("closure", given[0] if given else None)
+
+
+def _check(every: int, level: float, samples: float | None, losses: str, store: object, polar: str) -> None:
+    if every < 1:
+        raise ValueError(f"NoiseScale takes every >= 1, got {every}.")
+    if not 0 < level < 1:
+        raise ValueError(f"NoiseScale takes a level in (0, 1), got {level}.")
+    if samples is not None and not 0 < samples < math.inf:
+        raise ValueError(f"NoiseScale takes a positive number of samples per micro-batch, got samples={samples!r}.")
+    for option, value, known in (("losses", losses, Losses), ("polar", polar, PolarMethod), ("store", store, Store)):
+        names = cast(tuple[str, ...], get_args(known))
+        if value not in names and not (option == "store" and value is None):
+            raise ValueError(unknown_name(f"{option} of NoiseScale", value, names))

@@ -1,0 +1,269 @@
+"""Gradients of micro-batches, taken where autograd delivers them, and brought together from all ranks.
+
+A plain parameter's hook sees what one call of backward adds to `.grad`, before DistributedDataParallel averages it:
+ranks times micro-batches are separate samples. A DTensor's gradient (FSDP2) exists only after it was averaged over
+ranks: the hook runs then, what the micro-batch has added is a difference, and its samples are those of all ranks.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from steepest.batch_size.noise_layers import Layer
+
+Store = Literal["cpu"]
+ONE = (
+    "NoiseScale saw one micro-batch on one rank in a measured step; noise is what differs between at least two. While "
+    "`noise.measuring` is True, split the batch and call backward for each half (under FSDP2 with gradient "
+    "synchronisation on), or train on several ranks with DistributedDataParallel."
+)
+
+
+class MicroBatches:
+    """Records one gradient per call of backward and parameter while it is listening.
+
+    Args:
+        layers: Whose parameters are recorded.
+        store: "cpu" keeps the gradients in main memory; None where they are.
+    """
+
+    def __init__(self, layers: Sequence[Layer], store: Store | None) -> None:
+        self._layers = layers
+        self._store = store
+        self._handles: list[RemovableHandle] = []
+        self._heard: set[Tensor] = set()
+        self._totals: dict[Tensor, tuple[Tensor, Tensor]] = {}  # under FSDP2: the gradient object, and its value so far
+        self.samples: list[float] = []
+        self._gradients: list[dict[Tensor, Tensor]] = []
+        self._tasks: list[int] = []
+
+    def listen(self) -> None:
+        """Install hooks on all parameters that are trainable now."""
+        for layer in self._layers:
+            parameter = layer.parameter
+            if parameter.requires_grad:
+                self._heard.add(parameter)
+                if sharded(parameter):
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
+                else:
+                    self._handles.append(parameter.register_hook(_Arrival(self, parameter)))
+
+    def close(self) -> None:
+        """Remove the hooks and forget the gradients."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._heard.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was recorded since the last step."""
+        self._gradients.clear()
+        self._tasks.clear()
+        self._totals.clear()
+        self.samples.clear()
+
+    def __len__(self) -> int:
+        return len(self._gradients)
+
+    def overheard(self) -> bool:
+        """Whether a parameter has a gradient that was not listened to, as when it was frozen until now."""
+        trainable = (layer.parameter for layer in self._layers if layer.parameter.requires_grad)
+        return any(parameter.grad is not None and parameter not in self._heard for parameter in trainable)
+
+    def of(self, layer: Layer) -> Tensor:
+        """(J, *local shape): one gradient per micro-batch, zero where the parameter was not used."""
+        zero = torch.zeros_like(local(layer.parameter))
+        return torch.stack([own.get(layer.parameter, zero).to(zero.device) for own in self._gradients])
+
+    def check(self) -> None:
+        """Refuse recordings in which calls of backward were taken for micro-batches wrongly.
+
+        Raises:
+            ValueError: If micro-batches have no parameter in common.
+        """
+        used = [own.keys() for own in self._gradients]
+        if len(used) > 1 and any(not (used[0] & other) for other in used[1:]):
+            raise ValueError(_NESTED)
+
+    def arrived(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Take the gradient that is about to be added.
+
+        Args:
+            parameter: Whose.
+            gradient: What is added; not kept.
+
+        Raises:
+            ValueError: If the gradient is sparse, or backward runs inside backward.
+        """
+        if gradient.layout != torch.strided:
+            raise ValueError(
+                f"A gradient of shape {tuple(gradient.shape)} has layout {gradient.layout}; NoiseScale needs a dense "
+                "one. Build the embedding with sparse=False."
+            )
+        own = self._micro_batch(parameter)
+        if parameter.grad is None:
+            self._drop_earlier(parameter)
+        self._keep(own, parameter, gradient.detach())
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        gradient = cast(Tensor, parameter.grad)
+        total = local(gradient).detach()
+        before = self._totals.get(parameter)
+        own = self._micro_batch(parameter)
+        if before is not None and before[0] is not gradient:  # set to None and made anew
+            self._drop_earlier(parameter)
+            before = None
+        self._keep(own, parameter, total if before is None else total - before[1])
+        self._totals[parameter] = (gradient, total.clone())
+
+    def _drop_earlier(self, parameter: Tensor) -> None:
+        """Forget all but this call of backward, if gradients of earlier ones were thrown away without a step."""
+        earlier = len(self._gradients) - 1
+        if any(parameter in own for own in self._gradients[:earlier]):
+            del self._gradients[:earlier], self._tasks[:earlier], self.samples[:earlier]
+            kept = self._gradients[0]
+            self._totals = {p: total for p, total in self._totals.items() if p in kept}
+
+    def _keep(self, own: dict[Tensor, Tensor], parameter: Tensor, gradient: Tensor) -> None:
+        if parameter in own:  # two deliveries within one backward
+            own[parameter] = own[parameter] + gradient.to(own[parameter].device)
+        else:
+            own[parameter] = gradient.to(self._store or gradient.device, copy=True)
+
+    def _micro_batch(self, parameter: Tensor) -> dict[Tensor, Tensor]:
+        """The record of this call of backward."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:  # FSDP2 finishes some parameters when backward has just ended
+            new = not self._gradients or parameter in self._gradients[-1]
+        else:
+            new = not self._tasks or self._tasks[-1] != task
+            if new and task in self._tasks:
+                raise ValueError(_NESTED)
+        if new:
+            self._gradients.append({})
+            self._tasks.append(task)
+        return self._gradients[-1]
+
+
+_NESTED = (
+    "Calls of backward of one step have no parameter in common or run inside each other: they are not micro-batches. "
+    "Use activation checkpoints with use_reentrant=False, and add up losses of one micro-batch before backward."
+)
+
+
+class _Arrival:
+    """A tensor's hook: does not change the gradient."""
+
+    def __init__(self, record: MicroBatches, parameter: Tensor) -> None:
+        self._record = record
+        self._parameter = parameter
+
+    def __call__(self, gradient: Tensor) -> None:
+        self._record.arrived(self._parameter, gradient)
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of it that is here."""
+    return cast(Any, tensor).to_local() if sharded(tensor) else tensor
+
+
+class Ranks:
+    """How micro-batches of several ranks come together; with one rank, nothing is exchanged.
+
+    Args:
+        layers: Plain parameters, whose ranks have separate micro-batches, or DTensors, whose have common ones.
+        group: Of the ranks; None: the default group, if there is one.
+
+    Raises:
+        ValueError: If plain parameters and DTensors are mixed.
+    """
+
+    def __init__(self, layers: Sequence[Layer], group: "dist.ProcessGroup | None") -> None:
+        kinds = {sharded(layer.parameter) for layer in layers}
+        if len(kinds) > 1:
+            raise ValueError(
+                "The optimizer has sharded parameters (DTensor) and plain ones, whose micro-batches are not of the "
+                "same samples. Build one optimizer and one NoiseScale for each kind, or shard all parameters."
+            )
+        there = dist.is_available() and dist.is_initialized()
+        self.group = group
+        self.size = dist.get_world_size(group) if there else 1
+        self.rank = dist.get_rank(group) if there else 0
+        self.common = kinds == {True}
+        """Whether all ranks see the same gradients."""
+
+    def owner(self, index: int) -> int:
+        """Rank that works on a layer."""
+        return index % self.size
+
+    def samples(self, own: Tensor) -> Tensor:
+        """(R,): samples of all micro-batches, rank by rank; under FSDP2 each adds up those of all ranks.
+
+        Args:
+            own: (J,) on the device of exchange.
+
+        Raises:
+            ValueError: If ranks differ in their number of micro-batches, or there is one in all.
+        """
+        if self.size > 1:
+            extremes = torch.tensor([len(own), -len(own)], device=own.device)
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
+            most, least = extremes[0].item(), -extremes[1].item()
+            if most != least:
+                raise ValueError(
+                    f"Ranks have between {least} and {most} micro-batches in one step; NoiseScale needs the same "
+                    "number on every rank. On measured steps (`noise.measuring`), accumulate equally often everywhere."
+                )
+        if self.size > 1 and self.common:
+            own = own.clone()
+            dist.all_reduce(own, group=self.group)
+        elif self.size > 1:
+            parts = [torch.empty_like(own) for _ in range(self.size)]
+            dist.all_gather(parts, own, group=self.group)
+            own = torch.cat(parts)
+        if len(own) < 2:
+            raise ValueError(ONE)
+        return own
+
+    def gathered(self, layer: Layer, own: Tensor, owner: int) -> Tensor | None:
+        """(R, *shape) on the owner, in the order of `samples`; None elsewhere. All ranks must call it.
+
+        Args:
+            layer: Whose gradients.
+            own: (J, *local shape).
+            owner: Rank that gets them.
+        """
+        if self.common:
+            full = [_like(layer.parameter, gradient).full_tensor() for gradient in own]
+            return torch.stack(full) if self.rank == owner else None
+        if self.size == 1:
+            return own
+        parts = [torch.empty_like(own) for _ in range(self.size)] if self.rank == owner else None
+        dist.gather(own.contiguous(), parts, group=self.group, group_dst=owner)
+        return torch.cat(parts) if parts is not None else None
+
+    def shared(self, values: Tensor) -> Tensor:
+        """The sum over ranks."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+
+def _like(parameter: Tensor, part: Tensor) -> Any:
+    """A DTensor laid out like the parameter."""
+    from torch.distributed.tensor import DTensor
+
+    model = cast(DTensor, parameter)
+    return DTensor.from_local(
+        part, model.device_mesh, model.placements, shape=model.shape, stride=model.stride(), run_check=False
+    )

@@ -1,0 +1,177 @@
+"""`cifar10`: tell ten kinds of things apart on 32x32 colour photographs, from the original files of the user."""
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from steepest.lab.models.convnet import ConvNet
+from steepest.lab.tasks.order import derive_seed
+from steepest.lab.tasks.task import Batch, Budget, DataIdentity, Evaluation, PresetName
+
+CLASSES = 10
+IMAGE = (3, 32, 32)  # red, green, blue; rows; columns
+ROW = 1 + 3 * 32 * 32  # bytes of one example: label, then pixels
+TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+VALIDATION_FILES = ("test_batch.bin",)
+EVALUATION_BATCH = 500
+_REMEDY = (
+    "Download cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, unpack it, and give its folder: "
+    "--data cifar-10-batches-bin."
+)
+
+
+@dataclass(frozen=True)
+class Cifar10Preset:
+    """One size of the task: channels of each convolution, the length of a run, and validation images."""
+
+    channels: tuple[int, ...]
+    budget: Budget
+    validation_images: int
+
+
+PRESETS: dict[PresetName, Cifar10Preset] = {
+    "demo": Cifar10Preset((16, 32, 64), Budget(steps=300, batch_size=64, eval_every=20), 1000),
+    "tiny": Cifar10Preset((32, 64, 128), Budget(steps=1000, batch_size=64, eval_every=50), 2000),
+    "small": Cifar10Preset((64, 128, 256, 256), Budget(steps=2000, batch_size=64, eval_every=200), 10_000),
+}
+
+
+class Cifar10Task:
+    """50,000 images to train on and up to 10,000 to validate, as their makers split them; no augmentation.
+
+    Each channel is shifted and scaled to mean 0 and variance 1 over the training images. The validation images of the
+    smaller presets are the first of the test images, which come in no order.
+
+    Args:
+        preset: One of the sizes.
+        data: Folder with `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin`.
+
+    Raises:
+        FileNotFoundError: If there is no folder, or a file is missing in it.
+        ValueError: If the folder holds the version for Python, which is pickled, or a file is damaged.
+    """
+
+    name = "cifar10"
+    tokens_per_example = 1  # "tokens" counts images here
+    own_data = False
+
+    def __init__(self, preset: PresetName, *, data: Path | None = None) -> None:
+        self.preset: PresetName = preset
+        self.size = PRESETS[preset]
+        self.budget = self.size.budget
+        images = _read_once(_checked_folder(data))
+        self._identity = images.identity
+        self.mean, self.std = images.mean, images.std
+        self.train_images, self.train_labels = images.train
+        pixels, labels = images.validation
+        self.validation_images = pixels[: self.size.validation_images]
+        self.validation_labels = labels[: self.size.validation_images]
+
+    @property
+    def train_size(self) -> int:
+        """Number of training images."""
+        return len(self.train_images)
+
+    def data_identity(self) -> DataIdentity:
+        """Name of the folder, SHA-256 and size of all files together."""
+        return self._identity
+
+    def build_model(self, seed: int) -> nn.Module:
+        """A fresh network whose weights depend on `seed` only; torch's global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("model", seed))
+            return ConvNet(classes=CLASSES, channels=self.size.channels, in_channels=IMAGE[0])
+
+    def batch(self, examples: Tensor) -> Batch:
+        """Images (B, 3, 32, 32) and labels (B,) of the training images `examples` (B,)."""
+        return self._normalized(self.train_images[examples]), self.train_labels[examples]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats per image, 0-d."""
+        images, labels = batch
+        return F.cross_entropy(model(images), labels)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Mean cross-entropy and share of right answers over the validation images."""
+        parts = self.validation_images.split(EVALUATION_BATCH)
+        logits = torch.cat([model(self._normalized(part)) for part in parts])
+        right = (logits.argmax(-1) == self.validation_labels).double().mean()
+        return Evaluation(F.cross_entropy(logits, self.validation_labels).item(), right.item())
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Pixels (n, 3, 32, 32) uint8 with labels (n,) int64, and mean and deviation (3, 1, 1) of the training pixels."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    mean: Tensor
+    std: Tensor
+    identity: DataIdentity
+
+
+def _checked_folder(data: Path | None) -> Path:
+    """The folder, with every file in it."""
+    if data is None:
+        raise FileNotFoundError(f"The task 'cifar10' has no data of its own. {_REMEDY}")
+    if not data.is_dir():
+        raise FileNotFoundError(f"--data {str(data)!r} is not a folder. {_REMEDY}")
+    missing = [name for name in (*TRAIN_FILES, *VALIDATION_FILES) if not (data / name).is_file()]
+    if missing and (data / "data_batch_1").exists():
+        problem = "is the version of CIFAR-10 for Python: pickles, which could run any code when they are read"
+        raise ValueError(f"--data {str(data)!r} {problem}. {_REMEDY}")
+    if missing:
+        raise FileNotFoundError(f"--data {str(data)!r} has no {', '.join(missing)}. {_REMEDY}")
+    return data.resolve()
+
+
+@functools.lru_cache(maxsize=1)
+def _read_once(folder: Path) -> _Images:
+    digest = hashlib.sha256()
+    parts = {name: _read_rows(folder / name) for name in (*TRAIN_FILES, *VALIDATION_FILES)}
+    for rows in parts.values():
+        digest.update(f"{len(rows)}\0".encode())
+        digest.update(rows.numpy().data)
+    size = sum(rows.numel() for rows in parts.values())
+    train = _split(torch.cat([parts[name] for name in TRAIN_FILES]))
+    validation = _split(torch.cat([parts[name] for name in VALIDATION_FILES]))
+    mean, std = _moments(train[0])
+    return _Images(train, validation, mean, std, DataIdentity(folder.name, digest.hexdigest(), size))
+
+
+def _read_rows(path: Path) -> Tensor:
+    """The examples (n, 3073) of a file, uint8."""
+    size = path.stat().st_size
+    if size == 0 or size % ROW:
+        problem = f"{path} has {size} bytes, which is not a whole number of images of {ROW} bytes"
+        raise ValueError(f"{problem}: it is damaged. {_REMEDY}")
+    rows = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).view(-1, ROW)
+    if (largest := int(rows[:, 0].max())) >= CLASSES:
+        raise ValueError(
+            f"{path} has the label {largest}, above {CLASSES - 1}: it is not CIFAR-10, or damaged. {_REMEDY}"
+        )
+    return rows
+
+
+def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return rows[:, 1:].reshape(-1, *IMAGE), rows[:, 0].long()
+
+
+def _moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (3, 1, 1) each, from its counts of the 256 levels: exact."""
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]).double()
+    shares, levels = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64)
+    mean = shares @ levels
+    std = (shares * (levels - mean[:, None]).square()).sum(1).sqrt()
+    if (std == 0).any():
+        raise ValueError(f"A colour has one and the same level in all training images: they are damaged. {_REMEDY}")
+    return mean.float()[:, None, None], std.float()[:, None, None]

@@ -1,0 +1,231 @@
+"""`fineweb`: predict the next token of web text, from the .bin shards that modded-nanogpt and llm.c train on."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from steepest.lab.models.gpt import GPT, GPTConfig
+from steepest.lab.tasks.order import derive_seed
+from steepest.lab.tasks.task import Batch, Budget, DataIdentity, Evaluation, PresetName
+
+MAGIC, VERSION = 20240520, 1
+HEADER = 1024  # bytes: 256 little-endian int32, of which the first three are magic, version and number of tokens
+VOCABULARY, PADDED = 50257, 50304  # GPT-2's tokens, and the rows of the model's tables: a multiple of 128
+HASHED = 2**20  # bytes at each end of a shard that count for its identity
+_REMEDY = (
+    "Download shards, for example with modded-nanogpt's data/cached_fineweb10B.py, and give the folder with "
+    "fineweb_train_*.bin and fineweb_val_*.bin: --data DIR."
+)
+
+
+@dataclass(frozen=True)
+class FinewebPreset:
+    """One size of the task: the model, the window of T tokens, the length of a run, and validation windows."""
+
+    model: GPTConfig
+    window: int
+    budget: Budget
+    validation_windows: int
+
+
+def _model(layers: int, width: int, head_size: int) -> GPTConfig:
+    return GPTConfig(vocabulary=PADDED, layers=layers, width=width, head_size=head_size)
+
+
+PRESETS: dict[PresetName, FinewebPreset] = {
+    "demo": FinewebPreset(_model(2, 128, 32), 128, Budget(steps=100, batch_size=4, eval_every=10), 32),
+    "tiny": FinewebPreset(_model(4, 128, 32), 128, Budget(steps=500, batch_size=8, eval_every=25), 64),
+    "small": FinewebPreset(_model(6, 256, 64), 256, Budget(steps=1000, batch_size=8, eval_every=50), 128),
+}
+
+
+class FinewebTask:
+    """GPT-2 tokens in windows that do not overlap or cross shards; an example is one window of T + 1 tokens.
+
+    Shards stay on disk, mapped into memory. They are read in the order of their names.
+
+    Args:
+        preset: One of the sizes.
+        data: Folder with the shards, *_train_*.bin and *_val_*.bin.
+
+    Raises:
+        FileNotFoundError: If there is no folder, or no shard of a kind in it.
+        ValueError: If a shard is damaged or of another format, or none fills one window.
+    """
+
+    name = "fineweb"
+    own_data = False
+
+    def __init__(self, preset: PresetName, *, data: Path | None = None) -> None:
+        self.preset: PresetName = preset
+        self.size = PRESETS[preset]
+        self.budget = self.size.budget
+        self.tokens_per_example = self.size.window
+        folder = _checked_folder(data)
+        train, held_out = (_shards(folder, part) for part in ("train", "val"))
+        self._identity = _identify(folder.name, train, held_out)
+        self.train_windows = Windows(train, self.size.window, part="training")
+        validation = Windows(held_out, self.size.window, part="validation")
+        count = min(len(validation), self.size.validation_windows)
+        self.validation_windows = validation[torch.arange(count) * len(validation) // count]  # evenly spread
+
+    @property
+    def train_size(self) -> int:
+        """Number of training windows."""
+        return len(self.train_windows)
+
+    def data_identity(self) -> DataIdentity:
+        """Name of the folder, size of all shards, and a SHA-256 that is made without reading all of them.
+
+        Of each shard it sees the header, the size, and the first and last MiB of tokens, in order, training shards
+        first. Names count only by the order that they give. A change in the middle of a shard goes unnoticed.
+        """
+        return self._identity
+
+    def build_model(self, seed: int) -> nn.Module:
+        """A fresh transformer whose weights depend on `seed` only; torch's global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("model", seed))
+            return GPT(self.size.model)
+
+    def batch(self, examples: Tensor) -> Batch:
+        """Inputs and targets, each (B, T) int64, of the windows `examples` (B,).
+
+        Raises:
+            ValueError: If there is a token in them that GPT-2 does not have.
+        """
+        windows = self.train_windows[examples]
+        return windows[:, :-1], windows[:, 1:]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats per token, 0-d."""
+        inputs, targets = batch
+        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Mean cross-entropy over the validation windows, the same for every run."""
+        parts = self.validation_windows.split(self.budget.batch_size)
+        losses = [self.loss(model, (part[:, :-1], part[:, 1:])) * len(part) for part in parts]
+        return Evaluation(torch.stack(losses).sum().item() / len(self.validation_windows))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens.
+
+    Args:
+        path: Where it is.
+        tokens: How many it holds.
+    """
+
+    path: Path
+    tokens: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return HEADER + 2 * self.tokens
+
+
+def read_shard(path: Path) -> Shard:
+    """Check the header of a shard against its size.
+
+    Raises:
+        ValueError: If it is of another format or version, or not as long as it says.
+    """
+    with path.open("rb") as file:
+        header = file.read(HEADER)
+    if len(header) < HEADER:
+        raise ValueError(f"{path} has {len(header)} bytes, less than the header of {HEADER}: it is damaged. {_REMEDY}")
+    magic, version, tokens = (int(number) for number in np.frombuffer(header, dtype="<i4", count=3))
+    if (magic, version) != (MAGIC, VERSION):
+        expected = f"the magic number {MAGIC} and version {VERSION}, which is GPT-2's tokens in 16 bits"
+        raise ValueError(f"{path} starts with {magic} and {version}, not with {expected}. {_REMEDY}")
+    size = path.stat().st_size
+    if tokens < 0 or size != HEADER + 2 * tokens:
+        problem = f"{path} has {size} bytes; its header promises {tokens} tokens, which take {HEADER + 2 * tokens}"
+        raise ValueError(f"{problem}. It is damaged, perhaps not downloaded to its end. {_REMEDY}")
+    return Shard(path, tokens)
+
+
+class Windows:
+    """All whole windows of some shards, numbered through; a window is read when it is asked for.
+
+    Args:
+        shards: In order; those shorter than a window give none.
+        window: T; a window has T + 1 tokens.
+        part: What the shards are for, for the error message.
+
+    Raises:
+        ValueError: If no shard fills one window.
+    """
+
+    def __init__(self, shards: Sequence[Shard], window: int, *, part: str) -> None:
+        self._length = window + 1
+        filled = [shard for shard in shards if shard.tokens >= self._length]
+        if not filled:
+            longest = max(shard.tokens for shard in shards)
+            problem = f"No {part} shard fills one window of {self._length} tokens; the longest has {longest}"
+            raise ValueError(f"{problem}. {_REMEDY}")
+        self._shards = [
+            (shard.path, np.memmap(shard.path, dtype="<u2", mode="r", offset=HEADER, shape=(shard.tokens,)))
+            for shard in filled
+        ]
+        self._ends = torch.tensor([shard.tokens // self._length for shard in filled]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, numbers: Tensor) -> Tensor:
+        """Windows (B, T + 1) int64 of the given numbers (B,), each below the length.
+
+        Raises:
+            ValueError: If there is a token in them that GPT-2 does not have.
+        """
+        places = torch.searchsorted(self._ends, numbers, right=True)
+        read = [self._read(*pair) for pair in zip(places.tolist(), numbers.tolist(), strict=True)]
+        return torch.from_numpy(np.stack(read))
+
+    def _read(self, place: int, number: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        path, tokens = self._shards[place]
+        start = (number - (int(self._ends[place - 1]) if place else 0)) * self._length
+        window = tokens[start : start + self._length].astype(np.int64)
+        if (largest := int(window.max())) >= VOCABULARY:
+            problem = f"{path} has the token {largest}; GPT-2's vocabulary ends at {VOCABULARY - 1}"
+            raise ValueError(f"{problem}. It is damaged, or of another tokenizer. {_REMEDY}")
+        return window
+
+
+def _checked_folder(data: Path | None) -> Path:
+    if data is None:
+        raise FileNotFoundError(f"The task 'fineweb' has no data of its own. {_REMEDY}")
+    if not data.is_dir():
+        raise FileNotFoundError(f"--data {str(data)!r} is not a folder. {_REMEDY}")
+    return data.resolve()
+
+
+def _shards(folder: Path, part: str) -> list[Shard]:
+    paths = sorted(folder.glob(f"*_{part}_*.bin"))
+    if not paths:
+        raise FileNotFoundError(f"--data {str(folder)!r} has no *_{part}_*.bin. {_REMEDY}")
+    return [read_shard(path) for path in paths]
+
+
+def _identify(name: str, train: Sequence[Shard], validation: Sequence[Shard]) -> DataIdentity:
+    digest = hashlib.sha256()
+    for part, shards in (("train", train), ("val", validation)):
+        digest.update(f"{part} {len(shards)}\0".encode())
+        for shard in shards:
+            digest.update(f"{shard.bytes}\0".encode())
+            with shard.path.open("rb") as file:
+                digest.update(file.read(HEADER + HASHED))
+                file.seek(max(HEADER, shard.bytes - HASHED))
+                digest.update(file.read(HASHED))
+    return DataIdentity(name, digest.hexdigest(), sum(shard.bytes for shard in (*train, *validation)))

@@ -1,0 +1,103 @@
+"""Weights against the ball that weight decay keeps them in, for constrained descent in the spectral norm.
+
+A step W <- (1 - lr λ) W + lr D with σ_max(D) <= κ c stays within σ_max(W) <= κ c / λ as long as lr λ <= 1: c is the
+norm's scale for the shape, κ the largest singular value of the computed polar factor, 1 for an exact one. On this ball
+the optimizer is a stochastic Frank-Wolfe method, and what goes to zero is the Frank-Wolfe gap, not the gradient
+(arXiv:2506.15054; in the spirit of arXiv:2507.01598v5).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from steepest.anatomy import PlanRow
+from steepest.geometry import Spectral, scale_factor
+from steepest.linalg import get_coefficients
+from steepest.optim.bucket import Bucket
+from steepest.optim.momentum import debias
+from steepest.optim.state import MOMENTUM, STEP
+
+ITERATIONS = 32
+SMALLEST = 1e-12  # singular values below it, of matrices of Frobenius norm one, stay below the overshoot
+
+
+def beyond_ball(group: Mapping[str, Any]) -> float | None:
+    """lr · weight_decay of a group if it is above 1, else None.
+
+    A learning rate that is a tensor on an accelerator is not read: that would wait for the device.
+    """
+    lr, decay = group["lr"], group["weight_decay"]
+    if not decay or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        return None
+    product = float(lr) * decay
+    return product if product > 1 else None
+
+
+def overshoot(norm: Spectral) -> float:
+    """κ: the largest singular value that the norm's polar factor can have, apart from rounding."""
+    return 1.0 if norm.polar == "svd" else get_coefficients(norm.coefficients).certify(SMALLEST).image[1]
+
+
+def largest_singular_values(matrices: Tensor, *, iterations: int = ITERATIONS) -> Tensor:
+    """σ_max by power iteration on W Wᵀ: from below, and within a percent where few singular values are the largest.
+
+    Args:
+        matrices: (B, m, n), real floating point.
+        iterations: Products with W and Wᵀ each.
+
+    Returns:
+        (B,), in units of the weights, in float32 or wider.
+    """
+    wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    generator = torch.Generator().manual_seed(0)  # the same start each time, so that numbers can be compared
+    start = torch.randn(wide.size(-1), 1, generator=generator, dtype=torch.float64)
+    vectors = start.to(wide).expand(len(wide), -1, -1)
+    length = wide.new_zeros(len(wide), 1, 1)
+    for _ in range(iterations):
+        vectors = vectors / torch.linalg.vector_norm(vectors, dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+        images = wide @ vectors
+        length = torch.linalg.vector_norm(images, dim=(-2, -1), keepdim=True)
+        vectors = wide.mT @ images
+    return length.flatten()
+
+
+def weight_numbers(
+    groups: Iterable[Mapping[str, Any]],
+    rows: Mapping[Tensor, PlanRow],
+    states: Mapping[Tensor, Mapping[str, Tensor]],
+) -> dict[str, float]:
+    """Spectral norms, radii and Frank-Wolfe gaps, as `SteepestDescent.diagnostics(weights=True)` says.
+
+    Args:
+        groups: Those whose directions have norm one.
+        rows: Of the plan.
+        states: Of the parameters, with momenta.
+    """
+    numbers: dict[str, float] = {}
+    for group in groups:
+        norm = group["norm"]
+        if not isinstance(norm, Spectral):
+            continue
+        for parameter in cast(Sequence[Tensor], group["params"]):
+            if not parameter.numel():
+                continue
+            weights = Bucket((parameter,), rows[parameter].view).matrices([parameter.detach()])
+            prefix = f"weights/{rows[parameter].name}"
+            numbers[f"{prefix}/spectral_norm"] = max(float(largest_singular_values(w).max()) for w in weights)
+            if group["weight_decay"]:
+                scales = [scale_factor(norm.scale, *w.shape[-2:]) for w in weights]
+                numbers[f"{prefix}/ball_radius"] = overshoot(norm) * max(scales) / group["weight_decay"]
+            if states.get(parameter):
+                numbers[f"{prefix}/frank_wolfe_gap"] = _gap(parameter, group, rows[parameter], states[parameter])
+    return numbers
+
+
+def _gap(parameter: Tensor, group: Mapping[str, Any], row: PlanRow, state: Mapping[str, Tensor]) -> float:
+    """dual(M) + λ <M, W> with the averaged gradient M, summed over the matrices of a parameter."""
+    momentum, weight = state[MOMENTUM], debias(group["momentum"], state[STEP])
+    average = momentum / torch.where(weight == 0, 1.0, weight)
+    batches = Bucket((parameter,), row.view).matrices([average])
+    dual = sum(float(-(m * group["norm"].lmo(m)).sum()) for m in batches)
+    return dual + group["weight_decay"] * float((average * parameter.detach()).sum())

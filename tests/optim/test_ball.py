@@ -1,0 +1,110 @@
+"""Weights within the ball of weight decay: the warning, the radius, the norm and the Frank-Wolfe gap."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from steepest import Muon, MuonMax, Spectral, SteepestDescent
+from steepest.optim.ball import largest_singular_values, overshoot
+
+
+def matrix(m, n, seed=0):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def stepped(optimizer, parameter, gradient):
+    parameter.grad = gradient
+    optimizer.step()
+    return optimizer.diagnostics(weights=True)
+
+
+@given(seed=st.integers(0, 10_000), m=st.integers(1, 9), n=st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_power_iteration_is_below_the_norm_and_close(seed, m, n):
+    w = matrix(m, n, seed)
+    exact = torch.linalg.matrix_norm(w, ord=2).item()
+    found = largest_singular_values(w[None]).item()
+    assert 0.97 * exact <= found <= exact * (1 + 1e-12)
+
+
+def test_power_iteration_finds_a_norm_that_stands_out_in_each_matrix_of_a_batch_and_zero():
+    w = torch.stack([matrix(30, 20, 1) + 9 * torch.outer(torch.ones(30), torch.ones(20)), torch.zeros(30, 20)])
+    found = largest_singular_values(w)
+    torch.testing.assert_close(found[0], torch.linalg.matrix_norm(w[0], ord=2), rtol=1e-10, atol=0)
+    assert found[1] == 0
+
+
+def test_overshoot_is_that_of_the_polynomial():
+    assert overshoot(Spectral(polar="svd")) == 1
+    assert overshoot(Spectral(coefficients="jordan")) == pytest.approx(1.2024, abs=1e-4)
+    x = torch.linspace(1e-6, 1, 100_001, dtype=torch.float64)
+    from steepest.linalg import get_coefficients
+
+    sampled = get_coefficients("polar_express")(x).max().item()
+    assert sampled <= overshoot(Spectral()) <= sampled * (1 + 1e-4)
+
+
+def test_the_numbers_of_a_layer_are_those_of_an_svd():
+    model = nn.Sequential(nn.Linear(6, 9, bias=False), nn.Linear(9, 6, bias=False)).double()
+    weight = model[0].weight
+    optimizer = Muon([{"params": [weight], "name": "up"}], 0.1, weight_decay=0.5, polar="svd", momentum=0.9)
+    before = [matrix(9, 6, seed) for seed in (1, 2)]
+    for gradient in before:
+        numbers = stepped(optimizer, weight, gradient)
+    average = (0.09 / 0.1 * 0.1 * before[0] + 0.1 * before[1]) / (1 - 0.81)
+    scale = math.sqrt(9 / 6)
+    name = next(key for key in numbers if key.endswith("/spectral_norm")).removesuffix("/spectral_norm")
+    assert numbers[f"{name}/spectral_norm"] == pytest.approx(torch.linalg.matrix_norm(weight, ord=2).item(), rel=0.02)
+    assert numbers[f"{name}/ball_radius"] == pytest.approx(scale / 0.5)
+    dual = scale * torch.linalg.matrix_norm(average, ord="nuc")
+    gap = dual + 0.5 * (average * weight.detach()).sum()
+    assert numbers[f"{name}/frank_wolfe_gap"] == pytest.approx(gap.item(), rel=1e-9)
+
+
+def test_inside_the_ball_the_gap_is_not_negative_and_the_norm_stays_below_the_radius():
+    weight = nn.Parameter(torch.zeros(5, 8, dtype=torch.float64))
+    optimizer = Muon([weight], 0.5, weight_decay=1.5, momentum=0.5, polar="svd")
+    for seed in range(40):
+        numbers = stepped(optimizer, weight, matrix(5, 8, seed))
+        (norm,) = (value for key, value in numbers.items() if key.endswith("/spectral_norm"))
+        (radius,) = (value for key, value in numbers.items() if key.endswith("/ball_radius"))
+        (gap,) = (value for key, value in numbers.items() if key.endswith("/frank_wolfe_gap"))
+        assert norm <= radius * (1 + 1e-12)
+        assert gap >= 0
+
+
+def test_nothing_is_said_about_a_ball_where_there_is_none():
+    weight = nn.Parameter(torch.ones(3, 4))
+    plain = stepped(Muon([weight], 0.1), weight, torch.ones(3, 4))
+    assert not any(key.endswith("/ball_radius") for key in plain)
+    grown = stepped(MuonMax([weight], 0.1, weight_decay=0.1), weight, torch.ones(3, 4))
+    assert [key.rpartition("/")[2] for key in grown if key.startswith("weights/")] == ["spectral_norm"]
+    assert not any(key.startswith("weights/") for key in Muon([weight], 0.1).diagnostics())
+
+
+@pytest.mark.parametrize("lr", [2.0, torch.tensor(2.0)], ids=["number", "tensor"])
+def test_a_rate_at_which_decay_leaves_the_ball_is_warned_of_once(lr):
+    weight = nn.Parameter(torch.ones(3, 4))
+    with pytest.warns(UserWarning, match=r"lr · weight_decay is 1\.2 for the role 'matrix'.*Lower lr") as caught:
+        optimizer = SteepestDescent([weight], lr=lr, weight_decay=0.6)
+    assert [warning.filename for warning in caught] == [__file__]
+    weight.grad = torch.ones(3, 4)
+    optimizer.step()  # warnings are errors here
+
+
+def test_at_the_edge_nothing_is_warned_of_and_a_schedule_is_watched():
+    weight = nn.Parameter(torch.ones(3, 4))
+    optimizer = Muon([weight], 1.0, weight_decay=1.0)
+    weight.grad = torch.ones(3, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1.5
+    with pytest.warns(UserWarning, match="lr · weight_decay is 1.5") as caught:
+        optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]
