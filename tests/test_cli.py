@@ -76,7 +76,10 @@ def test_the_report_can_be_written_anew(capsys, tmp_path):
         (["race", "--seeds", "0"], "'0' must be a whole number of at least 1"),
         (["race", "--seeds", "many"], "'many' must be a whole number of at least 1"),
         (["race", "--workers", "-2"], "'-2' must be a whole number of at least 1"),
-        (["race", "--task", "txt"], "Unknown task 'txt': did you mean 'text'? Valid: digits, text."),
+        (
+            ["race", "--task", "txt"],
+            "Unknown task 'txt': did you mean 'text'? Valid: cifar10, digits, fineweb, quadratic, text.",
+        ),
         (["race", "--preset", "dmo"], "Unknown preset 'dmo': did you mean 'demo'? Valid: demo, small, tiny."),
         (["race", "--task", "digits", "--data", "x"], "The task 'digits' has its own images, got --data 'x'"),
         (["race", "--data", "/nowhere/text"], "/nowhere/text"),

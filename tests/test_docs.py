@@ -31,15 +31,17 @@ def test_no_page_is_half_written(page):
     assert not re.search(r"^[A-Z_]{5,}$", page.read_text(), flags=re.MULTILINE)
 
 
-def test_the_table_of_tasks_is_that_of_the_code():
+def test_the_table_of_tasks_is_that_of_the_code(tmp_path):
     from steepest.lab.tasks import TASKS, make_task
+    from tests.lab.tasks.fake_data import write_cifar10, write_fineweb
 
+    data = {"cifar10": write_cifar10(tmp_path / "cifar"), "fineweb": write_fineweb(tmp_path / "fineweb")}
     page = (ROOT / "docs" / "lab.md").read_text()
     for name in TASKS:
         row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
         cells = [cell.strip().replace(",", "") for cell in row.strip("|").split("|")][-3:]
         for preset, cell in zip(("demo", "tiny", "small"), cells, strict=True):
-            task = make_task(name, preset)
+            task = make_task(name, preset, data=data.get(name))
             assert [int(number) for number in re.findall(r"\d+", cell)] == [
                 task.budget.steps,
                 task.budget.batch_size * task.tokens_per_example,

@@ -114,7 +114,7 @@ def test_moving_the_data_changes_no_hash():
         ({"data": {"name": "x", "sha256": SHA}}, "data.bytes must be a whole number"),
         ({"data": {"name": "x", "sha256": SHA, "bytes": 1, "url": "z"}}, "data.url must be absent"),
         ({"schedule": "cosine"}, "schedule must be one of cooldown, constant, got 'cosine'"),
-        ({"target": "low"}, "target must be a number"),
+        ({"target": "low"}, "target must be a finite number, got .low."),
     ],
 )
 def test_a_damaged_file_is_refused_by_name_and_key(change, message):

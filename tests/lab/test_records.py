@@ -106,7 +106,7 @@ def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, mes
     [
         ("format", 2, "format must be 1, got 2"),
         ("kind", "sweep", "kind must be 'race', got 'sweep'"),
-        ("kind", "rally", "kind must be 'race' or 'sweep', got 'rally'"),
+        ("kind", "rally", "kind must be one of race, sweep, critical-batch, got 'rally'"),
         ("methods", [], "methods must be a list of different, non-empty strings, got \\[\\]"),
         ("methods", ["adamw", "adamw"], "methods must be a list of different"),
         ("methods", ["adamw", 3], "methods must be a list of different"),
@@ -191,7 +191,7 @@ def test_a_damaged_run_is_named_and_does_not_spoil_the_others(
     ("number", "line", "message"),
     [
         (4, "garbage", "line 4: not valid JSON"),
-        (1, '{"kind": "test"}', "line 1: kind must be 'train' or 'eval', got 'test'"),
+        (1, '{"kind": "test"}', "line 1: kind must be 'train', 'eval' or 'diagnostics', got 'test'"),
         (3, '{"kind": "train", "step": 1}', "line 3: step must be larger than 1|line 3: tokens must be a whole number"),
         (2, '{"kind": "eval", "step": 0, "tokens": 0, "loss": NaN}', "line 2: not valid JSON .NaN is not a number"),
         (2, '{"kind": "eval", "step": 0, "tokens": 0, "loss": 1e999}', "line 2: not valid JSON .1e999 is not a number"),

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from steepest import Muon, MuonMax, Spectral, SteepestDescent
-from steepest.optim.ball import largest_singular_values, overshoot
+from steepest import Muon, MuonMax, SteepestDescent
+from steepest.optim.ball import largest_singular_values
 
 
 def matrix(m, n, seed=0):
@@ -37,16 +37,6 @@ def test_power_iteration_finds_a_norm_that_stands_out_in_each_matrix_of_a_batch_
     found = largest_singular_values(w)
     torch.testing.assert_close(found[0], torch.linalg.matrix_norm(w[0], ord=2), rtol=1e-10, atol=0)
     assert found[1] == 0
-
-
-def test_overshoot_is_that_of_the_polynomial():
-    assert overshoot(Spectral(polar="svd")) == 1
-    assert overshoot(Spectral(coefficients="jordan")) == pytest.approx(1.2024, abs=1e-4)
-    x = torch.linspace(1e-6, 1, 100_001, dtype=torch.float64)
-    from steepest.linalg import get_coefficients
-
-    sampled = get_coefficients("polar_express")(x).max().item()
-    assert sampled <= overshoot(Spectral()) <= sampled * (1 + 1e-4)
 
 
 def test_the_numbers_of_a_layer_are_those_of_an_svd():

@@ -17,15 +17,11 @@ Source:
 """
 
 import math
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-
-from steepest.linalg import Coefficients, get_coefficients
 
 Regime = Literal["no decay", "ball holds", "bounded", "may diverge"]
 
@@ -38,7 +34,7 @@ class Ball:
         lr: η, the scheduled learning rate, at its largest; above 0.
         weight_decay: λ, decoupled; at least 0.
         scale: c, the factor of the layer's steps, above 0; see `steepest.geometry.scale_factor`.
-        overshoot: κ, largest singular value of a direction, at least 1; see `overshoot`.
+        overshoot: κ, largest singular value of a direction, at least 1; see `steepest.linalg.overshoot`.
 
     Raises:
         ValueError: If a number is out of range.
@@ -133,26 +129,6 @@ class Ball:
             are not bounded.
         """
         return smoothness * (max(initial, self.limit) + minimiser)
-
-
-def overshoot(coefficients: str | Coefficients | Sequence[Sequence[float]] | None) -> float:
-    """κ, the largest singular value that a polynomial in place of the polar factor can produce.
-
-    Exact arithmetic; products in bfloat16 add up to 2%.
-
-    Args:
-        coefficients: As for `steepest.linalg.get_coefficients`; None for the exact polar factor.
-
-    Returns:
-        The supremum of the map over (0, 1], but at least 1; 1 for the exact factor.
-
-    Examples:
-        >>> round(overshoot("jordan"), 4), overshoot(None)
-        (1.2024, 1.0)
-    """
-    if coefficients is None:
-        return 1.0
-    return max(1.0, get_coefficients(coefficients).certify(sys.float_info.min).image[1])
 
 
 def frank_wolfe_gap(gradient: Tensor, weight: Tensor, *, weight_decay: float, scale: float = 1.0) -> Tensor:

@@ -34,11 +34,17 @@ class Refits:
         family: Which.
         theta: (resamples, p).
         smallest: Log of the smallest batch size that reached the target.
+        log_scale: (resamples,), log K_∞.
     """
 
     family: Family
     theta: Array
     smallest: float
+    log_scale: Array
+
+    def log_steps(self, sizes: Array) -> Array:
+        """Log K(b) of each resample at these batch sizes, (n,): (resamples, n), inf at and below a pole."""
+        return self.log_scale[:, None] + self.family.log_shape(self.theta, np.log(sizes))
 
     def best_batches(self) -> Array:
         """b* of each resample, 0 where b K(b) only grows."""
@@ -71,7 +77,7 @@ def bootstrap(fit: Fit, *, resamples: int = 1000, seed: int = 0) -> Refits:
     y, stopped = _enough(fit, resamples, rng)
     starts = np.broadcast_to(fit.theta, (resamples, fit.family.size))
     found = maximise(fit.family, fit.runs.x, y, stopped, starts)
-    return Refits(fit.family, found.theta, float(fit.runs.reached_sizes[0]))
+    return Refits(fit.family, found.theta, float(fit.runs.reached_sizes[0]), found.scale)
 
 
 def averaged(choice: Choice, *, resamples: int = 1000, seed: int = 0) -> tuple[Refits, ...]:

@@ -6,9 +6,13 @@ import argparse
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steepest.cli.options import METHODS, Commands, UsageError, add_command, add_task, assignment, checking_usage, count
 from steepest.cli.outcome import DONE, FAILED, INTERRUPTED
+
+if TYPE_CHECKING:
+    from steepest.lab.config import RunConfig
 
 TRAIN_EXAMPLES = """examples:
   steepest train --method muon --out out/muon
@@ -29,6 +33,9 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     train.add_argument("--set", action="append", type=assignment, default=[], metavar="OPTION=VALUE")
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's directory")
     train.add_argument("--steps", type=count, metavar="N", help="instead of the preset's number")
+    train.add_argument(
+        "--schedule", default="cooldown", help="of the learning rate, cooldown or constant; default: %(default)s"
+    )
     train.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads; default: %(default)s")
     train.add_argument("--keep-checkpoint", action="store_true", help="keep the trained weights")
     train.add_argument(
@@ -46,19 +53,12 @@ def _train(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from steepest.lab.checkpoint import CheckpointError
-    from steepest.lab.config import configure
     from steepest.lab.display import StudyDisplay
     from steepest.lab.fields import RecordError
     from steepest.lab.ledger import RunBusyError
-    from steepest.lab.methods import check_buildable
-    from steepest.lab.tasks import make_task
     from steepest.lab.train import Interrupted, RunMismatchError, train_run
 
-    with checking_usage():
-        task = make_task(options.task, options.preset, data=options.data)
-        changes = dict(options.set)
-        config = configure(task, method=options.method, seed=options.seed, options=changes, steps=options.steps)
-        check_buildable(config.method, task, config.options)
+    config = _config(options)
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stopped.append(received))
@@ -89,6 +89,25 @@ def _train(options: argparse.Namespace) -> int:
     else:
         print(f"Final loss {result.final_loss:.4f} after {result.steps} steps in {result.train_s:.1f} s: {options.out}")
     return DONE
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    from steepest.lab.config import configure
+    from steepest.lab.methods import check_buildable
+    from steepest.lab.tasks import make_task
+
+    with checking_usage():
+        task = make_task(options.task, options.preset, data=options.data)
+        config = configure(
+            task,
+            method=options.method,
+            seed=options.seed,
+            options=dict(options.set),
+            steps=options.steps,
+            schedule=options.schedule,
+        )
+        check_buildable(config.method, task, config.options)
+    return config
 
 
 def _plan(options: argparse.Namespace) -> int:

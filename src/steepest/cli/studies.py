@@ -88,12 +88,22 @@ def _add_study(parser: argparse.ArgumentParser, *, seeds: int, out: str) -> None
     parser.add_argument("--seeds", type=count, default=seeds, metavar="N", help="runs of each; default: %(default)s")
     add_task(parser)
     parser.add_argument(
+        "--steps", type=count, metavar="N", help="of a run; default: the preset's, for which it is tuned"
+    )
+    add_running(parser, out=out)
+
+
+def add_running(parser: argparse.ArgumentParser, *, out: str) -> None:
+    """Declare how the runs of a study are changed, kept and trained.
+
+    Args:
+        parser: Of a command that makes a study.
+        out: Where they are kept by default, for its help.
+    """
+    parser.add_argument(
         "--set", action="append", type=assignment, default=[], metavar="METHOD.OPTION=VALUE", help="change an option"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"where runs and report go; default: {out}")
-    parser.add_argument(
-        "--steps", type=count, metavar="N", help="of a run; default: the preset's, for which it is tuned"
-    )
     parser.add_argument("--workers", type=count, metavar="N", help="runs at once; default: one per core")
     parser.add_argument("--storage", metavar="URL", help="hands out the runs; default: DIR/optuna.db")
     parser.add_argument("--json", action="store_true", help="print where the report is as JSON")
@@ -116,7 +126,7 @@ def _race(options: argparse.Namespace) -> int:
             baseline=baseline,
         )
     own = ["--baseline", baseline]
-    return _run(race, options, own, options.out or Path("out") / f"{task.name}-{task.preset}")
+    return run_plan(race, options, own, options.out or Path("out") / f"{task.name}-{task.preset}")
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -135,11 +145,21 @@ def _sweep(options: argparse.Namespace) -> int:
             lrs=rates_by_method(options.lrs, methods),
         )
     own = [word for rates in options.lrs for word in ("--lrs", rates)]
-    return _run(sweep, options, own, options.out or Path("out") / f"sweep-{task.name}-{task.preset}")
+    return run_plan(sweep, options, own, options.out or Path("out") / f"sweep-{task.name}-{task.preset}")
 
 
-def _run(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: Path) -> int:
-    """Train a study; `own` are the words of its command that other kinds do not have."""
+def run_plan(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: Path) -> int:
+    """Train a study and print where its report is.
+
+    Args:
+        plan: What to train.
+        options: Those of the command line that every kind has.
+        own: The words of its command that other kinds do not have.
+        out: Its directory.
+
+    Returns:
+        Exit code.
+    """
     from rich.console import Console
 
     from steepest.lab.engine import FailedRunsError, default_workers, run_study
@@ -174,10 +194,11 @@ def _repeat(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: P
     """The command that repeats a study, every choice spelled out but for the password of the storage."""
     from steepest.lab.storage import parse_url, public_url
 
-    words = ["steepest", plan.kind, "--methods", ",".join(plan.methods), *own, "--seeds", str(options.seeds)]
+    verb = ["critical-batch", "measure"] if plan.kind == "critical-batch" else [plan.kind]
+    words = ["steepest", *verb, "--methods", ",".join(plan.methods), *own, "--seeds", str(options.seeds)]
     words += ["--task", options.task, "--preset", options.preset]
-    if options.steps is not None:
-        words += ["--steps", str(options.steps)]
+    if plan.steps is not None:
+        words += ["--steps", str(plan.steps)]
     if options.data is not None:
         words += ["--data", str(options.data)]
     for name, value in options.set:

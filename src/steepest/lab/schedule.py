@@ -12,7 +12,7 @@ FAR_SPACING = 0.2  # likewise before that
 NEAR = 1.2  # one training loss below this times the loss to watch from shows that the run is near
 
 
-def cooldown(step: int, *, steps: int) -> float:
+def cooldown(step: float, *, steps: int) -> float:
     """Constant, then linear to 0 over the last 70 % of the steps; each of `steps` steps has a rate above 0.
 
     Args:
@@ -25,7 +25,7 @@ def cooldown(step: int, *, steps: int) -> float:
     return min(1.0, (steps - step) / (COOLDOWN * steps))
 
 
-def rate_factor(step: int, *, steps: int, schedule: Schedule) -> float:
+def rate_factor(step: float, *, steps: int, schedule: Schedule) -> float:
     """The factor on every learning rate: that of `cooldown`, or 1.
 
     Args:

@@ -1,6 +1,14 @@
 """Batches of matrices: coefficients, polar factors, damped powers. Knows no optimizer and no process group."""
 
-from steepest.linalg.coefficients import COEFFICIENTS, Certificate, Coefficients, describe, get_coefficients, minimax
+from steepest.linalg.coefficients import (
+    COEFFICIENTS,
+    Certificate,
+    Coefficients,
+    describe,
+    get_coefficients,
+    minimax,
+    overshoot,
+)
 from steepest.linalg.polar import PolarMethod, polar
 from steepest.linalg.spd import (
     Damped,
@@ -26,6 +34,7 @@ __all__ = [
     "diagonal_power",
     "get_coefficients",
     "minimax",
+    "overshoot",
     "polar",
     "ridge_unit",
 ]

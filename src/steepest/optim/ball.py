@@ -14,13 +14,12 @@ from torch import Tensor
 
 from steepest.anatomy import PlanRow
 from steepest.geometry import Spectral, scale_factor
-from steepest.linalg import get_coefficients
+from steepest.linalg import overshoot
 from steepest.optim.bucket import Bucket
 from steepest.optim.momentum import debias
 from steepest.optim.state import MOMENTUM, STEP
 
 ITERATIONS = 32
-SMALLEST = 1e-12  # singular values below it, of matrices of Frobenius norm one, stay below the overshoot
 
 
 def beyond_ball(group: Mapping[str, Any]) -> float | None:
@@ -33,11 +32,6 @@ def beyond_ball(group: Mapping[str, Any]) -> float | None:
         return None
     product = float(lr) * decay
     return product if product > 1 else None
-
-
-def overshoot(norm: Spectral) -> float:
-    """κ: the largest singular value that the norm's polar factor can have, apart from rounding."""
-    return 1.0 if norm.polar == "svd" else get_coefficients(norm.coefficients).certify(SMALLEST).image[1]
 
 
 def largest_singular_values(matrices: Tensor, *, iterations: int = ITERATIONS) -> Tensor:
@@ -88,7 +82,8 @@ def weight_numbers(
             numbers[f"{prefix}/spectral_norm"] = max(float(largest_singular_values(w).max()) for w in weights)
             if group["weight_decay"]:
                 scales = [scale_factor(norm.scale, *w.shape[-2:]) for w in weights]
-                numbers[f"{prefix}/ball_radius"] = overshoot(norm) * max(scales) / group["weight_decay"]
+                kappa = overshoot(None if norm.polar == "svd" else norm.coefficients)
+                numbers[f"{prefix}/ball_radius"] = kappa * max(scales) / group["weight_decay"]
             if states.get(parameter):
                 numbers[f"{prefix}/frank_wolfe_gap"] = _gap(parameter, group, rows[parameter], states[parameter])
     return numbers

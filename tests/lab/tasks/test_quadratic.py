@@ -80,7 +80,7 @@ def test_the_weight_is_routed_as_a_matrix(task):
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"torch-muon"}))  # its AdamW would have no parameters
 def test_every_method_descends(task, method):
     model = task.build_model(0)
-    optimizer = build_optimizer(method, model, {})
+    optimizer = build_optimizer(method, model, {"lr": 0.02})
     for step in range(30):
         loss = task.loss(model, task.batch(torch.arange(64) + 64 * step))
         loss.backward()

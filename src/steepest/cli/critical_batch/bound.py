@@ -89,10 +89,11 @@ def _bound(options: argparse.Namespace) -> int:
 
 
 def _find(options: argparse.Namespace) -> Found:
-    from steepest.batch_size.ball import Ball, overshoot
+    from steepest.batch_size.ball import Ball
     from steepest.batch_size.bounds import Problem, Setting, bound
     from steepest.batch_size.ranks import noise_of_variance
     from steepest.geometry import scale_factor
+    from steepest.linalg import overshoot
 
     if options.rank is not None and options.sigma is None:
         raise UsageError("--rank turns --sigma into --nu; leave it out with --nu")

@@ -23,9 +23,9 @@ def tables(sweep: Sweep) -> dict[str, str]:
     """
     points = [_point(method, i) for method in sweep.methods for i in range(len(method.points))]
     return {
-        "rows.csv": _table(_ROWS, _runs(sweep)),
-        "lr_sweep.csv": _table(("method", "lr", "mean_final_loss", "sd", "n", "diverged"), points),
-        "basins.csv": _table(_basin_head(), [_basin(method) for method in sweep.methods]),
+        "rows.csv": table(_ROWS, _runs(sweep)),
+        "lr_sweep.csv": table(("method", "lr", "mean_final_loss", "sd", "n", "diverged"), points),
+        "basins.csv": table(_basin_head(), [_basin(method) for method in sweep.methods]),
     }
 
 
@@ -82,7 +82,8 @@ def _basin(method: MethodSweep) -> Cells:
     return (method.name, *top, method.ended, method.diverged, *around, *trials)
 
 
-def _table(head: Sequence[str], rows: Iterable[Cells]) -> str:
+def table(head: Sequence[str], rows: Iterable[Cells]) -> str:
+    """Head and rows as CSV; control characters in text are shown."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)

@@ -58,6 +58,7 @@ class Content:
         whole: Results of the study.
         methodology: How the numbers were computed.
         hidden: Options that differ between the runs of a method.
+        rows: Of the table, where it has more than one for a method; none: `results`.
     """
 
     headline: str
@@ -70,6 +71,7 @@ class Content:
     whole: object
     methodology: Sequence[str]
     hidden: Sequence[str] = ()
+    rows: Sequence[HasRuns] = ()
 
 
 class HasRuns(Protocol):

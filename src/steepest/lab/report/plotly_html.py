@@ -21,10 +21,11 @@ _ZONE = {"light": "#eef0e2", "dark": "#22281f"}
 _SIZES: dict[Sort, tuple[float, float]] = {  # pixels and opacity, in the order in which they are drawn
     "seed": (5, 0.45),
     "above": (8, 0.8),
+    "below": (8, 0.8),
     "diverged": (8, 1.0),
     "mean": (9, 1.0),
 }
-_SHAPES: dict[Sort, str] = {"above": "triangle-up", "diverged": "x"}
+_SHAPES: dict[Sort, str] = {"above": "triangle-up", "below": "triangle-down", "diverged": "x"}
 _SYMBOL = {
     "circle": "circle",
     "square": "square",
@@ -251,7 +252,13 @@ def _rule_text(figure: Figure, theme: Theme) -> list[Json]:
             "yanchor": "top",
         }
     else:
-        place = {"x": figure.rule.value, "xanchor": "center", "y": 1, "yref": "paper", "yanchor": "bottom"}
+        place = {
+            "x": _place(figure.x, figure.rule.value),
+            "xanchor": "center",
+            "y": 1,
+            "yref": "paper",
+            "yanchor": "bottom",
+        }
     return [text | place]
 
 

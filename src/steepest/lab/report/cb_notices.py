@@ -1,0 +1,230 @@
+"""What a reader must know before believing the numbers of a batch-size study."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from steepest.lab.records import Run
+from steepest.lab.report import wording
+from steepest.lab.report.cb_model import ModelFacts
+from steepest.lab.report.cb_results import Arrival, BatchReport, TargetResult
+from steepest.lab.report.cb_sentences import untuned
+from steepest.lab.report.notices import Notice, machines, set_aside
+from steepest.lab.report.wording import plain
+from steepest.lab.report.wording import shortened as short
+
+_SHOWN = 12  # lines of one notice
+_MOMENTA = ("momentum", "beta1")
+
+
+def notices(report: BatchReport, model: ModelFacts) -> tuple[Notice, ...]:
+    """All notices, the most serious first."""
+    runs = [run for arm in report.arms for run in arm.runs]
+    found = (
+        set_aside(report.set_aside, called=_who),
+        _missing(report),
+        _from_the_start(report),
+        _stopped(report),
+        _diverged(runs),
+        _edge(report),
+        _normalised(model),
+        _doubts(report),
+        _coarse(report),
+        _shrinking(runs),
+        _few(report),
+        _managed(report, model),
+        _horizon(report, runs),
+        machines(runs, advice="do not compare their times"),
+    )
+    order = ("stop", "warning", "note")
+    return tuple(sorted((notice for notice in found if notice is not None), key=lambda one: order.index(one.level)))
+
+
+def _missing(report: BatchReport) -> Notice | None:
+    study = report.study
+    broken = [
+        f"{plain(one.asked.arm)}, b = {one.asked.batch_size}, lr {wording.rate(one.asked.lr)}, seed {one.asked.seed}: "
+        f"{plain(one.problem)}"
+        for one in study.absent
+        if one.problem is not None
+    ]
+    waiting = [one.asked for one in study.absent if one.problem is None]
+    waiting += [one.asked for one in study.runs if one.run.result is None]
+    idle = Counter((one.arm, one.batch_size) for one in waiting)
+    lines = [f"{plain(arm)}, b = {size}: {wording.counted(n, 'run')} not ended" for (arm, size), n in idle.items()]
+    searching = untuned(report)
+    if not broken and not lines and not searching:
+        return None
+    number = len(broken) + len(waiting)
+    tuning = (
+        [f"{wording.counted(len(searching), 'learning rate')} still to be found, after which more runs follow"]
+        if searching
+        else []
+    )
+    title = f"{number} of {wording.counted(len(study.asked), 'listed run')} missing"
+    remedy = "Repeat the study's command to go on; finished runs are kept."
+    return Notice("warning", title, (*tuning, *_cut([*broken, *lines]), remedy))
+
+
+def _from_the_start(report: BatchReport) -> Notice | None:
+    lines = [
+        f"{short(one.name)}, target {one.target:g}: {wording.counted(len(hit), 'run')}"
+        for one in report.results
+        if (hit := [arrival for arrival in one.arrivals if arrival.crossing.status == "at the start"])
+    ]
+    remedy = "These runs say nothing of K(b) and are left out. Choose lower targets."
+    return Notice("warning", "Below a target at the first evaluation", (*_cut(lines), remedy)) if lines else None
+
+
+def _coarse(report: BatchReport) -> Notice | None:
+    lines: list[str] = []
+    for one in report.results:
+        coarse = [arrival for arrival in one.arrivals if arrival.reached and arrival.crossing.coarse]
+        if coarse:
+            worst = max(coarse, key=lambda arrival: arrival.crossing.resolution)
+            size = f"b = {worst.batch_size}, {100 * worst.crossing.resolution:.0f}% of K = {worst.crossing.steps:.0f}"
+            counted = f"{len(coarse)} of {wording.counted(len(one.arrivals), 'run')}"
+            lines.append(f"{short(one.name)}, target {one.target:g}: {counted}, at worst {size}")
+    remedy = "K is read off a straight line between the evaluations there. Few steps cannot be told more finely."
+    title = "Evaluations more than 2% of K apart"
+    return Notice("note", title, (*_cut(lines), remedy)) if lines else None
+
+
+def _stopped(report: BatchReport) -> Notice | None:
+    lines = [line for one in report.results for line in _stops(one)]
+    if not lines:
+        return None
+    remedies = (
+        "Below the batch sizes that arrived, the noise of a small batch at a constant rate may keep the loss above the "
+        "target for ever: physics, unless K of the fit is beyond the steps that were given. "
+        "Above them, the budget ended runs too soon: raise --most-steps and --most-samples.",
+    )
+    return Notice("warning", "Runs that did not reach a target", (*_cut(lines), *remedies))
+
+
+def _stops(result: TargetResult) -> Iterator[str]:
+    stopped = [one for one in result.arrivals if one.crossing.status in ("stopped", "diverged")]
+    for size in sorted({one.batch_size for one in stopped}):
+        here = [one for one in stopped if one.batch_size == size]
+        kind = (
+            "none arrived at any batch size"
+            if not result.reached
+            else "below those that arrived, noise floor"
+            if size < result.reached[0]
+            else "above those that arrived, budget"
+            if size > result.reached[-1]
+            else "between those that arrived"
+        )
+        seeds = f"{len(here)} of {wording.counted(len(result.at(size)), 'seed')}"
+        yield f"{short(result.name)}, target {result.target:g}, b = {size}: {seeds}; {kind}{_expected(result, here)}"
+
+
+def _expected(result: TargetResult, here: Sequence[Arrival]) -> str:
+    steps = f"; stopped after {max(one.crossing.steps for one in here):,.0f} steps"
+    if result.estimate is None:
+        return steps
+    fitted = result.estimate.chosen.steps(here[0].batch_size)
+    return f"{steps}, the fit says {f'{fitted:,.0f}' if fitted < 1e9 else 'never'}"
+
+
+def _diverged(runs: Sequence[Run]) -> Notice | None:
+    lines = [f"{_who(run)}: after step {run.result.steps}" for run in runs if run.result and run.status == "diverged"]
+    remedy = "They count as stopped there, although their learning rate was the best for the seeds that tuned it."
+    return Notice("warning", "Diverged", (*_cut(lines), remedy)) if lines else None
+
+
+def _edge(report: BatchReport) -> Notice | None:
+    lines = [
+        f"{short(arm.name)}, b = {rate.batch_size}: lr {wording.rate(rate.lr)}, the "
+        f"{'highest' if rate.lr == rate.tried[-1] else 'lowest'} of {len(rate.tried)}"
+        for arm in report.arms
+        for rate in arm.rates
+        if rate.at_edge
+    ]
+    remedy = "A better one may lie beyond, so K may be too large there."
+    return Notice("warning", "Learning rate at the edge of those tried", (*_cut(lines), remedy)) if lines else None
+
+
+def _normalised(model: ModelFacts) -> Notice | None:
+    if model.problem is not None:
+        line = f"Whether the model has batch normalisation was not checked: {plain(model.problem)}"
+        return Notice("note", "Model not looked at", (line,))
+    if not model.normalised:
+        return None
+    line = (
+        f"The model has {wording.counted(len(model.normalised), 'batch normalisation')}: what it computes depends on "
+        "the batch size itself, and K(b) with it. Critical batch sizes then are not those of gradient noise alone."
+    )
+    return Notice("warning", "Batch normalisation", (line,))
+
+
+def _doubts(report: BatchReport) -> Notice | None:
+    lines = [
+        f"{short(one.name)}, target {one.target:g}: {text}"
+        for one in report.results
+        if one.estimate is not None
+        for text in one.estimate.warnings
+        if not text.endswith("enter the likelihood as such.")  # told elsewhere
+    ]
+    return Notice("note", "About the fits", _cut(lines)) if lines else None
+
+
+def _shrinking(runs: Sequence[Run]) -> Notice | None:
+    found: dict[str, float] = {}
+    for run in runs:
+        lr, decay = (float(run.config.options.get(name, 0.0)) for name in ("lr", "weight_decay"))
+        if lr * decay > 1:
+            found[f"{plain(run.config.method)}, b = {run.config.batch_size}"] = lr * decay
+    lines = [f"{where}: lr \N{MULTIPLICATION SIGN} weight_decay = {value:.3g}" for where, value in found.items()]
+    remedy = "Above 1 a step turns weights around, and no bound on their size holds."
+    return Notice("warning", "Decay of more than the whole weight", (*_cut(lines), remedy)) if lines else None
+
+
+def _few(report: BatchReport) -> Notice | None:
+    if len(report.study.seeds) >= 3:
+        return None
+    seeds = wording.counted(len(report.study.seeds), "seed")
+    line = f"{seeds[:1].upper()}{seeds[1:]} at each batch size: intervals rest on the scatter around the curve. Run 3."
+    return Notice("note", "Few seeds", (line,))
+
+
+def _managed(report: BatchReport, model: ModelFacts) -> Notice | None:
+    if model.problem is not None or not any("muon" in arm.method for arm in report.study.arms) or not model.others:
+        return None
+    line = (
+        f"{100 * model.others:.2g}% of the parameters (embeddings, norms, biases, heads) are under Adam with Muon; "
+        "critical batch sizes are those of both together, with one ratio between their learning rates."
+    )
+    return Notice("note", "Parameters managed by Adam", (line,))
+
+
+def _horizon(report: BatchReport, runs: Sequence[Run]) -> Notice | None:
+    kept = {
+        (name, value)
+        for run in runs
+        for name in _MOMENTA
+        if isinstance(value := run.config.options.get(name), float) and 0 < value < 1
+    }
+    if not kept:
+        return None
+    batches = report.study.batches
+    lines = [
+        f"{name} {value:g}: an average over about {1 / (1 - value):,.0f} steps, which are "
+        f"{batches[0] / (1 - value):,.0f} {report.unit} at b = {batches[0]} and {batches[-1] / (1 - value):,.0f} at "
+        f"b = {batches[-1]}"
+        for name, value in sorted(kept)
+    ]
+    held = "It was held at all batch sizes in steps, not in samples: part of what K(b) shows is due to that."
+    return Notice("note", "Momentum is counted in steps", (*lines, held))
+
+
+def _cut(lines: Sequence[str]) -> tuple[str, ...]:
+    more = (f"and {len(lines) - _SHOWN} more",) if len(lines) > _SHOWN else ()
+    return (*lines[:_SHOWN], *more)
+
+
+def _who(run: Run) -> str:
+    config = run.config
+    rate = wording.rate(float(config.options.get("lr", 0.0)))
+    return f"{plain(config.method)}, b = {config.batch_size}, lr {rate}, seed {config.seed}"

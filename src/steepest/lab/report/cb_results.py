@@ -1,0 +1,277 @@
+"""From the runs of a batch-size study to the numbers of its report: one record for each arm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median
+
+from steepest.batch_size.curve import Crossing, Estimate, Point, TimeOptimum, estimate, time_optimal
+from steepest.batch_size.curve_fit import ALL_FAMILIES
+from steepest.lab.batch_records import BatchRun, BatchStudy
+from steepest.lab.config import RunConfig
+from steepest.lab.crossings import run_crossing
+from steepest.lab.records import Run
+from steepest.lab.report.comparable import Description, SetAside, agreeing
+
+LEVEL = 0.9  # of all intervals
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """When one run came to a target, or how long it went without."""
+
+    batch_size: int
+    run: Run
+    crossing: Crossing
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        return self.run.config.seed
+
+    @property
+    def reached(self) -> bool:
+        """Whether the target was reached after the start."""
+        return self.crossing.status == "reached"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The learning rate of an arm at one batch size, and those that were tried for it, ascending."""
+
+    batch_size: int
+    lr: float
+    tried: tuple[float, ...]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best one is the lowest or the highest that was tried."""
+        return bool(self.tried) and self.lr in (self.tried[0], self.tried[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class TargetResult:
+    """What an arm's runs say of one target.
+
+    Args:
+        name: Of the arm.
+        target: Loss.
+        arrivals: Of the runs that have ended, by batch size and seed.
+        estimate: Critical batch sizes; None if the runs do not suffice for any.
+        refusal: Why there is none; empty otherwise.
+        time: The batch size that gets there soonest on the machine of the runs; None if that is not known.
+    """
+
+    name: str
+    target: float
+    arrivals: tuple[Arrival, ...]
+    estimate: Estimate | None
+    refusal: str
+    time: TimeOptimum | None
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs that the numbers are from."""
+        return tuple(arrival.run for arrival in self.arrivals)
+
+    @cached_property
+    def reached(self) -> tuple[int, ...]:
+        """Batch sizes at which all seeds that ended arrived after the start, rising."""
+        sizes = sorted({arrival.batch_size for arrival in self.arrivals})
+        return tuple(size for size in sizes if all(one.reached for one in self.at(size)))
+
+    def at(self, batch_size: int) -> tuple[Arrival, ...]:
+        """Arrivals at one batch size."""
+        return tuple(arrival for arrival in self.arrivals if arrival.batch_size == batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class ArmResult:
+    """All that the report says of one arm.
+
+    Args:
+        name: As in the study.
+        runs: Its comparable runs of the seeds that are reported, by batch size and seed.
+        rates: Learning rates, by rising batch size; only those that are found.
+        seconds: Median time of a step by batch size.
+        targets: In the study's order.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+    rates: tuple[Rate, ...]
+    seconds: dict[int, float]
+    targets: tuple[TargetResult, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchReport:
+    """A batch-size study with everything computed that the report shows.
+
+    Args:
+        study: What was read.
+        set_aside: Runs made under other conditions; no number comes from them.
+        arms: Results in the study's order.
+        targets: Losses, falling.
+    """
+
+    study: BatchStudy
+    set_aside: tuple[SetAside, ...]
+    arms: tuple[ArmResult, ...]
+    targets: tuple[float, ...]
+    unit: str = field(default="examples")
+
+    @property
+    def shown(self) -> float:
+        """The target of the figures: the lowest that any arm has an estimate for, else the lowest."""
+        known = [one.target for one in self.results if one.estimate is not None]
+        return min(known, default=self.targets[-1])
+
+    @property
+    def results(self) -> tuple[TargetResult, ...]:
+        """By arm and target."""
+        return tuple(one for arm in self.arms for one in arm.targets)
+
+    @property
+    def leading(self) -> ArmResult:
+        """The arm of the headline: the first of a Muon, else the first."""
+        methods = {arm.name: arm.method for arm in self.study.arms}
+        return next((arm for arm in self.arms if "muon" in methods[arm.name]), self.arms[0])
+
+    def at(self, target: float) -> tuple[TargetResult, ...]:
+        """Of each arm at one target."""
+        return tuple(one for one in self.results if one.target == target)
+
+
+def read_report(
+    study: BatchStudy,
+    *,
+    targets: Sequence[float] = (),
+    families: Sequence[str] = ALL_FAMILIES,
+    level: float = LEVEL,
+) -> BatchReport:
+    """Compute all numbers of the report from the stored runs.
+
+    Args:
+        study: What was read.
+        targets: Losses, falling; none: those of the study.
+        families: Keys of the shapes of K(b) to choose from.
+        level: Of the intervals.
+
+    Raises:
+        ValueError: If a target is below all those of the study, before which its runs ended, or as for `estimate`.
+    """
+    aims = tuple(targets) or study.targets
+    if min(aims) < study.targets[-1]:
+        problem = f"The target {min(aims):g} is below {study.targets[-1]:g}, at which the runs of this study ended"
+        raise ValueError(f"{problem}. Give higher ones, or measure again with lower ones.")
+    kept, aside = _comparable(study)
+    arms = tuple(_arm(study, name, runs, aims, families, level) for name, runs in kept.items())
+    return BatchReport(study, aside, arms, aims, unit_of(study.task))
+
+
+def unit_of(task: str) -> str:
+    """What the batch sizes of a task count."""
+    known = {"digits": "images", "cifar10": "images", "text": "sequences", "fineweb": "sequences"}
+    return known.get(task, "examples")
+
+
+def _comparable(study: BatchStudy) -> tuple[dict[str, tuple[BatchRun, ...]], tuple[SetAside, ...]]:
+    """The runs that agree on data and code, at each batch size on length, and within an arm on fixed options."""
+    agreed, aside = agreeing([one.run for one in study.runs], _conditions)
+    kept: dict[str, tuple[BatchRun, ...]] = {}
+    for arm in study.methods:
+        names = {one.run.name for one in study.runs if one.asked.arm == arm}
+        own, others = agreeing([run for run in agreed if run.name in names], _fixed)
+        aside += others
+        used = {run.name for run in own}
+        kept[arm] = tuple(one for one in study.runs if one.run.name in used)
+    return kept, aside
+
+
+def _conditions(config: RunConfig) -> Description:
+    return (
+        ("task", config.task),
+        ("preset", config.preset),
+        ("data sha256", config.data.sha256),
+        ("code", config.code),
+        ("evaluated every", str(config.eval_every)),
+        ("schedule", config.schedule),
+        ("target", str(config.target)),
+        ("watched from", str(config.watch_from)),
+    )
+
+
+def _fixed(config: RunConfig) -> Description:
+    fixed = {key: value for key, value in config.options.items() if key not in ("lr", "other_lr")}
+    return (("options", json.dumps(fixed, sort_keys=True)),)
+
+
+def _arm(
+    study: BatchStudy,
+    name: str,
+    runs: Sequence[BatchRun],
+    targets: Sequence[float],
+    families: Sequence[str],
+    level: float,
+) -> ArmResult:
+    own = tuple(one.run for one in runs if not one.asked.tunes)
+    seconds = _seconds(own)
+    ended = [run for run in own if run.result is not None and run.evals]
+    results = tuple(_result(name, target, ended, seconds, families, level) for target in targets)
+    return ArmResult(name, own, _rates(study, name), seconds, results)
+
+
+def _rates(study: BatchStudy, name: str) -> tuple[Rate, ...]:
+    asked = [one for one in study.asked if one.arm == name]
+    found = {one.batch_size: one.lr for one in asked if not one.tunes}
+    return tuple(
+        Rate(size, lr, tuple(sorted({one.lr for one in asked if one.tunes and one.batch_size == size})))
+        for size, lr in sorted(found.items())
+    )
+
+
+def _seconds(runs: Sequence[Run]) -> dict[int, float]:
+    """Median time of a step by batch size; one in which the clock stood still has none."""
+    times: dict[int, list[float]] = {}
+    for run in runs:
+        rows = [row.forward_backward_s + row.optimizer_s for row in run.train]
+        times.setdefault(run.config.batch_size, []).extend(rows)
+    medians = {size: median(rows) for size, rows in sorted(times.items()) if rows}
+    return {size: seconds for size, seconds in medians.items() if seconds > 0}
+
+
+def _result(
+    name: str,
+    target: float,
+    runs: Sequence[Run],
+    seconds: dict[int, float],
+    families: Sequence[str],
+    level: float,
+) -> TargetResult:
+    """Unfinished runs count nowhere: of those only the quick ones would have arrived."""
+    arrivals = tuple(Arrival(run.config.batch_size, run, run_crossing(run, target)) for run in runs)
+    points = _points(arrivals)
+    if not points:
+        return TargetResult(name, target, arrivals, None, "No run to be counted has ended.", None)
+    try:
+        found = estimate(points, families=families, level=level)
+    except ValueError as refusal:
+        return TargetResult(name, target, arrivals, None, str(refusal), None)
+    try:
+        time = time_optimal(found.chosen, seconds)
+    except ValueError:  # fewer than two batch sizes in common
+        time = None
+    return TargetResult(name, target, arrivals, found, "", time)
+
+
+def _points(arrivals: Sequence[Arrival]) -> tuple[Point, ...]:
+    """Runs below the target from the start, or that diverged in the very first step, say nothing of K."""
+    return tuple(
+        one.crossing.point(one.batch_size, one.seed)
+        for one in arrivals
+        if one.crossing.status != "at the start" and one.crossing.steps > 0
+    )

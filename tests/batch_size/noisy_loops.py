@@ -1,0 +1,52 @@
+"""One loop in many forms: whole, accumulated, on several ranks; the micro-batches are the same."""
+
+import torch
+from torch import nn
+
+MICRO, PER, STEPS = 4, 3, 4
+
+
+class Net(nn.Module):
+    """A tied table, a matrix, a gain, and a branch that only some micro-batches use."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(12, 8)
+        self.up = nn.Linear(8, 10)
+        self.sometimes = nn.Linear(10, 10, bias=False)
+        self.down = nn.Linear(10, 8, bias=False)
+        self.gain = nn.Parameter(torch.ones(8))
+        self.frozen = nn.Parameter(torch.ones(8), requires_grad=False)
+        self.head = nn.Linear(8, 12, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x):
+        h = torch.tanh(self.up(self.table(x)))
+        if x[0] % 2 == 0:
+            h = h + self.sometimes(h)
+        return self.head(self.down(h) * self.gain * self.frozen)
+
+
+def network():
+    torch.manual_seed(5)
+    return Net().double()
+
+
+def micro_batch(step, index):
+    rng = torch.Generator().manual_seed(100 * step + index)
+    return torch.randint(12, (PER,), generator=rng), torch.randint(12, (PER,), generator=rng)
+
+
+def loss_of(model, step, index):
+    x, y = micro_batch(step, index)
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def mean_gradients(model, step, count=MICRO):
+    """Gradients of micro-batches by torch.autograd.grad: the definition. Name to (R, ...)."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = []
+    for index in range(count):
+        found = torch.autograd.grad(loss_of(model, step, index), parameters.values(), allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters.values(), strict=True)])
+    return {name: torch.stack(part) for name, part in zip(parameters, zip(*rows, strict=True), strict=True)}

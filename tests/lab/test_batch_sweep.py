@@ -1,0 +1,183 @@
+"""Batch-size sweeps: which runs they ask for, as results come in."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steepest.lab import batch_sweep
+from steepest.lab.batch_sweep import MOST_RATES, Arm, BatchSweep, make_arms, parse_batches
+from steepest.lab.config import run_hash
+from steepest.lab.study import run_directory
+from steepest.lab.tasks import make_task
+
+TASK = make_task("digits")
+
+
+def sweep(**changes):
+    given = {"methods": ("muon", "sgd"), "seeds": (0, 1), "options": {}, "batches": (16, 256), "targets": (0.2, 0.1)}
+    given |= {"most_steps": 1000, "most_samples": 20_000, "task": TASK, **changes}
+    return BatchSweep(arms=given.pop("arms", make_arms(given["methods"], [])), **given)
+
+
+def finish(plan, out, outcome):
+    """Pretend that all runs asked for have ended; `outcome` of (method, batch size, rate as exponent, seed)."""
+    for config in plan.grown(out):
+        directory = run_directory(out, config)
+        directory.mkdir(parents=True, exist_ok=True)
+        own = plan.rate(next(arm for arm in plan.arms if arm.method == config.method), 0)["lr"]
+        exponent = round(math.log2(config.options["lr"] / own))
+        (directory / "result.json").write_text(
+            json.dumps(outcome(config.method, config.batch_size, exponent, config.seed))
+        )
+
+
+@pytest.fixture
+def stored(monkeypatch):
+    """Outcomes are read from what `finish` wrote."""
+
+    def read(run, target):
+        steps, loss = json.loads((run / "result.json").read_text())
+        return steps, math.inf if loss is None else loss
+
+    monkeypatch.setattr(batch_sweep, "_outcome", read)
+
+
+def study(plan, out, outcome):
+    rounds = 0
+    while True:
+        before = len(plan.grown(out))
+        finish(plan, out, outcome)
+        rounds += 1
+        if len(plan.grown(out)) == before and rounds > 1:
+            return plan.cells(out)
+        assert rounds < 50
+
+
+@pytest.mark.usefixtures("stored")
+@settings(max_examples=25, deadline=None)
+@given(best=st.integers(-6, 6))
+def test_the_search_ends_at_the_best_rate_with_worse_neighbours(tmp_path_factory, best):
+    plan = sweep(methods=("muon",), batches=(64,), seeds=(0,))
+    out = tmp_path_factory.mktemp("study")
+    (cell,) = study(plan, out, lambda method, batch, exponent, seed: (100 * 1.1 ** abs(exponent - best), 0.1))
+    if abs(best) < MOST_RATES - 2:
+        assert cell.best == best
+        assert {best - 1, best + 1} <= set(cell.exponents)
+        assert not cell.at_edge
+    tuned = [c for c in plan.grown(out) if c.seed >= 1000]
+    held_out = [c for c in plan.grown(out) if c.seed < 1000]
+    assert len(tuned) == len(cell.exponents) <= MOST_RATES
+    assert [c.options["lr"] for c in held_out] == [plan.rate(plan.arms[0], cell.best)["lr"]]
+    assert [c.options["other_lr"] / c.options["lr"] for c in held_out] == [pytest.approx(0.25)]
+
+
+@pytest.mark.usefixtures("stored")
+def test_a_search_that_never_turns_ends_at_its_edge_and_says_so(tmp_path):
+    plan = sweep(methods=("sgd",), batches=(64,))
+    (cell,) = study(plan, tmp_path, lambda method, batch, exponent, seed: (100 * 2.0**-exponent, 0.1))
+    assert len(cell.exponents) == MOST_RATES
+    assert cell.at_edge
+
+
+@pytest.mark.usefixtures("stored")
+def test_rates_that_reach_the_target_beat_those_that_do_not_and_divergence_comes_last(tmp_path):
+    plan = sweep(methods=("sgd",), batches=(64,))
+    outcomes = {-1: (None, 0.3), 0: (500, 0.1), 1: (None, None)}
+    (cell,) = study(plan, tmp_path, lambda method, batch, exponent, seed: outcomes.get(exponent, (None, 0.9)))
+    assert cell.best == 0
+    outcomes = {-1: (None, 0.3), 0: (None, 0.2), 1: (None, None)}
+    (cell,) = study(plan, tmp_path / "b", lambda method, batch, exponent, seed: outcomes.get(exponent, (None, 0.9)))
+    assert cell.best == 0
+
+
+def test_the_first_rates_go_with_the_root_of_the_batch_size_and_long_runs_come_first(tmp_path):
+    plan = sweep(batches=(4, 64, 1024))
+    cells = plan.cells(tmp_path)
+    assert [(cell.arm.method, cell.batch_size, cell.exponents) for cell in cells] == [
+        (method, batch, exponents)
+        for batch, exponents in ((1024, (1, 2, 3)), (64, (-1, 0, 1)), (4, (-3, -2, -1)))
+        for method in ("muon", "sgd")
+    ]
+    configs = plan.configs()
+    assert [config.steps for config in configs if config.method == "sgd"] == [19] * 3 + [312] * 3 + [1000] * 3
+    assert {(c.schedule, c.target, c.watch_from, c.eval_every) for c in configs} == {("constant", 0.1, 0.2, 1)}
+    assert {c.seed for c in configs} == {1000}
+    assert plan.grown(tmp_path) == configs
+    assert len({run_hash(c) for c in configs}) == len(configs)
+
+
+def test_arms_vary_one_option_at_a_time_and_are_told_apart(tmp_path):
+    arms = make_arms(("muon", "sgd"), [("muon", "momentum", [0.7, 0.9]), ("muon", "weight_decay", [0.1])])
+    assert [arm.label for arm in arms] == ["muon momentum=0.7", "muon momentum=0.9", "muon weight_decay=0.1", "sgd"]
+    plan = sweep(arms=arms, options={"muon": {"nesterov": False}})
+    labels = [plan.described(config)["arm"] for config in plan.configs()]
+    assert [labels.count(arm.label) for arm in arms] == [6, 6, 6, 6]
+    own = next(config for config in plan.configs() if plan.described(config)["arm"] == "muon momentum=0.9")
+    assert (own.options["momentum"], own.options["nesterov"], own.options["weight_decay"]) == (0.9, False, 0.0)
+
+
+def test_batches_are_read_from_a_range_or_a_list():
+    assert parse_batches("16:1024:x2") == (16, 32, 64, 128, 256, 512, 1024)
+    assert parse_batches("256,16") == (16, 256)
+    for wrong in ("", "16:1024", "0:8:x2", "8:4:x2", "8:16:x1", "8,8", "a", "1:999999999:x2x", "-4"):
+        with pytest.raises(ValueError, match=r"--batches .*: write LOW:HIGH:xF, for example 16:1024:x2"):
+            parse_batches(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batches": (64, 16)}, r"Batch sizes must be whole numbers of at least 1, rising, got \(64, 16\)"),
+        ({"targets": (0.1, 0.2)}, r"Targets must be losses above 0, falling, got \(0.1, 0.2\)"),
+        ({"targets": (-1.0,)}, "Targets must be losses above 0"),
+        ({"most_steps": 0}, "most_steps must be at least 1, got 0"),
+        ({"tuning_seeds": 0}, "tuning_seeds must be at least 1, got 0"),
+        ({"most_samples": 200}, "most_samples=200 is less than one batch of 256"),
+        ({"seeds": (0, 1000)}, "Seeds from 1000 on tune the learning rates"),
+        ({"arms": (Arm("muon"),)}, r"The arms \['muon'\] are not of the methods"),
+        ({"arms": (Arm("muon"), Arm("muon"), Arm("sgd"))}, "Give each arm once"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_meant_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(**change)
+
+
+def test_options_that_do_not_exist_are_refused_before_anything_is_trained():
+    with pytest.raises(ValueError, match="Unknown option of the method 'muon' 'moment': did you mean 'momentum'"):
+        sweep(arms=(Arm("muon", (("moment", 0.9),)), Arm("sgd"))).configs()
+    with pytest.raises(ValueError, match=r"--vary adamw\.beta1: give values, and a method among muon, sgd"):
+        make_arms(("muon", "sgd"), [("adamw", "beta1", [0.9])])
+
+
+def test_killed_and_repeated_a_study_ends_with_the_numbers_it_would_have_had(tmp_path):
+    words = [sys.executable, "-m", "steepest", "critical-batch", "measure", "--task", "quadratic", "--methods", "muon"]
+    words += ["--batches", "32,128", "--targets", "0.5", "--seeds", "1", "--most-steps", "60", "--workers", "2"]
+    words += ["--set", "muon.lr=0.03"]
+    results = {}
+    for name, kills in (("whole", 0), ("killed", 2)):
+        for _ in range(kills):
+            process = subprocess.Popen([*words, "--out", str(tmp_path / name)], start_new_session=True)
+            done = len(list(tmp_path.glob(f"{name}/runs/*/result.json")))
+            deadline = time.monotonic() + 120
+            while len(list(tmp_path.glob(f"{name}/runs/*/result.json"))) <= done and time.monotonic() < deadline:
+                assert process.poll() is None
+                time.sleep(0.05)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        subprocess.run([*words, "--out", str(tmp_path / name)], check=True, capture_output=True)
+        runs = tmp_path.glob(f"{name}/runs/*/result.json")
+        results[name] = {run.parent.name: json.loads(run.read_text())["final_loss"] for run in runs}
+    assert results["whole"] == results["killed"]
+    listed = json.loads((tmp_path / "killed" / "study.json").read_text())
+    assert set(listed["runs"]) == set(results["killed"])
+    assert {run["tunes"] for run in listed["runs"].values()} == {True, False}
