@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from steepest.lab import batch_sweep
 from steepest.lab.batch_sweep import MOST_RATES, Arm, BatchSweep, make_arms, parse_batches
 from steepest.lab.config import run_hash
-from steepest.lab.study import run_directory
+from steepest.lab.engine import FailedRunsError, run_study
+from steepest.lab.study import read_config, run_directory
 from steepest.lab.tasks import make_task
+from steepest.lab.train import train_run
 
 TASK = make_task("digits")
 
@@ -99,7 +101,7 @@ def test_rates_that_reach_the_target_beat_those_that_do_not_and_divergence_comes
 
 
 def test_the_first_rates_go_with_the_root_of_the_batch_size_and_long_runs_come_first(tmp_path):
-    plan = sweep(batches=(4, 64, 1024))
+    plan = sweep(batches=(4, 64, 1024), most_samples=20_000)
     cells = plan.cells(tmp_path)
     assert [(cell.arm.method, cell.batch_size, cell.exponents) for cell in cells] == [
         (method, batch, exponents)
@@ -124,6 +126,43 @@ def test_arms_vary_one_option_at_a_time_and_are_told_apart(tmp_path):
     assert (own.options["momentum"], own.options["nesterov"], own.options["weight_decay"]) == (0.9, False, 0.0)
 
 
+def test_an_arm_whose_value_is_the_default_keeps_its_own_runs():
+    varied = [("muon", "momentum", [0.7, 0.95]), ("muon", "weight_decay", [0.1]), ("muon", "other_lr", [0.005])]
+    plan = sweep(methods=("muon",), arms=make_arms(("muon",), varied))
+    labels = [plan.described(config)["arm"] for config in plan.configs()]
+    assert {label: labels.count(label) for label in labels} == {arm.label: 6 for arm in plan.arms}
+
+
+def test_values_are_written_as_the_method_takes_them():
+    arms = make_arms(("muon",), [("muon", "weight_decay", [0, 1])])
+    assert [arm.label for arm in arms] == ["muon weight_decay=0.0", "muon weight_decay=1.0"]
+    with pytest.raises(TypeError, match="takes a float, got 'much'"):
+        make_arms(("muon",), [("muon", "weight_decay", ["much"])])
+
+
+def test_a_study_grows_until_nothing_is_left_and_one_bad_run_holds_up_no_other_cell(tmp_path, monkeypatch):
+    """With the real queue, and runs trained in this process."""
+
+    def train(self, run):
+        config = read_config(run)
+        if config.batch_size == 256 and config.seed == 0:
+            (run / "worker.log").write_text("no memory\n")
+            return "failed"
+        train_run(config, run, threads=1)
+        return "finished"
+
+    monkeypatch.setattr("steepest.lab.pool.Pool.train", train)
+    task = make_task("quadratic")
+    changes = {"task": task, "methods": ("muon",), "batches": (64, 256), "targets": (0.6,), "most_steps": 40}
+    plan = sweep(**changes, options={"muon": {"lr": 0.02}})
+    with pytest.raises(FailedRunsError, match=r"1 of .* runs ended with an error:\n.*no memory"):
+        run_study(plan, tmp_path, command="steepest", workers=1)
+    assert all(cell.best is not None for cell in plan.cells(tmp_path))
+    missing = [c for c in plan.grown(tmp_path) if not (run_directory(tmp_path, c) / "result.json").exists()]
+    assert [(c.batch_size, c.seed) for c in missing] == [(256, 0)]
+    assert (tmp_path / "report.html").exists()
+
+
 def test_batches_are_read_from_a_range_or_a_list():
     assert parse_batches("16:1024:x2") == (16, 32, 64, 128, 256, 512, 1024)
     assert parse_batches("256,16") == (16, 256)
@@ -144,6 +183,15 @@ def test_batches_are_read_from_a_range_or_a_list():
         ({"seeds": (0, 1000)}, "Seeds from 1000 on tune the learning rates"),
         ({"arms": (Arm("muon"),)}, r"The arms \['muon'\] are not of the methods"),
         ({"arms": (Arm("muon"), Arm("muon"), Arm("sgd"))}, "Give each arm once"),
+        ({"batches": (16, 2000)}, "A batch of 2000 would hold examples twice: 'digits' has 1437"),
+        (
+            {"arms": (Arm("muon", (("lr", 0.1),)), Arm("sgd"))},
+            "'muon lr=0.1' varies lr, which is tuned at each batch size",
+        ),
+        (
+            {"arms": (Arm("muon"), Arm("muon", (("momentum", 0.95),)), Arm("sgd"))},
+            "The arms 'muon' and 'muon momentum=0.95' are the same; leave one out",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

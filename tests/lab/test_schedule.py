@@ -30,8 +30,9 @@ def test_evaluations_of_a_run_to_a_target_are_never_further_apart_than_asked(spa
     assert [step for step in range(1, 40) if evaluates(step, every=10, spacing=None)] == [10, 20, 30]
 
 
-def test_a_target_is_reached_when_the_middle_of_five_evaluations_is_below_it():
+def test_a_target_is_reached_when_the_middle_of_five_evaluations_is_not_above_it():
     assert reached([3.0, 0.9, 0.9, 3.0, 0.9], 1.0)
-    assert not reached([3.0, 0.9, 0.9, 3.0, 1.0], 1.0)
+    assert reached([3.0, 0.9, 0.9, 3.0, 1.0], 1.0)
+    assert not reached([3.0, 0.9, 0.9, 3.0, 1.1], 1.0)
     assert not reached([0.9] * 4, 1.0)
     assert not reached([0.9] * 5, None)

@@ -95,6 +95,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
     from steepest.lab.config import configure
     from steepest.lab.methods import check_buildable
     from steepest.lab.tasks import make_task
+    from steepest.optim import SteepestDescent
 
     with checking_usage():
         task = make_task(options.task, options.preset, data=options.data)
@@ -106,7 +107,9 @@ def _config(options: argparse.Namespace) -> RunConfig:
             steps=options.steps,
             schedule=options.schedule,
         )
-        check_buildable(config.method, task, config.options)
+        optimizer = check_buildable(config.method, task, config.options)
+        if options.diagnostics and not isinstance(optimizer, SteepestDescent):
+            raise ValueError(f"--diagnostics: {config.method!r} is not a method of this library; try muon or adam.")
     return config
 
 

@@ -214,7 +214,7 @@ def _work(options: argparse.Namespace) -> int:
     from steepest.lab.engine import FailedRunsError, default_workers, join_study
     from steepest.lab.fields import RecordError
     from steepest.lab.storage import StorageError, parse_url
-    from steepest.lab.study import StudyMismatchError
+    from steepest.lab.study import StudyMismatchError, read_listing
 
     directory = Path(options.storage) if "://" not in options.storage else None
     with checking_usage():
@@ -241,6 +241,8 @@ def _work(options: argparse.Namespace) -> int:
     print(
         f"All {number} runs in {out} are finished. To write the report: {shlex.join(['steepest', 'report', str(out)])}"
     )
+    if read_listing(out).name.startswith("critical-batch"):
+        print("Whoever started it may find more to train: if nobody does, repeat that command.")
     return DONE
 
 

@@ -11,13 +11,13 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from steepest.lab.config import RunConfig, configure
+from steepest.lab.config import RunConfig, configure, run_hash
 from steepest.lab.crossings import run_crossing
-from steepest.lab.methods import check_buildable, resolve
+from steepest.lab.methods import check_buildable, check_options, resolve
 from steepest.lab.records import read_run
 from steepest.lab.study import Kind, StudyPlan, run_directory
 from steepest.lab.tuned import OptionValue
@@ -73,8 +73,8 @@ class BatchSweep(StudyPlan):
         most_samples: Likewise, in examples.
 
     Raises:
-        ValueError: If a list is empty, not in order, or too long, a number is not positive, an arm occurs twice or is
-            of another method, or as for every study.
+        ValueError: If a list is empty or not in order, a number is not positive, a batch has more examples than there
+            are, an arm occurs twice, varies lr or is of another method, or as for every study.
     """
 
     kind: ClassVar[Kind] = "critical-batch"
@@ -85,6 +85,7 @@ class BatchSweep(StudyPlan):
     most_steps: int
     most_samples: int
     tuning_seeds: int = 1
+    _owners: dict[str, Arm] = field(default_factory=dict[str, Arm], init=False, repr=False, compare=False)  # of runs
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,6 +102,12 @@ class BatchSweep(StudyPlan):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.most_samples < self.batches[-1]:
             raise ValueError(f"most_samples={self.most_samples} is less than one batch of {self.batches[-1]}.")
+        if self.batches[-1] > self.task.train_size:
+            raise ValueError(
+                f"A batch of {self.batches[-1]} would hold examples twice: {self.task.name!r} has "
+                f"{self.task.train_size}. Leave it out."
+            )
+        self._check_arms()
         if any(seed >= TUNING_SEED for seed in self.seeds):
             raise ValueError(
                 f"Seeds from {TUNING_SEED} on tune the learning rates; give seeds below, got {self.seeds}."
@@ -108,13 +115,9 @@ class BatchSweep(StudyPlan):
 
     def configs(self) -> list[RunConfig]:
         """The runs that begin the search for learning rates."""
-        configs = [config for cell in self._first() for config in self._tuning(cell)]
-        checked: set[Arm] = set()
-        for config, arm in ((c, arm) for arm in self.arms for c in configs if c.method == arm.method):
-            if arm not in checked:
-                check_buildable(config.method, self.task, {**config.options, **dict(arm.changes)})
-                checked.add(arm)
-        return configs
+        for arm in self.arms:
+            check_buildable(arm.method, self.task, self.rate(arm, 0))
+        return [config for cell in self._first() for config in self._tuning(cell)]
 
     def grown(self, out: Path) -> list[RunConfig]:
         """The runs of `configs`, those that follow from the results in `out`, and, where a rate is found, the seeds."""
@@ -138,7 +141,7 @@ class BatchSweep(StudyPlan):
 
     def described(self, config: RunConfig) -> dict[str, object]:
         """With the arm, the batch size, the learning rate, and whether the run tunes it."""
-        arm = next(arm for arm in self.arms if self._is_of(config, arm))
+        arm = self._owners[run_hash(config)]
         own = {"arm": arm.label, "batch_size": config.batch_size, "lr": config.options["lr"]}
         return super().described(config) | own | {"tunes": config.seed >= TUNING_SEED}
 
@@ -153,10 +156,15 @@ class BatchSweep(StudyPlan):
             "most_samples": self.most_samples,
         }
 
-    def _is_of(self, config: RunConfig, arm: Arm) -> bool:
-        own = self.rate(arm, 0)
-        fixed = {name: value for name, value in own.items() if name not in ("lr", "other_lr")}
-        return config.method == arm.method and all(config.options[name] == value for name, value in fixed.items())
+    def _check_arms(self) -> None:
+        known: dict[str, Arm] = {}
+        for arm in self.arms:
+            if "lr" in dict(arm.changes):
+                raise ValueError(f"The arm {arm.label!r} varies lr, which is tuned at each batch size; leave it out.")
+            config = self._config(arm, self.batches[0], 0, 0)
+            if other := known.get(run_hash(config)):
+                raise ValueError(f"The arms {other.label!r} and {arm.label!r} are the same; leave one out.")
+            known[run_hash(config)] = arm
 
     def _first(self) -> list[Cell]:
         """Cells with the rates that are tried first: around the method's own times the root of the batch size."""
@@ -201,7 +209,7 @@ class BatchSweep(StudyPlan):
         return range(TUNING_SEED, TUNING_SEED + self.tuning_seeds)
 
     def _config(self, arm: Arm, batch_size: int, exponent: int, seed: int) -> RunConfig:
-        return configure(
+        config = configure(
             self.task,
             method=arm.method,
             seed=seed,
@@ -213,6 +221,8 @@ class BatchSweep(StudyPlan):
             target=self.targets[-1],
             watch_from=self.targets[0],
         )
+        self._owners[run_hash(config)] = arm
+        return config
 
 
 @functools.lru_cache(maxsize=100_000)  # finished runs do not change
@@ -262,15 +272,17 @@ def make_arms(methods: Sequence[str], varied: Sequence[tuple[str, str, Sequence[
         varied: Method, option and values; several options of one method are varied one at a time.
 
     Raises:
-        ValueError: If a method does not take part, or no value is given.
+        ValueError: If a method does not take part, no value is given, or an option is unknown or out of range.
+        TypeError: If a value is of the wrong type.
     """
-    arms: list[Arm] = []
-    for method in methods:
-        own = [(option, values) for name, option, values in varied if name == method]
-        arms += [Arm(method, ((option, value),)) for option, values in own for value in values] or [Arm(method)]
     for method, option, values in varied:
         if method not in methods or not values:
             raise ValueError(f"--vary {method}.{option}: give values, and a method among {', '.join(methods)}.")
+    arms: list[Arm] = []
+    for method in methods:
+        own = [(option, value) for name, option, values in varied if name == method for value in values]
+        changes = [tuple(check_options(method, {option: value}).items()) for option, value in own]
+        arms += [Arm(method, change) for change in changes] or [Arm(method)]
     return tuple(arms)
 
 

@@ -142,10 +142,7 @@ def train_branch(
         RunMismatchError: If the data differ from the run's.
     """
     config = read_parent(run_dir)
-    if window.samples % batch_size:
-        raise NoBranchError(
-            f"A window of {window.samples} samples is no whole number of batches of {batch_size}; give a multiple."
-        )
+    _check_size(batch_size, window)
     task = load_task(config, data)
     with using_threads(None), torch.random.fork_rng(devices=[]):
         fork = _Fork(config, task, run_dir / "checkpoint.pt", batch_size, window.rule)
@@ -164,6 +161,13 @@ def train_branch(
         fork.model.eval()
         loss = task.evaluate(fork.model).loss
     return Branch(batch_size, repeat, tuple(rows.values), loss if math.isfinite(loss) else None)
+
+
+def _check_size(batch_size: int, window: Window) -> None:
+    if window.samples % batch_size:
+        raise NoBranchError(
+            f"A window of {window.samples} samples is no whole number of batches of {batch_size}; give a multiple."
+        )
 
 
 def read_parent(run_dir: Path) -> RunConfig:
@@ -210,14 +214,16 @@ def train_branches(
         All of them, by repetition and batch size.
 
     Raises:
-        RunBusyError: If another process writes to `out`.
+        RunBusyError: If another process trains the run, or writes to `out`.
         RecordError: If a file of it is damaged; or as for `train_branch`.
     """
     config = read_parent(run_dir)
-    digest = hashlib.sha256((run_dir / "checkpoint.pt").read_bytes()).hexdigest()[:12]
+    for batch in batches:
+        _check_size(batch, window)
     out.mkdir(parents=True, exist_ok=True)
     branches: list[Branch] = []
-    with locked(out):
+    with locked(run_dir), locked(out):  # a run that is being trained would change its checkpoint between two forks
+        digest = hashlib.sha256((run_dir / "checkpoint.pt").read_bytes()).hexdigest()[:12]
         for repeat in range(window.repeats):
             for batch in batches:
                 name = f"{run_hash(config)}-{digest}-{batch}-{window.samples}-{window.rule}-{repeat}.json"
@@ -249,15 +255,16 @@ class LocalAnswer:
 
 
 def local_answer(branches: Sequence[Branch], *, tolerance: float, level: float = 0.95) -> LocalAnswer:
-    """Compare the forks, pairwise on the same stretches of data.
+    """Compare the forks on the same stretches of data.
 
-    A batch size is worse than a smaller one if its loss is higher by more than the tolerance, at this level of a
-    one-sided paired t-test over repetitions; with one repetition, if it simply is.
+    A batch size is worse than a smaller one if its mean loss is higher by more than the tolerance, in a one-sided
+    t-test at this level for all pairs together (Bonferroni), with the spread of the forks around stretch and batch
+    size; with one repetition, if it simply is.
 
     Args:
         branches: Every batch size with the same repetitions.
         tolerance: In nats.
-        level: Of the test.
+        level: Of the test: so often no batch size is called worse if all are alike.
 
     Raises:
         ValueError: If there are fewer than two batch sizes.
@@ -266,20 +273,49 @@ def local_answer(branches: Sequence[Branch], *, tolerance: float, level: float =
     if len(sizes) < 2:
         raise ValueError(f"A local critical batch size needs two batch sizes to compare, got {sizes}.")
     by_size = {size: _by_repeat(branches, size) for size in sizes}
-    means = {size: None if None in own else statistics.fmean(map(_known, own)) for size, own in by_size.items()}
-    worse = next(
-        (b for i, b in enumerate(sizes) if any(_worse(by_size, b, a, tolerance, level) for a in sizes[:i])), None
-    )
-    best = sizes[-1] if worse is None else sizes[max(0, sizes.index(worse) - 1)]
+    alive = {size: own for size, own in by_size.items() if None not in own}
+    means = {size: statistics.fmean(map(_known, own)) if size in alive else None for size, own in by_size.items()}
     repeats = len(by_size[sizes[0]])
-    basis = f"tolerance {tolerance:g}, {repeats} repetition{'s' if repeats > 1 else ''}"
+    margin = tolerance + _margin([list(map(_known, own)) for own in alive.values()], level)
+    worse: int | None = None
+    lowest = math.inf
+    for size in sizes:
+        if (mean := _known(means[size])) > lowest + margin or means[size] is None:
+            worse = size
+            break
+        lowest = min(lowest, mean)
+    best = sizes[-1] if worse is None else sizes[max(0, sizes.index(worse) - 1)]
+    basis = f"tolerance {tolerance:g}, {repeats} repetition{'s' if repeats > 1 else ', no test'}"
+    basis += f", {level:.0%} for all pairs" if repeats > 1 else ""
     if worse is None:
         sentence = f"Local critical batch size: at least {best}, the largest that was tried ({basis})."
-    elif means[sizes[0]] is None:
-        sentence = f"No answer: the smallest batch size {sizes[0]} diverged ({basis})."
+    elif worse == sizes[0]:
+        sentence = f"No answer: the smallest batch size {worse} diverged ({basis})."
+    elif best == sizes[0]:
+        sentence = f"Local critical batch size: below {worse}, which is worse than {best}, the smallest ({basis})."
     else:
         sentence = f"Local critical batch size: {best}; {worse} is worse than a smaller one ({basis})."
     return LocalAnswer(best, worse, means, sentence)
+
+
+def _margin(losses: Sequence[Sequence[float]], level: float) -> float:
+    """What a difference of two means must exceed, by the residuals of a layout of sizes by stretches of data."""
+    sizes, repeats = len(losses), len(losses[0]) if losses else 0
+    if sizes < 2 or repeats < 2:
+        return 0.0
+    from scipy.stats import t
+
+    rows, columns = (
+        [statistics.fmean(own) for own in losses],
+        [statistics.fmean(own) for own in zip(*losses, strict=True)],
+    )
+    grand = statistics.fmean(rows)
+    free = (sizes - 1) * (repeats - 1)
+    spread = (
+        sum((losses[i][j] - rows[i] - columns[j] + grand) ** 2 for i in range(sizes) for j in range(repeats)) / free
+    )
+    one_pair = 1 - (1 - level) / (sizes * (sizes - 1) / 2)
+    return float(t.ppf(one_pair, free)) * math.sqrt(2 * spread / repeats)
 
 
 def _by_repeat(branches: Sequence[Branch], size: int) -> list[float | None]:
@@ -289,18 +325,6 @@ def _by_repeat(branches: Sequence[Branch], size: int) -> list[float | None]:
 
 def _known(loss: float | None) -> float:
     return math.inf if loss is None else loss
-
-
-def _worse(losses: Mapping[int, list[float | None]], large: int, small: int, tolerance: float, level: float) -> bool:
-    if None in losses[large] or None in losses[small]:
-        return None in losses[large]
-    excess = [_known(a) - _known(b) - tolerance for a, b in zip(losses[large], losses[small], strict=True)]
-    if len(excess) == 1 or len(set(excess)) == 1:
-        return excess[0] > 0
-    from scipy.stats import t
-
-    error = statistics.stdev(excess) / math.sqrt(len(excess))
-    return statistics.fmean(excess) > float(t.ppf(level, len(excess) - 1)) * error
 
 
 def _read(path: Path, batch: int, repeat: int) -> Branch | None:

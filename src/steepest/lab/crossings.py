@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from steepest.batch_size.curve_crossing import Crossing, first_crossings
+import statistics
+from dataclasses import replace
+
+from steepest.batch_size.curve_crossing import Crossing, first_crossing
 from steepest.lab.records import Run
 from steepest.lab.schedule import SMOOTHED
 
 
 def run_crossing(run: Run, target: float) -> Crossing:
-    """Where the validation loss of a run, by its running median, first comes down to a target.
+    """Where the validation loss of a run first comes down to a target, as medians of five evaluations say.
+
+    The median counts for the evaluation in the middle; the start counts as it is. So a run has crossed its own target
+    exactly if it ended for that reason.
 
     Args:
-        run: Finished or not.
+        run: With one evaluation at least.
         target: Loss.
     """
-    steps, losses = [row.step for row in run.evals], [row.loss for row in run.evals]
-    return first_crossings(steps, losses, [target], window=SMOOTHED)[0]
+    steps = [row.step for row in run.evals]
+    losses = [float("inf") if row.loss is None else row.loss for row in run.evals]
+    middle = SMOOTHED // 2
+    medians = [statistics.median(losses[i - middle : i + middle + 1]) for i in range(middle, len(losses) - middle)]
+    crossing = first_crossing([steps[0], *steps[middle : len(steps) - middle]], [losses[0], *medians], target)
+    return crossing if crossing.status in ("reached", "at the start") else replace(crossing, steps=steps[-1])

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -87,14 +88,13 @@ def run_study(
     configs = plan.grown(out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        while True:
+        known, failed = 0, list[Path]()
+        while len(configs) > known:
             write_study(out, plan, configs, command=command)
             with open_queue(out, url, create=True) as queue:
-                queue.fill(retry=True)
+                queue.fill(retry=known == 0)
                 failed = _train(queue, pool, console or Console(), steps=max(config.steps for config in configs))
             known, configs = len(configs), plan.grown(out)
-            if failed or len(configs) == known:
-                break
         report = write_report(out)
     if failed:
         raise FailedRunsError(
@@ -145,7 +145,7 @@ def join_study(
     steps = read_config(out / "runs" / next(iter(listing.runs))).steps
     with open_queue(out, url, create=False) as queue:
         failed = _train(queue, pool, console or Console(), steps=steps)
-        while not failed and _led(out):  # whoever leads adds runs when results ask for them
+        while _led(out):  # whoever leads adds runs when results ask for them
             time.sleep(IDLE_S)
             if queue.fill():
                 failed = _train(queue, pool, console or Console(), steps=steps)
@@ -194,6 +194,7 @@ def _check_same(out: Path, names: Iterable[str], data: Path | None) -> None:
 
 def _train(queue: Queue, pool: Pool, console: Console, *, steps: int) -> list[Path]:
     """Bring every run to its end; returns the directories of those that failed."""
+    pool = replace(pool, stop=threading.Event())  # of this round
     runs: dict[str, list[Path]] = {}
     for name, method in read_listing(queue.out).runs.items():
         runs.setdefault(method, []).append(queue.out / "runs" / name)

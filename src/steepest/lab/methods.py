@@ -288,7 +288,7 @@ def build_optimizer(method: str, model: nn.Module, options: Mapping[str, OptionV
     return METHODS[method](model, **check_options(method, options))
 
 
-def check_buildable(method: str, task: Task, options: Mapping[str, OptionValue]) -> None:
+def check_buildable(method: str, task: Task, options: Mapping[str, OptionValue]) -> Optimizer:
     """Build model and optimizer once, so that a command can refuse its input before anything is written.
 
     Args:
@@ -296,11 +296,14 @@ def check_buildable(method: str, task: Task, options: Mapping[str, OptionValue])
         task: Its model is built.
         options: As for `build_optimizer`.
 
+    Returns:
+        The optimizer.
+
     Raises:
         ValueError: If the method or an option is unknown, or the optimizer refuses a value or the model.
         TypeError: If an option has the wrong type.
     """
-    build_optimizer(method, task.build_model(0), options)
+    return build_optimizer(method, task.build_model(0), options)
 
 
 def _checked(method: str, name: str, value: OptionValue, defaults: Mapping[str, OptionValue]) -> OptionValue:

@@ -54,10 +54,10 @@ def evaluates(step: int, *, every: int, spacing: float | None) -> bool:
 
 
 def reached(losses: Sequence[float], target: float | None) -> bool:
-    """Whether a run has come to its target: the median of its last five evaluations is below it.
+    """Whether a run has come to its target: the median of its last five evaluations is not above it.
 
     Args:
         losses: Of the evaluations so far, the last ones at least.
         target: None: never.
     """
-    return target is not None and len(losses) >= SMOOTHED and statistics.median(losses[-SMOOTHED:]) < target
+    return target is not None and len(losses) >= SMOOTHED and statistics.median(losses[-SMOOTHED:]) <= target

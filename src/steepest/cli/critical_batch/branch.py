@@ -6,11 +6,16 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steepest.cli.options import Commands, UsageError, checking_usage, count
 from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE, FAILED
+
+if TYPE_CHECKING:
+    from steepest.lab.branch import Branch
 
 EXAMPLES = """examples:
   steepest train --task digits --method muon --schedule constant --steps 100 --keep-checkpoint --out out/parent
@@ -34,8 +39,7 @@ def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _branch(options: argparse.Namespace) -> int:
-    from steepest.lab.batch_sweep import parse_batches
-    from steepest.lab.branch import Branch, NoBranchError, Window, local_answer, train_branches
+    from steepest.lab.branch import NoBranchError
     from steepest.lab.checkpoint import CheckpointError
     from steepest.lab.fields import RecordError
     from steepest.lab.ledger import RunBusyError
@@ -45,19 +49,29 @@ def _branch(options: argparse.Namespace) -> int:
         loss = "diverged" if branch.final_loss is None else f"loss {branch.final_loss:.4f}"
         print(f"batch {branch.batch_size}, repetition {branch.repeat + 1}: {loss}", file=sys.stderr)
 
-    with checking_usage():
-        batches = parse_batches(options.batches)
-        window = Window(options.samples, options.lr_rule, options.repeats)
-        if len(batches) < 2:
-            raise ValueError(f"--batches {options.batches}: give two sizes at least, to compare.")
     try:
-        out = options.out or options.run / "branches"
-        branches = train_branches(options.run, out, batches=batches, window=window, data=options.data, tell=tell)
+        return _answer(options, tell)
     except (NoBranchError, RunMismatchError) as wrong:
         raise UsageError(str(wrong)) from wrong
     except (CheckpointError, RecordError, RunBusyError) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return FAILED
+
+
+def _answer(options: argparse.Namespace, tell: Callable[[Branch], None]) -> int:
+    from steepest.lab.batch_sweep import parse_batches
+    from steepest.lab.branch import Window, local_answer, read_parent, train_branches
+    from steepest.lab.train import load_task
+
+    with checking_usage():
+        batches = parse_batches(options.batches)
+        window = Window(options.samples, options.lr_rule, options.repeats)
+        if len(batches) < 2:
+            raise ValueError(f"--batches {options.batches}: give two sizes at least, to compare.")
+        if (options.run / "config.json").exists():
+            load_task(read_parent(options.run), options.data)
+    out = options.out or options.run / "branches"
+    branches = train_branches(options.run, out, batches=batches, window=window, data=options.data, tell=tell)
     answer = local_answer(branches, tolerance=options.tolerance)
     if options.json:
         print(

@@ -82,7 +82,7 @@ def _steps(
     curves = [_fitted(one.name, looks[one.name], one.estimate, power, y) for one in shown if one.estimate is not None]
     what = "Samples" if power else "Steps"
     level = 100 * next((one.estimate.level for one in shown if one.estimate is not None), 0.9)
-    stopped = any(own["above"] for own in marks.values())
+    stopped = any(own["up"] for own in marks.values())
     return Figure(
         key="samples" if power else "steps",
         title=f"{what} to loss {report.shown:g} by batch size",
@@ -90,7 +90,7 @@ def _steps(
             f"Large marks: geometric means over seeds. Small marks: single seeds. Lines: the chosen fits, with "
             f"pointwise {level:g}% bands; each ends where runs arrived. "
             + ("b* is where a line is lowest. " if power else "Learning rates are tuned anew at each batch size. ")
-            + ("Triangles: runs that were stopped before the target; the true value is above." if stopped else "")
+            + ("Arrows: runs that were stopped before the target; the true value is above." if stopped else "")
         ).strip(),
         x=batch_axis(report),
         y=y,
@@ -98,7 +98,7 @@ def _steps(
         curves=tuple(curves),
         dots=tuple(group for one in shown for group in dots(one.name, looks[one.name], marks[one.name])),
         rule=_best_rule(report) if power else None,
-        above="\N{BLACK UP-POINTING TRIANGLE} stopped before the target: the true value is above" if stopped else "",
+        above="\N{UPWARDS ARROW} stopped before the target: the true value is above" if stopped else "",
         keyed=True,
     )
 
@@ -111,7 +111,7 @@ def _best_rule(report: BatchReport) -> Rule | None:
 
 
 def _arrivals(result: TargetResult, power: int) -> _Marks:
-    marks: _Marks = {"seed": [], "above": [], "mean": []}
+    marks: _Marks = {"seed": [], "up": [], "mean": []}
     for size in sorted({arrival.batch_size for arrival in result.arrivals}):
         here = result.at(size)
         for one in here:
@@ -120,7 +120,7 @@ def _arrivals(result: TargetResult, power: int) -> _Marks:
             if one.reached and len(here) > 1:
                 marks["seed"].append((size, steps * size**power, f"{where}{steps:,.0f} steps"))
             elif one.crossing.status in ("stopped", "diverged") and steps > 0:
-                marks["above"].append((size, steps * size**power, f"{where}{one.crossing.status} at step {steps:,.0f}"))
+                marks["up"].append((size, steps * size**power, f"{where}{one.crossing.status} at step {steps:,.0f}"))
         if size in result.reached:
             mean = math.exp(fmean(math.log(one.crossing.steps) for one in here))
             marks["mean"].append(
@@ -159,7 +159,7 @@ def _ratios(report: BatchReport, shown: Sequence[TargetResult], looks: Mapping[s
         caption=(
             f"Ratio of samples to loss {report.shown:g} at the same batch size, which is that of tokens and of steps: "
             f"above 1, {short} takes more. Bands: {100 * _level(base):g}% intervals over paired seeds, one spread for "
-            f"all batch sizes. Triangles: {short} was stopped, the true ratio is above."
+            f"all batch sizes. Arrows: {short} was stopped, the true ratio is above."
         ),
         x=batch_axis(report),
         y=value_axis(f"samples of {short} / samples", [1.0, *(end for end in ends if end is not None)]),
@@ -186,11 +186,11 @@ def _ratio_lines(name: str, style: Style, ratios: Sequence[SampleRatio]) -> Iter
 
 
 def _ratio_marks(ratios: Sequence[SampleRatio]) -> _Marks:
-    marks: _Marks = {"mean": [], "above": []}
+    marks: _Marks = {"mean": [], "up": []}
     for one in ratios:
         reach = "" if one.low is None or one.high is None else f" ({one.low:.3g} to {one.high:.3g})"
         text = f"b = {one.batch_size}: {'at least ' if one.bound else ''}{one.value:.3g}{reach}"
-        marks["above" if one.bound else "mean"].append((one.batch_size, one.value, text))
+        marks["up" if one.bound else "mean"].append((one.batch_size, one.value, text))
     return marks
 
 
@@ -208,14 +208,14 @@ def _rates(report: BatchReport, looks: Mapping[str, Style]) -> Figure | None:
         caption=(
             "The best of rates that are powers of two apart, for the lowest target, found on seeds of their own. "
             f"Dotted: in proportion to \N{SQUARE ROOT}b, through the middle of {wording.shortened(first.name)}."
-            + (" Triangles: the highest or the lowest rate that was tried; a better one may lie beyond." * edges)
+            + (" Arrows: the highest or the lowest rate that was tried; a better one may lie beyond." * edges)
         ),
         x=batch_axis(report),
         y=y,
         height=_HEIGHT - 40,
         curves=(*(_rate_line(arm, looks[arm.name]) for arm in found), _root(first, report, y)),
         dots=tuple(group for arm in found for group in dots(arm.name, looks[arm.name], _rate_marks(arm))),
-        above="\N{BLACK UP-POINTING TRIANGLE}\N{BLACK DOWN-POINTING TRIANGLE} edge of the rates tried" if edges else "",
+        above="\N{UPWARDS ARROW}\N{DOWNWARDS ARROW} edge of the rates tried" if edges else "",
         keyed=True,
     )
 
@@ -226,9 +226,9 @@ def _rate_line(arm: ArmResult, style: Style) -> Curve:
 
 
 def _rate_marks(arm: ArmResult) -> _Marks:
-    marks: _Marks = {"mean": [], "above": [], "below": []}
+    marks: _Marks = {"mean": [], "up": [], "down": []}
     for rate in arm.rates:
-        sort: Sort = "mean" if not rate.at_edge else "above" if rate.lr == rate.tried[-1] else "below"
+        sort: Sort = "mean" if not rate.at_edge else "up" if rate.lr == rate.tried[-1] else "down"
         tried = f", tried {wording.rate(rate.tried[0])} to {wording.rate(rate.tried[-1])}" if rate.tried else ""
         marks[sort].append((rate.batch_size, rate.lr, f"b = {rate.batch_size}: lr {wording.rate(rate.lr)}{tried}"))
     return marks

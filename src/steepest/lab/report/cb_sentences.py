@@ -14,8 +14,8 @@ BEST, KNEE = "SFO-minimising b*", "knee B_crit"
 
 def headline(report: BatchReport) -> str:
     """b* of the leading arm at the hardest target, or the knee where it has none, or why it has neither."""
-    if not any(arm.runs for arm in report.arms):
-        return "No run with a tuned learning rate has begun yet"
+    if not any(one.arrivals for one in report.results):
+        return "No run with a tuned learning rate has ended yet"
     own = report.leading.targets[-1]
     at = f"{short(own.name)}, loss {own.target:g}"
     if own.estimate is None:
@@ -25,7 +25,7 @@ def headline(report: BatchReport) -> str:
     name, answer = (KNEE, knee) if best.kind == "refused" and knee.kind != "refused" else (BEST, best)
     if answer.kind == "refused":
         return f"{so_far}{at}: {name} not known, {answer.reason}"
-    return f"{so_far}{at}: {name} {_reach(answer, report.unit)}"
+    return f"{so_far}{at}: {name} {_reach(answer, report.unit, own.estimate.level)}"
 
 
 def waiting(report: BatchReport) -> int:
@@ -53,7 +53,10 @@ def facts(report: BatchReport) -> tuple[Fact, ...]:
         (found.knee, f"{KNEE} of the hyperbola: beyond it larger batches save few steps"),
     )
     return tuple(
-        Fact(number(answer), f"{meaning}{f'; {level} {_interval(answer)}' if answer.kind == 'point' else ''}")
+        Fact(
+            number(answer),
+            "; ".join([meaning, *_interval_of(answer, level), *([answer.reason] if answer.reason else [])]),
+        )
         for answer, meaning in told
         if answer.kind != "refused"
     )
@@ -73,8 +76,11 @@ def number(answer: Answer) -> str:
 
 
 def statements(report: BatchReport) -> tuple[str, ...]:
-    """What to say of each arm at the hardest target, in full."""
-    return tuple(statement(arm.targets[-1], report.unit) for arm in report.arms)
+    """What to say of each arm at the hardest target, in full; arms of which no run has ended are told together."""
+    told = [one for one in report.at(report.targets[-1]) if one.arrivals]
+    idle = [plain(one.name) for one in report.at(report.targets[-1]) if not one.arrivals]
+    rest = (f"No run that counts has ended yet: {wording.listed(idle)}.",) if idle else ()
+    return (*(statement(one, report.unit) for one in told), *rest)
 
 
 def statement(result: TargetResult, unit: str) -> str:
@@ -122,12 +128,15 @@ def methodology(report: BatchReport) -> tuple[str, ...]:
     )
 
 
-def _reach(answer: Answer, unit: str) -> str:
-    if answer.kind != "point":
-        return f"{number(answer)} {unit}, no interior minimum was measured" * (
-            answer.kind in ("at most", "at least")
-        ) or (f"{number(answer)} {unit}")
-    return f"= {number(answer)} {unit}, {_interval(answer)}"
+def _reach(answer: Answer, unit: str, level: float) -> str:
+    if answer.kind == "point":
+        return f"= {number(answer)} {unit}, {100 * level:g}% interval {_interval(answer)}"
+    edge = ", no minimum inside what was measured" if answer.kind in ("at most", "at least") else ""
+    return f"{number(answer)} {unit}{edge}"
+
+
+def _interval_of(answer: Answer, level: str) -> tuple[str, ...]:
+    return (f"{level} {_interval(answer)}",) if answer.kind == "point" else ()
 
 
 def _interval(answer: Answer) -> str:

@@ -48,7 +48,7 @@ def varied_figures(report: BatchReport, looks: Mapping[str, Style]) -> Iterator[
             key=f"best_batch_by_option_{number}",
             title=f"SFO-minimising b* by {named}",
             caption=(
-                f"b* {aim}, the batch size with the least b K(b), with its interval. Triangles: b* is at least or at "
+                f"b* {aim}, the batch size with the least b K(b), with its interval. Arrows: b* is at least or at "
                 "most there. Arms of which nothing is known have no mark."
             ),
             axis=f"b* ({report.unit})",
@@ -108,8 +108,8 @@ def _best(value: float, result: TargetResult, style: Style) -> Iterator[Dots | C
 def _ends(answer: Answer) -> dict[Sort, float | None]:
     """Where b* is at least or at most."""
     return {
-        "above": answer.low if answer.kind == "at least" else None,
-        "below": answer.high if answer.kind == "at most" else None,
+        "up": answer.low if answer.kind == "at least" else None,
+        "down": answer.high if answer.kind == "at most" else None,
     }
 
 

@@ -55,13 +55,13 @@ class Row:
     interval: Interval | None
 
 
-Sort = Literal["seed", "mean", "above", "below", "diverged"]
+Sort = Literal["seed", "mean", "above", "up", "down", "diverged"]
 
 
 @dataclass(frozen=True)
 class Dots:
-    """Single marks of one method at (x, y), with the text that shows on hovering; `above`, `below` and `diverged` have
-    fixed shapes, the others that of the method."""
+    """Single marks of one method at (x, y), with the text that shows on hovering; all but `seed` and `mean`
+    have fixed shapes, the others that of the method."""
 
     name: str
     style: Style

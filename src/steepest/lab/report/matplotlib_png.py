@@ -29,11 +29,12 @@ _ZONE = "#eef0e2"
 _SIZES: dict[Sort, tuple[float, float]] = {
     "seed": (3.5, 0.45),
     "above": (6, 0.8),
-    "below": (6, 0.8),
+    "up": (9, 1.0),
+    "down": (9, 1.0),
     "diverged": (6, 1.0),
     "mean": (7, 1.0),
 }
-_SHAPES: dict[Sort, str] = {"above": "^", "below": "v", "diverged": "X"}
+_SHAPES: dict[Sort, str] = {"above": "^", "up": "$\N{UPWARDS ARROW}$", "down": "$\N{DOWNWARDS ARROW}$", "diverged": "X"}
 _MARKER = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "cross": "P", "x": "X"}
 
 

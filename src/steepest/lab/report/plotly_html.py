@@ -21,11 +21,12 @@ _ZONE = {"light": "#eef0e2", "dark": "#22281f"}
 _SIZES: dict[Sort, tuple[float, float]] = {  # pixels and opacity, in the order in which they are drawn
     "seed": (5, 0.45),
     "above": (8, 0.8),
-    "below": (8, 0.8),
+    "up": (11, 1.0),
+    "down": (11, 1.0),
     "diverged": (8, 1.0),
     "mean": (9, 1.0),
 }
-_SHAPES: dict[Sort, str] = {"above": "triangle-up", "below": "triangle-down", "diverged": "x"}
+_SHAPES: dict[Sort, str] = {"above": "triangle-up", "up": "arrow-up", "down": "arrow-down", "diverged": "x"}
 _SYMBOL = {
     "circle": "circle",
     "square": "square",
