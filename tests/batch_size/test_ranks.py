@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steepest.batch_size.bounds import lag
 from steepest.batch_size.ranks import effective_rank, noise_of_covariance, noise_of_entries, noise_of_variance
 from steepest.linalg import polar
 
@@ -71,3 +72,12 @@ def test_wrong_input_is_refused(sigma, rank):
     expected = f"finite sigma of at least 0 and a rank of at least 1, got {sigma} and {rank}"
     with pytest.raises(ValueError, match=re.escape(expected)):
         noise_of_variance(sigma, rank)
+
+
+def test_noise_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"positive semidefinite matrix, got the eigenvalue -5"):
+        noise_of_covariance(torch.diag(torch.tensor([1.0, -5.0])))
+    with pytest.raises(ValueError, match=r"finite sigma >= 0, got 16, 64, -1"):
+        noise_of_entries(16, 64, -1)
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1\.5"):
+        lag(1.5, nesterov=False)

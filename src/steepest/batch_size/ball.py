@@ -141,10 +141,10 @@ def frank_wolfe_gap(gradient: Tensor, weight: Tensor, *, weight_decay: float, sc
         gradient: ∇f (*batch, m, n), loss per weight.
         weight: W (*batch, m, n).
         weight_decay: λ, at least 0; with 0 the gap is ‖∇f‖_*.
-        scale: c of the layer's steps.
+        scale: κ c: spectral norm of the layer's steps at lr 1.
 
     Returns:
-        (*batch,), loss per weight.
+        (*batch,), loss per weight, in float64.
 
     Raises:
         ValueError: If the shapes differ.
@@ -153,6 +153,7 @@ def frank_wolfe_gap(gradient: Tensor, weight: Tensor, *, weight_decay: float, sc
         raise ValueError(
             f"The gap takes a gradient of the weight's shape, got {tuple(gradient.shape)} and {tuple(weight.shape)}."
         )
+    gradient, weight = gradient.detach().double(), weight.detach().double()
     inner = (gradient * weight).sum((-2, -1))
     return torch.linalg.matrix_norm(gradient, ord="nuc") + weight_decay / scale * inner
 

@@ -267,7 +267,12 @@ def lag(momentum: float, *, nesterov: bool) -> float:
 
     Returns:
         β/(1-β), or β²/(1-β) with Nesterov.
+
+    Raises:
+        ValueError: If β is not in [0, 1).
     """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
     return momentum ** (2 if nesterov else 1) / (1 - momentum)
 
 

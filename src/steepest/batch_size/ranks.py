@@ -38,8 +38,15 @@ def noise_of_covariance(covariance: Tensor) -> Tensor:
 
     Returns:
         (*batch,), loss per weight, in float64.
+
+    Raises:
+        ValueError: If an eigenvalue is more negative than rounding explains.
     """
-    return torch.linalg.eigvalsh(covariance.double()).clamp_min(0).sqrt().sum(-1)
+    values = torch.linalg.eigvalsh(covariance.double())
+    if values.numel() and bool((values[..., 0] < -1e-6 * values.abs().amax(-1)).any()):
+        lowest = float(values.min())
+        raise ValueError(f"noise_of_covariance takes a positive semidefinite matrix, got the eigenvalue {lowest:.3g}.")
+    return values.clamp_min(0).sqrt().sum(-1)
 
 
 def noise_of_variance(sigma: float, rank: float) -> float:
@@ -73,5 +80,10 @@ def noise_of_entries(fan_out: int, fan_in: int, sigma: float) -> float:
 
     Returns:
         ν, loss per weight.
+
+    Raises:
+        ValueError: If a side is below 1, or σ negative or not finite.
     """
+    if fan_out < 1 or fan_in < 1 or not 0 <= sigma < math.inf:
+        raise ValueError(f"Noise takes sides of at least 1 and a finite sigma >= 0, got {fan_out}, {fan_in}, {sigma}.")
     return sigma * min(fan_out, fan_in) * math.sqrt(max(fan_out, fan_in))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steepest.anatomy import PlanRow
 from steepest.geometry import Spectral, scale_factor
-from steepest.linalg import overshoot
+from steepest.linalg import overshoot, polar
 from steepest.optim.bucket import Bucket
 from steepest.optim.momentum import debias
 from steepest.optim.state import MOMENTUM, STEP
@@ -77,22 +77,24 @@ def weight_numbers(
         for parameter in cast(Sequence[Tensor], group["params"]):
             if not parameter.numel():
                 continue
-            weights = Bucket((parameter,), rows[parameter].view).matrices([parameter.detach()])
+            bucket = Bucket((parameter,), rows[parameter].view)
+            weights = bucket.matrices([parameter.detach()])
+            steps = overshoot(None if norm.polar == "svd" else norm.coefficients)
+            lengths = [steps * scale_factor(norm.scale, *w.shape[-2:]) for w in weights]
             prefix = f"weights/{rows[parameter].name}"
             numbers[f"{prefix}/spectral_norm"] = max(float(largest_singular_values(w).max()) for w in weights)
             if group["weight_decay"]:
-                scales = [scale_factor(norm.scale, *w.shape[-2:]) for w in weights]
-                kappa = overshoot(None if norm.polar == "svd" else norm.coefficients)
-                numbers[f"{prefix}/ball_radius"] = kappa * max(scales) / group["weight_decay"]
-            if states.get(parameter):
-                numbers[f"{prefix}/frank_wolfe_gap"] = _gap(parameter, group, rows[parameter], states[parameter])
+                numbers[f"{prefix}/ball_radius"] = max(lengths) / group["weight_decay"]
+            if state := states.get(parameter):
+                mass = debias(group["momentum"], state[STEP])
+                averages = bucket.matrices([state[MOMENTUM] / torch.where(mass == 0, 1.0, mass)])
+                pulls = [group["weight_decay"] / length for length in lengths]
+                gaps = [_gap(m, w, pull) for m, w, pull in zip(averages, weights, pulls, strict=True)]
+                numbers[f"{prefix}/frank_wolfe_gap"] = sum(gaps)
     return numbers
 
 
-def _gap(parameter: Tensor, group: Mapping[str, Any], row: PlanRow, state: Mapping[str, Tensor]) -> float:
-    """dual(M) + λ <M, W> with the averaged gradient M, summed over the matrices of a parameter."""
-    momentum, weight = state[MOMENTUM], debias(group["momentum"], state[STEP])
-    average = momentum / torch.where(weight == 0, 1.0, weight)
-    batches = Bucket((parameter,), row.view).matrices([average])
-    dual = sum(float(-(m * group["norm"].lmo(m)).sum()) for m in batches)
-    return dual + group["weight_decay"] * float((average * parameter.detach()).sum())
+def _gap(m: Tensor, w: Tensor, pull: float) -> float:
+    """‖M‖_* + <M, W> / radius, summed over matrices; the nuclear norm by a closer polar factor than a step's."""
+    factor = polar(m, method="newton-schulz", coefficients="cubic12", dtype=m.dtype)
+    return float((m * factor).sum() + pull * (m * w.to(m.dtype)).sum())
