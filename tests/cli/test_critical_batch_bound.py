@@ -166,3 +166,10 @@ def test_wrong_usage_ends_with_two_and_says_what_to_do(capsys, words, message):
     code, _, err = run(capsys, words)
     assert code == 2
     assert message in err
+
+
+def test_below_a_batch_of_one_the_answer_is_one(capsys):
+    code, printed, _ = run(capsys, KNOWN.replace("--nu 32", "--nu 1e-3"))
+    assert code == 0
+    assert re.search(r"^b\* +1  samples; the formula's minimum is below a batch of one$", printed, re.MULTILINE)
+    assert "SFO(b*)" not in printed

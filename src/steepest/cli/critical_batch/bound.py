@@ -144,6 +144,10 @@ def _bound_rows(options: argparse.Namespace, found: Found) -> list[Row]:
     ]
     if critical.least is None or critical.best is None or critical.steps is None or critical.sfo is None:
         return rows
+    if critical.best < 1:  # the formula knows no whole samples
+        unit = "samples; the formula's minimum is below a batch of one"
+        steps = bound.steps(options.eps, 1)
+        return [*rows, Row("b*", "1", unit), Row("K(1)", _number(steps), "steps, and gradients of samples")]
     return [
         *rows,
         Row("b_min", _number(critical.least), "samples; not reached at or below it"),
