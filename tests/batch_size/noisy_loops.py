@@ -3,7 +3,10 @@
 import torch
 from torch import nn
 
+from steepest.batch_size.noise import NoiseScale
+
 MICRO, PER, STEPS = 4, 3, 4
+ALL = ("euclidean", "l1", "nuclear", "alignment")
 
 
 class Net(nn.Module):
@@ -50,3 +53,36 @@ def mean_gradients(model, step, count=MICRO):
         found = torch.autograd.grad(loss_of(model, step, index), parameters.values(), allow_unused=True)
         rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters.values(), strict=True)])
     return {name: torch.stack(part) for name, part in zip(parameters, zip(*rows, strict=True), strict=True)}
+
+
+def sgd(model, lr=0.05):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def train(model, optimizer, *, steps=STEPS, divide=MICRO, after=lambda: None, to_none=True, factor=1.0):
+    for step in range(steps):
+        for index in range(MICRO):
+            (loss_of(model, step, index) * factor / divide).backward()
+        after()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=to_none)
+
+
+def train_step(model, optimizer, step):
+    for index in range(MICRO):
+        (loss_of(model, step, index) / MICRO).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def values(noise):
+    return torch.stack([record.values for record in noise._records])
+
+
+def measured(**options):
+    model = network()
+    optimizer = sgd(model)
+    loop = {key: options.pop(key) for key in ("divide", "after", "to_none", "factor") if key in options}
+    noise = NoiseScale(model, optimizer, **{"every": 1, "samples": PER, "kinds": ALL, **options})
+    train(model, optimizer, **loop)
+    return noise

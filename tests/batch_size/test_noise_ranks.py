@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steepest import Adam, Muon
 from steepest.batch_size.noise import NoiseScale
-from steepest.batch_size.noise_collect import ONE
+from steepest.batch_size.noise_collect import too_few
 from tests.batch_size.noisy_loops import MICRO, PER, STEPS, loss_of, network
 
 WORLD = 2
@@ -174,7 +174,7 @@ def fsdp_refusals_main(rank, folder):
     small_loss(sharded, 0, 0, [rank]).backward()
     with pytest.raises(ValueError) as caught:
         optimizer.step()
-    assert str(caught.value) == ONE
+    assert str(caught.value) == str(too_few(1))
     noise.close()
 
     mixed = nn.ModuleList([sharded, small()])

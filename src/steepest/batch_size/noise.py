@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from steepest.batch_size.noise_collect import MicroBatches, Ranks, Store
+from steepest.batch_size.noise_collect import MicroBatchError, MicroBatches, Ranks, Store
 from steepest.batch_size.noise_layers import Kind, check_kinds, columns, find_layers, measure_layer, second_moment
 from steepest.batch_size.noise_report import NoiseReport, Record, make_report
 from steepest.geometry import Norm
@@ -18,7 +18,7 @@ from steepest.linalg import PolarMethod
 from steepest.names import unknown_name
 
 Losses = Literal["divided", "whole", "weighted"]
-FORMAT = 1
+FORMAT = 2
 
 
 class NoiseScale:
@@ -26,6 +26,7 @@ class NoiseScale:
 
     Build it after the model was wrapped (DistributedDataParallel) or sharded (FSDP2), with the optimizer. A measured
     step needs two micro-batches at least, that is calls of backward times ranks; under FSDP2 calls of backward alone.
+    The first that has fewer is an error; once one was measured, others are counted and the next step is measured.
     In between it costs a counter. Gradients are taken when autograd delivers them: clipping does not matter. A
     measured step keeps a gradient per micro-batch, and with alignment copies of one layer's at a time.
 
@@ -39,7 +40,7 @@ class NoiseScale:
         unit: What samples are, for printing. Not tokens: those of one sequence are not independent.
         losses: What backward is called on. "divided": each micro-batch's mean loss over the number of calls per step;
             "whole": the mean loss itself; "weighted": the mean loss times its share of the samples of the batch, and
-            times the number of ranks if there are many. A common factor changes no scale, only `noise` and `signal`.
+            times the number of ranks if there are many. A constant factor changes no scale, only `noise` and `signal`.
         scale: What losses are multiplied by besides, or a function for it, such as `GradScaler.get_scale`.
         norm: In which steps are taken, for the alignment. None: that of the group, or for torch's optimizers "sign"
             (Adam, AdamW), "frobenius" (SGD) or "spectral" (Muon).
@@ -95,12 +96,14 @@ class NoiseScale:
         self._record = MicroBatches(self._layers, store)
         self._records: list[Record] = []
         self._discarded = 0
+        self._skipped = 0
         self._step = 0
         self._listening = False
         self._moments: dict[str, Tensor | None] | None = None
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            # a compiled step breaks its graph here, instead of tracing the estimators
+            optimizer.register_step_pre_hook(cast(Any, torch.compiler.disable(self._before_step))),
+            optimizer.register_step_post_hook(cast(Any, torch.compiler.disable(self._after_step))),
         ]
         self._due(every == 1)
 
@@ -116,10 +119,15 @@ class NoiseScale:
             samples: Of this rank.
 
         Raises:
-            ValueError: If the number is not positive.
+            ValueError: If the number is not positive, or steps were measured without it, in micro-batches.
         """
         if not 0 < samples < math.inf:
             raise ValueError(f"micro_batch takes a positive number of samples, got {samples!r}.")
+        if self._records and not self._told:
+            raise ValueError(
+                f"micro_batch was called for the first time after {len(self._records)} measurements, whose unit is the "
+                "micro-batch. Call it from the first step on, or build NoiseScale with samples=."
+            )
         self._told = True
         if self._listening:
             self._record.samples.append(float(samples))
@@ -159,6 +167,7 @@ class NoiseScale:
             level=self._level,
             unit=self._unit or ("samples" if self._told else "micro-batches"),
             discarded=self._discarded,
+            skipped=self._skipped,
         )
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -194,7 +203,14 @@ class NoiseScale:
                 "Build NoiseScale after the last add_param_group; load_state_dict carries nothing over."
             )
         self._record.check()
-        own, samples = self._sizes()
+        try:
+            own, samples = self._sizes()
+        except MicroBatchError:
+            if not self._records:  # the loop is not made for it; later, it is a rest of an epoch
+                raise
+            self._record.forget()
+            self._skipped += 1
+            return
         values = self._ranks.shared(self._rows(own, samples, moments)).cpu()
         late = bool(self._ranks.shared(own.new_tensor([float(late)])))
         self._record.forget()
@@ -237,6 +253,11 @@ class NoiseScale:
                 f"micro_batch was called {len(told)} times in a step with {count} calls of backward. Call it once for "
                 "each; call forget() after gradients were thrown away."
             )
+        if count and not told and self._told and self._samples is None:
+            raise ValueError(
+                f"micro_batch was called before, but not in a measured step with {count} calls of backward, whose unit "
+                "is unknown. Call it once for each call of backward, or pass samples= for those that are not told."
+            )
         each = told or [1.0 if self._samples is None else float(self._samples)] * count
         device = self._layers[0].parameter.device
         own = torch.tensor(each, dtype=torch.float64, device=device)
@@ -268,12 +289,12 @@ class NoiseScale:
     def state_dict(self) -> dict[str, Any]:
         """All measurements, for `torch.save`; a half-recorded step is not in it."""
         return {
-            "format": FORMAT,
-            "layers": [layer.name for layer in self._layers],
-            "kinds": list(self._kinds),
+            **self._meaning(),
             "step": self._step,
             "discarded": self._discarded,
+            "skipped": self._skipped,
             "told": self._told,
+            "owed": self._listening,
             "records": [
                 {"step": r.step, "count": r.count, "samples": r.samples, "values": r.values, "weights": r.weights}
                 for r in self._records
@@ -284,23 +305,40 @@ class NoiseScale:
         """Continue from saved measurements.
 
         Args:
-            state_dict: Of the same model and kinds.
+            state_dict: Of the same model, optimizer and options.
 
         Raises:
-            ValueError: If layers, kinds or the format differ.
+            ValueError: If layers, options that numbers depend on, or the format differ.
         """
-        here = {"format": FORMAT, "layers": [layer.name for layer in self._layers], "kinds": list(self._kinds)}
-        for key, expected in here.items():
+        for key, expected in self._meaning().items():
             if state_dict.get(key) != expected:
                 raise ValueError(
                     f"The saved noise scale has {key}={state_dict.get(key)!r}, but {expected!r} is needed. Build it "
-                    "with the model, optimizer and kinds that were saved."
+                    "with the model, optimizer and options that were saved."
                 )
+        if state_dict["records"] and self._told and not state_dict["told"]:
+            raise ValueError(
+                "The saved noise scale counts in micro-batches, but micro_batch was called on this one. Load before "
+                "the first call, and do without it, or measure anew."
+            )
         self._records = [Record(**record) for record in state_dict["records"]]
         self._step, self._discarded = int(state_dict["step"]), int(state_dict["discarded"])
+        self._skipped = int(state_dict["skipped"])
         self._told = self._told or bool(state_dict["told"])
         self._record.forget()
-        self._due((self._step + 1) % self._every == 0)
+        self._due((self._step + 1) % self._every == 0 or bool(state_dict["owed"]))
+
+    def _meaning(self) -> dict[str, Any]:
+        """What saved numbers have to agree in."""
+        return {
+            "format": FORMAT,
+            "layers": [layer.name for layer in self._layers],
+            "kinds": list(self._kinds),
+            "samples": self._samples,
+            "unit": self._unit,
+            "losses": self._losses,
+            "norms": [str(layer.norm) for layer in self._layers],
+        }
 
     def close(self) -> None:
         """Remove all hooks; what was measured can still be read."""
@@ -324,8 +362,8 @@ def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
 
 
 def _check(every: int, level: float, samples: float | None, losses: str, store: object, polar: str) -> None:
-    if every < 1:
-        raise ValueError(f"NoiseScale takes every >= 1, got {every}.")
+    if not isinstance(cast(object, every), int) or every < 1:
+        raise ValueError(f"NoiseScale takes a whole number every >= 1, got {every!r}.")
     if not 0 < level < 1:
         raise ValueError(f"NoiseScale takes a level in (0, 1), got {level}.")
     if samples is not None and not 0 < samples < math.inf:

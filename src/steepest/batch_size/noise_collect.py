@@ -1,8 +1,9 @@
 """Gradients of micro-batches, taken where autograd delivers them, and brought together from all ranks.
 
-A plain parameter's hook sees what one call of backward adds to `.grad`, before DistributedDataParallel averages it:
-ranks times micro-batches are separate samples. A DTensor's gradient (FSDP2) exists only after it was averaged over
-ranks: the hook runs then, what the micro-batch has added is a difference, and its samples are those of all ranks.
+A plain parameter's hook is on the node that adds to `.grad`, which `torch.autograd.grad` does not reach. It sees what
+one call of backward adds, before DistributedDataParallel averages it: ranks times micro-batches are separate samples.
+A DTensor's gradient (FSDP2) exists only after it was averaged over ranks: the hook runs then, what the micro-batch has
+added is a difference, and its samples are those of all ranks.
 """
 
 from collections.abc import Sequence
@@ -11,16 +12,35 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from steepest.batch_size.noise_layers import Layer
 
 Store = Literal["cpu"]
-ONE = (
-    "NoiseScale saw one micro-batch on one rank in a measured step; noise is what differs between at least two. While "
-    "`noise.measuring` is True, split the batch and call backward for each half (under FSDP2 with gradient "
-    "synchronisation on), or train on several ranks with DistributedDataParallel."
-)
+
+
+class MicroBatchError(ValueError):
+    """A step from which no noise can be read, by its number of micro-batches; the same on all ranks."""
+
+
+def too_few(count: int) -> MicroBatchError:
+    """What to say of a step with fewer than two micro-batches.
+
+    Args:
+        count: 0 or 1.
+    """
+    if count == 0:
+        return MicroBatchError(
+            "NoiseScale saw 0 micro-batches in a measured step: no backward reached the parameters since the last "
+            "step; gradients set by hand or made before NoiseScale was built are not seen. Build it before the first "
+            "backward, and call backward on measured steps."
+        )
+    return MicroBatchError(
+        f"NoiseScale saw {count} micro-batch on one rank in a measured step; noise is what differs between at least "
+        "two. While `noise.measuring` is True, split the batch and call backward for each half (under FSDP2 with "
+        "gradient synchronisation on), or train on several ranks with DistributedDataParallel."
+    )
 
 
 class MicroBatches:
@@ -35,6 +55,7 @@ class MicroBatches:
         self._layers = layers
         self._store = store
         self._handles: list[RemovableHandle] = []
+        self._nodes: list[Node] = []  # which live as long as somebody holds them, and their hooks with them
         self._heard: set[Tensor] = set()
         self._totals: dict[Tensor, tuple[Tensor, Tensor]] = {}  # under FSDP2: the gradient object, and its value so far
         self.samples: list[float] = []
@@ -50,13 +71,16 @@ class MicroBatches:
                 if sharded(parameter):
                     self._handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
                 else:
-                    self._handles.append(parameter.register_hook(_Arrival(self, parameter)))
+                    node = _accumulator(parameter)
+                    self._nodes.append(node)
+                    self._handles.append(node.register_prehook(_Arrival(self, parameter)))
 
     def close(self) -> None:
         """Remove the hooks and forget the gradients."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._nodes.clear()
         self._heard.clear()
         self.forget()
 
@@ -122,9 +146,11 @@ class MicroBatches:
         self._totals[parameter] = (gradient, total.clone())
 
     def _drop_earlier(self, parameter: Tensor) -> None:
-        """Forget all but this call of backward, if gradients of earlier ones were thrown away without a step."""
+        """Forget all but this call of backward, if all gradients of earlier ones were thrown away without a step."""
         earlier = len(self._gradients) - 1
-        if any(parameter in own for own in self._gradients[:earlier]):
+        others = {p for own in self._gradients[:earlier] for p in own}
+        # those that this call has reached have a gradient again
+        if parameter in others and all(p is parameter or p.grad is None for p in others - self._gradients[-1].keys()):
             del self._gradients[:earlier], self._tasks[:earlier], self.samples[:earlier]
             kept = self._gradients[0]
             self._totals = {p: total for p, total in self._totals.items() if p in kept}
@@ -156,15 +182,23 @@ _NESTED = (
 )
 
 
+def _accumulator(parameter: Tensor) -> Node:
+    """The node that adds to the parameter's `.grad`."""
+    with torch.enable_grad():
+        made = cast(Node, parameter.view_as(parameter).grad_fn)
+    return cast(Node, made.next_functions[0][0])
+
+
 class _Arrival:
-    """A tensor's hook: does not change the gradient."""
+    """A hook of what arrives at a parameter: does not change the gradient."""
 
     def __init__(self, record: MicroBatches, parameter: Tensor) -> None:
         self._record = record
         self._parameter = parameter
 
-    def __call__(self, gradient: Tensor) -> None:
-        self._record.arrived(self._parameter, gradient)
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is not None:
+            self._record.arrived(self._parameter, gradients[0])
 
 
 def sharded(tensor: Tensor) -> bool:
@@ -213,14 +247,14 @@ class Ranks:
             own: (J,) on the device of exchange.
 
         Raises:
-            ValueError: If ranks differ in their number of micro-batches, or there is one in all.
+            MicroBatchError: If ranks differ in their number of micro-batches, or there is one in all, or none.
         """
         if self.size > 1:
             extremes = torch.tensor([len(own), -len(own)], device=own.device)
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
             most, least = extremes[0].item(), -extremes[1].item()
             if most != least:
-                raise ValueError(
+                raise MicroBatchError(
                     f"Ranks have between {least} and {most} micro-batches in one step; NoiseScale needs the same "
                     "number on every rank. On measured steps (`noise.measuring`), accumulate equally often everywhere."
                 )
@@ -232,7 +266,7 @@ class Ranks:
             dist.all_gather(parts, own, group=self.group)
             own = torch.cat(parts)
         if len(own) < 2:
-            raise ValueError(ONE)
+            raise too_few(len(own))
         return own
 
     def gathered(self, layer: Layer, own: Tensor, owner: int) -> Tensor | None:

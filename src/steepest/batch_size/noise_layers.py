@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from steepest.anatomy import PlanRow, View, route
-from steepest.batch_size.estimators import alignment, euclidean, l1, nested_sizes, nuclear
+from steepest.batch_size.estimators import Duals, alignment, euclidean, l1, nested_sizes, nuclear
 from steepest.geometry import Frobenius, Norm, Sign, Spectral, get_norm
 from steepest.linalg import PolarMethod
 from steepest.names import unknown_name
@@ -25,7 +25,6 @@ TORCH_NORMS: dict[str, Norm] = {
     "SGD": Frobenius(),
     "Adam": Sign(),
     "AdamW": Sign(),
-    "Muon": Spectral(scale="none", polar="auto"),
 }
 
 
@@ -101,6 +100,8 @@ def _norm_of(optimizer: Optimizer, group: Mapping[str, Any], given: Norm | None)
     if isinstance(optimizer, SteepestDescent):
         return cast(Norm, group["norm"])
     name = type(optimizer).__name__
+    if name == "Muon":  # torch's rules have the names of ours
+        return Spectral(scale=group.get("adjust_lr_fn") or "original", polar="auto")
     if name not in TORCH_NORMS:
         raise ValueError(
             f"kinds has 'alignment', but in which norm {name} descends is not known. Pass norm=, an object or a name "
@@ -142,7 +143,7 @@ def columns(kinds: Sequence[Kind], count: int) -> tuple[str, ...]:
         elif kind == "alignment":
             names += [f"alignment.{size}" for size in nested_sizes(count)]
         else:
-            names += [f"{kind}.noise", f"{kind}.plug_in", f"{kind}.crossed"]
+            names += [f"{kind}.{part}" for part in Duals._fields]
     return tuple(names)
 
 
@@ -188,9 +189,9 @@ def measure_layer(
 def _nuclear(layer: Layer, gradients: Tensor, samples: Tensor, method: PolarMethod) -> list[Tensor]:
     """Summed over the layer's matrices: in the largest of their norms, duals add up. No matrix: zeros."""
     if not layer.matrix:
-        return [gradients.new_zeros((), dtype=torch.float64)] * 3
+        return [gradients.new_zeros((), dtype=torch.float64)] * len(Duals._fields)
     parts = [nuclear(batch, samples, method=method) for batch in _batches(gradients, layer.view)]
-    return [torch.stack([part[place].sum() for part in parts]).sum() for place in range(3)]
+    return [torch.stack([part[place].sum() for part in parts]).sum() for place in range(len(Duals._fields))]
 
 
 def _alignment(layer: Layer, gradients: Tensor, samples: Tensor, moment: Tensor | None) -> Tensor:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steepest.batch_size.estimators import nested_sizes
+from steepest.batch_size.estimators import Duals, nested_sizes
 from steepest.batch_size.noise_layers import Kind
 from steepest.batch_size.ratio import Ratio, batch_for, ratio_of_means
 from steepest.names import unknown_name
 
 TOTAL = "total"
+RISE = 0.05  # of the noise, from half of the micro-batches to all, from which on it is not believed to be all of it
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,11 @@ class NoiseReport:
         scales: Totals first, then layers, kind by kind.
         curves: Likewise, if the alignment is measured.
         measurements: How many were averaged.
-        curve_measurements: How many of them have the number of micro-batches of the last one, as curves need.
+        curve_measurements: How many of them have as many micro-batches and samples as the last one, as curves need.
         steps: The first and the last measured step.
         batch: Samples in a step's whole batch, on average.
         discarded: Measurements so far that had a gradient that is not finite.
+        skipped: Measurements so far for which there were too few micro-batches.
         unit: Of samples.
         level: Of the intervals.
     """
@@ -97,6 +99,7 @@ class NoiseReport:
     steps: tuple[int, int]
     batch: float
     discarded: int
+    skipped: int
     unit: str
     level: float
 
@@ -139,6 +142,7 @@ class NoiseReport:
             "steps": list(self.steps),
             "batch": self.batch,
             "discarded": self.discarded,
+            "skipped": self.skipped,
             "scales": [
                 {
                     "kind": scale.kind,
@@ -167,8 +171,8 @@ class NoiseReport:
         lines = [
             f"Noise scales in {self.unit}, {self.level:.0%} intervals; {self.measurements} measurements of steps "
             f"{first} to {last}, {self.batch:g} {self.unit} per step"
-            + f", {self.discarded} not finite"
-            * bool(self.discarded)
+            + f", {self.discarded} not finite" * bool(self.discarded)
+            + f", {self.skipped} with too few micro-batches" * bool(self.skipped)
         ]
         table = [("kind", "layer", "scale", "interval", "plug-in", "remark")]
         for scale in self.scales:
@@ -198,6 +202,7 @@ def make_report(
     level: float,
     unit: str,
     discarded: int,
+    skipped: int,
 ) -> NoiseReport:
     """Average measurements.
 
@@ -211,6 +216,7 @@ def make_report(
         level: Of the intervals.
         unit: Of samples.
         discarded: Measurements that had a gradient that is not finite.
+        skipped: Measurements for which there were too few micro-batches.
     """
     scales: list[Scale] = []
     for kind in kinds:
@@ -220,14 +226,15 @@ def make_report(
             name: torch.stack(
                 [r.values[:, c.index(f"{kind}.{name}")] for r, c in zip(records, columns_of, strict=True)]
             )
-            for name in (("noise", "signal") if kind == "euclidean" else ("noise", "crossed", "plug_in"))
+            for name in (("noise", "signal") if kind == "euclidean" else Duals._fields)
         }
         scales.append(_scale(kind, TOTAL, {name: values.sum(1) for name, values in series.items()}, level))
         for place, layer in enumerate(layers):
             if kind != "nuclear" or matrices[place]:
                 own = {name: values[:, place] for name, values in series.items()}
                 scales.append(_scale(kind, layer, own, level))
-    alike = [record for record in records if record.count == records[-1].count]
+    last = records[-1]
+    alike = [record for record in records if (record.count, record.samples) == (last.count, last.samples)]
     return NoiseReport(
         scales=tuple(scales),
         curves=_curves(alike, layers, columns_of[-1], kappa, level) if "alignment" in kinds else (),
@@ -236,6 +243,7 @@ def make_report(
         steps=(records[0].step, records[-1].step),
         batch=sum(record.samples for record in records) / len(records),
         discarded=discarded,
+        skipped=skipped,
         unit=unit,
         level=level,
     )
@@ -250,14 +258,23 @@ def _scale(kind: Kind, layer: str, series: dict[str, Tensor], level: float) -> S
         signal = series["crossed"]
         ratio = ratio_of_means(noise, signal, level=level).squared()
         plug_in = ratio_of_means(noise, series["plug_in"], level=level).squared()
+        if noise.mean() > (1 + RISE) * series["half"].mean():
+            ratio, plug_in = _without_upper_end(ratio, plug_in), _without_upper_end(plug_in, plug_in)
     return Scale(kind, layer, ratio, plug_in, float(noise.mean()), float(signal.mean()))
+
+
+def _without_upper_end(ratio: Ratio, plug_in: Ratio) -> Ratio:
+    """As the noise is too small; the lower end is the plug-in scale's, whose signal is surely not too small as well."""
+    if ratio.status not in ("bounded", "unbounded"):
+        return ratio
+    return Ratio(ratio.value, min(ratio.low, plug_in.low), math.inf, "rising")
 
 
 def _curves(
     records: Sequence[Record], layers: Sequence[str], columns: Sequence[str], kappa: float, level: float
 ) -> tuple[Curve, ...]:
     count = records[-1].count
-    per_micro_batch = sum(record.samples for record in records) / len(records) / count
+    per_micro_batch = records[-1].samples / count
     sizes = nested_sizes(count)
     batches = tuple(size * per_micro_batch for size in sizes)
     places = [columns.index(f"alignment.{size}") for size in sizes]

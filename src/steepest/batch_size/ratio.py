@@ -4,7 +4,7 @@ The ratio of means is what to look at: a mean of ratios is biased, and undefined
 Measurements are cut into blocks long enough to be nearly independent (Carlstein's rule), and
 
 * `ratio_of_means` uses Fieller's set, which knows that a denominator may be zero: the interval then has no upper end;
-* `resampled_means` draws blocks with replacement, for any other function of means.
+* `batch_for` does likewise where a curve crosses a share of its last value: it holds what Student's test permits.
 """
 
 import math
@@ -16,12 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Status = Literal["bounded", "unbounded", "unknown", "no signal", "at most", "at least", "not aligned", "one size"]
+Status = Literal[
+    "bounded", "unbounded", "rising", "unknown", "no signal", "at most", "at least", "not aligned", "one size"
+]
 FEWEST_BLOCKS = 3  # with two, Student's quantile alone is 6.3 at 90%
 PREFERRED_BLOCKS = 8
 REMEDIES: dict[Status, str] = {
     "bounded": "",
     "unbounded": "signal not told from noise: only a lower end; average more or larger batches",
+    "rising": "noise still rising with micro-batches, or fewer than four: only a lower end; split further",
     "unknown": f"fewer than {FEWEST_BLOCKS} measurements: no interval yet",
     "no signal": "no gradient was seen",
     "at most": "reached at the smallest batch looked at: split further to see below",
@@ -40,8 +43,8 @@ class Ratio:
         low: Lower end of the interval, at least 0.
         high: Upper end; infinite where the denominator may be zero.
         status: "bounded"; "unbounded": the denominator may be zero; "unknown": too few measurements for an interval,
-            which is then everything; "no signal": all measurements are zero, and the value is not a number. the others
-            are of `batch_for`.
+            which is then everything; "no signal": all measurements are zero, and the value is not a number; "rising":
+            the numerator is too small, see `Duals.half`. The others are of `batch_for`.
     """
 
     value: float
@@ -140,52 +143,17 @@ def block_length(series: Tensor) -> int:
     return max(1, min(math.ceil(best), count // PREFERRED_BLOCKS))
 
 
-def resampled_means(series: Tensor, *, resamples: int = 2000, block: int | None = None, seed: int = 0) -> Tensor:
-    """Means of series put together from blocks drawn with replacement, for percentiles of any function of means.
+def batch_for(curves: Tensor, batches: Sequence[float], *, kappa: float = 0.9, level: float = 0.9) -> Ratio:
+    """b_κ with A(b_κ) = κ A(b_max), by interpolation of mean curves over log b.
+
+    The interval reaches from the first to the last b at which the mean of A(b) - κ A(b_max) is within Student's
+    quantile of zero, with the standard error of means of blocks, each interpolated between two batch sizes.
 
     Args:
-        series: (n, k): k numbers measured n times, in order.
-        resamples: How many.
-        block: Measurements per block, on a circle; None: the longest that any of the k asks for.
-        seed: Of the draws.
-
-    Returns:
-        (resamples, k), float64.
-
-    Raises:
-        ValueError: If there is nothing, or an option is not positive.
-
-    Source:
-        Politis and Romano, 1992 (circular blocks).
-    """
-    if series.ndim != 2 or not len(series) or resamples < 1 or (block is not None and block < 1):
-        raise ValueError(
-            f"resampled_means takes (n, k) with n, resamples and block at least 1, got shape {tuple(series.shape)}, "
-            f"{resamples=} and {block=}."
-        )
-    count = len(series)
-    length = block or max(block_length(column) for column in series.T)
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(count, (resamples, math.ceil(count / length)), generator=generator)
-    places = (starts.unsqueeze(-1) + torch.arange(length)).flatten(1)[:, :count] % count
-    values = series.double().cpu()
-    # the circle repeats what a block runs over; drawing by counts keeps memory at (resamples, n)
-    counts = torch.zeros(resamples, count, dtype=torch.float64)
-    counts.scatter_add_(1, places, torch.ones(places.shape, dtype=torch.float64))
-    return counts @ values / count
-
-
-def batch_for(
-    curves: Tensor, batches: Sequence[float], *, kappa: float = 0.9, level: float = 0.9, seed: int = 0
-) -> Ratio:
-    """b_κ with A(b_κ) = κ A(b_max), by interpolation of mean curves over log b; percentiles of resampled means.
-
-    Args:
-        curves: (n, k): A at k batch sizes, measured n times.
+        curves: (n, k): A at k batch sizes, measured n times, in order.
         batches: The k batch sizes, rising; the last is b_max.
         kappa: κ in (0, 1).
         level: Of the interval, in (0, 1).
-        seed: Of the resampling.
 
     Returns:
         b_κ in units of `batches`. "at most": A(b_1) is at least κ A(b_max) already; "at least": it lies beyond the
@@ -203,15 +171,20 @@ def batch_for(
         return Ratio(math.nan, 0.0, math.inf, "no signal")
     if len(batches) == 1:
         return Ratio(math.nan, 0.0, math.inf, "one size")
-    value = float(_crossings(curves.double().mean(0, keepdim=True), batches, kappa))
-    if len(curves) < FEWEST_BLOCKS:
+    curves = curves.double().cpu()
+    value = _crossing(curves.mean(0), batches, kappa)
+    excess = curves - kappa * curves[:, -1:]
+    blocks = _blocks(
+        torch.cat([excess, curves[:, -1:]], dim=1), max(block_length(own) for own in (*curves.T, *excess.T))
+    )
+    if len(blocks) < FEWEST_BLOCKS:
         return Ratio(value, 0.0, math.inf, "unknown")
-    drawn = resampled_means(curves, seed=seed)
-    tail = (1 - level) / 2
-    if float((drawn[:, -1] <= 0).double().mean()) > tail:
+    quantile = student_quantile((1 + level) / 2, len(blocks) - 1) ** 2 / len(blocks)
+    means, spread = blocks.mean(1).mean(0), torch.cov(blocks.mean(1).T) * quantile
+    if not value > 0 or means[-1] <= spread[-1, -1].sqrt():
         return Ratio(value, 0.0, math.inf, "not aligned")
-    found = _crossings(drawn[drawn[:, -1] > 0], batches, kappa)
-    low, high = (float(found.quantile(share)) for share in (tail, 1 - tail))
+    found = [value, *_permitted(means[:-1].tolist(), spread[:-1, :-1].tolist(), batches)]
+    low, high = min(found), max(found)
     if value == batches[0]:
         return Ratio(value, 0.0, high, "at most")
     low = 0.0 if low == batches[0] else low
@@ -220,17 +193,42 @@ def batch_for(
     return Ratio(value, low, high, "bounded")
 
 
-def _crossings(curves: Tensor, batches: Sequence[float], kappa: float) -> Tensor:
-    """(n,): where each curve passes κ times its last value for the last time; not a number if that is not positive."""
-    grid = torch.tensor(batches, dtype=torch.float64).log()
-    excess = curves - kappa * curves[:, -1:]
-    order = torch.arange(len(batches))
-    last = torch.where(excess < 0, order, -1).amax(dim=1)
-    start = last.clamp(0, len(batches) - 2)
-    left, right = (excess.gather(1, (start + i).unsqueeze(1)).squeeze(1) for i in (0, 1))
-    share = torch.where(last < 0, 0.0, -left / (right - left))
-    found = torch.where(last < 0, float(batches[0]), (grid[start] + share * (grid[start + 1] - grid[start])).exp())
-    return torch.where(curves[:, -1] > 0, found, torch.nan)
+def _permitted(means: Sequence[float], spread: Sequence[Sequence[float]], batches: Sequence[float]) -> list[float]:
+    """Ends of stretches of b where the interpolated mean is not told from zero; the spread has the quantile in it."""
+    found: list[float] = []
+    for place in range(len(batches) - 1):
+        (first, second), s = means[place : place + 2], [row[place : place + 2] for row in spread[place : place + 2]]
+        slope = second - first
+        # (first + t slope)² minus its spread, a polynomial of the share t of the way
+        constant = first**2 - s[0][0]
+        linear = 2 * (first * slope - (s[0][1] - s[0][0]))
+        square = slope**2 - (s[0][0] - 2 * s[0][1] + s[1][1])
+        shares = [end for end, inside in ((0.0, constant), (1.0, constant + linear + square)) if inside <= 0]
+        shares += [root for root in _roots(constant, linear, square) if 0 < root < 1]
+        step = math.log(batches[place + 1] / batches[place])
+        found += [batches[place + int(t)] if t in (0, 1) else batches[place] * math.exp(t * step) for t in shares]
+    return found
+
+
+def _roots(constant: float, linear: float, square: float) -> list[float]:
+    """Real ones of a polynomial, by the formulas that do not cancel."""
+    inside = linear**2 - 4 * square * constant
+    if inside < 0:
+        return []
+    half = -(linear + math.copysign(math.sqrt(inside), linear)) / 2
+    return [top / bottom for top, bottom in ((half, square), (constant, half)) if bottom != 0]
+
+
+def _crossing(curve: Tensor, batches: Sequence[float], kappa: float) -> float:
+    """Where a curve passes κ times its last value for the last time; not a number if that is not positive."""
+    excess = (curve - kappa * curve[-1]).tolist()
+    if not curve[-1] > 0:
+        return math.nan
+    below = [place for place, value in enumerate(excess) if value < 0]
+    if not below:
+        return float(batches[0])
+    left, right = excess[below[-1] : below[-1] + 2]
+    return batches[below[-1]] * (batches[below[-1] + 1] / batches[below[-1]]) ** (-left / (right - left))
 
 
 def student_quantile(probability: float, freedom: int) -> float:
