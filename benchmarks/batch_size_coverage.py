@@ -58,6 +58,8 @@ def settings() -> list[Setting]:
         ("U", (13.0, 0.5, 2.0), OCTAVES, "b_star"),
     ]
     rows = [Setting(*curve, sigma, how) for curve in curves for how in ("known", "AICc") for sigma in (0.05, 0.1)]
+    low = tuple(2**k for k in range(1, 9))
+    rows += [Setting("P", (26.0, 1.2), low, "b_star", sigma, "AICc") for sigma in (0.1, 0.2)]
     for how in ("known", "AICc"):
         rows.append(Setting("H", (130.0,), OCTAVES, "knee", 0.1, how, "budget"))
         rows.append(Setting("S", (40.0,), OCTAVES, "b_star", 0.1, how, "never"))

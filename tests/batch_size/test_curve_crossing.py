@@ -78,3 +78,9 @@ def test_evaluations_too_far_apart_say_so():
 def test_curves_that_are_none(steps, losses, target, window, message):
     with pytest.raises(ValueError, match=message):
         first_crossing(steps, losses, target, window=window)
+
+
+def test_the_start_is_judged_by_itself_whatever_the_window():
+    crossing = first_crossing([0, 100, 200, 300, 400], [4, 0.9, 0.8, 0.7, 0.6], 1.0, window=5)
+    assert crossing.status == "reached"
+    assert 0 < crossing.steps <= 100

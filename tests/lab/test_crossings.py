@@ -1,5 +1,6 @@
 """Steps to a target: what they count, and what they do not depend on."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from steepest import Muon
 from steepest.batch_size.curve_crossing import first_crossings
 from steepest.lab.config import configure
 from steepest.lab.crossings import run_crossing
-from steepest.lab.records import read_run
+from steepest.lab.records import EvalRow, read_run
 from steepest.lab.tasks import make_task
 from steepest.lab.train import Interrupted, train_run
 
@@ -84,3 +85,10 @@ def test_accumulating_micro_batches_leaves_the_steps_to_a_target_as_they_are(pie
             losses.append(float((inputs @ (weight.detach().T - teacher)).square().mean()))
         crossings.append(first_crossings(range(1, 61), losses, [0.2])[0].steps)
     assert crossings[0] == pytest.approx(crossings[1], rel=1e-9)
+
+
+def test_a_run_that_diverged_is_called_so(tmp_path):
+    rows = [EvalRow(step, step, loss, None, 0.0) for step, loss in enumerate([4.0, 3.0, 2.5, 2.2, 2.1, 2.0, None])]
+    train_run(to_target(16, steps=2), tmp_path, threads=1)
+    crossing = run_crossing(dataclasses.replace(read_run(tmp_path), evals=tuple(rows)), 1.0)
+    assert (crossing.status, crossing.steps) == ("diverged", 6)

@@ -23,6 +23,11 @@ Kind = Literal["point", "at most", "at least", "between", "refused"]
 Reach = tuple[float, float]
 
 
+def size_text(size: float) -> str:
+    """A batch size in print: three digits, but whole from 1,000 on."""
+    return f"{size:,.0f}" if size >= 1000 else f"{size:.3g}"
+
+
 @dataclass(frozen=True)
 class Answer:
     """A batch size, or what is known of it.
@@ -48,10 +53,9 @@ class Answer:
 
     def __str__(self) -> str:
         """As in a sentence: "= 130 [95, 180]", "<= 64", "between 32 and 128", "not known"."""
-        low = "open" if self.low is None else f"{self.low:.3g}"
-        high = "open" if self.high is None else f"{self.high:.3g}"
+        low, high = ("open" if end is None else size_text(end) for end in (self.low, self.high))
         forms = {
-            "point": f"= {self.value or 0:.3g} [{low}, {high}]",
+            "point": f"= {size_text(self.value or 0)} [{low}, {high}]",
             "at most": f"<= {high}",
             "at least": f">= {low}",
             "between": f"between {low} and {high}",
@@ -104,10 +108,9 @@ def best_answer(fit: Fit, values: Array, level: float) -> Answer:
     smallest, largest = measured[0].batch_size, measured[-1].batch_size
     low, high = percentiles(values, level)
     value = fit.best_batch
-    if value is None:
-        reason = f"smallest measured: by the {fit.family.name}, b K(b) only grows with b, no interior minimum"
-        return Answer("at most", None, None, smallest, reason)
     least = min(measured, key=lambda one: one.samples)
+    if value is None:
+        return _without_minimum(fit, least, max(high, least.batch_size), [one.batch_size for one in measured])
     below, above = _sides(grid, least)
     sides = [sum(one.batch_size < value for one in measured), sum(one.batch_size > value for one in measured)]
     inside = smallest < least.batch_size < largest
@@ -117,18 +120,31 @@ def best_answer(fit: Fit, values: Array, level: float) -> Answer:
     end = min([size for size in above if size > max(high, least.batch_size)], default=None)
     least_there = f"b K(b) is least at {least.batch_size:g}"
     if start is None and end is None:
-        return Answer("refused", None, None, None, f"{least_there}, but the {fit.family.name} puts b* at {value:.3g}")
+        return Answer(
+            "refused", None, None, None, f"{least_there}, but the {fit.family.name} puts b* at {size_text(value)}"
+        )
     if start is None:
         bound = min(one.batch_size for one in measured if one.batch_size >= min(max(high, smallest), largest))
         return Answer("at most", None, None, max(bound, least.batch_size), _edge(least, smallest, "smallest"))
     if end is None:
         bound = max(one.batch_size for one in measured if one.batch_size <= max(min(low, largest), smallest))
         return Answer("at least", None, min(bound, least.batch_size), None, _edge(least, largest, "largest"))
-    put = f"the {fit.family.name} puts b* at {value:.3g} [{low:.3g}, {high:.3g}]"
+    put = f"the {fit.family.name} puts b* at {size_text(value)} [{size_text(low)}, {size_text(high)}]"
     few = f"with {sides[0]} measured below and {sides[1]} above, where a number takes 2 on each side"
     return Answer(
         "between", None, start, end, f"{least_there}; {put}, {few}" if min(sides) < 2 else f"{least_there}; {put}"
     )
+
+
+def _without_minimum(fit: Fit, least: Level, reach: float, sizes: list[float]) -> Answer:
+    """The family says that small is best; how small is known no better than other families and the runs allow."""
+    reason = f"by the {fit.family.name}, b K(b) only grows with b, no interior minimum"
+    if least.batch_size != sizes[0]:
+        reason += f"; measured, it is least at {least.batch_size:g}"
+    end = min([size for size in sizes if size >= reach], default=None)
+    if end is None:
+        return Answer("refused", None, None, None, f"{reason}; other families put it anywhere")
+    return Answer("at most", None, None, end, f"smallest measured: {sizes[0]:g}; {reason}")
 
 
 def scale_answer(value: float, values: Array, level: float, runs: Runs) -> Answer:
@@ -146,11 +162,14 @@ def scale_answer(value: float, values: Array, level: float, runs: Runs) -> Answe
     sizes = np.exp(runs.reached_sizes)
     smallest, largest = float(sizes[0]), float(sizes[-1])
     low, high = percentiles(values, level)
+    if smallest <= value <= largest:
+        return _number(value, (low, high), (smallest, largest))
+    put = f"the fit puts it at {size_text(value)}"
+    if low < smallest and high > largest:
+        return Answer("refused", None, None, None, f"{put}, its interval spans all that was measured")
     if value < smallest:
-        return Answer("at most", None, None, max(high, smallest), f"below the smallest measured, {smallest:.4g}")
-    if value > largest:
-        return Answer("at least", None, min(low, largest), None, f"above the largest measured, {largest:.4g}")
-    return _number(value, (low, high), (smallest, largest))
+        return Answer("at most", None, None, max(high, smallest), f"{put}, below the smallest measured, {smallest:g}")
+    return Answer("at least", None, min(low, largest), None, f"{put}, above the largest measured, {largest:g}")
 
 
 def _number(value: float, interval: Reach, measured: Reach) -> Answer:

@@ -65,7 +65,8 @@ def first_crossings(
         steps: Increasing steps of the evaluations.
         losses: Loss at each, above zero; None, inf or nan count as above any target.
         targets: Losses to reach, above zero.
-        window: Odd number of neighbouring evaluations whose median replaces each loss, fewer at both ends.
+        window: Odd number of neighbouring evaluations whose median replaces each loss; as many on both sides, so fewer
+            near the ends.
 
     Returns:
         For each target.
@@ -116,8 +117,9 @@ def first_crossing(
 
 
 def _running_median(values: Sequence[float], window: int) -> list[float]:
-    reach = window // 2
-    return [median(values[max(0, index - reach) : index + reach + 1]) for index in range(len(values))]
+    last = len(values) - 1
+    reaches = [min(window // 2, index, last - index) for index in range(len(values))]  # as far to both sides
+    return [median(values[index - reach : index + reach + 1]) for index, reach in enumerate(reaches)]
 
 
 def _cross(steps: Sequence[float], losses: Sequence[float], target: float, diverged: bool) -> Crossing:

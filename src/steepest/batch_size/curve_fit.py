@@ -212,7 +212,7 @@ def choose(points: Sequence[Point], families: Sequence[str] = ALL_FAMILIES) -> C
     runs = as_runs(points)
     fits: list[Fit] = []
     skipped: dict[str, str] = {}
-    for shape in map(family, families):
+    for shape in map(family, dict.fromkeys(families)):
         reason = lacking(runs, shape)
         if reason is None:
             fits.append(fit_runs(runs, shape))

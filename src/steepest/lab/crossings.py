@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 
@@ -25,4 +26,6 @@ def run_crossing(run: Run, target: float) -> Crossing:
     middle = SMOOTHED // 2
     medians = [statistics.median(losses[i - middle : i + middle + 1]) for i in range(middle, len(losses) - middle)]
     crossing = first_crossing([steps[0], *steps[middle : len(steps) - middle]], [losses[0], *medians], target)
-    return crossing if crossing.status in ("reached", "at the start") else replace(crossing, steps=steps[-1])
+    if crossing.status in ("reached", "at the start"):
+        return crossing
+    return replace(crossing, steps=steps[-1], status="stopped" if math.isfinite(losses[-1]) else "diverged")

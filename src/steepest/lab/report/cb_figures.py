@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from steepest.batch_size.curve import Estimate, bootstrap, percentiles
+from steepest.batch_size.curve_answers import size_text
 from steepest.lab.report import wording
 from steepest.lab.report.cb_ratio import SampleRatio, reference, sample_ratios
 from steepest.lab.report.cb_results import ArmResult, BatchReport, TargetResult
@@ -107,7 +108,7 @@ def _best_rule(report: BatchReport) -> Rule | None:
     """At b* of the leading arm."""
     own = next(one for one in report.leading.targets if one.target == report.shown)
     best = None if own.estimate is None else own.estimate.b_star.value
-    return None if best is None else Rule("x", best, f"b* of {wording.shortened(own.name)}: {best:.3g}")
+    return None if best is None else Rule("x", best, f"b* of {wording.shortened(own.name)}: {size_text(best)}")
 
 
 def _arrivals(result: TargetResult, power: int) -> _Marks:

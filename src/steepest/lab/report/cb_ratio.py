@@ -49,7 +49,10 @@ def sample_ratios(base: TargetResult, own: TargetResult, *, level: float) -> tup
         level: Of the intervals, by Student's t.
     """
     pairs = {size: _logs(base, own, size) for size in own.reached}
-    pairs = {size: logs for size, logs in pairs.items() if logs}
+    early = {size for size in pairs if any(one.crossing.status == "at the start" for one in base.at(size))}
+    pairs = {
+        size: logs for size, logs in pairs.items() if logs and size not in early
+    }  # there, K of the base is unknown
     exact = [size for size in pairs if size in base.reached]
     squares = sum((one - fmean(pairs[size])) ** 2 for size in exact for one in pairs[size])
     freedom = sum(len(pairs[size]) - 1 for size in exact)

@@ -256,7 +256,9 @@ def _result(
     arrivals = tuple(Arrival(run.config.batch_size, run, run_crossing(run, target)) for run in runs)
     points = _points(arrivals)
     if not points:
-        return TargetResult(name, target, arrivals, None, "No run to be counted has ended.", None)
+        early = f"No run is above the target {target:g} at its first evaluation. Take a lower one."
+        refusal = early if arrivals else "No run to be counted has ended."
+        return TargetResult(name, target, arrivals, None, refusal, None)
     try:
         found = estimate(points, families=families, level=level)
     except ValueError as refusal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from steepest.batch_size.curve import Answer, recommendation
+from steepest.batch_size.curve_answers import size_text
 from steepest.lab.report import wording
 from steepest.lab.report.cb_results import BatchReport, TargetResult
 from steepest.lab.report.sentences import Fact
@@ -64,9 +65,9 @@ def facts(report: BatchReport) -> tuple[Fact, ...]:
 
 def number(answer: Answer) -> str:
     """An answer without its interval: "130", "≤ 64", "32 to 128"."""
-    low, high = (wording.DASH if end is None else f"{end:.3g}" for end in (answer.low, answer.high))
+    low, high = (wording.DASH if end is None else size_text(end) for end in (answer.low, answer.high))
     forms = {
-        "point": f"{answer.value or 0:.3g}",
+        "point": size_text(answer.value or 0),
         "at most": f"\N{LESS-THAN OR EQUAL TO} {high}",
         "at least": f"{wording.GREATER} {low}",
         "between": f"{low} to {high}",
@@ -140,5 +141,5 @@ def _interval_of(answer: Answer, level: str) -> tuple[str, ...]:
 
 
 def _interval(answer: Answer) -> str:
-    ends = ["open" if end is None else f"{end:.3g}" for end in (answer.low, answer.high)]
+    ends = ["open" if end is None else size_text(end) for end in (answer.low, answer.high)]
     return f"[{', '.join(ends)}]"

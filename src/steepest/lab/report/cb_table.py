@@ -6,6 +6,7 @@ import math
 from statistics import fmean
 
 from steepest.batch_size.curve import Answer
+from steepest.batch_size.curve_answers import size_text
 from steepest.lab.report.cb_ratio import reference, sample_ratios
 from steepest.lab.report.cb_results import BatchReport, TargetResult
 from steepest.lab.report.cb_sentences import BEST, KNEE, number
@@ -48,7 +49,7 @@ def _overhead(result: TargetResult, report: BatchReport) -> Cell:
 
 
 def _answer(answer: Answer) -> Cell:
-    ends = ["open" if end is None else f"{end:.3g}" for end in (answer.low, answer.high)]
+    ends = ["open" if end is None else size_text(end) for end in (answer.low, answer.high)]
     interval = (f"[{', '.join(ends)}]",) if answer.kind == "point" else ()
     return Cell(number(answer), (*interval, *((answer.reason,) if answer.reason else ())))
 
@@ -78,4 +79,6 @@ def _time(result: TargetResult, report: BatchReport) -> Cell:
     if result.time is None:
         return Cell(DASH)
     sign = {"point": "", "at most": "\N{LESS-THAN OR EQUAL TO} ", "at least": "\N{GREATER-THAN OR EQUAL TO} "}
-    return Cell(f"b = {sign[result.time.kind]}{result.time.batch_size:.3g}", (f"in {duration(result.time.seconds)}",))
+    return Cell(
+        f"b = {sign[result.time.kind]}{size_text(result.time.batch_size)}", (f"in {duration(result.time.seconds)}",)
+    )
