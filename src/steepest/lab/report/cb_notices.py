@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from steepest.lab.records import Run
 from steepest.lab.report import wording
@@ -21,17 +22,18 @@ _MOMENTA = ("momentum", "beta1")
 def notices(report: BatchReport, model: ModelFacts) -> tuple[Notice, ...]:
     """All notices, the most serious first."""
     runs = [run for arm in report.arms for run in arm.runs]
+    arms = {one.run.name: one.asked.arm for one in report.study.runs}
     found = (
-        set_aside(report.set_aside, called=_who),
+        set_aside(report.set_aside, called=partial(_who, arms)),
         _missing(report),
         _from_the_start(report),
         _stopped(report),
-        _diverged(runs),
+        _diverged(runs, arms),
         _edge(report),
         _normalised(model),
         _doubts(report),
         _coarse(report),
-        _shrinking(runs),
+        _shrinking(runs, arms),
         _few(report),
         _managed(report, model),
         _horizon(report, runs),
@@ -128,8 +130,10 @@ def _expected(result: TargetResult, here: Sequence[Arrival]) -> str:
     return f"{steps}, the fit says {f'{fitted:,.0f}' if fitted < 1e9 else 'never'}"
 
 
-def _diverged(runs: Sequence[Run]) -> Notice | None:
-    lines = [f"{_who(run)}: after step {run.result.steps}" for run in runs if run.result and run.status == "diverged"]
+def _diverged(runs: Sequence[Run], arms: Mapping[str, str]) -> Notice | None:
+    lines = [
+        f"{_who(arms, run)}: after step {run.result.steps}" for run in runs if run.result and run.status == "diverged"
+    ]
     remedy = "They count as stopped there, although their learning rate was the best for the seeds that tuned it."
     return Notice("warning", "Diverged", (*_cut(lines), remedy)) if lines else None
 
@@ -170,12 +174,13 @@ def _doubts(report: BatchReport) -> Notice | None:
     return Notice("note", "About the fits", _cut(lines)) if lines else None
 
 
-def _shrinking(runs: Sequence[Run]) -> Notice | None:
+def _shrinking(runs: Sequence[Run], arms: Mapping[str, str]) -> Notice | None:
     found: dict[str, float] = {}
     for run in runs:
         lr, decay = (float(run.config.options.get(name, 0.0)) for name in ("lr", "weight_decay"))
         if lr * decay > 1:
-            found[f"{plain(run.config.method)}, b = {run.config.batch_size}"] = lr * decay
+            where = f"{_arm(arms, run)}, b = {run.config.batch_size}"
+            found[where] = max(lr * decay, found.get(where, 0.0))
     lines = [f"{where}: lr \N{MULTIPLICATION SIGN} weight_decay = {value:.3g}" for where, value in found.items()]
     remedy = "Above 1 a step turns weights around, and no bound on their size holds."
     return Notice("warning", "Decay of more than the whole weight", (*_cut(lines), remedy)) if lines else None
@@ -224,7 +229,11 @@ def _cut(lines: Sequence[str]) -> tuple[str, ...]:
     return (*lines[:_SHOWN], *more)
 
 
-def _who(run: Run) -> str:
+def _arm(arms: Mapping[str, str], run: Run) -> str:
+    return short(arms[run.name]) if run.name in arms else plain(run.config.method)
+
+
+def _who(arms: Mapping[str, str], run: Run) -> str:
     config = run.config
     rate = wording.rate(float(config.options.get("lr", 0.0)))
-    return f"{plain(config.method)}, b = {config.batch_size}, lr {rate}, seed {config.seed}"
+    return f"{_arm(arms, run)}, b = {config.batch_size}, lr {rate}, seed {config.seed}"
