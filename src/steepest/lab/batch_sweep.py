@@ -121,7 +121,7 @@ class BatchSweep(StudyPlan):
 
     def grown(self, out: Path) -> list[RunConfig]:
         """The runs of `configs`, those that follow from the results in `out`, and, where a rate is found, the seeds."""
-        configs = self.configs()[:0]
+        configs: list[RunConfig] = []
         for cell in self.cells(out):
             configs += self._tuning(cell)
             if cell.best is not None:

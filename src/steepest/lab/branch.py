@@ -152,7 +152,8 @@ def train_branch(
                 f"The run's schedule ends at step {config.steps}, and the window goes from step {fork.step} to "
                 f"{fork.step + own_steps:g}. Train the run with --schedule constant, or stop it earlier."
             )
-        fork.order.take(repeat * window.samples) if repeat else None
+        if repeat:
+            fork.order.take(repeat * window.samples)
         rows = _Losses()
         for _ in range(window.samples // batch_size):
             fork.train_step(rows)  # pyright: ignore[reportArgumentType] - all that a step asks of a recorder
