@@ -11,6 +11,7 @@ from steepest import Adam, Muon
 from steepest.batch_size.noise import NoiseScale
 from steepest.batch_size.noise_collect import too_few
 from tests.batch_size.noisy_loops import MICRO, PER, STEPS, loss_of, network
+from tests.ranks import join_ranks, leave_ranks
 
 WORLD = 2
 KINDS = ("euclidean", "l1", "nuclear", "alignment")
@@ -49,13 +50,8 @@ def alone(method, per=PER):
     return outcome(accumulate(model, optimizer, noise, range(MICRO)))
 
 
-def start(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
-
-
 def ddp_main(rank, folder, method, options):
-    start(rank, folder)
+    join_ranks(rank, WORLD, folder)
     bucket_view, no_sync = options
     # unused branches and frozen parameters included
     model = DistributedDataParallel(network(), find_unused_parameters=True, gradient_as_bucket_view=bucket_view)
@@ -64,7 +60,7 @@ def ddp_main(rank, folder, method, options):
     share = MICRO // WORLD
     accumulate(model, optimizer, noise, range(rank * share, (rank + 1) * share), no_sync=no_sync)
     torch.save(outcome(noise), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 @pytest.mark.parametrize(
@@ -125,12 +121,12 @@ def train_small(model, ranks, zero, samples, losses, check=lambda noise: None):
 def fsdp_main(rank, folder, zero):
     from torch.distributed.fsdp import fully_shard
 
-    start(rank, folder)
+    join_ranks(rank, WORLD, folder)
     model = small()
     fully_shard(model.up)
     fully_shard(model)
     torch.save(outcome(train_small(model, [rank], zero, PER, "divided")), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 @pytest.mark.parametrize("zero", [True, False])
@@ -145,7 +141,7 @@ def test_fsdp_is_accumulation_of_all_ranks_samples(tmp_path, zero):
 
 
 def ddp_refusals_main(rank, folder):
-    start(rank, folder)
+    join_ranks(rank, WORLD, folder)
     model = DistributedDataParallel(small())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     noise = NoiseScale(model, optimizer, every=1)
@@ -160,13 +156,13 @@ def ddp_refusals_main(rank, folder):
     small_loss(model, 0, 0, [rank]).backward()
     optimizer.step()  # one micro-batch on each of two ranks is enough
     assert noise.read().batch == 2
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 def fsdp_refusals_main(rank, folder):
     from torch.distributed.fsdp import fully_shard
 
-    start(rank, folder)
+    join_ranks(rank, WORLD, folder)
     sharded = small()
     fully_shard(sharded)
     optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
@@ -180,7 +176,7 @@ def fsdp_refusals_main(rank, folder):
     mixed = nn.ModuleList([sharded, small()])
     with pytest.raises(ValueError, match=r"sharded parameters \(DTensor\) and plain ones"):
         NoiseScale(mixed, torch.optim.SGD(mixed.parameters(), lr=0.1))
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 @pytest.mark.parametrize("main", [ddp_refusals_main, fsdp_refusals_main])
@@ -189,7 +185,7 @@ def test_what_ranks_refuse(tmp_path, main):
 
 
 def weighted_main(rank, folder):
-    start(rank, folder)
+    join_ranks(rank, WORLD, folder)
     model = DistributedDataParallel(small())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     noise = NoiseScale(model, optimizer, every=1, kinds=("euclidean", "l1"), losses="weighted")
@@ -201,7 +197,7 @@ def weighted_main(rank, folder):
         (model(x).square().mean() * count / 12 * WORLD).backward()
     optimizer.step()
     torch.save(outcome(noise), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 def test_losses_weighted_over_ranks(tmp_path):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steepest import Momo, Muon, MuonMax
+from tests.ranks import join_ranks, leave_ranks
 
 WORLD, STEPS, EXAMPLES = 2, 4, 8
 
@@ -37,12 +38,11 @@ def train(model, rows, method):
 
 
 def rank_main(rank, folder, method):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
+    join_ranks(rank, WORLD, folder)
     share = EXAMPLES // WORLD
     result = train(DistributedDataParallel(network()), slice(rank * share, (rank + 1) * share), method)
     torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 @pytest.mark.parametrize("method", METHODS)

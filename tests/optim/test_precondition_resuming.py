@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from steepest import InputMoment, Muon, NewtonMuon, NewtonMuonMax
 from steepest.optim.precondition import INPUT_LEADER, INPUT_SUM, UNSETTLED
 from tests.optim.training import assert_same, snapshot
+from tests.ranks import join_ranks, leave_ranks
 
 EVERY, STEPS, PARTS = 3, 10, 2
 METHODS = {
@@ -249,11 +250,9 @@ def run_ranked(rank, world):
 
 
 def rank_main(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
+    join_ranks(rank, world, folder)
     torch.save(run_ranked(rank, world), f"{folder}/{rank}.pt")
-    dist.barrier()  # a rank that leaves early would cut off the others
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 @pytest.mark.parametrize("world", [2, 4])
