@@ -11,7 +11,7 @@ from steepest.geometry.adaptive import Ada2, AdaInf
 from steepest.geometry.norm import MATRIX, Norm, Printed
 from steepest.geometry.scale import ScaleRule, scale_factor
 from steepest.geometry.spectrum import Nuclear, Schatten
-from steepest.linalg import Coefficients, PolarMethod, get_coefficients, polar
+from steepest.linalg import Coefficients, PolarMethod, polar
 from steepest.names import unknown_name
 
 
@@ -35,7 +35,7 @@ class Spectral(Printed):
 
     scale: ScaleRule = "original"
     polar: PolarMethod = "auto"
-    coefficients: str | Coefficients | Sequence[Sequence[float]] = "polar_express"
+    coefficients: str | Coefficients | Sequence[Sequence[float]] = "auto"
     dtype: torch.dtype | None = None
     name: ClassVar[str] = "spectral"
     adapts = False
@@ -43,10 +43,9 @@ class Spectral(Printed):
 
     def __post_init__(self) -> None:
         scale_factor(self.scale, 1, 1)
-        get_coefficients(self.coefficients)
-        polar(torch.zeros(0, 1, 1), method=self.polar)
         if self.dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"Spectral takes a dtype such as torch.float32, or None, got dtype={self.dtype!r}.")
+        polar(torch.zeros(0, 1, 1), method=self.polar, coefficients=self.coefficients, dtype=self.dtype)
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """σ_max(W) / s, by a singular value decomposition."""
@@ -58,8 +57,8 @@ class Spectral(Printed):
 
     def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """-s U Vᵀ."""
-        factor = polar(m, method=self.polar, coefficients=self.coefficients, dtype=self.dtype)
-        return factor.mul_(-scale_factor(self.scale, *m.shape[-2:]))
+        scale = scale_factor(self.scale, *m.shape[-2:])
+        return polar(m, method=self.polar, coefficients=self.coefficients, dtype=self.dtype, times=-scale)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from steepest.linalg.coefficients import (
     COEFFICIENTS,
     Certificate,
     Coefficients,
-    describe,
+    Normaliser,
     get_coefficients,
-    minimax,
     overshoot,
 )
-from steepest.linalg.polar import PolarMethod, polar
+from steepest.linalg.minimax import describe, minimax
+from steepest.linalg.polar import PolarMethod, flops, polar
 from steepest.linalg.spd import (
     Damped,
     RidgeUnit,
@@ -25,6 +25,7 @@ __all__ = [
     "Certificate",
     "Coefficients",
     "Damped",
+    "Normaliser",
     "PolarMethod",
     "RidgeUnit",
     "damped_factor",
@@ -32,6 +33,7 @@ __all__ = [
     "damped_power",
     "describe",
     "diagonal_power",
+    "flops",
     "get_coefficients",
     "minimax",
     "overshoot",

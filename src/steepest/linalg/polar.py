@@ -6,61 +6,220 @@ l = max(m, n), all iterations work on the k side.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from steepest.linalg.coefficients import Coefficients, Triple, get_coefficients
+from steepest.linalg.coefficients import Coefficients, Normaliser, get_coefficients
+from steepest.linalg.iterations import Form, gram_form, newton_schulz, product_counts, segments
+from steepest.linalg.products import OneByOne, Products, Together, full_precision, products_for
+from steepest.linalg.symmetric import work_share
 from steepest.names import unknown_name
 
 PolarMethod = Literal["auto", "newton-schulz", "gram", "svd"]
 
 # One chunk of a batch keeps its temporaries below this; larger batches are worked on chunk by chunk.
 MEMORY_CAP = 256 * 2**20
-# Rounding leaves an error of about eps in the null space of the Gram matrix, and a step with slope a enlarges it by
-# a². The Gram form starts anew from X before that passes this bound: near 1 the eigenvalues that rounding made negative
-# grow faster still, and the iteration diverges.
-LARGEST_NOISE = 0.1
 
 
+@torch.no_grad()
 def polar(
     x: Tensor,
     *,
     method: PolarMethod = "auto",
-    coefficients: str | Coefficients | Sequence[Sequence[float]] = "polar_express",
+    coefficients: str | Coefficients | Sequence[Sequence[float]] = "auto",
     dtype: torch.dtype | None = None,
     memory_cap: int = MEMORY_CAP,
+    times: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Polar factor of each matrix of a batch.
+    """Polar factor of each matrix of a batch. No gradient flows through it.
 
     The result does not depend on the scale of a matrix: entries from 1e-30 to 1e30 are brought to size one first, in
     float32 or wider. A zero matrix gives zero, a matrix without entries gives itself; a non-finite entry spoils its
     own matrix only. For "svd", singular values that the rounding of the input can have made count as zero: those below
     8 eps s_max, with the eps of the input's dtype but of float32 at most. The polynomial methods send a singular value
-    s to `coefficients(s / ‖X‖_F)`.
+    s to `coefficients(s / N)` with N the norm of X that belongs to the set, ‖X‖_F for most.
 
     Args:
         x: (*batch, m, n), real floating point, any units.
         method: "svd" is exact, in float64. "newton-schulz" multiplies X in every step, "gram" iterates on the k x k
             Gram matrix. "auto" takes whichever of the two needs fewer operations for this shape.
-        coefficients: For the two polynomial methods: a name, a `Coefficients`, or (a, b, c) triples.
-        dtype: Type of the matrix products. Default: float64 for float64 input, else bfloat16 on CUDA and float32
-            elsewhere.
+        coefficients: For the two polynomial methods: a name, a `Coefficients`, or numbers; see `get_coefficients`.
+        dtype: Type of the matrix products, whatever precision the process allows for its own. Default: float64 for
+            float64 input, else bfloat16 on CUDA and float32 elsewhere.
         memory_cap: Bytes that temporaries may take; a batch beyond it is split, one matrix is never split.
+        times: What the result is multiplied with.
+        out: Takes the result; of the shape, dtype and device of `x`, which it may be itself. None: a new tensor.
 
     Returns:
-        (*batch, m, n), unitless, dtype and device of `x`, never sharing memory with it.
+        (*batch, m, n), unitless, dtype and device of `x`; `out`, if that was given.
 
     Raises:
-        ValueError: If `x` has fewer than two dimensions, an option is not known, or `memory_cap` is not positive.
+        ValueError: If `x` has fewer than two dimensions, an option is not known, `memory_cap` is not positive,
+            `out` does not fit, or the coefficients need products in a wider type.
         TypeError: If `x` is not real floating point.
 
     Source:
         Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/ (iteration); arXiv:2505.16932 (coefficients).
     """
+    _check(x, method, memory_cap, out)
+    products = dtype or compute_dtype(x)
+    chosen = get_coefficients(coefficients, torch.float64 if method == "svd" else products)
+    result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if x.numel() == 0:
+        return result
+    batch, results = x.reshape(-1, *x.shape[-2:]), result.view(-1, *x.shape[-2:])
+    tall = batch.size(-2) > batch.size(-1)
+    if tall:
+        batch, results = batch.mT, results.mT
+    if method == "svd":
+        _svd_into(results, batch, times)
+        return result
+    iteration = Iteration.choose(method, chosen, batch.size(-2), batch.size(-1), products, device=x.device)
+    with full_precision(x.device):
+        chunk = max(1, memory_cap // iteration.bytes_per_matrix)
+        for source, target in zip(batch.split(chunk), results.split(chunk), strict=True):
+            iteration.run(source, target, times)
+    return result
+
+
+class Iteration:
+    """How the matrices of one shape are worked on.
+
+    Args:
+        form: Of the iteration.
+        chosen: Its coefficients.
+        rows: k, the short side.
+        columns: l, the long side.
+        dtype: Of the products.
+        products: How these are computed.
+    """
+
+    def __init__(
+        self, form: Form, chosen: Coefficients, rows: int, columns: int, *, dtype: torch.dtype, products: Products
+    ) -> None:
+        self.form: Form = form
+        self.chosen = chosen
+        self.rows, self.columns = rows, columns
+        self.dtype = dtype
+        self.products = products
+        self.parts = products.parts if isinstance(products, Together) else 1
+        self.segments = segments(chosen.steps, torch.finfo(dtype).eps)
+
+    @classmethod
+    def choose(
+        cls,
+        method: PolarMethod,
+        chosen: Coefficients,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        *,
+        device: torch.device,
+    ) -> "Iteration":
+        """The form asked for, or for "auto" the one with fewer operations.
+
+        Args:
+            method: Not "svd".
+            chosen: The coefficients.
+            rows: k, the short side.
+            columns: l, the long side.
+            dtype: Of the products.
+            device: Where they run.
+        """
+        products = products_for(rows, dtype, device)
+        forms: list[Form] = ["newton-schulz", "gram"]
+        found = [cls(form, chosen, rows, columns, dtype=dtype, products=products) for form in forms]
+        named = [one for one in found if method in ("auto", one.form)]
+        return min(named, key=lambda one: one.flops)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the products of one matrix, a multiply-add counted as two, as they are done."""
+        grams, applications, own = product_counts(self.form, self.chosen.steps, eps=torch.finfo(self.dtype).eps)
+        rows = self._padded
+        product, cube, share = 2 * rows * rows * self.columns, 2 * rows**3, work_share(self.parts)
+        return round(product * (grams * share + applications) + cube * own * share)
+
+    @property
+    def bytes_per_matrix(self) -> int:
+        """Of the temporaries."""
+        # X and the next X; R, R², Z and what is between, of which the Gram form keeps two more; a whole Z
+        kept = 5 if self.form == "gram" else 4
+        entries = 2 * self._padded * self.columns + (kept * work_share(self.parts) + 1) * self._padded**2
+        return round(entries * self.dtype.itemsize)
+
+    @property
+    def _padded(self) -> int:
+        """k with the rows of zeros that make blocks of one size; they stay zero in X, and do nothing."""
+        return math.ceil(self.rows / self.parts) * self.parts
+
+    def run(self, source: Tensor, target: Tensor, times: float) -> None:
+        """Compute polar factors.
+
+        Args:
+            source: (B, k, l).
+            target: Likewise, written to; may be `source`.
+            times: Factor of the result.
+        """
+        if isinstance(self.products, OneByOne):
+            for x, result in zip(source, target, strict=True):
+                _copy(self._iterate(_sized(x, self.dtype, self.chosen.norm).contiguous()), result, times)
+            return
+        x = _sized(source, self.dtype, self.chosen.norm)
+        if self._padded > self.rows:
+            x = torch.nn.functional.pad(x, (0, 0, 0, self._padded - self.rows))
+        _copy(self._iterate(x)[:, : self.rows], target, times)
+
+    def _iterate(self, x: Tensor) -> Tensor:
+        if self.form == "gram":
+            return gram_form(x, self.chosen, self.segments, self.products)
+        return newton_schulz(x, self.chosen, self.products)
+
+
+def flops(
+    rows: int,
+    columns: int,
+    *,
+    method: PolarMethod = "auto",
+    coefficients: str | Coefficients | Sequence[Sequence[float]] = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Floating-point operations that `polar` spends on the products of one matrix, a multiply-add counted as two.
+
+    Args:
+        rows: m.
+        columns: n.
+        method: As for `polar`, but "svd".
+        coefficients: As for `polar`.
+        dtype: Of the products.
+        device: Where they run.
+
+    Returns:
+        Operations as they are done: symmetric products that are computed by halves count as such. Elementwise work is
+        not counted.
+
+    Raises:
+        ValueError: If the method is "svd", which has no count.
+    """
+    if method == "svd":
+        raise ValueError("flops counts the polynomial methods, got method='svd'.")
+    chosen, short, long = get_coefficients(coefficients, dtype), min(rows, columns), max(rows, columns)
+    return Iteration.choose(method, chosen, short, long, dtype, device=torch.device(device)).flops
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Default type of the products: float64 for float64, else bfloat16 on CUDA and float32 elsewhere."""
+    if x.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if x.is_cuda else torch.float32
+
+
+def _check(x: Tensor, method: PolarMethod, memory_cap: int, out: Tensor | None) -> None:
     if x.ndim < 2:
         raise ValueError(
             f"polar takes (*batch, m, n), got shape {tuple(x.shape)}. Give vectors another norm than the spectral one."
@@ -71,118 +230,39 @@ def polar(
         raise ValueError(unknown_name("polar method", method, get_args(PolarMethod)))
     if memory_cap <= 0:
         raise ValueError(f"polar takes a positive memory_cap in bytes, got {memory_cap}.")
-    chosen = get_coefficients(coefficients)
-    if x.numel() == 0:
-        return x.clone()
-    batch = x.reshape(-1, *x.shape[-2:])
-    tall = batch.size(-2) > batch.size(-1)
-    wide = batch.mT if tall else batch
-    rows, columns = wide.shape[-2:]
-    compute = torch.float64 if method == "svd" else dtype or _compute_dtype(x)
-    iterate = _iteration(method, chosen, rows, columns, torch.finfo(_wide(x) if method == "svd" else compute).eps)
-    # X, its next iterate, and three k x k matrices (Gram matrix, its polynomial, accumulated factor)
-    per_matrix = (2 * rows * columns + 3 * rows * rows) * compute.itemsize
-    chunks = wide.split(max(1, memory_cap // per_matrix))
-    done = [iterate(_normalised(chunk, compute)).to(x.dtype) for chunk in chunks]
-    result = done[0] if len(done) == 1 else torch.cat(done)
-    return (result.mT if tall else result).reshape(x.shape)
-
-
-def flops(
-    method: Literal["newton-schulz", "gram"], rows: int, columns: int, steps: Sequence[Triple], *, eps: float
-) -> int:
-    """Floating-point operations of one matrix, a multiply-add counted as two.
-
-    Args:
-        method: Which form.
-        rows: k, the short side.
-        columns: l, the long side.
-        steps: The quintics; the Gram form's restarts depend on their slopes.
-        eps: Machine epsilon of the products' dtype.
-
-    Returns:
-        Operations of the matrix products; elementwise work is not counted.
-    """
-    product, cube = 2 * rows * rows * columns, 2 * rows**3
-    if method == "newton-schulz":
-        return len(steps) * (2 * product + cube)
-    segments = len(_segments(steps, eps))
-    # a segment: the Gram matrix and the factor times X on the long side; R² in every step, Q Z in all but its first,
-    # Z R Z in all but its last
-    return segments * 2 * product + (len(steps) + 3 * (len(steps) - segments)) * cube
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    if x.dtype == torch.float64:
-        return torch.float64
-    return torch.bfloat16 if x.is_cuda else torch.float32
+    if out is not None and (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"polar takes out like x, {x.dtype} of shape {tuple(x.shape)} on {x.device}, got {out.dtype} of shape "
+            f"{tuple(out.shape)} on {out.device}."
+        )
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _normalised(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Divide each matrix by its Frobenius norm, by way of its largest entry so that squares stay in range."""
-    x = x.to(_wide(x))
-    largest = x.abs().amax(dim=(-2, -1), keepdim=True)
-    x = x / torch.where(largest == 0, 1.0, largest)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    return (x / torch.where(norm == 0, 1.0, norm)).to(dtype)
+def _sized(x: Tensor, dtype: torch.dtype, norm: Normaliser) -> Tensor:
+    """Each matrix divided by its largest entry, so that products stay in range, or by its Frobenius norm if wanted."""
+    largest = x.abs().amax(dim=(-2, -1), keepdim=True).to(_wide(x))  # several times as fast as a norm of order infinity
+    x = x * (1 / torch.where(largest == 0, 1.0, largest))
+    if norm == "frobenius":
+        size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+        x.mul_(1 / torch.where(size == 0, 1.0, size))
+    return x.to(dtype)
 
 
-def _iteration(
-    method: PolarMethod, chosen: Coefficients, rows: int, columns: int, eps: float
-) -> Callable[[Tensor], Tensor]:
-    """The function from normalised (B, k, l) matrices to their polar factors."""
-    if method == "svd":
-        return partial(_svd, eps=eps)
-    steps = chosen.steps
-    if method == "auto":
-        standard, gram = (flops(form, rows, columns, steps, eps=eps) for form in ("newton-schulz", "gram"))
-        method = "gram" if gram < standard else "newton-schulz"
-    if method == "gram":
-        return partial(_gram, segments=_segments(steps, eps))
-    return partial(_newton_schulz, steps=steps)
+def _copy(result: Tensor, target: Tensor, times: float) -> None:
+    if times == 1.0 or result.dtype != target.dtype:
+        target.copy_(result if times == 1.0 else result.float().mul_(times))
+    else:
+        torch.mul(result, times, out=target)
 
 
-def _svd(x: Tensor, eps: float) -> Tensor:
+def _svd_into(target: Tensor, x: Tensor, times: float) -> None:
+    eps = torch.finfo(_wide(x)).eps
     finite = x.isfinite().all(dim=(-2, -1), keepdim=True)
-    u, s, vh = torch.linalg.svd(torch.where(finite, x, 0.0), full_matrices=False)
-    cutoff = s[..., :1] * max(8 * eps, max(x.shape[-2:]) * torch.finfo(x.dtype).eps)
-    return torch.where(finite, (u * (s > cutoff).unsqueeze(-2)) @ vh, torch.nan)
-
-
-def _newton_schulz(x: Tensor, steps: Sequence[Triple]) -> Tensor:
-    for a, b, c in steps:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
-
-
-def _segments(steps: Sequence[Triple], eps: float) -> list[Sequence[Triple]]:
-    """Runs of steps between two formations of the Gram matrix."""
-    segments: list[list[Triple]] = []
-    noise = math.inf
-    for step in steps:
-        if noise > LARGEST_NOISE:
-            segments.append([])
-            noise = eps
-        segments[-1].append(step)
-        noise *= step[0] ** 2
-    return list(segments)
-
-
-def _gram(x: Tensor, segments: Sequence[Sequence[Triple]]) -> Tensor:
-    """Newton-Schulz in the Gram matrix R = X Xᵀ alone: with Z = a I + b R + c R², X -> Z X means R -> Z R Z."""
-    for steps in segments:
-        gram = x @ x.mT
-        factor: Tensor | None = None
-        for index, (a, b, c) in enumerate(steps, start=1):
-            update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-            update.diagonal(dim1=-2, dim2=-1).add_(a)
-            factor = update if factor is None else update @ factor
-            if index < len(steps):
-                gram = update @ gram @ update
-        x = x if factor is None else factor @ x
-    return x
+    wide = torch.where(finite, x, 0.0).double()
+    largest = wide.abs().amax(dim=(-2, -1), keepdim=True)
+    u, s, vh = torch.linalg.svd(wide / torch.where(largest == 0, 1.0, largest), full_matrices=False)
+    cutoff = s[..., :1] * max(8 * eps, max(x.shape[-2:]) * torch.finfo(s.dtype).eps)
+    target.copy_(torch.where(finite, (u * (s > cutoff).unsqueeze(-2)) @ vh * times, torch.nan))

@@ -1,0 +1,176 @@
+"""The few operations that polar iterations consist of, in the two ways in which a machine does them fastest.
+
+`Together` works on a batch at once, symmetric matrices in blocks of which only half are computed. `OneByOne` works on
+one matrix with oneDNN's products, which on CPUs with AVX-512 run float32 at up to twice the speed of torch.matmul's,
+and keeps it in the cache. Both do the same in another order of sums.
+"""
+
+import functools
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from steepest.linalg import symmetric
+
+# Below, a call takes longer than a batched product takes per matrix.
+SMALLEST_ONE_BY_ONE = 160
+
+
+class Products(Protocol):
+    """Operations on X, (..., k, l), and on symmetric matrices that commute."""
+
+    def gram(self, x: Tensor) -> Tensor:
+        """X Xᵀ."""
+        ...
+
+    def product(
+        self, a: Tensor, b: Tensor, *, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 1.0
+    ) -> Tensor:
+        """alpha · A B + beta · C; C is `plus`, None for nothing."""
+        ...
+
+    def apply(self, a: Tensor, x: Tensor) -> Tensor:
+        """A X."""
+        ...
+
+    def add_to_diagonal(self, a: Tensor, number: float) -> Tensor:
+        """A + number · I, in place."""
+        ...
+
+    def frobenius_norm(self, a: Tensor) -> Tensor:
+        """Root of the sum of squares, in float32 or wider."""
+        ...
+
+    def multiply(self, a: Tensor, numbers: Tensor) -> Tensor:
+        """A times the number of each matrix, in place."""
+        ...
+
+
+@dataclass(frozen=True)
+class Together:
+    """A batch (B, k, l); symmetric matrices are blocks, see `symmetric`.
+
+    Args:
+        parts: Rows of blocks; k is a multiple.
+    """
+
+    parts: int
+
+    def gram(self, x: Tensor) -> Tensor:
+        """X Xᵀ."""
+        return symmetric.gram(x, self.parts)
+
+    def product(
+        self, a: Tensor, b: Tensor, *, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 1.0
+    ) -> Tensor:
+        """alpha · A B + beta · C."""
+        return symmetric.product(a, b, alpha=alpha, plus=plus, beta=beta)
+
+    def apply(self, a: Tensor, x: Tensor) -> Tensor:
+        """A X, laid out in memory as X is: products of transposed results would each be copied."""
+        factor = symmetric.whole(a)
+        return torch.bmm(x.mT, factor).mT if x.stride(-1) != 1 else torch.bmm(factor, x)
+
+    def add_to_diagonal(self, a: Tensor, number: float) -> Tensor:
+        """A + number · I, in place."""
+        return symmetric.add_to_diagonal(a, number)
+
+    def frobenius_norm(self, a: Tensor) -> Tensor:
+        """(B,)."""
+        return symmetric.frobenius_norm(a)
+
+    def multiply(self, a: Tensor, numbers: Tensor) -> Tensor:
+        """Each matrix times its number, in place."""
+        return a.mul_(numbers.view(1, -1, 1, 1))
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """One matrix (k, l), contiguous, float32 on a CPU."""
+
+    def gram(self, x: Tensor) -> Tensor:
+        """X Xᵀ."""
+        return _onednn(x, x)
+
+    def product(
+        self, a: Tensor, b: Tensor, *, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 1.0
+    ) -> Tensor:
+        """alpha · A B + beta · C."""
+        result = _onednn(a, b)  # b is symmetric
+        if alpha != 1:
+            result.mul_(alpha)
+        return result if plus is None else result.add_(plus, alpha=beta)
+
+    def apply(self, a: Tensor, x: Tensor) -> Tensor:
+        """A X."""
+        return _onednn(a, x.mT)
+
+    def add_to_diagonal(self, a: Tensor, number: float) -> Tensor:
+        """A + number · I, in place."""
+        a.diagonal().add_(number)
+        return a
+
+    def frobenius_norm(self, a: Tensor) -> Tensor:
+        """0-d."""
+        flat = a.view(-1)
+        return torch.dot(flat, flat).sqrt()
+
+    def multiply(self, a: Tensor, numbers: Tensor) -> Tensor:
+        """A times the number, in place."""
+        return a.mul_(numbers)
+
+
+def products_for(rows: int, dtype: torch.dtype, device: torch.device) -> Products:
+    """The faster way for matrices of a size: a rule, not a measurement, so that a run repeats bit by bit.
+
+    Args:
+        rows: k, the short side.
+        dtype: Of the products.
+        device: Where they run.
+    """
+    if device.type == "cpu" and dtype == torch.float32 and rows >= SMALLEST_ONE_BY_ONE and has_onednn():
+        return OneByOne()
+    return Together(symmetric.parts_for(rows, dtype, device))
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether oneDNN's float32 product is here, is expected to be fast, and agrees with torch.matmul."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, 192, generator=generator) for size in (160, 224))
+    try:
+        found = _onednn(a, b)
+    except (AttributeError, RuntimeError, TypeError):  # a build of torch without it, or with another signature
+        return False
+    return found.shape == (160, 224) and torch.allclose(found.double(), a.double() @ b.double().mT, rtol=0, atol=1e-3)
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    """A Bᵀ, for A with contiguous rows and B with contiguous rows or columns."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Generator[None]:
+    """float32 products in float32, whatever the process has allowed for its own: here, precision is an option.
+
+    Args:
+        device: Where the products run.
+    """
+    # torch's stubs do not know the second
+    backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
+    allowed: str = backend.fp32_precision
+    if allowed == "ieee":
+        yield
+        return
+    backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = allowed
