@@ -10,7 +10,7 @@ import steepest
 SOURCE = Path(steepest.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 # Top to bottom; a room may import itself and what stands before it. `names` serves all.
-ROOMS = ["names", "linalg", "geometry", "anatomy", "optim", "batch_size", "theory", "lab", "cli"]
+ROOMS = ["names", "linalg", "geometry", "anatomy", "optim", "parallel", "batch_size", "theory", "lab", "cli"]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 50
 
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steepest.linalg import COEFFICIENTS, flops, get_coefficients, minimax, polar
-from steepest.linalg.polar import Iteration
+from steepest.linalg import COEFFICIENTS, flops, get_coefficients, minimax, polar, polars
+from steepest.linalg.plan import Iteration
 from tests.linalg.counting import Products
 
 TOO_WIDE = ["nonic", "cans"]  # for half precision
@@ -108,13 +108,20 @@ def test_svd_keeps_every_direction_of_a_rounded_matrix(dtype, rng):
 
 def test_the_memory_cap_is_kept(monkeypatch, rng):
     sizes = []
-    real = Iteration._iterate
-    monkeypatch.setattr(Iteration, "_iterate", lambda self, x: sizes.append(len(x)) or real(self, x))
+    real = Iteration.run
+    monkeypatch.setattr(
+        Iteration, "run", lambda self, jobs: sizes.append([len(job.source) for job in jobs]) or real(self, jobs)
+    )
     g = torch.randn(10, 8, 8, generator=rng)
-    polar(g, method="newton-schulz", memory_cap=3 * (2 * 64 + 5 * 64) * 4)
-    assert sizes == [3, 3, 3, 1]
+    one = (2 * 64 + 5 * 64) * 4
+    polar(g, method="newton-schulz", memory_cap=3 * one)
+    assert sizes == [[3], [3], [3], [1]]
+    sizes.clear()
     polar(g, method="newton-schulz", memory_cap=1)  # one matrix is never split
-    assert sizes[4:] == [1] * 10
+    assert sizes == [[1]] * 10
+    sizes.clear()
+    polars([g[:2], g[2:].mT], method="newton-schulz", memory_cap=5 * one)
+    assert sizes == [[2, 3], [5]]
 
 
 @pytest.mark.parametrize("method", ["svd", *POLYNOMIAL])
@@ -226,11 +233,6 @@ def test_operations_are_counted_as_they_are_done():
         (lambda: polar(torch.ones(2, 2), memory_cap=0), ValueError, "positive memory_cap in bytes, got 0"),
         (lambda: polar(torch.ones(2, 2), coefficients="x"), ValueError, "Unknown coefficients 'x'. Valid: auto, "),
         (
-            lambda: polar(torch.ones(2, 2), out=torch.ones(2, 3)),
-            ValueError,
-            "takes out like x, torch.float32 of shape (2, 2) on cpu, got torch.float32 of shape (2, 3) on cpu",
-        ),
-        (
             lambda: polar(torch.ones(2, 2), coefficients="nonic", dtype=torch.bfloat16),
             ValueError,
             "'nonic' need products in a wider type than torch.bfloat16: their terms are up to 2.73e+03 times",
@@ -254,17 +256,21 @@ def test_blocks_and_single_matrices_are_the_scalar_map(method, dtype, shape, rng
     expected = spectral_oracle(g, "nonic").to(dtype)
     atol = 2e-4 if dtype == torch.float32 else 1e-10
     torch.testing.assert_close(polar(g, method=method), expected, rtol=0, atol=atol)
-    torch.testing.assert_close(polar(g.mT, method=method, times=-2.0), -2 * expected.mT, rtol=0, atol=2 * atol)
+    torch.testing.assert_close(polars([g.mT], method=method, times=[-2.0])[0], -2 * expected.mT, rtol=0, atol=2 * atol)
 
 
-@pytest.mark.parametrize("shape", [(3, 20, 30), (2, 200, 180), (2, 4, 30, 20)], ids=str)
-@pytest.mark.parametrize("method", ["svd", "auto"])
-def test_the_result_may_take_the_place_of_the_matrix(shape, method, rng):
-    g = torch.randn(shape, generator=rng)
-    expected, pointer = polar(g, method=method), g.data_ptr()
-    assert polar(g, method=method, out=g, memory_cap=10**5) is g
-    assert g.data_ptr() == pointer
-    torch.testing.assert_close(g, expected, rtol=0, atol=1e-6)
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9)), max_size=6),
+    method=st.sampled_from(["svd", *POLYNOMIAL]),
+    cap=st.sampled_from([1, 3000, 10**6]),
+)
+@settings(max_examples=60, deadline=None)
+def test_several_shapes_are_each_of_them(shapes, method, cap):
+    generator = torch.Generator().manual_seed(len(shapes))
+    batches = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    found = polars(batches, method=method, memory_cap=cap, times=[2.0] * len(batches))
+    for batch, factor in zip(batches, found, strict=True):
+        torch.testing.assert_close(factor, 2 * polar(batch, method=method), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("rows", [100, 200])

@@ -37,9 +37,9 @@ def test_blocks_are_the_whole_matrices(parts, rng):
         whole(symmetric.add_to_diagonal(cut_a.clone(), 5.0)), a + 5 * torch.eye(12, dtype=torch.float64)
     )
     x = torch.randn(2, 12, 7, generator=rng, dtype=torch.float64)
-    torch.testing.assert_close(whole(symmetric.gram(x, parts)), x @ x.mT)
+    torch.testing.assert_close(whole(symmetric.gram([x], parts)), x @ x.mT)
     tall = x.mT.contiguous().mT
-    torch.testing.assert_close(whole(symmetric.gram(tall, parts)), x @ x.mT)
+    torch.testing.assert_close(whole(symmetric.gram([tall, x], parts))[:2], x @ x.mT)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 6])
@@ -58,12 +58,12 @@ def test_both_ways_do_the_same(layout, rng):
     x = torch.randn(1, 60, 90, generator=rng)
     x = x if layout == "rows" else x.mT.contiguous().mT
     one, all_ = OneByOne(), Together(2)
-    gram, grams = one.gram(x[0].contiguous()), all_.gram(x)
+    gram, grams = one.gram(x[0].contiguous()), all_.gram([x])
     close(symmetric.whole(grams)[0], gram)
     product = one.product(gram, gram, alpha=0.5, plus=gram, beta=2.0)
     products_ = all_.product(grams, grams, alpha=0.5, plus=grams, beta=2.0)
     close(symmetric.whole(products_)[0], product)
-    close(all_.apply(grams, x)[0], one.apply(gram, x[0].contiguous()))
+    close(all_.apply(grams, [x])[0][0], one.apply(gram, x[0].contiguous()))
     close(all_.frobenius_norm(grams)[0], one.frobenius_norm(gram))
 
 

@@ -20,8 +20,8 @@ def weights_after(model, optimizer, step, count=4):
     return [p.detach().clone() for p in model.parameters()]
 
 
-def build(**options):
-    model = network()
+def build(dtype=torch.float32, **options):
+    model = network(dtype)
     return model, MuonAdam(model, **{**OPTIONS, **options})
 
 
@@ -49,12 +49,13 @@ def test_three_ways_are_one():
 
 
 def test_micro_batches_of_any_size_are_one_batch():
-    model, optimizer = build()
-    whole = weights_after(model, optimizer, lambda index: optimizer.step(loss=backward(model, index)))
-    model, optimizer = build()
+    wide = torch.float64  # a polar factor enlarges what two orders of summation differ by
+    model, optimizer = build(wide)
+    whole = weights_after(model, optimizer, lambda index: optimizer.step(loss=backward(model, index, wide)))
+    model, optimizer = build(wide)
 
     def in_parts(index):
-        x, y = batch(index)
+        x, y = batch(index, wide)
         for part in (slice(0, 2), slice(2, 8)):
             loss, weight = nn.functional.cross_entropy(model(x[part]), y[part]), len(y[part]) / len(y)
             optimizer.record_loss(loss, weight=weight)

@@ -1,4 +1,4 @@
-"""The command line: `steepest race | sweep | work | train | plan | report | theory | critical-batch`.
+"""The command line: `steepest race | sweep | work | train | plan | report | theory | critical-batch | bench`.
 
 Exit codes: 0 done, 1 a run, a file or a database failed, 2 wrong usage, 130 interrupted.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import steepest
-from steepest.cli import critical_batch, runs, studies, theory
+from steepest.cli import bench, critical_batch, runs, studies, theory
 from steepest.cli.options import METHODS, RACERS, UsageError
 from steepest.cli.outcome import FAILED, INTERRUPTED, USAGE
 
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_commands(commands)
     theory.add_commands(commands)
     critical_batch.add_commands(commands)
+    bench.add_commands(commands)
     return parser
 
 

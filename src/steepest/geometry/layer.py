@@ -11,7 +11,7 @@ from steepest.geometry.adaptive import Ada2, AdaInf
 from steepest.geometry.norm import MATRIX, Norm, Printed
 from steepest.geometry.scale import ScaleRule, scale_factor
 from steepest.geometry.spectrum import Nuclear, Schatten
-from steepest.linalg import Coefficients, PolarMethod, polar
+from steepest.linalg import MEMORY_CAP, Coefficients, PolarMethod, polar, polars
 from steepest.names import unknown_name
 
 
@@ -57,8 +57,26 @@ class Spectral(Printed):
 
     def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """-s U Vᵀ."""
-        scale = scale_factor(self.scale, *m.shape[-2:])
-        return polar(m, method=self.polar, coefficients=self.coefficients, dtype=self.dtype, times=-scale)
+        return self.lmos([m])[0]
+
+    def lmos(self, batches: Sequence[Tensor], *, memory_cap: int | None = None) -> list[Tensor]:
+        """Steepest directions for matrices of several shapes, which takes less time than one shape after the other.
+
+        Args:
+            batches: (*batch, m, n) each.
+            memory_cap: Bytes that temporaries may take; None for the default of `polars`.
+
+        Returns:
+            As `lmo` of each.
+        """
+        return polars(
+            batches,
+            method=self.polar,
+            coefficients=self.coefficients,
+            dtype=self.dtype,
+            memory_cap=memory_cap or MEMORY_CAP,
+            times=[-scale_factor(self.scale, *batch.shape[-2:]) for batch in batches],
+        )
 
 
 @dataclass(frozen=True)

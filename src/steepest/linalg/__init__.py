@@ -9,7 +9,7 @@ from steepest.linalg.coefficients import (
     overshoot,
 )
 from steepest.linalg.minimax import describe, minimax
-from steepest.linalg.polar import PolarMethod, flops, polar
+from steepest.linalg.polar import MEMORY_CAP, PolarMethod, flops, polar, polars
 from steepest.linalg.spd import (
     Damped,
     RidgeUnit,
@@ -22,6 +22,7 @@ from steepest.linalg.spd import (
 
 __all__ = [
     "COEFFICIENTS",
+    "MEMORY_CAP",
     "Certificate",
     "Coefficients",
     "Damped",
@@ -38,5 +39,6 @@ __all__ = [
     "minimax",
     "overshoot",
     "polar",
+    "polars",
     "ridge_unit",
 ]

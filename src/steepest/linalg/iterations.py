@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steepest.linalg.coefficients import Coefficients
 from steepest.linalg.odd_polynomial import Step
-from steepest.linalg.products import Products
+from steepest.linalg.products import Products, X
 
 Form = Literal["newton-schulz", "gram"]
 # Rounding leaves an error of about eps in the null space of the Gram matrix, and a step with slope a enlarges it by
@@ -23,7 +23,7 @@ Form = Literal["newton-schulz", "gram"]
 LARGEST_NOISE = 0.1
 
 
-def newton_schulz(x: Tensor, chosen: Coefficients, products: Products) -> Tensor:
+def newton_schulz(x: X, chosen: Coefficients, products: Products[X]) -> X:
     """Multiply X in every step.
 
     Args:
@@ -41,11 +41,14 @@ def newton_schulz(x: Tensor, chosen: Coefficients, products: Products) -> Tensor
         inverse, square = _normalise(gram, products) if wanted else (None, None)
         factor = _factor(step, gram, square, products)
         del gram, square
-        x = products.apply(factor if inverse is None else products.multiply(factor, inverse), x)
+        if inverse is None:
+            x = products.apply(factor, x, plus=step[0])
+        else:
+            x = products.apply(products.multiply(products.add_to_diagonal(factor, step[0]), inverse), x)
     return x
 
 
-def gram_form(x: Tensor, chosen: Coefficients, segments: Sequence[Sequence[Step]], products: Products) -> Tensor:
+def gram_form(x: X, chosen: Coefficients, segments: Sequence[Sequence[Step]], products: Products[X]) -> X:
     """Multiply X once per segment.
 
     Args:
@@ -64,7 +67,7 @@ def gram_form(x: Tensor, chosen: Coefficients, segments: Sequence[Sequence[Step]
         for index, step in enumerate(steps, start=1):
             inverse, square = _normalise(gram, products) if wanted else (None, None)
             wanted = False
-            factor = _factor(step, gram, square, products)
+            factor = products.add_to_diagonal(_factor(step, gram, square, products), step[0])
             del square
             if index < len(steps):
                 gram = products.product(
@@ -114,20 +117,20 @@ def product_counts(form: Form, steps: Sequence[Step], *, eps: float) -> tuple[in
     return count, count, own + 3 * (len(steps) - count)
 
 
-def _factor(step: Step, gram: Tensor, square: Tensor | None, products: Products) -> Tensor:
-    """Z of a step, from R and, if it is there already, R²."""
-    a, b, c, *more = step
+def _factor(step: Step, gram: Tensor, square: Tensor | None, products: Products[X]) -> Tensor:
+    """Z - a I of a step, from R and, if it is there already, R²: in half precision, a does not fit beside the rest."""
+    _, b, c, *more = step
     if not more and square is None:
-        return products.add_to_diagonal(products.product(gram, gram, alpha=c, plus=gram, beta=b), a)
+        return products.product(gram, gram, alpha=c, plus=gram, beta=b)
     square = products.product(gram, gram) if square is None else square
     if not more:
-        return products.add_to_diagonal(torch.mul(square, c).add_(gram, alpha=b), a)
+        return torch.mul(square, c).add_(gram, alpha=b)
     d, e = more
     inner = products.add_to_diagonal(torch.mul(square, e).add_(gram, alpha=d), c)
-    return products.add_to_diagonal(products.product(square, inner, plus=gram, beta=b), a)
+    return products.product(square, inner, plus=gram, beta=b)
 
 
-def _normalise(gram: Tensor, products: Products) -> tuple[Tensor, Tensor]:
+def _normalise(gram: Tensor, products: Products[X]) -> tuple[Tensor, Tensor]:
     """Divide R as if X had been divided by its Schatten 8-norm, (‖R²‖_F)^(1/4).
 
     Returns:

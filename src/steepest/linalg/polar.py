@@ -5,17 +5,15 @@ Notation: X = U diag(s) Vᵀ is the thin SVD; polar(X) = U Vᵀ over s > 0, the 
 l = max(m, n), all iterations work on the k side.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from steepest.linalg.coefficients import Coefficients, Normaliser, get_coefficients
-from steepest.linalg.iterations import Form, gram_form, newton_schulz, product_counts, segments
-from steepest.linalg.products import OneByOne, Products, Together, full_precision, products_for
-from steepest.linalg.symmetric import work_share
+from steepest.linalg.coefficients import Coefficients, get_coefficients
+from steepest.linalg.plan import Iteration, Job, choose
+from steepest.linalg.products import full_precision
 from steepest.names import unknown_name
 
 PolarMethod = Literal["auto", "newton-schulz", "gram", "svd"]
@@ -32,8 +30,6 @@ def polar(
     coefficients: str | Coefficients | Sequence[Sequence[float]] = "auto",
     dtype: torch.dtype | None = None,
     memory_cap: int = MEMORY_CAP,
-    times: float = 1.0,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Polar factor of each matrix of a batch. No gradient flows through it.
 
@@ -51,133 +47,94 @@ def polar(
         dtype: Type of the matrix products, whatever precision the process allows for its own. Default: float64 for
             float64 input, else bfloat16 on CUDA and float32 elsewhere.
         memory_cap: Bytes that temporaries may take; a batch beyond it is split, one matrix is never split.
-        times: What the result is multiplied with.
-        out: Takes the result; of the shape, dtype and device of `x`, which it may be itself. None: a new tensor.
 
     Returns:
-        (*batch, m, n), unitless, dtype and device of `x`; `out`, if that was given.
+        (*batch, m, n), unitless, dtype and device of `x`, never sharing memory with it.
 
     Raises:
-        ValueError: If `x` has fewer than two dimensions, an option is not known, `memory_cap` is not positive,
-            `out` does not fit, or the coefficients need products in a wider type.
+        ValueError: If `x` has fewer than two dimensions, an option is not known, `memory_cap` is not positive, or the
+            coefficients need products in a wider type.
         TypeError: If `x` is not real floating point.
 
     Source:
         Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/ (iteration); arXiv:2505.16932 (coefficients).
     """
-    _check(x, method, memory_cap, out)
-    products = dtype or compute_dtype(x)
-    chosen = get_coefficients(coefficients, torch.float64 if method == "svd" else products)
-    result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    if x.numel() == 0:
-        return result
-    batch, results = x.reshape(-1, *x.shape[-2:]), result.view(-1, *x.shape[-2:])
-    tall = batch.size(-2) > batch.size(-1)
-    if tall:
-        batch, results = batch.mT, results.mT
-    if method == "svd":
-        _svd_into(results, batch, times)
-        return result
-    iteration = Iteration.choose(method, chosen, batch.size(-2), batch.size(-1), products, device=x.device)
-    with full_precision(x.device):
-        chunk = max(1, memory_cap // iteration.bytes_per_matrix)
-        for source, target in zip(batch.split(chunk), results.split(chunk), strict=True):
-            iteration.run(source, target, times)
-    return result
+    return polars([x], method=method, coefficients=coefficients, dtype=dtype, memory_cap=memory_cap)[0]
 
 
-class Iteration:
-    """How the matrices of one shape are worked on.
+@torch.no_grad()
+def polars(
+    xs: Sequence[Tensor],
+    *,
+    method: PolarMethod = "auto",
+    coefficients: str | Coefficients | Sequence[Sequence[float]] = "auto",
+    dtype: torch.dtype | None = None,
+    memory_cap: int = MEMORY_CAP,
+    times: Sequence[float] | None = None,
+) -> list[Tensor]:
+    """Polar factors of several batches; those with the same short side are worked on together.
 
     Args:
-        form: Of the iteration.
-        chosen: Its coefficients.
-        rows: k, the short side.
-        columns: l, the long side.
-        dtype: Of the products.
-        products: How these are computed.
+        xs: (*batch, m, n) each, as for `polar`.
+        method: As for `polar`.
+        coefficients: As for `polar`.
+        dtype: As for `polar`.
+        memory_cap: As for `polar`.
+        times: What each batch's factors are multiplied with; None for nothing.
+
+    Returns:
+        Like `xs`.
+
+    Raises:
+        ValueError: As `polar`.
+        TypeError: As `polar`.
     """
+    for x in xs:
+        _check(x, method, memory_cap)
+    results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+    alike: dict[tuple[int, torch.dtype, torch.device], list[Job]] = {}
+    for x, result, factor in zip(xs, results, times or [1.0] * len(xs), strict=True):
+        computed = torch.float64 if method == "svd" else dtype or compute_dtype(x)
+        get_coefficients(coefficients, computed)
+        if x.numel() == 0:
+            continue
+        job = Job.of(x, result, factor)
+        if method == "svd":
+            _svd(job)
+        else:
+            alike.setdefault((job.rows, computed, x.device), []).append(job)
+    for (rows, computed, device), jobs in alike.items():
+        chosen = get_coefficients(coefficients, computed)
+        iteration = choose(method, chosen, rows, [(len(j.source), j.columns) for j in jobs], computed, device)
+        with full_precision(device):
+            for together in packed(jobs, iteration, memory_cap):
+                iteration.run(together)
+    return results
 
-    def __init__(
-        self, form: Form, chosen: Coefficients, rows: int, columns: int, *, dtype: torch.dtype, products: Products
-    ) -> None:
-        self.form: Form = form
-        self.chosen = chosen
-        self.rows, self.columns = rows, columns
-        self.dtype = dtype
-        self.products = products
-        self.parts = products.parts if isinstance(products, Together) else 1
-        self.segments = segments(chosen.steps, torch.finfo(dtype).eps)
 
-    @classmethod
-    def choose(
-        cls,
-        method: PolarMethod,
-        chosen: Coefficients,
-        rows: int,
-        columns: int,
-        dtype: torch.dtype,
-        *,
-        device: torch.device,
-    ) -> "Iteration":
-        """The form asked for, or for "auto" the one with fewer operations.
+def packed(jobs: Sequence[Job], iteration: Iteration, memory_cap: int) -> Iterator[list[Job]]:
+    """Jobs that fit into the memory together; a matrix is not divided.
 
-        Args:
-            method: Not "svd".
-            chosen: The coefficients.
-            rows: k, the short side.
-            columns: l, the long side.
-            dtype: Of the products.
-            device: Where they run.
-        """
-        products = products_for(rows, dtype, device)
-        forms: list[Form] = ["newton-schulz", "gram"]
-        found = [cls(form, chosen, rows, columns, dtype=dtype, products=products) for form in forms]
-        named = [one for one in found if method in ("auto", one.form)]
-        return min(named, key=lambda one: one.flops)
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of the products of one matrix, a multiply-add counted as two, as they are done."""
-        grams, applications, own = product_counts(self.form, self.chosen.steps, eps=torch.finfo(self.dtype).eps)
-        rows = self._padded
-        product, cube, share = 2 * rows * rows * self.columns, 2 * rows**3, work_share(self.parts)
-        return round(product * (grams * share + applications) + cube * own * share)
-
-    @property
-    def bytes_per_matrix(self) -> int:
-        """Of the temporaries."""
-        # X and the next X; R, R², Z and what is between, of which the Gram form keeps two more; a whole Z
-        kept = 5 if self.form == "gram" else 4
-        entries = 2 * self._padded * self.columns + (kept * work_share(self.parts) + 1) * self._padded**2
-        return round(entries * self.dtype.itemsize)
-
-    @property
-    def _padded(self) -> int:
-        """k with the rows of zeros that make blocks of one size; they stay zero in X, and do nothing."""
-        return math.ceil(self.rows / self.parts) * self.parts
-
-    def run(self, source: Tensor, target: Tensor, times: float) -> None:
-        """Compute polar factors.
-
-        Args:
-            source: (B, k, l).
-            target: Likewise, written to; may be `source`.
-            times: Factor of the result.
-        """
-        if isinstance(self.products, OneByOne):
-            for x, result in zip(source, target, strict=True):
-                _copy(self._iterate(_sized(x, self.dtype, self.chosen.norm).contiguous()), result, times)
-            return
-        x = _sized(source, self.dtype, self.chosen.norm)
-        if self._padded > self.rows:
-            x = torch.nn.functional.pad(x, (0, 0, 0, self._padded - self.rows))
-        _copy(self._iterate(x)[:, : self.rows], target, times)
-
-    def _iterate(self, x: Tensor) -> Tensor:
-        if self.form == "gram":
-            return gram_form(x, self.chosen, self.segments, self.products)
-        return newton_schulz(x, self.chosen, self.products)
+    Args:
+        jobs: All with the iteration's k.
+        iteration: What they are for.
+        memory_cap: In bytes.
+    """
+    taken: list[Job] = []
+    used = 0
+    for job in jobs:
+        size = iteration.bytes_per_matrix(job.columns)
+        rest = job
+        while len(rest.source):
+            if taken and used + size > memory_cap:
+                yield taken
+                taken, used = [], 0
+            fitting = max(1, (memory_cap - used) // size)
+            part, rest = rest.cut(fitting)
+            taken.append(part)
+            used += len(part.source) * size
+    if taken:
+        yield taken
 
 
 def flops(
@@ -209,7 +166,7 @@ def flops(
     if method == "svd":
         raise ValueError("flops counts the polynomial methods, got method='svd'.")
     chosen, short, long = get_coefficients(coefficients, dtype), min(rows, columns), max(rows, columns)
-    return Iteration.choose(method, chosen, short, long, dtype, device=torch.device(device)).flops
+    return choose(method, chosen, short, [(1, long)], dtype, torch.device(device)).flops(long)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -219,7 +176,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.is_cuda else torch.float32
 
 
-def _check(x: Tensor, method: PolarMethod, memory_cap: int, out: Tensor | None) -> None:
+def _check(x: Tensor, method: PolarMethod, memory_cap: int) -> None:
     if x.ndim < 2:
         raise ValueError(
             f"polar takes (*batch, m, n), got shape {tuple(x.shape)}. Give vectors another norm than the spectral one."
@@ -230,39 +187,14 @@ def _check(x: Tensor, method: PolarMethod, memory_cap: int, out: Tensor | None) 
         raise ValueError(unknown_name("polar method", method, get_args(PolarMethod)))
     if memory_cap <= 0:
         raise ValueError(f"polar takes a positive memory_cap in bytes, got {memory_cap}.")
-    if out is not None and (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
-        raise ValueError(
-            f"polar takes out like x, {x.dtype} of shape {tuple(x.shape)} on {x.device}, got {out.dtype} of shape "
-            f"{tuple(out.shape)} on {out.device}."
-        )
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _sized(x: Tensor, dtype: torch.dtype, norm: Normaliser) -> Tensor:
-    """Each matrix divided by its largest entry, so that products stay in range, or by its Frobenius norm if wanted."""
-    largest = x.abs().amax(dim=(-2, -1), keepdim=True).to(_wide(x))  # several times as fast as a norm of order infinity
-    x = x * (1 / torch.where(largest == 0, 1.0, largest))
-    if norm == "frobenius":
-        size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-        x.mul_(1 / torch.where(size == 0, 1.0, size))
-    return x.to(dtype)
-
-
-def _copy(result: Tensor, target: Tensor, times: float) -> None:
-    if times == 1.0 or result.dtype != target.dtype:
-        target.copy_(result if times == 1.0 else result.float().mul_(times))
-    else:
-        torch.mul(result, times, out=target)
-
-
-def _svd_into(target: Tensor, x: Tensor, times: float) -> None:
-    eps = torch.finfo(_wide(x)).eps
+def _svd(job: Job) -> None:
+    x = job.source
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     finite = x.isfinite().all(dim=(-2, -1), keepdim=True)
     wide = torch.where(finite, x, 0.0).double()
     largest = wide.abs().amax(dim=(-2, -1), keepdim=True)
     u, s, vh = torch.linalg.svd(wide / torch.where(largest == 0, 1.0, largest), full_matrices=False)
     cutoff = s[..., :1] * max(8 * eps, max(x.shape[-2:]) * torch.finfo(s.dtype).eps)
-    target.copy_(torch.where(finite, (u * (s > cutoff).unsqueeze(-2)) @ vh * times, torch.nan))
+    job.target.copy_(torch.where(finite, (u * (s > cutoff).unsqueeze(-2)) @ vh * job.times, torch.nan))

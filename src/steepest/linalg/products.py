@@ -6,24 +6,25 @@ and keeps it in the cache. Both do the same in another order of sums.
 """
 
 import functools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from steepest.linalg import symmetric
 
+X = TypeVar("X")
 # Below, a call takes longer than a batched product takes per matrix.
 SMALLEST_ONE_BY_ONE = 160
 
 
-class Products(Protocol):
-    """Operations on X, (..., k, l), and on symmetric matrices that commute."""
+class Products(Protocol[X]):
+    """Operations on X, one matrix or many with the same number of rows, and on symmetric matrices that commute."""
 
-    def gram(self, x: Tensor) -> Tensor:
+    def gram(self, x: X) -> Tensor:
         """X Xᵀ."""
         ...
 
@@ -33,8 +34,8 @@ class Products(Protocol):
         """alpha · A B + beta · C; C is `plus`, None for nothing."""
         ...
 
-    def apply(self, a: Tensor, x: Tensor) -> Tensor:
-        """A X."""
+    def apply(self, a: Tensor, x: X, *, plus: float = 0.0) -> X:
+        """(A + plus · I) X."""
         ...
 
     def add_to_diagonal(self, a: Tensor, number: float) -> Tensor:
@@ -52,7 +53,7 @@ class Products(Protocol):
 
 @dataclass(frozen=True)
 class Together:
-    """A batch (B, k, l); symmetric matrices are blocks, see `symmetric`.
+    """Batches (B, k, l) with one k; symmetric matrices are those of all batches, in blocks, see `symmetric`.
 
     Args:
         parts: Rows of blocks; k is a multiple.
@@ -60,7 +61,7 @@ class Together:
 
     parts: int
 
-    def gram(self, x: Tensor) -> Tensor:
+    def gram(self, x: Sequence[Tensor]) -> Tensor:
         """X Xᵀ."""
         return symmetric.gram(x, self.parts)
 
@@ -70,10 +71,15 @@ class Together:
         """alpha · A B + beta · C."""
         return symmetric.product(a, b, alpha=alpha, plus=plus, beta=beta)
 
-    def apply(self, a: Tensor, x: Tensor) -> Tensor:
-        """A X, laid out in memory as X is: products of transposed results would each be copied."""
-        factor = symmetric.whole(a)
-        return torch.bmm(x.mT, factor).mT if x.stride(-1) != 1 else torch.bmm(factor, x)
+    def apply(self, a: Tensor, x: Sequence[Tensor], *, plus: float = 0.0) -> Sequence[Tensor]:
+        """(A + plus · I) X, laid out in memory as X is: products of transposed results would each be copied."""
+        factors = symmetric.whole(a).split([len(one) for one in x])
+        return [
+            torch.baddbmm(one.mT, one.mT, factor, beta=plus).mT
+            if one.stride(-1) != 1
+            else torch.baddbmm(one, factor, one, beta=plus)
+            for factor, one in zip(factors, x, strict=True)
+        ]
 
     def add_to_diagonal(self, a: Tensor, number: float) -> Tensor:
         """A + number · I, in place."""
@@ -105,9 +111,10 @@ class OneByOne:
             result.mul_(alpha)
         return result if plus is None else result.add_(plus, alpha=beta)
 
-    def apply(self, a: Tensor, x: Tensor) -> Tensor:
-        """A X."""
-        return _onednn(a, x.mT)
+    def apply(self, a: Tensor, x: Tensor, *, plus: float = 0.0) -> Tensor:
+        """(A + plus · I) X."""
+        result = _onednn(a, x.mT)
+        return result.add_(x, alpha=plus) if plus else result
 
     def add_to_diagonal(self, a: Tensor, number: float) -> Tensor:
         """A + number · I, in place."""
@@ -124,7 +131,7 @@ class OneByOne:
         return a.mul_(numbers)
 
 
-def products_for(rows: int, dtype: torch.dtype, device: torch.device) -> Products:
+def products_for(rows: int, dtype: torch.dtype, device: torch.device) -> OneByOne | Together:
     """The faster way for matrices of a size: a rule, not a measurement, so that a run repeats bit by bit.
 
     Args:

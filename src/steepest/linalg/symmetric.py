@@ -7,6 +7,7 @@ symmetric again and takes (p + 1) / 2p of the operations of a whole product; wit
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,21 +36,24 @@ def work_share(parts: int) -> float:
     return (parts + 1) / (2 * parts)
 
 
-def gram(x: Tensor, parts: int) -> Tensor:
-    """X Xᵀ.
+def gram(xs: Sequence[Tensor], parts: int) -> Tensor:
+    """X Xᵀ of all matrices of several batches, in one.
 
     Args:
-        x: (B, m, n), m a multiple of `parts`; rows or columns contiguous.
+        xs: (B, m, n) each, with one m, a multiple of `parts`; rows or columns contiguous.
         parts: p.
 
     Returns:
         Blocks.
     """
-    panels = x.unflatten(1, (parts, -1)).unbind(1)
-    places, size = _places(parts), x.size(1) // parts
-    blocks = x.new_empty(len(places), x.size(0), size, size)
-    for block, (row, column) in zip(blocks, places, strict=True):
-        torch.bmm(panels[row], panels[column].mT, out=block)
+    places, size = _places(parts), xs[0].size(1) // parts
+    blocks = xs[0].new_empty(len(places), sum(map(len, xs)), size, size)
+    start = 0
+    for x in xs:
+        panels = x.unflatten(1, (parts, -1)).unbind(1)
+        for block, (row, column) in zip(blocks[:, start : start + len(x)], places, strict=True):
+            torch.bmm(panels[row], panels[column].mT, out=block)
+        start += len(x)
     return blocks
 
 

@@ -1,14 +1,13 @@
 """Parameters of one layout, worked on together: gradients in, directions out, weights moved."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from steepest.anatomy import PlanRow, View
-from steepest.geometry import Norm
+from steepest.anatomy import LINEAR, View
+from steepest.geometry import Norm, Spectral
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Bucket:
         if self.view is None:
             rows = [tensor.reshape(1, -1) for tensor in tensors]
             return (torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0),)
+        if self._plain:
+            return (torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0),)
         split = [self.view.split_tensor(tensor) for tensor in tensors]
         if len(split) == 1:
             return split[0]
@@ -51,40 +52,40 @@ class Bucket:
         """
         shape = self.parameters[0].shape
         if self.view is None:
-            return [row.reshape(shape) for row in batches[0]]
+            return [row.reshape(shape) for row in batches[0].unbind()]
+        if self._plain:
+            return list(batches[0].unbind())
         view, count = self.view, len(self.parameters)
         pieces = [batch.chunk(count) if count > 1 else (batch,) for batch in batches]
         return [view.merge(blocks, shape) for blocks in zip(*pieces, strict=True)]
 
+    @property
+    def blocks(self) -> tuple[tuple[int, int, int], ...]:
+        """Shapes (B, m, n) of one parameter's batches."""
+        shape = self.parameters[0].shape
+        return ((1, 1, shape.numel()),) if self.view is None else self.view.blocks(shape)
 
-def buckets(parameters: Sequence[Tensor], rows: Mapping[Tensor, PlanRow], *, matrix: bool) -> Iterator[Bucket]:
-    """Parameters of one group, together where they have one layout; in order of first appearance.
-
-    Args:
-        parameters: Of the group.
-        rows: Of the plan.
-        matrix: Whether the group's norm is one of matrices.
-    """
-    alike: dict[tuple[object, ...], list[Tensor]] = {}
-    for parameter in parameters:
-        view = rows[parameter].view if matrix else None
-        key = (parameter.shape, view, parameter.dtype, parameter.device)
-        alike.setdefault(key, []).append(parameter)
-    for (_, view, *_), members in alike.items():
-        yield Bucket(tuple(members), cast(View | None, view))
+    @property
+    def _plain(self) -> bool:
+        return self.view == LINEAR and self.parameters[0].ndim == 2
 
 
-def directions(norm: Norm, batches: Sequence[Tensor], moments: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def directions(
+    norm: Norm, batches: Sequence[Tensor], moments: Sequence[Tensor | None], *, memory_cap: int | None = None
+) -> tuple[Tensor, ...]:
     """Steepest directions for momenta.
 
     Args:
         norm: Whose unit ball.
         batches: Debiased momenta as a bucket's matrices, (B, m, n) each.
         moments: Debiased second moments likewise, for a norm that adapts, else None for each.
+        memory_cap: Bytes that a spectral norm's iteration may take besides; None for its default.
 
     Returns:
         Directions to add, shaped like the batches.
     """
+    if isinstance(norm, Spectral):  # which knows how to work on matrices of several shapes together
+        return tuple(norm.lmos(batches, memory_cap=memory_cap))
     return tuple(norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True))
 
 

@@ -20,11 +20,11 @@ from torch.optim.optimizer import Optimizer
 from steepest.anatomy import InputMoment, Plan, PlanRow, Role
 from steepest.geometry import Norm, Product
 from steepest.optim.ball import weight_numbers
-from steepest.optim.bucket import Bucket, buckets
 from steepest.optim.clipping import Witness
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.global_step import DualMode, GlobalStep
-from steepest.optim.guard import Guard, OnNonFinite, dense_gradient
+from steepest.optim.guard import Guard, OnNonFinite, dense_gradients
+from steepest.optim.load import Packing
 from steepest.optim.losses import MISSING, Loss, LossTap, check_loss, over_ranks
 from steepest.optim.move import Move
 from steepest.optim.options import DEFAULT_NORMS, INPUT_OPTIONS, INPUT_STEPS, check_group, complete_group, for_role
@@ -71,6 +71,8 @@ class SteepestDescent(SeesInputs):
             it; "stale" uses the last step's dual norms of the matrices.
         on_nonfinite: "skip" passes over a step whose gradient or loss is not finite, with all parameters and state
             untouched, counts it and warns once; "raise" raises `NonFiniteError`.
+        memory_cap: Bytes that a step's temporaries may take, where layers can be moved one after the other; one matrix
+            is never divided. None: one and a half times the parameters of the commonest layout, at least 4 MiB.
 
     Attributes:
         plan: Which parameter has which role, view, norm and learning rate, and why. Print it.
@@ -96,6 +98,7 @@ class SteepestDescent(SeesInputs):
         precondition: InputMoment | str | None = None,
         dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
+        memory_cap: int | None = None,
     ) -> None:
         for role in norms or {}:
             for_role("norms", norms, role)
@@ -111,6 +114,7 @@ class SteepestDescent(SeesInputs):
         self._record = StepRecord()
         self._tap = LossTap()
         self._global_step = GlobalStep(product, regularized=regularized, step_size=step_size, dual=dual)
+        self._packing = Packing(memory_cap)
         self._witness: Witness | None = None
         self._rows: dict[Tensor, PlanRow] = {}
         rows, groups = collect(params)
@@ -194,8 +198,8 @@ class SteepestDescent(SeesInputs):
         known = self._loss(loss, returned)
         if not parameters:
             return returned
-        names = [self._rows[parameter].name for parameter in parameters]
-        gradients = [dense_gradient(parameter, name) for parameter, name in zip(parameters, names, strict=True)]
+        names = partial(list[str], (self._rows[parameter].name for parameter in parameters))
+        gradients = dense_gradients(parameters, names)
         if known is None and self._global_step.momo and not self._idle(gradients):
             raise ValueError(MISSING)
         self._global_step.check([group for group, members in present if members])
@@ -216,11 +220,13 @@ class SteepestDescent(SeesInputs):
 
     def _moves(self, present: Sequence[tuple[Group, list[Tensor]]], accept: Tensor | None) -> list[Move]:
         applied = self._preconditioner.applied(self.state) if self._preconditioner else None
+        packed, cap = self._packing.of(present, self._rows, bounded=self._global_step.streams)
         return [
-            Move(group, bucket, self._states(bucket), label=label, accept=accept, applied=applied)
-            for group, members in present
+            Move(group, load, states, label=label, accept=accept, applied=applied, memory_cap=cap)
+            for (group, _), group_loads in zip(present, packed, strict=True)
             for label in [self._global_step.label(group)]
-            for bucket in buckets(members, self._rows, matrix=group["norm"].matrix)
+            for load in group_loads
+            for states in [[self.state[parameter] for parameter in load.parameters]]
         ]
 
     def record_loss(self, loss: Loss, weight: float = 1.0) -> None:
@@ -255,17 +261,13 @@ class SteepestDescent(SeesInputs):
         else:
             return None
         parameters = self._parameters()
-        together = (
-            self._global_step.momo is not None or self._preconditioner is not None
-        )  # ranks skip alike, or wait for ever
+        # ranks skip alike, or wait for ever
+        together = self._global_step.momo is not None or self._preconditioner is not None
         return over_ranks(loss, parameters[0].device) if together and parameters else loss
 
     def _idle(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the step changes no weight, as when torch's distributed checkpoints take one to make the state."""
         return all(float(group["lr"]) == 0 for group in self.param_groups) and not any(g.any() for g in gradients)
-
-    def _states(self, bucket: Bucket) -> list[dict[str, Tensor]]:
-        return [cast(dict[str, Tensor], self.state[parameter]) for parameter in bucket.parameters]
 
     def diagnostics(self, *, weights: bool = False) -> dict[str, float]:
         """Scalars of the last step; reading them waits for the device.
@@ -373,7 +375,7 @@ class SteepestDescent(SeesInputs):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
         own = ["_defaults_per_role", "_guard", "_record", "_rows"]
-        own += ["_tap", "_global_step", "_witness", "_preconditioner"]
+        own += ["_tap", "_global_step", "_packing", "_witness", "_preconditioner"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
 

@@ -16,12 +16,12 @@ class _Entry:
     size: Tensor  # sum of squares of the directions' entries
     length: float | Tensor
     entries: int
-    factor: Tensor | None  # one polar factor of the bucket
+    factors: list[tuple[Tensor, float]]  # one direction of each batch, and what its polar factor was multiplied with
 
 
 @dataclass
 class StepRecord:
-    """One entry per bucket that moved in the last step, and numbers of the step as a whole."""
+    """One entry per load that moved in the last step, and numbers of the step as a whole."""
 
     entries: list[_Entry] = field(default_factory=list[_Entry])
     scalars: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -31,19 +31,26 @@ class StepRecord:
         self.entries.clear()
         self.scalars.clear()
 
-    def sample(self, norm: Norm, batches: Sequence[Tensor]) -> Tensor | None:
-        """One polar factor of a bucket, for norms that have one; a copy, so that the batch need not stay in memory.
+    def sample(self, norm: Norm, batches: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
+        """One direction of each batch, for norms of polar factors; copies, so that the batches need not stay in memory.
 
         Args:
             norm: Of its group.
             batches: Directions of norm one, (B, m, n) each.
         """
         if not isinstance(norm, Spectral):
-            return None
-        return batches[0][0] / scale_factor(norm.scale, *batches[0].shape[-2:])
+            return []
+        return [(batch[0].clone(), scale_factor(norm.scale, *batch.shape[-2:])) for batch in batches]
 
-    def add(self, role: Role, batches: Sequence[Tensor], *, length: float | Tensor, sample: Tensor | None) -> None:
-        """Note how far a bucket moves.
+    def add(
+        self,
+        role: Role,
+        batches: Sequence[Tensor],
+        *,
+        length: float | Tensor,
+        sample: Sequence[tuple[Tensor, float]],
+    ) -> None:
+        """Note how far a load moves.
 
         Args:
             role: Of its group.
@@ -51,10 +58,10 @@ class StepRecord:
             length: Multiplies them.
             sample: What `sample` returned.
         """
-        size = torch.stack([torch.linalg.vector_norm(batch).square() for batch in batches]).sum()
+        size = torch.stack(torch._foreach_norm(list(batches))).square().sum()
         if isinstance(length, Tensor):  # a scheduler may overwrite it before it is read
             length = length.clone()
-        self.entries.append(_Entry(role, size, length, sum(batch.numel() for batch in batches), sample))
+        self.entries.append(_Entry(role, size, length, sum(batch.numel() for batch in batches), list(sample)))
 
     def note(self, **scalars: Tensor) -> None:
         """Note numbers of the whole step, 0-d each."""
@@ -67,7 +74,7 @@ class StepRecord:
             of_role = [entry for entry in self.entries if entry.role == role]
             squares = sum(float(entry.size) * float(entry.length) ** 2 for entry in of_role)
             result[f"{role}/update_rms"] = (squares / sum(entry.entries for entry in of_role)) ** 0.5
-            residuals = [float(_residual(entry.factor)) for entry in of_role if entry.factor is not None]
+            residuals = [float(_residual(move / factor)) for entry in of_role for move, factor in entry.factors]
             if residuals:
                 result[f"{role}/orthogonality_error"] = max(residuals)
         return result

@@ -178,7 +178,7 @@ class GlobalStep:
         duals = [self._duals(move, momo) for move in moves]
         factors, total = self._factors(moves, duals)
         record.note(dual_norm=total)
-        parameters = [parameter for move in moves for parameter in move.bucket.parameters]
+        parameters = [parameter for move in moves for parameter in move.load.parameters]
         gained = torch.zeros_like(total)
         chosen = None
         if momo and loss is not None:
@@ -212,7 +212,7 @@ class GlobalStep:
             self._changes.note(parameters)
 
     def _stream(self, moves: Sequence[Move], record: StepRecord) -> None:
-        """One bucket after the other, none waiting for another."""
+        """One load after the other, none waiting for another."""
         for move in moves:
             move.advance()
             duals = move.aim(duals=self.regularized).duals

@@ -1,4 +1,4 @@
-"""One bucket's way through a step: average the gradients, aim, and move the weights."""
+"""One load's way through a step: average the gradients, aim, and move the weights."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from steepest.geometry import Norm
 from steepest.optim.applied import Applied
-from steepest.optim.bucket import Bucket, apply_, directions, gains
+from steepest.optim.bucket import apply_, directions, gains
 from steepest.optim.diagnostics import StepRecord
+from steepest.optim.load import SHARES, Load
 from steepest.optim.momentum import average_, debias, look_ahead
 from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, ensure_state, state_dtype
 
@@ -19,10 +20,10 @@ Group = dict[str, Any]
 
 @dataclass
 class Aim:
-    """Where a bucket is going.
+    """Where a load is going.
 
     Args:
-        directions: Of norm one, a batch per block of the view.
+        directions: Of norm one, a batch per bucket and block of its view.
         duals: Dual norm of each matrix, in units of the loss per unit of the norm; None if nobody asked.
         slopes: -<m, D> with the momentum m itself, of which Nesterov's average differs; None if nobody asked.
     """
@@ -33,41 +34,46 @@ class Aim:
 
 
 class Move:
-    """A bucket during one step.
+    """A load during one step.
 
     Args:
-        group: Of the bucket's parameters.
-        bucket: Parameters of one layout.
+        group: Of the load's parameters.
+        load: Parameters of one dtype and device.
         states: Of the parameters, in order; what is missing is allocated.
         label: Place in the product norm.
         accept: A 0-d boolean by which every write is masked; None means True.
         applied: What gradients or momenta are multiplied with, as layer inputs say; None: nothing.
+        memory_cap: Bytes that temporaries may take; None for no bound.
     """
 
     def __init__(
         self,
         group: Group,
-        bucket: Bucket,
+        load: Load,
         states: list[dict[str, Tensor]],
         *,
         label: str,
         accept: Tensor | None,
         applied: Applied | None = None,
+        memory_cap: int | None = None,
     ) -> None:
         self.group = group
-        self.bucket = bucket
+        self.load = load
+        self._cap = None if memory_cap is None else max(1, memory_cap // SHARES)
         self.label = label
         self.norm = cast(Norm, group["norm"])
         self.ahead = bool(group["nesterov"]) and not self.norm.adapts
         self._states = states
         self._applied = applied if self.norm.matrix and not self.norm.adapts else None
         self._taken: list[Tensor] | None = None
-        first = bucket.parameters[0]
+        first = load.parameters[0]
         self.device = first.device
         self._dtype = state_dtype(first)
         self._accept = None if accept is None else accept.to(self.device)
-        for state, parameter in zip(states, bucket.parameters, strict=True):
-            ensure_state(state, parameter, adapts=self.norm.adapts)
+        needed = SECOND if self.norm.adapts else MOMENTUM
+        if not all(needed in state and state[MOMENTUM].dtype == self._dtype for state in states):
+            for state, parameter in zip(states, load.parameters, strict=True):
+                ensure_state(state, parameter, adapts=self.norm.adapts)
         lr = group["lr"]
         # A number that is here already need not be waited for on an accelerator.
         elsewhere = isinstance(lr, Tensor) and lr.device.type == "cpu" != self.device.type
@@ -95,17 +101,24 @@ class Move:
             duals: Whether dual norms are needed.
             slopes: Whether products with the momentum itself are needed.
         """
-        beta, count = self.group["momentum"], torch.stack(self._of(STEP))
-        averages = self._averages(count)
-        batches = self.bucket.matrices(averages)
-        moments: tuple[Tensor | None, ...] = (None,) * len(batches)
-        if self.norm.adapts:
-            moments = self.bucket.matrices(_divided(self._of(SECOND), debias(self.group["beta2"], count)))
+        # A direction is that of the average times any number above 0, unless the norm adapts: what the weights of an
+        # average sum to is divided out of numbers, not of tensors.
+        beta, adapts = self.group["momentum"], self.norm.adapts
+        count = torch.stack(self._of(STEP)) if duals or slopes or adapts else None
+        averages = look_ahead(self._of(MOMENTUM), self._gradients(), beta) if self.ahead else self._of(MOMENTUM)
+        moments: tuple[Tensor | None, ...] = (None,) * self.load.batches
+        if adapts and count is not None:
+            averages = _divided(averages, debias(beta, count))
+            moments = self.load.matrices(_divided(self._of(SECOND), debias(self.group["beta2"], count)))
+        batches = self.load.matrices(averages)
         found = self._directions(averages, batches, moments)
-        aim = Aim(found, gains(batches, found) if duals else None, None)
-        if slopes:
-            plain = _divided(self._of(MOMENTUM), debias(beta, count)) if self.ahead else averages
-            aim.slopes = gains(self.bucket.matrices(plain), found) if self.ahead else aim.duals
+        aim = Aim(found, None, None)
+        if count is not None and (duals or slopes):
+            later = count + 1 if self.ahead else count
+            aim.duals = self._gains(batches, found, None if adapts else debias(beta, later))
+            if slopes:
+                plain = self.load.matrices(self._of(MOMENTUM)) if self.ahead else batches
+                aim.slopes = self._gains(plain, found, debias(beta, count)) if self.ahead else aim.duals
         self.aimed = aim
         return aim
 
@@ -113,18 +126,12 @@ class Move:
         """Dual norms of the step before, in the order of `aim`; None if a parameter has none yet."""
         if any(DUAL not in state for state in self._states):
             return None
-        view, shape = self.bucket.view, self.bucket.parameters[0].shape
-        counts = [1] if view is None else [block[0] for block in view.blocks(shape)]
-        chunks = [state[DUAL].split(counts) for state in self._states]
-        return torch.cat([part for of_block in zip(*chunks, strict=True) for part in of_block])
+        return self.load.numbers_of_batches([state[DUAL] for state in self._states])
 
     def remember_duals(self) -> None:
         """Keep the dual norms for the next step, parameter by parameter."""
-        aim = cast(Aim, self.aimed)
-        per_batch = cast(Tensor, aim.duals).split([len(batch) for batch in aim.directions])
-        parts = [part.chunk(len(self._states)) for part in per_batch]
-        for state, own in zip(self._states, zip(*parts, strict=True), strict=True):
-            new = torch.cat(own)
+        duals = cast(Tensor, cast(Aim, self.aimed).duals)
+        for state, new in zip(self._states, self.load.numbers_of_parameters(duals), strict=True):
             if self._accept is not None:
                 new = torch.where(self._accept, new, state.get(DUAL, torch.zeros_like(new)))
             state[DUAL] = new
@@ -138,10 +145,13 @@ class Move:
         Returns:
             Three 0-d tensors.
         """
-        weights = [parameter.detach().to(self._dtype) for parameter in self.bucket.parameters]
+        weights = [parameter.detach().to(self._dtype) for parameter in self.load.parameters]
         count = torch.stack(self._of(STEP))
-        plain = _products(_divided(self._of(MOMENTUM), debias(self.group["momentum"], count)), weights)
-        ahead = _products(self._averages(count), weights) if self.ahead else plain
+        beta = self.group["momentum"]
+        plain = ahead = _products(_divided(self._of(MOMENTUM), debias(beta, count)), weights)
+        if self.ahead:
+            averages = look_ahead(self._of(MOMENTUM), self._gradients(), beta)
+            ahead = _products(_divided(averages, debias(beta, count + 1)), weights)
         own = _products(self._gradients(), weights) if gradients else torch.zeros_like(plain)
         return plain, ahead, own
 
@@ -155,7 +165,7 @@ class Move:
         """
         found = cast(Aim, self.aimed).directions
         bent = self._applied is not None and self._applied.bends_directions
-        sample = None if bent else record.sample(self.norm, found)
+        sample = [] if bent else record.sample(self.norm, found)
         if self._accept is not None:
             found = tuple(torch.where(self._accept, direction, 0.0) for direction in found)
         if factors is not None and factors.ndim == 0 and factors.device.type == "cpu":
@@ -165,38 +175,37 @@ class Move:
             for batch, own in zip(found, factors.split([len(batch) for batch in found]), strict=True):
                 batch.mul_(own.view(-1, 1, 1))
         record.add(self.group["role"], found, length=length, sample=sample)
-        moves = self.bucket.parameter_shaped(found)
+        moves = self.load.parameter_shaped(found)
         decay = self.lr * self.group["weight_decay"]
-        apply_(self.bucket.parameters, moves, length=length, decay=decay, accept=self._accept)
+        apply_(self.load.parameters, moves, length=length, decay=decay, accept=self._accept)
         self.aimed = self._taken = None
 
-    def _averages(self, count: Tensor) -> list[Tensor]:
-        """What the directions are for: the debiased momentum, or Nesterov's."""
-        beta, buffers = self.group["momentum"], self._of(MOMENTUM)
-        averages = look_ahead(buffers, self._gradients(), beta) if self.ahead else buffers
-        return _divided(averages, debias(beta, count + 1 if self.ahead else count))
+    def _gains(self, batches: tuple[Tensor, ...], found: tuple[Tensor, ...], mass: Tensor | None) -> Tensor:
+        """What directions gain on averages whose weights sum to the mass of each parameter; None: to one."""
+        gained = gains(batches, found)
+        return gained if mass is None else gained / self.load.per_matrix(torch.where(mass == 0, 1.0, mass))
 
     def _directions(
         self, averages: list[Tensor], batches: tuple[Tensor, ...], moments: tuple[Tensor | None, ...]
     ) -> tuple[Tensor, ...]:
         """polar(M P_a) P_b, or the like in another norm; `batches` are the averages M."""
-        applied, parameters = self._applied, self.bucket.parameters
+        applied, parameters = self._applied, self.load.parameters
         if applied is not None and not applied.on_gradient:
-            batches = self.bucket.matrices(applied.times(parameters, averages, 0))
-        found = directions(self.norm, batches, moments)
+            batches = self.load.matrices(applied.times(parameters, averages, 0))
+        found = directions(self.norm, batches, moments, memory_cap=self._cap)
         if applied is None or not applied.bends_directions:
             return found
-        return self.bucket.matrices(applied.times(parameters, self.bucket.parameter_shaped(found), 1))
+        return self.load.matrices(applied.times(parameters, self.load.parameter_shaped(found), 1))
 
     def _gradients(self) -> list[Tensor]:
         """What is averaged: the gradients, or, where these are preconditioned, what that makes of them."""
         if self._taken is not None:
             return self._taken
-        gradients = [cast(Tensor, parameter.grad).to(self._dtype) for parameter in self.bucket.parameters]
+        gradients = [cast(Tensor, parameter.grad).to(self._dtype) for parameter in self.load.parameters]
         if self._accept is not None:
             gradients = [torch.where(self._accept, gradient, 0.0) for gradient in gradients]
         if self._applied is not None and self._applied.on_gradient:
-            self._taken = gradients = self._applied.times(self.bucket.parameters, gradients, 0)
+            self._taken = gradients = self._applied.times(self.load.parameters, gradients, 0)
         return gradients
 
     def _of(self, key: str) -> list[Tensor]:
