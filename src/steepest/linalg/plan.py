@@ -14,6 +14,9 @@ from steepest.linalg.iterations import Form, gram_form, newton_schulz, product_c
 from steepest.linalg.products import OneByOne, Together, products_for
 from steepest.linalg.symmetric import work_share
 
+# What a call takes, in operations that could have been done meanwhile: a few microseconds.
+CALL = 10**6
+
 
 @dataclass(frozen=True)
 class Job:
@@ -83,6 +86,13 @@ class Iteration:
         product, cube = 2 * rows * rows * columns, 2 * rows**3
         return round(product * (grams * share + applications) + cube * own * share)
 
+    @property
+    def long_calls(self) -> int:
+        """Products that are done for each long side by itself, where several are worked on together."""
+        if isinstance(self.products, OneByOne):
+            return 0
+        return sum(product_counts(self.form, self.chosen.steps, eps=self._eps)[:2])
+
     def bytes_per_matrix(self, columns: int) -> int:
         """Of the temporaries.
 
@@ -143,7 +153,7 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iteration:
-    """The form asked for, or for "auto" the one with fewer operations.
+    """The form asked for, or for "auto" the one with fewer operations and calls.
 
     Args:
         method: "auto" or a form.
@@ -156,7 +166,7 @@ def choose(
     products = products_for(rows, dtype, device)
     forms: tuple[Form, ...] = ("newton-schulz", "gram")
     found = [Iteration(form, chosen, rows, dtype, products) for form in forms if method in ("auto", form)]
-    return min(found, key=lambda one: sum(count * one.flops(long) for count, long in columns))
+    return min(found, key=lambda one: sum(count * one.flops(long) + one.long_calls * CALL for count, long in columns))
 
 
 def _sized(x: Tensor, dtype: torch.dtype, norm: Normaliser) -> Tensor:

@@ -160,7 +160,7 @@ def has_onednn() -> bool:
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
     """A Bᵀ, for A with contiguous rows and B with contiguous rows or columns."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
 
 
 @contextmanager

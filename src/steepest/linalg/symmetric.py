@@ -71,6 +71,9 @@ def product(a: Tensor, b: Tensor, *, alpha: float = 1.0, plus: Tensor | None = N
         Blocks.
     """
     parts = _parts(a)
+    if parts == 1:
+        first = torch.bmm(a[0], b[0]) if plus is None else torch.baddbmm(plus[0], a[0], b[0], beta=beta, alpha=alpha)
+        return (first if plus is not None or alpha == 1 else first.mul_(alpha)).unsqueeze(0)
     places = _places(parts)
     out = torch.empty_like(a)
     for index, (row, column) in enumerate(places):

@@ -11,12 +11,12 @@ from steepest.anatomy import PlanRow, View
 from steepest.optim.bucket import Bucket
 
 T = TypeVar("T")
-# Of the memory for temporaries, a load's directions take a third, what they are computed from another, and what the
+# Of the memory for temporaries, what a load's directions are computed from takes a quarter, these another, and what the
 # norm needs besides the rest.
-SHARES = 3
+SHARES = 4
 # What temporaries may take, relative to the largest bucket, and at least: below, a load is in the cache anyway.
 LARGEST_BUCKETS = 1.5
-SMALLEST_CAP = 4 * 2**20
+SMALLEST_CAP = 6 * 2**20
 
 
 class Load:

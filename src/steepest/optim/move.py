@@ -59,7 +59,7 @@ class Move:
     ) -> None:
         self.group = group
         self.load = load
-        self._cap = None if memory_cap is None else max(1, memory_cap // SHARES)
+        self._cap = None if memory_cap is None else max(1, (SHARES - 2) * memory_cap // SHARES)
         self.label = label
         self.norm = cast(Norm, group["norm"])
         self.ahead = bool(group["nesterov"]) and not self.norm.adapts
@@ -110,8 +110,9 @@ class Move:
         if adapts and count is not None:
             averages = _divided(averages, debias(beta, count))
             moments = self.load.matrices(_divided(self._of(SECOND), debias(self.group["beta2"], count)))
-        batches = self.load.matrices(averages)
-        found = self._directions(averages, batches, moments)
+        batches, followed = self.load.matrices(averages), self._followed(averages)
+        del averages  # they are in the batches
+        found = self._bent(directions(self.norm, followed or batches, moments, memory_cap=self._cap))
         aim = Aim(found, None, None)
         if count is not None and (duals or slopes):
             later = count + 1 if self.ahead else count
@@ -185,27 +186,32 @@ class Move:
         gained = gains(batches, found)
         return gained if mass is None else gained / self.load.per_matrix(torch.where(mass == 0, 1.0, mass))
 
-    def _directions(
-        self, averages: list[Tensor], batches: tuple[Tensor, ...], moments: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor, ...]:
-        """polar(M P_a) P_b, or the like in another norm; `batches` are the averages M."""
-        applied, parameters = self._applied, self.load.parameters
-        if applied is not None and not applied.on_gradient:
-            batches = self.load.matrices(applied.times(parameters, averages, 0))
-        found = directions(self.norm, batches, moments, memory_cap=self._cap)
+    def _followed(self, averages: list[Tensor]) -> tuple[Tensor, ...] | None:
+        """M P_a as batches, for the averages M; None where that is M."""
+        applied = self._applied
+        if applied is None or applied.on_gradient:
+            return None
+        return self.load.matrices(applied.times(self.load.parameters, averages, 0))
+
+    def _bent(self, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Directions D P_b."""
+        applied = self._applied
         if applied is None or not applied.bends_directions:
             return found
-        return self.load.matrices(applied.times(parameters, self.load.parameter_shaped(found), 1))
+        return self.load.matrices(applied.times(self.load.parameters, self.load.parameter_shaped(found), 1))
 
     def _gradients(self) -> list[Tensor]:
         """What is averaged: the gradients, or, where these are preconditioned, what that makes of them."""
         if self._taken is not None:
             return self._taken
-        gradients = [cast(Tensor, parameter.grad).to(self._dtype) for parameter in self.load.parameters]
+        gradients = [cast(Tensor, parameter.grad) for parameter in self.load.parameters]
+        if any(gradient.dtype is not self._dtype for gradient in gradients):
+            gradients = [gradient.to(self._dtype) for gradient in gradients]
         if self._accept is not None:
             gradients = [torch.where(self._accept, gradient, 0.0) for gradient in gradients]
         if self._applied is not None and self._applied.on_gradient:
-            self._taken = gradients = self._applied.times(self.load.parameters, gradients, 0)
+            gradients = self._applied.times(self.load.parameters, gradients, 0)
+        self._taken = gradients
         return gradients
 
     def _of(self, key: str) -> list[Tensor]:
