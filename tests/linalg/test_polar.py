@@ -170,8 +170,9 @@ def test_a_non_finite_and_a_zero_matrix_leave_their_neighbour_alone(method, bad,
 def test_a_batch_is_its_matrices_whatever_the_memory_cap(batch, rows, columns, cap):
     g = torch.randn(batch, rows, columns, generator=torch.Generator().manual_seed(batch), dtype=torch.float64)
     together = polar(g, memory_cap=cap)
-    torch.testing.assert_close(together, torch.stack([polar(one) for one in g]), rtol=0, atol=1e-12)
-    torch.testing.assert_close(polar(g.mT), together.mT, rtol=0, atol=1e-12)
+    # what two orders of summation differ by grows like the square of the map's slope, 1e5, on the smallest values
+    torch.testing.assert_close(together, torch.stack([polar(one) for one in g]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(polar(g.mT), together.mT, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (3, 0)], ids=str)

@@ -14,7 +14,7 @@ from steepest.linalg.iterations import Form, gram_form, newton_schulz, product_c
 from steepest.linalg.products import OneByOne, Together, products_for
 from steepest.linalg.symmetric import work_share
 
-# What a call takes, in operations that could have been done meanwhile: a few microseconds.
+# What a call for one of several long sides takes, in operations that could be done meanwhile: a few microseconds.
 CALL = 10**6
 
 
@@ -153,7 +153,7 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iteration:
-    """The form asked for, or for "auto" the one with fewer operations and calls.
+    """The form asked for, or for "auto" the one with fewer operations, and with fewer calls for several shapes.
 
     Args:
         method: "auto" or a form.
@@ -166,7 +166,12 @@ def choose(
     products = products_for(rows, dtype, device)
     forms: tuple[Form, ...] = ("newton-schulz", "gram")
     found = [Iteration(form, chosen, rows, dtype, products) for form in forms if method in ("auto", form)]
-    return min(found, key=lambda one: sum(count * one.flops(long) + one.long_calls * CALL for count, long in columns))
+    several = len(columns) > 1
+
+    def price(one: Iteration) -> int:
+        return sum(count * one.flops(long) + several * one.long_calls * CALL for count, long in columns)
+
+    return min(found, key=price)
 
 
 def _sized(x: Tensor, dtype: torch.dtype, norm: Normaliser) -> Tensor:
