@@ -131,3 +131,12 @@ def test_another_norm_or_parameter_is_packed_anew():
 def test_a_cap_is_positive(cap):
     with pytest.raises(ValueError, match=f"memory_cap takes a positive number of bytes, or None, got {cap}"):
         SteepestDescent([nn.Parameter(torch.ones(2, 2))], memory_cap=cap)
+
+
+def test_the_cap_of_any_recipe_can_be_set_later():
+    optimizer = MuonMax([nn.Parameter(torch.ones(2, 2))])
+    assert optimizer.memory_cap is None
+    optimizer.memory_cap = 10**6
+    assert copy.deepcopy(optimizer).memory_cap == 10**6
+    with pytest.raises(ValueError, match="memory_cap takes a positive number"):
+        optimizer.memory_cap = 0

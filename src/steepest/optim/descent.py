@@ -28,7 +28,7 @@ from steepest.optim.load import Packing
 from steepest.optim.losses import MISSING, Loss, LossTap, check_loss, over_ranks
 from steepest.optim.move import Move
 from steepest.optim.options import DEFAULT_NORMS, INPUT_OPTIONS, INPUT_STEPS, check_group, complete_group, for_role
-from steepest.optim.parameters import Parameters, collect, complete_row
+from steepest.optim.parameters import Parameters, check_view, collect, complete_row
 from steepest.optim.precondition import Preconditioner, drop_moments, precondition_options
 from steepest.optim.sees_inputs import SeesInputs
 from steepest.optim.state import DUAL, check_saved, restored
@@ -143,6 +143,15 @@ class SteepestDescent(SeesInputs):
         ]
         return Plan(tuple(map(self._preconditioner.complete, rows) if self._preconditioner else rows))
 
+    @property
+    def memory_cap(self) -> int | None:
+        """Bytes that a step's temporaries may take, see the constructor; may be set at any time."""
+        return self._packing.memory_cap
+
+    @memory_cap.setter
+    def memory_cap(self, number: int | None) -> None:
+        self._packing = Packing(number)
+
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with options of their own or the optimizer's.
 
@@ -164,7 +173,7 @@ class SteepestDescent(SeesInputs):
         self._global_step.label(group)
         self._global_step.check([*self.param_groups, group])
         for row in rows.values():
-            _check_view(row, group["norm"])
+            check_view(row, group["norm"])
         super().add_param_group(group)
         self._rows.update(rows)
 
@@ -381,17 +390,6 @@ class SteepestDescent(SeesInputs):
 
 def _preconditioned(group: Group) -> bool:
     return group["role"] == "matrix" and group["norm"].matrix and not group["norm"].adapts
-
-
-def _check_view(row: PlanRow, norm: Norm) -> None:
-    """A norm of linear maps needs to know the map."""
-    if row.view is not None:
-        row.view.blocks(row.shape)
-    elif norm.matrix:
-        raise ValueError(
-            f"{row.name!r} of shape {tuple(row.shape)} has no view as matrices, which the group's norm needs. "
-            "Give the group a view=, or another role or norm."
-        )
 
 
 def _any_role(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from steepest.anatomy import LINEAR, ROLES, Plan, PlanRow, Role, View, route
-from steepest.geometry import get_norm
+from steepest.geometry import Norm, get_norm
 from steepest.optim.options import check_parameter
 
 Group = dict[str, Any]
@@ -170,3 +170,22 @@ def _refuse_repeats(rows: Rows, added: Rows) -> None:
             raise ValueError(
                 f"{row.name!r} appears twice, first as {rows[parameter].name!r}; list each parameter once."
             )
+
+
+def check_view(row: PlanRow, norm: Norm) -> None:
+    """A norm of linear maps needs to know the map.
+
+    Args:
+        row: Of the plan.
+        norm: Of the parameter's group.
+
+    Raises:
+        ValueError: If the view does not fit, or there is none.
+    """
+    if row.view is not None:
+        row.view.blocks(row.shape)
+    elif norm.matrix:
+        raise ValueError(
+            f"{row.name!r} of shape {tuple(row.shape)} has no view as matrices, which the group's norm needs. "
+            "Give the group a view=, or another role or norm."
+        )
