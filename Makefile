@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OUT ?= out/demo
 export MPLBACKEND := Agg
 
-.PHONY: setup race test lint types clean
+.PHONY: setup race test lint types speed clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,21 @@ types: setup
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# Every measurement of docs/results/speed. Leave the machine alone meanwhile: about twenty minutes on two cores.
+SPEED ?= docs/results/speed
+PEERS ?= steepest,steepest-jordan,steepest-bf16,torch,torch-fp32,pytorch-optimizer,heavyball-eager
+STEP := $(BIN)/steepest bench step --threads 2 --peers $(PEERS)
+speed: setup
+	$(BIN)/steepest bench accuracy --out $(SPEED)/accuracy
+	$(BIN)/steepest bench passes --threads 2 --pairs 60 --out $(SPEED)/passes
+	$(BIN)/steepest bench scaling --threads 2 --out $(SPEED)/scaling
+	$(STEP) --shapes many-small --pairs 20 --out $(SPEED)/many_small
+	$(STEP) --shapes conv --pairs 10 --out $(SPEED)/conv
+	$(STEP) --shapes gpt2 --width 256 512 768 --layers 4 --pairs 12 --out $(SPEED)/gpt2
+	$(STEP) --shapes llama --width 512 --layers 4 --pairs 10 --out $(SPEED)/llama
+	$(BIN)/steepest bench step --threads 2 --peers steepest,heavyball --shapes gpt2 --width 256 --pairs 20 --out $(SPEED)/compiled
+	$(BIN)/steepest bench train --threads 2 --out $(SPEED)/train
 
 clean:
 	rm -rf $(VENV)

@@ -7,7 +7,7 @@ from steepest.cli import main
 from steepest.lab.speed import scaling
 from steepest.parallel import Machine
 
-MACHINE = Machine(((64, 100e9),), ((2**20, 10e9),), 1e-6)
+MACHINE = Machine(((64, 100e9),), *[((2**20, 10e9),)] * 3, 1e-6)
 SIZES = ["--widths", "8", "16", "--layers", "1", "--aspects", "2", "--rounds", "3"]
 
 

@@ -33,6 +33,8 @@ def test_it_prints_a_row_per_contestant_and_the_floor(capsys):
     assert "1.000 (1.000 to 1.000)" in rows["steepest"]
     assert "float32" in rows["torch-fp32"]
     assert "floor of float32 products: " in out
+    assert "limit, the same with the fastest product found: " in out
+    assert "/ limit" in out
     assert "CPU time / wall time of the rounds: " in out
     assert "gpt2 8: 2 rounds of steepest, torch-fp32" in err
 

@@ -160,6 +160,24 @@ def test_names_triples_and_sets_are_taken():
     assert get_coefficients([[2, -1.5, 0.5]] * 3).steps == ((2.0, -1.5, 0.5),) * 3
 
 
+def test_lists_are_as_good_as_tuples():
+    given = Coefficients("mine", [[2.0, -1.5, 0.5]] * 3, "")
+    assert get_coefficients(given).steps == ((2.0, -1.5, 0.5),) * 3
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "schatten8"])
+def test_degree_nine_is_designed_like_quintics(norm):
+    designed = minimax(2.5e-3, 3, degree=9, norm=norm)
+    for step, printed in zip(designed.steps, COEFFICIENTS["nonic"].steps, strict=True):
+        assert step == pytest.approx(printed, rel=1e-9)
+    low, high = designed.certify(2.5e-3).image
+    quintics = minimax(2.5e-3, 4).certify(2.5e-3).image
+    assert low > quintics[0]
+    assert high < quintics[1]
+    converged = minimax(0.5, 4, degree=9).steps[-1]
+    assert converged == pytest.approx([315 / 128, -420 / 128, 378 / 128, -180 / 128, 35 / 128])
+
+
 def test_describe_shows_every_step_and_the_certificate():
     lines = describe("cubic12", lower=1e-2).splitlines()
     assert len(lines) == 15
@@ -191,6 +209,8 @@ def test_describe_shows_every_step_and_the_certificate():
             "each step is three finite numbers",
         ),
         (lambda: COEFFICIENTS["jordan"].certify(0.0), ValueError, "certify takes lower in (0, 1], got 0.0"),
+        (lambda: minimax(0.1, 3, degree=7), ValueError, "minimax takes degree=5 or 9, got 7"),
+        (lambda: Coefficients("n", ((2.0, -1.5, 0.5),), "", "nuclear"), ValueError, "Unknown norm 'nuclear'"),
         (lambda: minimax(0.0, 5), ValueError, "minimax takes lower in (0, 1), got 0.0"),
         (lambda: minimax(0.1, 0), ValueError, "minimax takes a whole number of steps, at least one, got steps=0"),
         (

@@ -125,10 +125,26 @@ def test_the_memory_cap_is_kept(monkeypatch, rng):
 
 
 @pytest.mark.parametrize("method", ["svd", *POLYNOMIAL])
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-10, 1e10, 1e30, 1e37])
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1e-10, 1e10, 1e30, 1e37])
 def test_scale_does_not_matter(method, scale, rng):
     g = torch.randn(2, 5, 9, generator=rng)
     torch.testing.assert_close(polar(g * scale, method=method), polar(g, method=method), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["svd", *POLYNOMIAL])
+@pytest.mark.parametrize("rows", [5, 200])
+@pytest.mark.parametrize("scale", [1e-38, 1e-40, 1e-44])
+def test_subnormal_numbers_stay_numbers(method, rows, scale, rng):
+    g = torch.randn(rows, 2 * rows, generator=rng) * scale
+    assert polar(g, method=method).isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [40, 200])
+def test_autocast_does_not_reach_the_products(rows, rng):
+    g = torch.randn(rows, 2 * rows, generator=rng)
+    expected = polar(g)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(polar(g), expected)
 
 
 @pytest.mark.parametrize("method", ["svd", *POLYNOMIAL])
@@ -284,6 +300,19 @@ def test_what_the_process_allows_for_its_own_products_does_not_matter(rows, rng)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_an_inherited_precision_is_inherited_again(rng):
+    backends = torch.backends
+    try:
+        backends.fp32_precision = "bf16"
+        inherited = backends.mkldnn.matmul.fp32_precision
+        polar(torch.randn(3, 3, generator=rng))
+        assert backends.mkldnn.matmul.fp32_precision == inherited
+        backends.fp32_precision = "ieee"
+        assert backends.mkldnn.matmul.fp32_precision in ("ieee", "none")
+    finally:
+        backends.fp32_precision = "none"
 
 
 def test_no_gradient_flows_and_none_is_needed(rng):

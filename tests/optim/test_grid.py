@@ -260,11 +260,15 @@ def test_t_stays_between_zero_and_one(exponent, bound, tree, regularized, other,
 @pytest.mark.parametrize("bookkeeping", ["recurrent", "direct"])
 @pytest.mark.parametrize("regularized", [False, True], ids=identity)
 @pytest.mark.parametrize("tree", TREES, ids=str)
-def test_without_a_lower_bound_momo_is_the_base_method_bit_for_bit(tree, regularized, bookkeeping):
-    shared = {"product": tree, "regularized": regularized, "weight_decay": 0.3}
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_without_a_lower_bound_momo_is_the_base_method(weight_decay, tree, regularized, bookkeeping):
+    """Bit for bit; but where the base method can decay and move in one pass, that rounds otherwise than two."""
+    shared = {"product": tree, "regularized": regularized, "weight_decay": weight_decay}
     _, base = run(others(Ada2()), 10, **shared)
     _, momo = run(others(Ada2()), 10, step_size=Momo(-float("inf"), bookkeeping=bookkeeping), **shared)
-    assert all(np.array_equal(a, b) for a, b in zip(base, momo, strict=True))
+    one_pass = weight_decay > 0 and not regularized and tree == Max()
+    for a, b in zip(base, momo, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 if one_pass else 0)
 
 
 @pytest.mark.parametrize("regularized", [False, True], ids=identity)

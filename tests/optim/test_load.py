@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from steepest import Muon, MuonMax, SteepestDescent
+from steepest import Frobenius, Muon, MuonMax, SteepestDescent
 from steepest.anatomy import CONV1D, LINEAR, View, conv
 from steepest.optim.bucket import Bucket
 from steepest.optim.load import LARGEST_BUCKETS, SMALLEST_CAP, Load, default_cap, loads
@@ -127,7 +127,7 @@ def test_another_norm_or_parameter_is_packed_anew():
     assert not torch.equal(second, before)
 
 
-@pytest.mark.parametrize("cap", [0, -5])
+@pytest.mark.parametrize("cap", [0, -5, True, 1.5])
 def test_a_cap_is_positive(cap):
     with pytest.raises(ValueError, match=f"memory_cap takes a positive number of bytes, or None, got {cap}"):
         SteepestDescent([nn.Parameter(torch.ones(2, 2))], memory_cap=cap)
@@ -140,3 +140,40 @@ def test_the_cap_of_any_recipe_can_be_set_later():
     assert copy.deepcopy(optimizer).memory_cap == 10**6
     with pytest.raises(ValueError, match="memory_cap takes a positive number"):
         optimizer.memory_cap = 0
+
+
+def test_what_is_kept_for_diagnostics_does_not_depend_on_the_cap():
+    numbers = []
+    for cap in (1, None):
+        parameters = [nn.Parameter(torch.ones(16, 16)) for _ in range(6)]
+        generator = torch.Generator().manual_seed(0)
+        for parameter in parameters:
+            parameter.grad = torch.randn(16, 16, generator=generator)
+        optimizer = SteepestDescent(parameters, lr=0.1, weight_decay=0.1, memory_cap=cap)
+        optimizer.step()
+        numbers.append(optimizer.diagnostics())
+        assert sum(len(entry.factors) for entry in optimizer._record.entries) == 1
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
+def test_a_layer_that_went_dead_stays_finite():
+    """Its momentum shrinks through the subnormal numbers to zero."""
+    parameter = nn.Parameter(torch.ones(3, 4))
+    optimizer = SteepestDescent([parameter], lr=0.1, momentum=0.5)
+    parameter.grad = torch.ones(3, 4)
+    for _ in range(200):
+        optimizer.step()
+        parameter.grad = torch.zeros(3, 4)
+    assert parameter.isfinite().all()
+
+
+def test_a_norm_may_return_what_it_was_given():
+    class Same(Frobenius):
+        def lmo(self, m, /, v=None):
+            return m
+
+    parameter = nn.Parameter(torch.ones(3, 4))
+    optimizer = SteepestDescent([parameter], lr=0.1, norms={"matrix": Same()}, regularized=True)
+    parameter.grad = torch.ones(3, 4)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"], torch.full((3, 4), 0.05))

@@ -80,7 +80,8 @@ def test_the_masked_step_of_an_accelerator_equals_the_early_return(recipe, monke
     monkeypatch.setattr(Guard, "admit", stay_on_device)
     model = network()
     optimizer = recipe(model)
-    assert_same(expected, train(model, optimizer, range(3)))
+    for one, other in zip(expected, train(model, optimizer, range(3)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # unmasked, decay and move may be one pass
     before = snapshot(model, optimizer)
     backward(model, 3)
     model[0].weight.grad[0] = torch.nan

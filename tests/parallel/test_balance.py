@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 
@@ -11,18 +12,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steepest import Muon
-from steepest.linalg.polar import flops
+from steepest.linalg.polar import flops, polars
+from steepest.linalg.products import SMALLEST_ONE_BY_ONE, has_onednn
 from steepest.parallel import Machine, assign, cost, count_work
+from steepest.parallel.balance import ALL_TRAFFIC, LOAD_TRAFFIC, LONG_TRAFFIC
 
-# Each charges for one thing alone.
-FREE = 1e300
-MULTIPLIES = Machine(((1, 1.0),), ((1, FREE),), 1 / FREE)
-PASSES = Machine(((1, FREE),), ((1, 1.0),), 1 / FREE)
-CALLING = Machine(((1, FREE),), ((1, FREE),), 1.0)
-USUAL = Machine(((64, 50e9), (512, 100e9)), ((2**18, 100e9), (2**26, 10e9)), 2e-6)
+FREE = ((1, 1e300),)
+TABLES = ("products", "passes", "fresh", "transposed")
+CALLING = Machine(FREE, FREE, FREE, FREE, 1.0)
+USUAL = Machine(
+    products=((64, 50e9), (512, 100e9)),
+    passes=((2**18, 100e9), (2**26, 10e9)),
+    fresh=((2**18, 80e9), (2**26, 8e9)),
+    transposed=((2**18, 10e9), (2**26, 5e9)),
+    seconds_per_call=2e-6,
+)
+LAYER = [(4, 256, 256), (1, 1024, 256), (1, 256, 1024)]
 
 
-CHANGED = {"products": ((64, 80e9), (512, 100e9)), "passes": ((2**18, 200e9), (2**26, 10e9))}
+def charging(name):
+    """A machine that charges for one thing alone, one second per unit."""
+    return dataclasses.replace(CALLING, **{name: ((1, 1.0),)}, seconds_per_call=1e-300)
 
 
 class Counting(TorchDispatchMode):
@@ -43,71 +53,91 @@ class Counting(TorchDispatchMode):
             and "unsafe_view" not in name
             and "empty" not in name
         ):
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            written = args[0] if result is None else result  # in place, for lists
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, written)) if isinstance(leaf, torch.Tensor)]
             self.bytes += sum(tensor.nbytes for tensor in tensors)
         return result
 
 
-def counted(shape):
-    """Calls of a step on a bucket, and bytes of its elementwise passes."""
-    count, rows, columns = shape
-    weights = [torch.nn.Parameter(torch.ones(rows, columns)) for _ in range(count)]
+def counted(shapes):
+    """Calls of a step on buckets, and bytes of its elementwise passes outside of polar factors."""
+    weights = [torch.nn.Parameter(torch.ones(rows, columns)) for count, rows, columns in shapes for _ in range(count)]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    optimizer = Muon(weights, weight_decay=0.1, coefficients="nonic")
+    optimizer = Muon(weights, weight_decay=0.1)
     optimizer.step()
     with Counting() as counts:
         optimizer.step()
-    return counts.calls, counts.bytes
+    with Counting() as polar:
+        for shape in shapes:
+            polars([torch.ones(shape)], times=[-1.0])
+    one_by_one = min(shapes[0][1:]) >= SMALLEST_ONE_BY_ONE and has_onednn()
+    return counts.calls - one_by_one * polar.calls, counts.bytes - polar.bytes
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 64), (4, 128, 512), (1, 256, 256), (4, 512, 256)], ids=str)
-def test_the_counts_are_those_of_a_step(shape):
-    calls, traffic = counted(shape)
-    work = count_work(shape)
+BUCKETS = [[(1, 64, 64)], [(4, 128, 512)], [(1, 256, 256)], [(4, 512, 256)], [(6, 512, 512)], LAYER]
+
+
+@pytest.mark.parametrize("shapes", BUCKETS, ids=str)
+def test_the_counts_are_those_of_a_step(shapes):
+    calls, traffic = counted(shapes)
+    work = count_work(shapes)
     assert calls == pytest.approx(work.calls, rel=0.15)
-    assert traffic == pytest.approx(work.traffic + work.gram_traffic, rel=0.15)
+    entries = 4 * sum(map(math.prod, shapes))
+    assert traffic == pytest.approx((ALL_TRAFFIC + LOAD_TRAFFIC) * entries, rel=0.1)
 
 
-def test_costs_are_operations_over_rate_traffic_over_bandwidth_and_calls():
-    work = count_work((3, 64, 128))
-    assert cost((3, 64, 128), MULTIPLIES) == pytest.approx(work.flops)
-    assert cost((3, 64, 128), PASSES) == pytest.approx(work.traffic + work.gram_traffic)
-    assert cost((3, 64, 128), CALLING) == pytest.approx(work.calls + work.python)
+@pytest.mark.parametrize("name", TABLES)
+def test_each_rate_is_charged_for_its_own_work(name):
+    assert cost(LAYER, charging(name)) == pytest.approx(sum(getattr(count_work(LAYER), name).values()))
+
+
+def test_calls_are_charged_with_python_around_them():
+    work = count_work(LAYER)
+    assert cost(LAYER, CALLING) == pytest.approx(work.calls + work.python)
 
 
 def test_operations_are_those_of_the_products_of_every_matrix():
-    assert count_work((6, 64, 128)).flops == 6 * flops(64, 128)
-    assert count_work((6, 64, 128), coefficients="jordan").flops == 6 * flops(64, 128, coefficients="jordan")
+    assert count_work([(6, 64, 128)]).products == {64: 6 * flops(64, 128)}
+    assert count_work([(6, 64, 128)], coefficients="jordan").products == {64: 6 * flops(64, 128, coefficients="jordan")}
+    assert set(count_work([(2, 64, 128), (1, 32, 32)]).products) == {32, 64}
 
 
-def test_rates_are_those_of_the_short_side_and_of_the_sizes():
-    wide, tall = (dataclasses.replace(USUAL, **{name: table}) for name, table in CHANGED.items())
-    assert cost((1, 512, 64), wide) < cost((1, 512, 64), USUAL)
-    assert cost((1, 512, 512), wide) == cost((1, 512, 512), USUAL)
-    assert cost((1, 64, 64), tall) < cost((1, 64, 64), USUAL)
+def test_passes_over_all_layers_miss_the_cache_that_one_layer_fits_in():
+    assert set(count_work(LAYER).passes) == {4 * 12 * 256**2}
 
 
-def test_a_matrix_costs_as_much_as_its_transpose():
-    assert cost((2, 96, 32), USUAL) == cost((2, 32, 96), USUAL)
+def test_only_tall_matrices_that_are_worked_on_one_by_one_are_transposed():
+    tall, wide = ({4 * 256 * 1024}, set())
+    expected = tall if has_onednn() else wide
+    assert set(count_work([(2, 1024, 256)]).transposed) == expected
+    assert not count_work([(2, 256, 1024)]).transposed
+    assert not count_work([(2, 512, 64)]).transposed
+
+
+def test_what_a_matrix_has_beyond_a_square_is_passed_over_in_new_memory():
+    square, long = (sum(count_work([shape]).fresh.values()) for shape in ((1, 256, 256), (1, 256, 512)))
+    assert square == 4 * LOAD_TRAFFIC * 256**2
+    assert long == 2 * square + 4 * LONG_TRAFFIC * 256**2
 
 
 @given(st.integers(1, 8), st.integers(8, 512), st.integers(8, 512))
 def test_more_costs_more(count, rows, columns):
-    least = cost((count, rows, columns), USUAL)
-    assert 0 < least < cost((count + 1, rows, columns), USUAL)
-    assert least < cost((count, 2 * rows, 2 * columns), USUAL)
+    least = cost([(count, rows, columns)], USUAL)
+    assert 0 < least < cost([(count + 1, rows, columns)], USUAL)
+    assert least < cost([(count, 2 * rows, 2 * columns)], USUAL)
 
 
-def test_matrices_of_one_bucket_cost_less_together():
-    assert cost((8, 64, 64), USUAL) < 8 * cost((1, 64, 64), USUAL)
+def test_buckets_cost_less_together():
+    assert cost([(8, 64, 64)], USUAL) < 8 * cost([(1, 64, 64)], USUAL)
+    assert cost([(2, 64, 64), (2, 64, 128)], USUAL) < cost([(2, 64, 64)], USUAL) + cost([(2, 64, 128)], USUAL)
 
 
-def test_empty_buckets_are_refused():
-    with pytest.raises(
-        ValueError, match=re.escape("A bucket has shape=(B, m, n) with numbers of at least 1, got (0, 4, 4)")
-    ):
-        cost((0, 4, 4), USUAL)
+@pytest.mark.parametrize("shapes", [[], [(0, 4, 4)], [(1, 4, 4), (1, 0, 4)]], ids=str)
+def test_empty_buckets_are_refused(shapes):
+    text = f"A step takes buckets of shapes (B, m, n) with numbers of at least 1, got {shapes}. Leave empty ones out."
+    with pytest.raises(ValueError, match=re.escape(text)):
+        cost(shapes, USUAL)
 
 
 COSTS = st.lists(st.floats(0, 1e6), max_size=7)

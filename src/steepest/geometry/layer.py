@@ -59,15 +59,16 @@ class Spectral(Printed):
         """-s U Vᵀ."""
         return self.lmos([m])[0]
 
-    def lmos(self, batches: Sequence[Tensor], *, memory_cap: int | None = None) -> list[Tensor]:
+    def lmos(self, batches: Sequence[Tensor], *, memory_cap: int | None = None, radius: float = 1.0) -> list[Tensor]:
         """Steepest directions for matrices of several shapes, which takes less time than one shape after the other.
 
         Args:
             batches: (*batch, m, n) each.
             memory_cap: Bytes that temporaries may take; None for the default of `polars`.
+            radius: Of the ball.
 
         Returns:
-            As `lmo` of each.
+            `radius` times `lmo` of each.
         """
         return polars(
             batches,
@@ -75,7 +76,7 @@ class Spectral(Printed):
             coefficients=self.coefficients,
             dtype=self.dtype,
             memory_cap=memory_cap or MEMORY_CAP,
-            times=[-scale_factor(self.scale, *batch.shape[-2:]) for batch in batches],
+            times=[-radius * scale_factor(self.scale, *batch.shape[-2:]) for batch in batches],
         )
 
 

@@ -40,7 +40,7 @@ class Norm(Protocol):
         ...
 
     def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
-        """Steepest direction for M: the shape and dtype of M, of norm one."""
+        """Steepest direction for M: a new tensor of the shape and dtype of M, of norm one."""
         ...
 
 

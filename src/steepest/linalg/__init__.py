@@ -9,7 +9,7 @@ from steepest.linalg.coefficients import (
     overshoot,
 )
 from steepest.linalg.minimax import describe, minimax
-from steepest.linalg.polar import MEMORY_CAP, PolarMethod, flops, polar, polars
+from steepest.linalg.polar import MEMORY_CAP, PolarMethod, compute_dtype, flops, polar, polars
 from steepest.linalg.spd import (
     Damped,
     RidgeUnit,
@@ -29,6 +29,7 @@ __all__ = [
     "Normaliser",
     "PolarMethod",
     "RidgeUnit",
+    "compute_dtype",
     "damped_factor",
     "damped_inverse",
     "damped_power",

@@ -90,6 +90,7 @@ class Coefficients:
     norm: Normaliser = "frobenius"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(tuple(step) for step in self.steps))
         if not self.steps:
             raise ValueError(f"Coefficients {self.name!r} has no steps; give at least one (a, b, c).")
         if self.norm not in get_args(Normaliser):
@@ -262,7 +263,8 @@ def get_coefficients(
             chosen = _custom(tuple(tuple(float(number) for number in step) for step in coefficients))
         except TypeError as error:
             raise TypeError(
-                f"coefficients takes a name, a Coefficients or a sequence of (a, b, c), got {coefficients!r}."
+                "coefficients takes a name, a Coefficients or a sequence of (a, b, c) or (a, b, c, d, e), got "
+                f"{coefficients!r}."
             ) from error
     if not _bears(chosen, dtype):
         raise ValueError(
@@ -283,13 +285,16 @@ def _bears(chosen: Coefficients, dtype: torch.dtype) -> bool:
     return chosen.certify().bears(dtype)
 
 
-def overshoot(coefficients: str | Coefficients | Sequence[Sequence[float]] | None) -> float:
+def overshoot(
+    coefficients: str | Coefficients | Sequence[Sequence[float]] | None, dtype: torch.dtype = torch.float32
+) -> float:
     """κ, the largest singular value that a polynomial in place of the polar factor can produce.
 
     Exact arithmetic; products in bfloat16 add up to 2%.
 
     Args:
         coefficients: As for `get_coefficients`; None for the exact polar factor.
+        dtype: Of the products.
 
     Returns:
         The supremum of the map over (0, 1], but at least 1; 1 for the exact factor.
@@ -300,4 +305,4 @@ def overshoot(coefficients: str | Coefficients | Sequence[Sequence[float]] | Non
     """
     if coefficients is None:
         return 1.0
-    return max(1.0, get_coefficients(coefficients).certify(sys.float_info.min).image[1])
+    return max(1.0, get_coefficients(coefficients, dtype).certify(sys.float_info.min).image[1])

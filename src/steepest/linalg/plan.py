@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steepest.linalg.coefficients import Coefficients, Normaliser
 from steepest.linalg.iterations import Form, gram_form, newton_schulz, product_counts, segments
-from steepest.linalg.products import OneByOne, Together, products_for
+from steepest.linalg.products import OneByOne, Products, Together, X, products_for
 from steepest.linalg.symmetric import work_share
 
 # What a call for one of several long sides takes, in operations that could be done meanwhile: a few microseconds.
@@ -101,8 +101,9 @@ class Iteration:
         """
         # X and the next X; R, R², Z and what is between, of which the Gram form keeps two more; a whole Z
         kept = 5 if self.form == "gram" else 4
-        entries = 2 * self._padded * columns + (kept * work_share(self._parts) + 1) * self._padded**2
-        return round(entries * self.dtype.itemsize)
+        squares = (kept * work_share(self._parts) + 1) * self._padded**2
+        each = max(2 * self.dtype.itemsize, 4 + self.dtype.itemsize)  # X is brought to size in float32 or wider
+        return round(each * self._padded * columns + squares * self.dtype.itemsize)
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Compute polar factors.
@@ -114,22 +115,21 @@ class Iteration:
         if isinstance(products, OneByOne):
             for job in jobs:
                 for source, target in zip(job.source, job.target, strict=True):
-                    x = _sized(source, self.dtype, norm).contiguous()
-                    if self.form == "gram":
-                        x = gram_form(x, self.chosen, segments(self.chosen.steps, self._eps), products)
-                    else:
-                        x = newton_schulz(x, self.chosen, products)
-                    _copy(x, target, job.times)
+                    _copy(self._iterate(_sized(source, self.dtype, norm).contiguous(), products), target, job.times)
             return
-        xs: Sequence[Tensor] = [_sized(job.source, self.dtype, norm) for job in jobs]
-        if self._padded > self.rows:
-            xs = [torch.nn.functional.pad(x, (0, 0, 0, self._padded - self.rows)) for x in xs]
-        if self.form == "gram":
-            xs = gram_form(xs, self.chosen, segments(self.chosen.steps, self._eps), products)
-        else:
-            xs = newton_schulz(xs, self.chosen, products)
-        for job, x in zip(jobs, xs, strict=True):
+        # nobody but the iteration holds what it starts from
+        found = self._iterate([self._padded_with_zeros(_sized(job.source, self.dtype, norm)) for job in jobs], products)
+        for job, x in zip(jobs, found, strict=True):
             _copy(x[:, : self.rows], job.target, job.times)
+
+    def _iterate(self, x: X, products: Products[X]) -> X:
+        if self.form == "gram":
+            return gram_form(x, self.chosen, segments(self.chosen.steps, self._eps), products)
+        return newton_schulz(x, self.chosen, products)
+
+    def _padded_with_zeros(self, x: Tensor) -> Tensor:
+        missing = self._padded - self.rows
+        return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
     @property
     def _eps(self) -> float:
@@ -178,7 +178,7 @@ def _sized(x: Tensor, dtype: torch.dtype, norm: Normaliser) -> Tensor:
     """Each matrix divided by its largest entry, so that products stay in range, or by its Frobenius norm if wanted."""
     wide = torch.promote_types(x.dtype, torch.float32)
     largest = x.abs().amax(dim=(-2, -1), keepdim=True).to(wide)  # several times as fast as a norm of order infinity
-    x = x * (1 / torch.where(largest == 0, 1.0, largest))
+    x = x / torch.where(largest == 0, 1.0, largest)  # one over a subnormal number would be infinite
     if norm == "frobenius":
         size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
         x.mul_(1 / torch.where(size == 0, 1.0, size))

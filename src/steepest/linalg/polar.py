@@ -20,6 +20,7 @@ PolarMethod = Literal["auto", "newton-schulz", "gram", "svd"]
 
 # One chunk of a batch keeps its temporaries below this; larger batches are worked on chunk by chunk.
 MEMORY_CAP = 256 * 2**20
+SVD_COPIES = 7  # of a matrix in float64, at the same time, about
 
 
 @torch.no_grad()
@@ -42,10 +43,10 @@ def polar(
     Args:
         x: (*batch, m, n), real floating point, any units.
         method: "svd" is exact, in float64. "newton-schulz" multiplies X in every step, "gram" iterates on the k x k
-            Gram matrix. "auto" takes whichever of the two needs fewer operations for this shape.
+            Gram matrix. "auto" takes whichever of the two needs fewer operations for what is worked on together.
         coefficients: For the two polynomial methods: a name, a `Coefficients`, or numbers; see `get_coefficients`.
         dtype: Type of the matrix products, whatever precision the process allows for its own. Default: float64 for
-            float64 input, else bfloat16 on CUDA and float32 elsewhere.
+            float64 input, bfloat16 on CUDA if the coefficients bear it, and float32 else.
         memory_cap: Bytes that temporaries may take; a batch beyond it is split, one matrix is never split.
 
     Returns:
@@ -93,14 +94,17 @@ def polars(
         _check(x, method, memory_cap)
     results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
     alike: dict[tuple[int, torch.dtype, torch.device], list[Job]] = {}
-    for x, result, factor in zip(xs, results, times or [1.0] * len(xs), strict=True):
-        computed = torch.float64 if method == "svd" else dtype or compute_dtype(x)
+    for x, result, factor in zip(xs, results, [1.0] * len(xs) if times is None else times, strict=True):
+        computed = torch.float64 if method == "svd" else dtype or compute_dtype(x, coefficients)
         get_coefficients(coefficients, computed)
         if x.numel() == 0:
             continue
         job = Job.of(x, result, factor)
         if method == "svd":
-            _svd(job)
+            count = max(1, memory_cap // (8 * SVD_COPIES * job.rows * job.columns))
+            while len(job.source):
+                part, job = job.cut(count)
+                _svd(part)
         else:
             alike.setdefault((job.rows, computed, x.device), []).append(job)
     for (rows, computed, device), jobs in alike.items():
@@ -169,11 +173,17 @@ def flops(
     return choose(method, chosen, short, [(1, long)], dtype, torch.device(device)).flops(long)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Default type of the products: float64 for float64, else bfloat16 on CUDA and float32 elsewhere."""
+def compute_dtype(x: Tensor, coefficients: str | Coefficients | Sequence[Sequence[float]] = "auto") -> torch.dtype:
+    """Default type of the products: float64 for float64, on CUDA bfloat16 if the coefficients bear it, else float32.
+
+    Args:
+        x: The matrices.
+        coefficients: As for `polar`.
+    """
     if x.dtype == torch.float64:
         return torch.float64
-    return torch.bfloat16 if x.is_cuda else torch.float32
+    half = x.is_cuda and (coefficients == "auto" or get_coefficients(coefficients).certify().bears(torch.bfloat16))
+    return torch.bfloat16 if half else torch.float32
 
 
 def _check(x: Tensor, method: PolarMethod, memory_cap: int) -> None:

@@ -165,19 +165,20 @@ def _onednn(a: Tensor, b: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Generator[None]:
-    """float32 products in float32, whatever the process has allowed for its own: here, precision is an option.
+    """float32 products in float32, whatever the process allows for its own, autocast included: precision is an option.
 
     Args:
         device: Where the products run.
     """
-    # torch's stubs do not know the second
-    backend: Any = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
+    # torch's stubs do not know all of these
+    backends: Any = torch.backends
+    backend, parent = (
+        (backends.cuda.matmul, backends) if device.type == "cuda" else (backends.mkldnn.matmul, backends.mkldnn)
+    )
     allowed: str = backend.fp32_precision
-    if allowed == "ieee":
-        yield
-        return
     backend.fp32_precision = "ieee"
     try:
-        yield
-    finally:
-        backend.fp32_precision = allowed
+        with torch.autocast(device.type if torch.amp.is_autocast_available(device.type) else "cpu", enabled=False):
+            yield
+    finally:  # what was inherited is inherited again
+        backend.fp32_precision = "none" if allowed in ("none", parent.fp32_precision) else allowed

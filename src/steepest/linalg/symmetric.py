@@ -113,6 +113,8 @@ def frobenius_norm(a: Tensor) -> Tensor:
     """
     wide = torch.promote_types(a.dtype, torch.float32)
     of_block = torch.linalg.vector_norm(a, dim=(-2, -1), dtype=wide)  # (pairs, B)
+    if len(a) == 1:
+        return of_block[0]
     twice = [math.sqrt(1 + (row != column)) for row, column in _places(_parts(a))]  # what is below the diagonal
     return torch.linalg.vector_norm(of_block * of_block.new_tensor(twice).unsqueeze(-1), dim=0)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steepest.anatomy import PlanRow
 from steepest.geometry import Spectral, scale_factor
-from steepest.linalg import overshoot, polar
+from steepest.linalg import compute_dtype, overshoot, polar
 from steepest.optim.bucket import Bucket
 from steepest.optim.momentum import debias
 from steepest.optim.state import MOMENTUM, STEP
@@ -79,7 +79,8 @@ def weight_numbers(
                 continue
             bucket = Bucket((parameter,), rows[parameter].view)
             weights = bucket.matrices([parameter.detach()])
-            steps = overshoot(None if norm.polar == "svd" else norm.coefficients)
+            used = norm.dtype or compute_dtype(parameter, norm.coefficients)
+            steps = overshoot(None if norm.polar == "svd" else norm.coefficients, used)
             lengths = [steps * scale_factor(norm.scale, *w.shape[-2:]) for w in weights]
             prefix = f"weights/{rows[parameter].name}"
             numbers[f"{prefix}/spectral_norm"] = max(float(largest_singular_values(w).max()) for w in weights)

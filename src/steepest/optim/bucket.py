@@ -71,7 +71,12 @@ class Bucket:
 
 
 def directions(
-    norm: Norm, batches: Sequence[Tensor], moments: Sequence[Tensor | None], *, memory_cap: int | None = None
+    norm: Norm,
+    batches: Sequence[Tensor],
+    moments: Sequence[Tensor | None],
+    *,
+    memory_cap: int | None = None,
+    radius: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """Steepest directions for momenta.
 
@@ -80,12 +85,13 @@ def directions(
         batches: Debiased momenta as a bucket's matrices, (B, m, n) each.
         moments: Debiased second moments likewise, for a norm that adapts, else None for each.
         memory_cap: Bytes that a spectral norm's iteration may take besides; None for its default.
+        radius: Length of the directions, for a spectral norm.
 
     Returns:
         Directions to add, shaped like the batches.
     """
     if isinstance(norm, Spectral):  # which knows how to work on matrices of several shapes together
-        return tuple(norm.lmos(batches, memory_cap=memory_cap))
+        return tuple(norm.lmos(batches, memory_cap=memory_cap, radius=radius))
     return tuple(norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True))
 
 
@@ -100,6 +106,19 @@ def gains(batches: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
         One number per matrix, batch after batch.
     """
     return torch.cat([-(m * d).sum(dim=(-2, -1)) for m, d in zip(batches, moves, strict=True)])
+
+
+def pull_(parameters: Sequence[Tensor], targets: Sequence[Tensor], *, by: float) -> None:
+    """W <- (1 - by) W + by · target, in one pass.
+
+    A step of length lr with weight decay λ is the step `by` lr · λ toward a point of the ball of radius 1 / λ.
+
+    Args:
+        parameters: Written to.
+        targets: One per parameter, of its dtype.
+        by: Part of the way.
+    """
+    torch._foreach_lerp_(list(parameters), list(targets), by)
 
 
 def apply_(

@@ -71,8 +71,9 @@ class SteepestDescent(SeesInputs):
             it; "stale" uses the last step's dual norms of the matrices.
         on_nonfinite: "skip" passes over a step whose gradient or loss is not finite, with all parameters and state
             untouched, counts it and warns once; "raise" raises `NonFiniteError`.
-        memory_cap: Bytes that a step's temporaries may take, where layers can be moved one after the other; one matrix
-            is never divided. None: one and a half times the parameters of the commonest layout, at least 4 MiB.
+        memory_cap: Bytes that a step's temporaries may take, where layers can be moved one after the other; one
+            parameter is never divided, and the norms that need a decomposition take more. None: one and a half times
+            the largest set of parameters of one shape, at least 6 MiB.
 
     Attributes:
         plan: Which parameter has which role, view, norm and learning rate, and why. Print it.
@@ -290,7 +291,7 @@ class SteepestDescent(SeesInputs):
             "skipped_steps": steps passed over because something was not finite. Per role that moved:
             "ROLE/update_rms": root mean square of the entries added to the weights, decay not counted;
             "ROLE/orthogonality_error": for the spectral norm, the largest ‖Q Qᵀ Q - Q‖_F / ‖Q‖_F over one polar factor
-            Q of each layout; 0 for an exact one, whatever its rank. Where layers are looked at together: "dual_norm",
+            Q of each shape; 0 for an exact one, whatever its rank. Where layers are looked at together: "dual_norm",
             N; with Momo, "t", the part of the step that was taken, "gap" and "lower_bound". With `precondition`,
             counts of matrices and layers: "input_ridge_raised", "input_kept_powers" (not finite, so the old ones serve
             on), "input_missing", "input_parted" (layers that ceased to read what another reads); and

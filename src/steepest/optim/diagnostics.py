@@ -16,7 +16,7 @@ class _Entry:
     size: Tensor  # sum of squares of the directions' entries
     length: float | Tensor
     entries: int
-    factors: list[tuple[Tensor, float]]  # one direction of each batch, and what its polar factor was multiplied with
+    factors: list[tuple[Tensor, float]]  # one direction of each shape, and what its polar factor was multiplied with
 
 
 @dataclass
@@ -25,22 +25,28 @@ class StepRecord:
 
     entries: list[_Entry] = field(default_factory=list[_Entry])
     scalars: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    _seen: set[tuple[int, torch.Size]] = field(default_factory=set[tuple[int, torch.Size]])
 
     def clear(self) -> None:
         """Forget the step before."""
         self.entries.clear()
         self.scalars.clear()
+        self._seen.clear()
 
-    def sample(self, norm: Norm, batches: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
-        """One direction of each batch, for norms of polar factors; copies, so that the batches need not stay in memory.
+    def sample(self, norm: Norm, batches: Sequence[Tensor], radius: float) -> list[tuple[Tensor, float]]:
+        """One direction of each shape, for norms of polar factors; copies, so that the batches need not stay in memory.
 
         Args:
             norm: Of its group.
-            batches: Directions of norm one, (B, m, n) each.
+            batches: Directions, (B, m, n) each.
+            radius: Their norm.
         """
         if not isinstance(norm, Spectral):
             return []
-        return [(batch[0].clone(), scale_factor(norm.scale, *batch.shape[-2:])) for batch in batches]
+        new = {(id(norm), batch.shape[-2:]): batch for batch in batches}
+        new = {kind: batch for kind, batch in new.items() if kind not in self._seen}
+        self._seen.update(new)
+        return [(batch[0].clone(), radius * scale_factor(norm.scale, *batch.shape[-2:])) for batch in new.values()]
 
     def add(
         self,

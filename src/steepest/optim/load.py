@@ -117,18 +117,19 @@ def find_buckets(parameters: Sequence[Tensor], rows: Mapping[Tensor, PlanRow], *
     return sorted(found, key=lambda bucket: (_kind(bucket), *sorted(bucket.blocks[0][1:])))
 
 
-def loads(buckets: Sequence[Bucket], *, memory_cap: int | None) -> Iterator[Load]:
+def loads(buckets: Sequence[Bucket], *, memory_cap: int | None, adapts: bool = False) -> Iterator[Load]:
     """Pack the buckets of one group; a bucket that is too large is divided, a parameter is not.
 
     Args:
         buckets: In order.
         memory_cap: Bytes that temporaries may take; None for no bound.
+        adapts: Whether the group's norm does, which takes twice as many.
     """
     room = None if memory_cap is None else memory_cap // SHARES
     taken: list[Bucket] = []
     used = 0
     for bucket in buckets:
-        parameters, size = bucket.parameters, _bytes(bucket.parameters[0])
+        parameters, size = bucket.parameters, _bytes(bucket.parameters[0]) * (1 + adapts)
         while parameters:
             if taken and (_kind(taken[0]) != _kind(bucket) or (room is not None and used + size > room)):
                 yield Load(taken)
@@ -152,8 +153,8 @@ class Packing:
     """
 
     def __init__(self, memory_cap: int | None) -> None:
-        if memory_cap is not None and memory_cap <= 0:
-            raise ValueError(f"memory_cap takes a positive number of bytes, or None, got {memory_cap}.")
+        if memory_cap is not None and (type(memory_cap) is not int or memory_cap <= 0):
+            raise ValueError(f"memory_cap takes a positive number of bytes, or None, got {memory_cap!r}.")
         self.memory_cap = memory_cap
         self._key: object = None
         self._found: tuple[list[list[Load]], int | None] = ([], None)
@@ -172,11 +173,14 @@ class Packing:
             rows: Of the plan.
             bounded: Whether loads are finished one after the other, so that small ones save memory.
         """
+        # a parameter's view and shape do not change while it is the optimizer's
         key = (bounded, [(group["norm"], [(id(p), p.dtype, p.device) for p in members]) for group, members in present])
         if key != self._key:
             found = [find_buckets(members, rows, matrix=group["norm"].matrix) for group, members in present]
             cap = (self.memory_cap or default_cap([one for own in found for one in own])) if bounded else None
-            self._found = [list(loads(own, memory_cap=cap)) for own in found], cap
+            kinds = [group["norm"].adapts for group, _ in present]
+            packed = [list(loads(own, memory_cap=cap, adapts=a)) for own, a in zip(found, kinds, strict=True)]
+            self._found = packed, cap
             self._key = key
         return self._found
 
@@ -196,7 +200,8 @@ def default_cap(buckets: Sequence[Bucket]) -> int:
 
 
 def _bytes(parameter: Tensor) -> int:
-    return parameter.numel() * max(4, parameter.element_size())
+    """Of a copy in float32 or wider, twice in half precision: gradients and weights are copied too."""
+    return parameter.numel() * (parameter.element_size() if parameter.element_size() >= 4 else 8)
 
 
 def _kind(bucket: Bucket) -> tuple[str, str]:

@@ -7,15 +7,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from steepest.geometry import Norm
+from steepest.geometry import Norm, Spectral
 from steepest.optim.applied import Applied
-from steepest.optim.bucket import apply_, directions, gains
+from steepest.optim.bucket import apply_, directions, gains, pull_
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.load import SHARES, Load
 from steepest.optim.momentum import average_, debias, look_ahead
 from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, ensure_state, state_dtype
 
 Group = dict[str, Any]
+# Below, the point that decay pulls toward would be too far away for float32.
+SMALLEST_DECAY = 1e-12
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Move:
         self._dtype = state_dtype(first)
         self._accept = None if accept is None else accept.to(self.device)
         needed = SECOND if self.norm.adapts else MOMENTUM
-        if not all(needed in state and state[MOMENTUM].dtype == self._dtype for state in states):
+        if not all(STEP in state and needed in state and state[MOMENTUM].dtype == self._dtype for state in states):
             for state, parameter in zip(states, load.parameters, strict=True):
                 ensure_state(state, parameter, adapts=self.norm.adapts)
         lr = group["lr"]
@@ -79,6 +81,7 @@ class Move:
         elsewhere = isinstance(lr, Tensor) and lr.device.type == "cpu" != self.device.type
         self.lr: float | Tensor = float(lr) if elsewhere else lr.to(self.device) if isinstance(lr, Tensor) else lr
         self.aimed: Aim | None = None
+        self._radius = 1.0
 
     def advance(self) -> None:
         """Average the gradients into the momenta."""
@@ -112,7 +115,9 @@ class Move:
             moments = self.load.matrices(_divided(self._of(SECOND), debias(self.group["beta2"], count)))
         batches, followed = self.load.matrices(averages), self._followed(averages)
         del averages  # they are in the batches
-        found = self._bent(directions(self.norm, followed or batches, moments, memory_cap=self._cap))
+        self._radius = self._ball() if count is None else 1.0
+        found = directions(self.norm, followed or batches, moments, memory_cap=self._cap, radius=self._radius)
+        found = self._bent(found)
         aim = Aim(found, None, None)
         if count is not None and (duals or slopes):
             later = count + 1 if self.ahead else count
@@ -164,27 +169,37 @@ class Move:
             factors: What each matrix' direction is multiplied by besides: 0-d, or one number for each; None: 1.
             record: Takes note.
         """
-        found = cast(Aim, self.aimed).directions
+        found, radius = cast(Aim, self.aimed).directions, self._radius
         bent = self._applied is not None and self._applied.bends_directions
-        sample = [] if bent else record.sample(self.norm, found)
+        sample = [] if bent else record.sample(self.norm, found, radius)
         if self._accept is not None:
             found = tuple(torch.where(self._accept, direction, 0.0) for direction in found)
         if factors is not None and factors.ndim == 0 and factors.device.type == "cpu":
             length = length * float(factors)  # one pass over the directions less
         elif factors is not None:
             factors = factors.to(self.device, self._dtype).expand(sum(map(len, found)))
-            for batch, own in zip(found, factors.split([len(batch) for batch in found]), strict=True):
-                batch.mul_(own.view(-1, 1, 1))
-        record.add(self.group["role"], found, length=length, sample=sample)
+            self.aimed = None  # a norm may have returned what it was given, so nothing is written to
+            parts = factors.split([len(batch) for batch in found])
+            found = tuple(batch * own.view(-1, 1, 1) for batch, own in zip(found, parts, strict=True))
+        record.add(self.group["role"], found, length=length / radius, sample=sample)
         moves = self.load.parameter_shaped(found)
         decay = self.lr * self.group["weight_decay"]
-        apply_(self.load.parameters, moves, length=length, decay=decay, accept=self._accept)
+        if radius != 1:
+            pull_(self.load.parameters, moves, by=cast(float, decay))
+        else:
+            apply_(self.load.parameters, moves, length=length, decay=decay, accept=self._accept)
         self.aimed = self._taken = None
 
     def _gains(self, batches: tuple[Tensor, ...], found: tuple[Tensor, ...], mass: Tensor | None) -> Tensor:
         """What directions gain on averages whose weights sum to the mass of each parameter; None: to one."""
         gained = gains(batches, found)
         return gained if mass is None else gained / self.load.per_matrix(torch.where(mass == 0, 1.0, mass))
+
+    def _ball(self) -> float:
+        """Radius of the ball that decay pulls the weights into, where a step can be one pull toward its surface."""
+        decay, first = self.group["weight_decay"], self.load.parameters[0]
+        plain = self._accept is None and not isinstance(self.lr, Tensor) and first.dtype is self._dtype
+        return 1 / decay if plain and isinstance(self.norm, Spectral) and decay > SMALLEST_DECAY else 1.0
 
     def _followed(self, averages: list[Tensor]) -> tuple[Tensor, ...] | None:
         """M P_a as batches, for the averages M; None where that is M."""

@@ -1,109 +1,164 @@
-"""Who works on which matrices: what a bucket costs, and an assignment that burdens no rank much more than another."""
+"""Who works on which matrices: what buckets cost, and an assignment that burdens no rank much more than another."""
 
 import heapq
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from steepest.linalg import Coefficients, flops, get_coefficients
-from steepest.linalg.products import OneByOne, products_for
-from steepest.parallel.machine import Machine
+from steepest.anatomy import LINEAR
+from steepest.linalg import Coefficients, get_coefficients
+from steepest.linalg.plan import Iteration, Job, choose
+from steepest.linalg.polar import packed
+from steepest.linalg.products import Together
+from steepest.optim.bucket import Bucket
+from steepest.optim.load import SHARES, Load, default_cap, loads
+from steepest.parallel.machine import Machine, rate_at
 
-# What a step of spectral descent does besides matrix products; a test counts again, call by call.
-# Elementwise passes read and write every matrix so many times,
-TRAFFIC = 25
-# and in each step of the polynomial its Gram matrix: where matrices are worked on one by one, and where all at once.
-GRAM_TRAFFIC_EACH, GRAM_TRAFFIC_TOGETHER = 32 / 3, 25 / 3
-# Calls for a bucket and for each of its matrices, and those of the polynomial, likewise for each matrix or for all.
-CALLS, CALLS_PER_MATRIX = 36, 18
-POLAR_CALLS_EACH, POLAR_CALLS_TOGETHER = 70, 138
-# Python's own work for a bucket and for each matrix, in the time of so many calls: from steps on 4 x 4 matrices.
-PYTHON, PYTHON_PER_MATRIX = 54, 10
+# What a step of spectral descent does besides polar factors; a test counts again, call by call.
+# Passes read and write the matrices so many times: weights, gradients and momenta of all layers, which no cache holds
+# where there are many; and what is between of one load.
+ALL_TRAFFIC, LOAD_TRAFFIC = 10, 2
+# Of copies that transpose a tall matrix, there and back, where matrices are worked on one by one.
+TRANSPOSED_TRAFFIC = 4
+# Of passes over what a matrix has beyond a square one, in tensors that are new each time: absolute values, quotient,
+# transposed copy, product, what oneDNN makes of both factors, result. Rates of products know those of square ones.
+LONG_TRAFFIC = 7 * 3
+# Calls for a step, a load, a shape in it, and for each part that memory divides its polar factors into; more where all
+# factors of a part are computed together. Those of factors one by one are in the rate of products.
+CALLS, CALLS_PER_LOAD, CALLS_PER_SHAPE, CALLS_PER_PART = 5, 10, 5, 4
+POLAR_CALLS, POLAR_CALLS_PER_SHAPE = 90, 30
+# Python's own work, in the time of so many calls: from steps on 4 x 4 matrices.
+PYTHON, PYTHON_PER_LOAD, PYTHON_PER_MATRIX = 60, 15, 4
+
+Shape = tuple[int, int, int]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does with a bucket.
+    """What a step does with buckets.
 
     Args:
-        flops: Of matrix products, a multiply-add counted as two.
-        side: Short side of the products.
-        traffic: Bytes that passes over all matrices of the bucket read and write.
-        size: Bytes of these matrices.
-        gram_traffic: Bytes that passes over Gram matrices read and write.
-        gram_size: Bytes of the Gram matrices that are worked on together.
+        products: Operations of the products in polar factors, a multiply-add counted as two, by their short side.
+        passes: Bytes that passes in place read and write, by the bytes of what is passed over again and again.
+        fresh: Likewise of passes that allocate what they write.
+        transposed: Likewise of copies of tall matrices to wide ones and back.
         calls: Of functions of torch.
         python: Python's own work, in the time of so many calls.
     """
 
-    flops: int
-    side: int
-    traffic: float
-    size: int
-    gram_traffic: float
-    gram_size: int
-    calls: int
-    python: int
+    products: dict[int, int] = field(default_factory=dict[int, int])
+    passes: dict[int, float] = field(default_factory=dict[int, float])
+    fresh: dict[int, float] = field(default_factory=dict[int, float])
+    transposed: dict[int, float] = field(default_factory=dict[int, float])
+    calls: int = 0
+    python: int = 0
 
 
 def count_work(
-    shape: tuple[int, int, int],
+    shapes: Sequence[Shape],
     *,
     coefficients: str | Coefficients | Sequence[Sequence[float]] = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> Work:
-    """Count what a step does with a bucket of equal matrices, on a CPU.
+    """Count what a step does with buckets of equal matrices, on a CPU, in the loads that the optimizer packs.
 
     Args:
-        shape: (B, m, n).
+        shapes: (B, m, n) of each bucket.
         coefficients: Of the polynomial method.
         dtype: Of the products; all else is float32.
 
     Raises:
-        ValueError: If a number of the shape is below 1, or the coefficients are not known.
+        ValueError: If there is no bucket, a number of a shape is below 1, or the coefficients are not known.
     """
-    if min(shape) < 1:
-        raise ValueError(f"A bucket has shape=(B, m, n) with numbers of at least 1, got {shape}. Leave empty ones out.")
-    count, short, long = shape[0], min(shape[1:]), max(shape[1:])
-    one_by_one = isinstance(products_for(short, dtype, torch.device("cpu")), OneByOne)
-    steps = len(get_coefficients(coefficients, dtype).steps)
-    size, grams = 4 * count * short * long, dtype.itemsize * count * short * short
-    return Work(
-        flops=count * flops(short, long, coefficients=coefficients, dtype=dtype),
-        side=short,
-        traffic=TRAFFIC * size,
-        size=size,
-        gram_traffic=(GRAM_TRAFFIC_EACH if one_by_one else GRAM_TRAFFIC_TOGETHER) * steps * grams,
-        gram_size=grams // count if one_by_one else grams,
-        calls=CALLS + CALLS_PER_MATRIX * count + (POLAR_CALLS_EACH * count if one_by_one else POLAR_CALLS_TOGETHER),
-        python=PYTHON + PYTHON_PER_MATRIX * count,
+    if not shapes or min(map(min, shapes)) < 1:
+        raise ValueError(
+            f"A step takes buckets of shapes (B, m, n) with numbers of at least 1, got {shapes}. Leave empty ones out."
+        )
+    chosen = get_coefficients(coefficients, dtype)
+    ordered = sorted(shapes, key=lambda shape: sorted(shape[1:]))
+    buckets = [Bucket((torch.empty(m, n, device="meta"),) * count, LINEAR) for count, m, n in ordered]
+    total = sum(4 * math.prod(shape) for shape in shapes)
+    cap = default_cap(buckets)
+    packed_loads = list(loads(buckets, memory_cap=cap))
+    outside = Work(
+        passes={total: ALL_TRAFFIC * total},
+        calls=CALLS + CALLS_PER_LOAD * len(packed_loads),
+        python=PYTHON + PYTHON_PER_LOAD * len(packed_loads) + PYTHON_PER_MATRIX * sum(count for count, _, _ in shapes),
     )
+    return _sum([outside, *(part for load in packed_loads for part in _of_load(load, chosen, dtype, cap))])
+
+
+def _of_load(load: Load, chosen: Coefficients, dtype: torch.dtype, cap: int) -> Iterator[Work]:
+    """What is done with a load: its passes, and its polar factors, short side by short side."""
+    alike: dict[int, list[Job]] = {}
+    for bucket in load.buckets:
+        x = torch.empty(len(bucket.parameters), *bucket.parameters[0].shape, device="meta")
+        job = Job.of(x, x, 1.0)
+        alike.setdefault(job.rows, []).append(job)
+        yield Work(fresh={4 * x.numel(): 4 * x.numel() * LOAD_TRAFFIC}, calls=CALLS_PER_SHAPE)
+    for rows, jobs in alike.items():
+        iteration = choose("auto", chosen, rows, [(len(job.source), job.columns) for job in jobs], dtype, CPU)
+        for together in packed(jobs, iteration, max(1, (SHARES - 2) * cap // SHARES)):
+            yield _of_polars(iteration, together)
+
+
+def _of_polars(iteration: Iteration, jobs: Sequence[Job]) -> Work:
+    """What polar factors take that are computed together."""
+    work = Work(products={iteration.rows: sum(len(job.source) * iteration.flops(job.columns) for job in jobs)})
+    together = isinstance(iteration.products, Together)
+    for job in jobs:
+        count, size = len(job.source), 4 * job.rows * job.columns
+        beyond = count * (size - 4 * job.rows**2)
+        work.fresh[size] = work.fresh.get(size, 0.0) + LONG_TRAFFIC * beyond
+        if not together and not job.source.is_contiguous():
+            work.transposed[size] = work.transposed.get(size, 0.0) + TRANSPOSED_TRAFFIC * count * size
+    shared = POLAR_CALLS + POLAR_CALLS_PER_SHAPE * len(jobs) if together else 0
+    return replace(work, calls=CALLS_PER_PART + shared)
+
+
+def _sum(works: Sequence[Work]) -> Work:
+    result = Work(calls=sum(work.calls for work in works), python=sum(work.python for work in works))
+    for work in works:
+        for mine, its in zip(_tables(result), _tables(work), strict=True):
+            for key, amount in its.items():
+                mine[key] = mine.get(key, 0) + amount
+    return result
+
+
+def _tables(work: Work) -> Sequence[dict[int, Any]]:
+    return (work.products, work.passes, work.fresh, work.transposed)
 
 
 def cost(
-    shape: tuple[int, int, int],
+    shapes: Sequence[Shape],
     machine: Machine,
     *,
     coefficients: str | Coefficients | Sequence[Sequence[float]] = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Seconds of the part of a step that works on a bucket of equal matrices.
+    """Seconds of a step on buckets of equal matrices.
 
     Args:
-        shape: (B, m, n).
+        shapes: (B, m, n) of each bucket.
         machine: What works.
         coefficients: Of the polynomial method.
         dtype: Of the products; all else is float32.
 
     Raises:
-        ValueError: If a number of the shape is below 1, or the coefficients are not known.
+        ValueError: As `count_work`.
     """
-    work = count_work(shape, coefficients=coefficients, dtype=dtype)
-    products = work.flops / machine.flops_per_s(work.side)
-    passes = work.traffic / machine.bytes_per_s(work.size) + work.gram_traffic / machine.bytes_per_s(work.gram_size)
-    return products + passes + (work.calls + work.python) * machine.seconds_per_call
+    work = count_work(shapes, coefficients=coefficients, dtype=dtype)
+    rates = (machine.products, machine.passes, machine.fresh, machine.transposed)
+    spent = sum(
+        amount / rate_at(rate, key)
+        for rate, table in zip(rates, _tables(work), strict=True)
+        for key, amount in table.items()
+    )
+    return spent + (work.calls + work.python) * machine.seconds_per_call
 
 
 def assign(costs: Sequence[float], ranks: int) -> list[list[int]]:

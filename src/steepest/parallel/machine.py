@@ -1,4 +1,4 @@
-"""What products, elementwise passes and calls cost on a machine: measured on kernels alone, never on an optimizer."""
+"""What polar factors, passes and calls cost on a machine: measured on kernels alone, never on an optimizer."""
 
 import bisect
 import itertools
@@ -7,36 +7,43 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor
 
-from steepest.linalg.products import OneByOne, Products, Together, X, products_for
-from steepest.linalg.symmetric import work_share
+from steepest.linalg.polar import flops, polars
+from steepest.linalg.products import Together, products_for
 
 Clock = Callable[[], float]
 
-# Of the square matrices that are multiplied: two on either side of where the library changes its kernel, and others.
+# Of square matrices: two on either side of where the library changes its kernel, and others.
 SIDES = (32, 64, 128, 160, 256, 512, 1024)
-FLOPS, MOST = 2**27, 16  # of one timed batch of products, and matrices in it
-PASS_BYTES = (2**16, 2**18, 2**20, 2**22, 2**24, 2**26)  # of the tensors that are passed over
-CHAINS, CALLS = 16, 9  # of calls on tiny tensors, and calls in one, as torch dispatches them; a test counts
+# Matrices in one timed batch of polar factors: as many as a layer has with one short side, more or fewer where that is
+# less than the least or more than the most operations.
+MATRICES, LEAST_FLOPS, MOST_FLOPS = 6, 2**27, 2**32
+# Of the tensors that are passed over, and of tall ones that are transposed. Above 32 MB, the C library takes memory
+# from the system anew for each.
+PASS_BYTES = (2**16, 2**18, 2**20, 2**22, 2**24, 2**25, 2**26)
+TRANSPOSED_BYTES = (2**16, 2**18, 2**20, 2**22, 2**24)
+TALL = 4  # long side / short side of these
+CHAINS, CALLS = 8, 120  # of polar factors of a tiny matrix, and calls in one, as torch dispatches them; a test counts
 REPETITIONS = 7
 
 Rates = tuple[tuple[int, float], ...]
+TABLES = ("products", "passes", "fresh", "transposed")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast one device, with one number of threads, is at the three things that a step is made of.
+    """How fast one device, with one number of threads, is at the things that a step is made of.
 
     Args:
-        products: Pairs of the side of square matrices, increasing, and operations per second of their products, a
-            multiply-add counted as two.
+        products: Pairs of the side of square matrices, increasing, and operations per second of the products in their
+            polar factors, a multiply-add counted as two; passes over Gram matrices in between slow them down.
         passes: Pairs of the bytes of a tensor, increasing, and bytes read and written per second by an elementwise
-            pass that allocates what it writes. Small tensors stay in a cache, large ones do not.
-        seconds_per_call: Of a call on a tensor so small that only the call counts.
+            pass in place. Small tensors stay in a cache, large ones do not.
+        fresh: Likewise by a pass that allocates what it writes.
+        transposed: Likewise by copies of a tall matrix to a wide one and back.
+        seconds_per_call: Of a call on a tensor so small that only the call counts, with Python's work around it.
 
     Raises:
         ValueError: If a number is not finite and positive, or pairs are not increasing.
@@ -44,28 +51,23 @@ class Machine:
 
     products: Rates
     passes: Rates
+    fresh: Rates
+    transposed: Rates
     seconds_per_call: float
 
     def __post_init__(self) -> None:
-        for name, pairs in (("products", self.products), ("passes", self.passes)):
+        tables = {name: getattr(self, name) for name in TABLES}
+        for name, pairs in tables.items():
             sizes = [0, *(size for size, _ in pairs)]
             if len(sizes) == 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
                 raise ValueError(f"Machine takes {name}=((size, rate), ...) of increasing sizes, got {pairs}.")
-        numbers = (self.seconds_per_call, *(rate for _, rate in (*self.products, *self.passes)))
+        numbers = (self.seconds_per_call, *(rate for _, rate in itertools.chain(*tables.values())))
         if not all(0 < number < math.inf for number in numbers):
             raise ValueError(f"Machine takes finite positive numbers, got {self}. Measure one with calibrate().")
 
-    def flops_per_s(self, side: float) -> float:
-        """Rate of products of matrices whose short side is `side`."""
-        return _between(self.products, side)
-
-    def bytes_per_s(self, size: float) -> float:
-        """Rate of elementwise passes over tensors of `size` bytes."""
-        return _between(self.passes, size)
-
 
 def calibrate(*, dtype: torch.dtype = torch.float32, clock: Clock = time.perf_counter) -> Machine:
-    """Measure this machine's CPU with the present number of threads, in about a second.
+    """Measure this machine's CPU with the present number of threads, in one or two seconds.
 
     Every number is a median, as a prediction of medians asks for: what a kernel does at its luckiest, no step sees.
 
@@ -74,9 +76,15 @@ def calibrate(*, dtype: torch.dtype = torch.float32, clock: Clock = time.perf_co
         clock: Tells seconds.
     """
     generator = torch.Generator().manual_seed(0)
-    products = tuple((side, _product_rate(side, dtype, generator, clock)) for side in SIDES)
-    passes = tuple((size, _pass_rate(size, clock)) for size in PASS_BYTES)
-    return Machine(products, passes, _call_seconds(clock))
+    tiny = _tiny_seconds(clock)
+    products = tuple((side, _product_rate(side, dtype, tiny, generator, clock)) for side in SIDES)
+    return Machine(
+        products,
+        passes=tuple((size, _pass_rate(size, clock)) for size in PASS_BYTES),
+        fresh=tuple((size, _fresh_rate(size, clock)) for size in PASS_BYTES),
+        transposed=tuple((size, _transposed_rate(size, clock)) for size in TRANSPOSED_BYTES),
+        seconds_per_call=tiny / CALLS,
+    )
 
 
 def typical(machines: Sequence[Machine]) -> Machine:
@@ -86,9 +94,8 @@ def typical(machines: Sequence[Machine]) -> Machine:
         machines: At least one, all with the same sizes.
     """
     return Machine(
-        _medians([machine.products for machine in machines]),
-        _medians([machine.passes for machine in machines]),
-        statistics.median(machine.seconds_per_call for machine in machines),
+        **{name: _medians([getattr(machine, name) for machine in machines]) for name in TABLES},
+        seconds_per_call=statistics.median(machine.seconds_per_call for machine in machines),
     )
 
 
@@ -98,8 +105,13 @@ def _medians(tables: Sequence[Rates]) -> Rates:
     return tuple((size, statistics.median(of_size)) for size, of_size in zip(sizes, rates, strict=True))
 
 
-def _between(table: Rates, size: float) -> float:
-    """A power law between two sizes; beyond the ends, the rate there."""
+def rate_at(table: Rates, size: float) -> float:
+    """A power law between two sizes; beyond the ends, the rate there.
+
+    Args:
+        table: Of a machine.
+        size: Between whose sizes.
+    """
     right = bisect.bisect_right([known for known, _ in table], size)
     if right in (0, len(table)):
         return table[min(right, len(table) - 1)][1]
@@ -107,44 +119,48 @@ def _between(table: Rates, size: float) -> float:
     return slow * (fast / slow) ** (math.log(size / low) / math.log(high / low))
 
 
-def _multiply(products: Products[X], gram: Tensor, x: X) -> None:
-    products.apply(products.product(gram, gram), x)
-
-
-def _product_rate(side: int, dtype: torch.dtype, generator: torch.Generator, clock: Clock) -> float:
-    """Operations per second of the two products of which most of a step consists, by the library's own kernels."""
+def _product_rate(side: int, dtype: torch.dtype, tiny: float, generator: torch.Generator, clock: Clock) -> float:
+    """Operations per second of polar factors, besides calls that are made once for all matrices."""
     products = products_for(side, dtype, torch.device("cpu"))
-    count = 1 if isinstance(products, OneByOne) else max(1, min(MOST, FLOPS // (2 * side**3)))
-    x = torch.randn(count, side, side, generator=generator).to(dtype)
-    if isinstance(products, OneByOne):
-        multiply = partial(_multiply, products, products.gram(x[0]), x[0])
-    else:
-        multiply = partial(_multiply, products, products.gram([x]), [x])
-    repeated = max(1, FLOPS // (4 * count * side**3))
-    seconds = _median(lambda: [multiply() for _ in range(repeated)], clock) / repeated
-    share = work_share(products.parts) if isinstance(products, Together) else 1.0
-    return (1 + share) * count * 2 * side**3 / seconds
+    together = isinstance(products, Together)
+    each = flops(side, side, dtype=dtype)
+    count = max(1, min(MOST_FLOPS // each, max(MATRICES, LEAST_FLOPS // each)))
+    x = torch.randn(count, side, side, generator=generator)
+    seconds = _median(lambda: polars([x], dtype=dtype, times=[-1.0]), clock)
+    # at least half: a machine that is disturbed may take as long for a tiny one
+    return count * each / (max(seconds - tiny, seconds / 2) if together else seconds)
 
 
 def _pass_rate(size: int, clock: Clock) -> float:
-    """Bytes per second of x + y, two tensors read and a new one written."""
+    """Bytes per second of a += b, two tensors read and one written."""
+    a = torch.zeros(size // 4)
+    b = torch.ones(size // 4)
+    return 3 * size / _median(lambda: a.add_(b), clock)
+
+
+def _fresh_rate(size: int, clock: Clock) -> float:
+    """Bytes per second of a + b, two tensors read and a new one written."""
     a = torch.ones(size // 4)
     b = torch.ones(size // 4)
     return 3 * size / _median(lambda: a + b, clock)
 
 
-def _call_seconds(clock: Clock) -> float:
-    """Seconds of one call, from calls of the kinds that a step consists of."""
+def _transposed_rate(size: int, clock: Clock) -> float:
+    """Bytes per second of a copy of a tall matrix to a wide one, and of a product written back."""
+    short = math.isqrt(size // (4 * TALL))
+    tall = torch.ones(TALL * short, short)
+    return 4 * size / _median(lambda: torch.mul(tall.mT.contiguous(), 2.0, out=tall.mT), clock)
+
+
+def _tiny_seconds(clock: Clock) -> float:
+    """Seconds of the polar factor of a matrix so small that only calls count."""
     x = torch.ones(1, 4, 4)
 
-    def calls() -> None:
-        y = x
+    def several() -> None:
         for _ in range(CHAINS):
-            norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
-            inverse = 1 / torch.where(norm == 0, 1.0, norm)
-            y = torch.baddbmm(y, x, x, beta=0.5, alpha=0.1).mul_(inverse).mT
+            polars([x], coefficients="nonic", dtype=torch.float32, times=[-1.0])
 
-    return _median(calls, clock) / (CHAINS * CALLS)
+    return _median(several, clock) / CHAINS
 
 
 def _median(function: Callable[[], object], clock: Clock) -> float:

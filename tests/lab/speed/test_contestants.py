@@ -9,6 +9,7 @@ import torch
 from steepest.lab.speed.contestants import BASELINE, CONTESTANTS, Contestant, Settings, choose
 from steepest.lab.speed.examine import Examined, count_flops, examine, make_workload
 from steepest.lab.speed.plain_muon import PlainMuon
+from steepest.linalg import flops
 
 SHAPES = [(8, 8), (16, 8), (4, 2, 2, 2)]
 
@@ -91,6 +92,18 @@ def test_products_are_counted_as_torch_is_asked_for_them(work):
     assert isinstance(found, Examined)
     sides = [(8, 8), (8, 16), (4, 8)]
     assert found.flops == sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides)
+
+
+@pytest.mark.parametrize("name", ["steepest", "steepest-jordan", "steepest-bf16"])
+def test_our_own_products_are_counted_by_the_library(work, name):
+    options = {
+        "steepest": {"dtype": torch.float32},
+        "steepest-jordan": {"coefficients": "jordan", "dtype": torch.float32},
+        "steepest-bf16": {"dtype": torch.bfloat16},
+    }
+    found = examine(CONTESTANTS[name], work)
+    assert isinstance(found, Examined)
+    assert found.flops == sum(flops(m, n, **options[name]) for m, n in [(8, 8), (16, 8), (4, 8)])
 
 
 def test_a_peer_that_is_not_installed_says_how_to_install_it(work, monkeypatch):

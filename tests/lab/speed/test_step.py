@@ -61,6 +61,8 @@ def test_rows_follow_from_the_seconds(cases):
             assert row.ratio.median == pytest.approx(statistics.median(a / b for a, b in zip(own, base, strict=True)))
             assert row.gflops_per_second == pytest.approx(row.gflops / median)
             assert row.of_floor == pytest.approx(median / case.floors[row.products].seconds)
+            assert row.of_limit == pytest.approx(median / case.limits[row.products].seconds)
+            assert row.of_limit >= row.of_floor
             assert row.of_bucket == pytest.approx(row.peak_bytes / case.largest_bucket_bytes)
             assert 0.5 < row.gaussian.alignment <= 1.001
 
@@ -72,6 +74,22 @@ def test_the_floor_is_flops_over_measured_rates(cases):
         assert floor.flops == 4 * square + 2 * long
         expected = 4 * square / rate[f"{width}x{width}"] + 2 * long / rate[f"{width}x{4 * width}"]
         assert floor.seconds == pytest.approx(expected / 1e9)
+
+
+def test_the_limit_is_the_floor_at_the_fastest_product(cases):
+    for case in cases:
+        for name, limit in case.limits.items():
+            assert limit.flops == case.floors[name].flops
+            assert limit.seconds <= case.floors[name].seconds
+            for sides, rate in case.fastest_gflops_per_second[name].items():
+                assert rate >= case.gemm_gflops_per_second[name][sides]
+                seconds = [median for key, median in medians(case) if key.endswith(f" {sides} {name}")]
+                m, n = map(int, sides.split("x"))
+                assert rate == pytest.approx(2e-9 * m * m * n / min(seconds))
+
+
+def medians(case):
+    return [(key, statistics.median(own)) for key, own in case.seconds.items()]
 
 
 def test_everything_is_written_and_can_be_read(cases, tmp_path):

@@ -1,10 +1,10 @@
-"""`steepest bench step | train | scaling`: measured on this machine, against others where they are installed."""
+"""`steepest bench COMMAND`: measured on this machine, against others where they are installed."""
 
 from __future__ import annotations
 
 import argparse
 
-from steepest.cli.bench import scaling, step, train
+from steepest.cli.bench import accuracy, passes, scaling, step, train
 from steepest.cli.options import Commands
 
 
@@ -15,5 +15,5 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "bench", help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
     )
     parts = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for part in (step, train, scaling):
+    for part in (step, train, scaling, accuracy, passes):
         part.add_command(parts)

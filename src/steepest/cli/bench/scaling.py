@@ -21,7 +21,8 @@ EXAMPLES = """examples:
   steepest bench scaling --out out/scaling
   steepest bench scaling --widths 128 256 --layers 1 4 --aspects 1 4 --rounds 5 --threads 2
 
-The prediction knows how fast this machine multiplies, adds and calls, and the counts of a step; it has seen no step.
+The prediction knows how fast this machine computes polar factors of square matrices, passes over memory, transposes and
+calls, and the counts of a step; it has seen no step.
 """
 
 

@@ -103,7 +103,7 @@ def _show(case: Case) -> None:
     title = f"{case.shapes}{size}: {case.matrices} matrices, {case.parameters / 1e6:.3g} M entries"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("contestant", no_wrap=True)
-    headings = ("products", "ms", "/ steepest", "GFLOP/s", "/ floor", "extra MiB", "/ bucket")
+    headings = ("products", "ms", "/ steepest", "GFLOP/s", "/ floor", "/ limit", "extra MiB", "/ bucket")
     for column in (*headings, "orthogonality", "distance", "alignment", "singular values"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in case.rows:
@@ -118,6 +118,8 @@ def _show(case: Case) -> None:
     for dtype, floor in case.floors.items():
         forms = "; ".join(dict.fromkeys(floor.forms.values()))
         text = f"floor of {dtype} products: {1e3 * floor.seconds:.3g} ms, {floor.flops / 1e9:.3g} GFLOP ({forms})"
+        console.print(text, markup=False, highlight=False)
+        text = f"limit, the same with the fastest product found: {1e3 * case.limits[dtype].seconds:.3g} ms"
         console.print(text, markup=False, highlight=False)
     busy = "" if case.cpu_share > QUIET else "; the machine was busy with something else: repeat this"
     console.print(f"CPU time / wall time of the rounds: {case.cpu_share:.2f}{busy}", highlight=False)
@@ -135,6 +137,7 @@ def _cells(row: Row) -> list[str]:
         _quartiles(row.ratio, ".3f"),
         f"{row.gflops_per_second:.1f}",
         f"{row.of_floor:.2f}",
+        f"{row.of_limit:.2f}",
         f"{row.peak_bytes / 2**20:.2f}",
         f"{row.of_bucket:.2f}",
         _both([f"{one.orthogonality_error:.3f}" for one in both]),

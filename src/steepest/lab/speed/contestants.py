@@ -42,6 +42,7 @@ class Contestant:
         products: Dtype of its matrix products where there is no CUDA; "parameters" is theirs.
         matrices_only: Whether convolutions must be flattened for it.
         ours: Whether it is this library's.
+        coefficients: Of its polar factors, where it is ours.
         examined_as: Of compiled code, who does the same uncompiled: there, products are counted and directions read.
         note: What else a reader should know.
     """
@@ -52,6 +53,7 @@ class Contestant:
     products: Products
     matrices_only: bool = False
     ours: bool = False
+    coefficients: str = "auto"
     examined_as: str | None = None
     note: str = ""
 
@@ -149,7 +151,12 @@ def _import(module: str) -> Any:
 _ALL = (
     Contestant(BASELINE, "steepest", _steepest(), "float32", ours=True, note="defaults"),
     Contestant(
-        "steepest-jordan", "steepest", _steepest(coefficients="jordan", dtype=torch.float32), "float32", ours=True
+        "steepest-jordan",
+        "steepest",
+        _steepest(coefficients="jordan", dtype=torch.float32),
+        "float32",
+        ours=True,
+        coefficients="jordan",
     ),
     Contestant("steepest-bf16", "steepest", _steepest(dtype=torch.bfloat16), "bfloat16", ours=True),
     Contestant("torch", "torch", _torch, "bfloat16", matrices_only=True, note="torch.optim.Muon"),

@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from steepest.lab.speed.shapes import Shape, short_and_long
 from steepest.lab.speed.timing import clocked
+from steepest.linalg.products import has_onednn
 
 MOST_BYTES = 64 * 2**20  # of the long operand
-FORMS = ("bmm", "mm")
+PUBLIC = ("bmm", "mm")
+FASTEST = (*PUBLIC, "onednn")
 
 
 def product_flops(rows: int, columns: int) -> int:
@@ -24,6 +27,9 @@ def gemm_works(
     shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], *, device: str, seed: int
 ) -> dict[str, Callable[[], float]]:
     """Products (B, m, m) @ (B, m, n) of all distinct sides, at once and one by one, to be timed in turns.
+
+    For float32 on a CPU where it is to be had, also one by one with oneDNN's product, which torch has no public name
+    for.
 
     Args:
         shapes: Of the parameters; B is how many share their sides, as far as they fit into `MOST_BYTES`.
@@ -43,7 +49,9 @@ def gemm_works(
                 torch.randn(size, rows, side, generator=generator).to(device, dtype) for side in (rows, columns)
             )
             works[key("bmm", rows, columns, dtype)] = _together(left, right, device)
-            works[key("mm", rows, columns, dtype)] = _one_by_one(left, right, device)
+            works[key("mm", rows, columns, dtype)] = _one_by_one(torch.mm, left, right, device)
+            if dtype == torch.float32 and device == "cpu" and has_onednn():
+                works[key("onednn", rows, columns, dtype)] = _one_by_one(_onednn, left, right, device)
     return works
 
 
@@ -53,25 +61,42 @@ def key(form: str, rows: int, columns: int, dtype: torch.dtype) -> str:
 
 
 def rates(
-    times: Mapping[str, Sequence[float]], shapes: Sequence[Shape], dtype: torch.dtype
+    times: Mapping[str, Sequence[float]],
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    *,
+    forms: Sequence[str] = PUBLIC,
 ) -> dict[tuple[int, int], float]:
-    """Operations per second by sides: of the faster of both forms, in the median of its rounds."""
+    """Operations per second by sides: of the fastest form, in the median of its rounds.
+
+    Args:
+        times: Seconds per product, by `key`.
+        shapes: Of the parameters.
+        dtype: Of the products.
+        forms: Which count, as far as they were measured.
+    """
     found: dict[tuple[int, int], float] = {}
     for rows, columns in dict.fromkeys(map(short_and_long, shapes)):
-        seconds = min(statistics.median(times[key(form, rows, columns, dtype)]) for form in FORMS)
-        found[rows, columns] = product_flops(rows, columns) / seconds
+        measured = [times[name] for form in forms if (name := key(form, rows, columns, dtype)) in times]
+        found[rows, columns] = product_flops(rows, columns) / min(map(statistics.median, measured))
     return found
 
 
-def _together(left: torch.Tensor, right: torch.Tensor, device: str) -> Callable[[], float]:
+def _together(left: Tensor, right: Tensor, device: str) -> Callable[[], float]:
     return lambda: clocked(lambda: torch.bmm(left, right), device=device) / len(left)
 
 
-def _one_by_one(left: torch.Tensor, right: torch.Tensor, device: str) -> Callable[[], float]:
+def _one_by_one(
+    product: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor, device: str
+) -> Callable[[], float]:
     pairs = list(zip(left, right, strict=True))
 
     def multiply() -> None:
         for one, other in pairs:
-            torch.mm(one, other)
+            product(one, other)
 
     return lambda: clocked(multiply, device=device) / len(left)
+
+
+def _onednn(left: Tensor, right: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(left, right.mT, None, "none", [], "")

@@ -138,10 +138,9 @@ def measure_scaling(
         machines.append(calibrate(clock=clock))
         for name in order(list(subjects), index):
             if index % subjects[name].stride == 0:
-                subjects[
-                    name
-                ].optimizer.step()  # caches and allocator are then as a step leaves them, not its neighbour
-                subjects[name].seconds.append(_seconds(subjects[name], clock))
+                subject = subjects[name]
+                subject.optimizer.step()  # caches and allocator are then as a step leaves them, not its neighbour
+                subject.seconds.append(_seconds(subject, clock))
     machine = typical(machines)
     return [_row(subject, machine) for subject in subjects.values()], machine
 
@@ -158,8 +157,8 @@ def stride(seconds: float, *, rounds: int) -> int:
 
 
 def predict(point: Point, machine: Machine) -> float:
-    """Seconds of a step by the cost model: the sum over its buckets, one for each shape."""
-    return sum(cost((count, *shape), machine) for shape, count in Counter(point.shapes).items())
+    """Seconds of a step by the cost model, with a bucket for each shape."""
+    return cost([(count, *shape) for shape, count in Counter(point.shapes).items()], machine)
 
 
 def _subject(point: Point) -> Subject:
@@ -167,7 +166,7 @@ def _subject(point: Point) -> Subject:
     weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in point.shapes]
     for weight in weights:
         weight.grad = torch.randn(weight.shape, generator=generator)
-    return Subject(point, Muon(weights, weight_decay=0.1, coefficients="nonic"))
+    return Subject(point, Muon(weights, weight_decay=0.1))
 
 
 def _seconds(subject: Subject, clock: Clock) -> float:

@@ -16,7 +16,7 @@ from steepest.lab.speed.accuracy import Accuracy
 from steepest.lab.speed.contestants import BASELINE, CONTESTANTS, Contestant, Settings, choose
 from steepest.lab.speed.examine import Examined, Workload, examine, make_workload
 from steepest.lab.speed.floor import Floor, find_floor
-from steepest.lab.speed.gemm import gemm_works, rates
+from steepest.lab.speed.gemm import FASTEST, gemm_works, rates
 from steepest.lab.speed.shapes import WIDTHS, Shape, make_shapes, matrix_shape
 from steepest.lab.speed.timing import Quartiles, paired_ratio, quartiles, take_turns
 from steepest.names import unknown_name
@@ -81,8 +81,8 @@ class Row:
 
     `milliseconds` of a step; `ratio` of its time to that of `steepest` in the same round; `gflops` are the operations
     of its matrix products, and `gflops_per_second` the rate it got through them; `of_floor` is its median time relative
-    to the floor of its dtype; `peak_bytes` is the most memory held within a step beyond that before it, `of_bucket`
-    relative to the largest group of matrices of one shape.
+    to the floor of its dtype, `of_limit` to the limit; `peak_bytes` is the most memory held within a step beyond that
+    before it, `of_bucket` relative to the largest group of matrices of one shape.
     """
 
     contestant: str
@@ -96,6 +96,7 @@ class Row:
     gflops: float | None = None
     gflops_per_second: float | None = None
     of_floor: float | None = None
+    of_limit: float | None = None
     peak_bytes: int | None = None
     of_bucket: float | None = None
     gaussian: Accuracy | None = None
@@ -106,7 +107,8 @@ class Row:
 class Case:
     """All rows for one width.
 
-    `floors` are by dtype of the products, `gemm_gflops_per_second` by dtype and sides. `cpu_share` is the processor
+    `floors` are by dtype of the products, `gemm_gflops_per_second` by dtype and sides; `limits` and
+    `fastest_gflops_per_second` likewise, with products that torch has no public name for. `cpu_share` is the processor
     time of the rounds relative to the wall's: with one thread, well below 1 if the machine is busy with other work.
     `seconds` of every round are those of contestants and products.
     """
@@ -118,7 +120,9 @@ class Case:
     parameters: int
     largest_bucket_bytes: int
     floors: Mapping[str, Floor]
+    limits: Mapping[str, Floor]
     gemm_gflops_per_second: Mapping[str, Mapping[str, float]]
+    fastest_gflops_per_second: Mapping[str, Mapping[str, float]]
     cpu_share: float
     rows: tuple[Row, ...]
     seconds: Mapping[str, Sequence[float]]
@@ -155,7 +159,8 @@ def _measure_case(bench: Bench, width: int | None, tell: Callable[[str], None]) 
     seconds = take_turns(works, rounds=bench.pairs, warm_up=bench.warm_up)
     share = (time.process_time() - cpu) / (time.perf_counter() - wall)
     gemm = {_plain(one): rates(seconds, shapes, one) for one in dtypes}
-    floors = {name: find_floor(shapes, own) for name, own in gemm.items()}
+    fastest = {_plain(one): rates(seconds, shapes, one, forms=FASTEST) for one in dtypes}
+    floors, limits = ({name: find_floor(shapes, own) for name, own in one.items()} for one in (gemm, fastest))
     bucket = largest_bucket(shapes) * dtype.itemsize
     return Case(
         shapes=bench.shapes,
@@ -165,11 +170,13 @@ def _measure_case(bench: Bench, width: int | None, tell: Callable[[str], None]) 
         parameters=sum(weight.numel() for weight in work.weights),
         largest_bucket_bytes=bucket,
         floors=floors,
-        gemm_gflops_per_second={
-            name: {f"{m}x{n}": rate / 1e9 for (m, n), rate in own.items()} for name, own in gemm.items()
-        },
+        limits=limits,
+        gemm_gflops_per_second=_by_name(gemm),
+        fastest_gflops_per_second=_by_name(fastest),
         cpu_share=share,
-        rows=tuple(_row(CONTESTANTS[name], one, work, seconds, floors, bucket) for name, one in found.items()),
+        rows=tuple(
+            _row(CONTESTANTS[name], one, work, seconds, (floors, limits), bucket) for name, one in found.items()
+        ),
         seconds=seconds,
     )
 
@@ -179,7 +186,7 @@ def _row(
     found: Examined | str,
     work: Workload,
     seconds: Mapping[str, Sequence[float]],
-    floors: Mapping[str, Floor],
+    least: tuple[Mapping[str, Floor], Mapping[str, Floor]],
     bucket: int,
 ) -> Row:
     products = _plain(contestant.products_dtype(work.weights[0].dtype, work.device))
@@ -188,13 +195,15 @@ def _row(
         return dataclasses.replace(row, reason=found)
     own = seconds[contestant.name]
     median = statistics.median(own)
+    floor, limit = (one[products].seconds for one in least)
     return dataclasses.replace(
         row,
         milliseconds=quartiles([1e3 * one for one in own]),
         ratio=paired_ratio(own, seconds[BASELINE]),
         gflops=found.flops / 1e9,
         gflops_per_second=found.flops / 1e9 / median,
-        of_floor=median / floors[products].seconds,
+        of_floor=median / floor,
+        of_limit=median / limit,
         peak_bytes=found.peak_bytes,
         of_bucket=found.peak_bytes / bucket,
         gaussian=found.accuracy["gaussian"],
@@ -206,6 +215,10 @@ def largest_bucket(shapes: Sequence[Shape]) -> int:
     """Entries of the largest group of matrices of one shape."""
     counts = Counter(map(matrix_shape, shapes))
     return max(rows * columns * count for (rows, columns), count in counts.items())
+
+
+def _by_name(rates: Mapping[str, Mapping[tuple[int, int], float]]) -> dict[str, dict[str, float]]:
+    return {name: {f"{m}x{n}": rate / 1e9 for (m, n), rate in own.items()} for name, own in rates.items()}
 
 
 def _plain(dtype: torch.dtype) -> str:
