@@ -33,7 +33,7 @@ types: setup
 test: lint types
 	$(BIN)/python -m pytest
 
-# Every measurement of docs/results/speed. Leave the machine alone meanwhile: about twenty minutes on two cores.
+# Every measurement of docs/results/speed. Leave the machine alone meanwhile: about fifteen minutes on two cores.
 SPEED ?= docs/results/speed
 PEERS ?= steepest,steepest-jordan,steepest-bf16,torch,torch-fp32,pytorch-optimizer,heavyball-eager
 STEP := $(BIN)/steepest bench step --threads 2 --peers $(PEERS)
@@ -45,8 +45,11 @@ speed: setup
 	$(STEP) --shapes conv --pairs 10 --out $(SPEED)/conv
 	$(STEP) --shapes gpt2 --width 256 512 768 --layers 4 --pairs 12 --out $(SPEED)/gpt2
 	$(STEP) --shapes llama --width 512 --layers 4 --pairs 10 --out $(SPEED)/llama
-	$(BIN)/steepest bench step --threads 2 --peers steepest,heavyball --shapes gpt2 --width 256 --pairs 20 --out $(SPEED)/compiled
+	$(BIN)/steepest bench step --threads 2 --peers steepest,heavyball --shapes gpt2 --width 256 --pairs 20 \
+		--out $(SPEED)/compiled
 	$(BIN)/steepest bench train --threads 2 --out $(SPEED)/train
+	$(BIN)/steepest bench train --threads 2 --preset small --steps 8 \
+		--methods adamw,muon,torch-muon,newton-muon,muonadam,muonadam-momo --out $(SPEED)/train_small
 
 clean:
 	rm -rf $(VENV)

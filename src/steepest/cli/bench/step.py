@@ -117,9 +117,9 @@ def _show(case: Case) -> None:
             console.print(f"{row.contestant} has no numbers. {row.reason}", markup=False, highlight=False)
     for dtype, floor in case.floors.items():
         forms = "; ".join(dict.fromkeys(floor.forms.values()))
-        text = f"floor of {dtype} products: {1e3 * floor.seconds:.3g} ms, {floor.flops / 1e9:.3g} GFLOP ({forms})"
+        text = f"floor of {dtype} products: {1e3 * floor.seconds:.4g} ms, {floor.flops / 1e9:.3g} GFLOP ({forms})"
         console.print(text, markup=False, highlight=False)
-        text = f"limit, the same with the fastest product found: {1e3 * case.limits[dtype].seconds:.3g} ms"
+        text = f"limit, the same with the fastest product found: {1e3 * case.limits[dtype].seconds:.4g} ms"
         console.print(text, markup=False, highlight=False)
     busy = "" if case.cpu_share > QUIET else "; the machine was busy with something else: repeat this"
     console.print(f"CPU time / wall time of the rounds: {case.cpu_share:.2f}{busy}", highlight=False)

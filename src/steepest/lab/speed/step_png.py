@@ -47,7 +47,7 @@ def _draw_panel(axes: Axes, case: Case) -> None:
         _draw_row(axes, place, row)
     for dtype, floor in case.floors.items():
         style = _LINES.get(dtype, ":")
-        label = f"floor of {dtype} products: {1e3 * floor.seconds:.3g} ms"
+        label = f"floor of {dtype} products: {1e3 * floor.seconds:.4g} ms"
         axes.axvline(1e3 * floor.seconds, color=_MUTED, linestyle=style, linewidth=1.3, label=label)
     longest = max(row.milliseconds.high for row in case.rows if row.milliseconds is not None)
     axes.set_xlim(0, 1.35 * longest)
@@ -85,7 +85,7 @@ def _draw_row(axes: Axes, place: int, row: Row) -> None:
     look = _LOOKS["ours" if CONTESTANTS[row.contestant].ours else "others"]
     axes.barh(place, time.median, 0.66, color=look.light, alpha=0.85, linewidth=0)
     axes.hlines(place, time.low, time.high, color="black", linewidth=1.2)
-    text = f"{time.median:.3g} ms, {ratio.median:.2f} ×, {row.products}"
+    text = f"{time.median:.4g} ms, {ratio.median:.2f} ×, {row.products}"
     axes.annotate(
         text,
         (max(time.high, time.median), place),
