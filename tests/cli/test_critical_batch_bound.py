@@ -49,7 +49,7 @@ def test_it_prints_the_bound_its_batch_sizes_and_their_units(capsys):
     assert rows["SFO(b*)"][0] == whole(2.25 * least * steps)
     assert rows["SFO(32)"] == ["never", "b is not above b_min"]
     assert rows["SFO(256)"][1].startswith("gradients of samples in ")
-    assert rows["overshoot"] == ["1.1236", "polar_express"]
+    assert rows["overshoot"] == ["1.1768", "nonic"]
     assert "ball radius" not in rows
     assert "An upper bound for exact polar factors" in out
     assert "Its b* need not be near the measured one." in out
