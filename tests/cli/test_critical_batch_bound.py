@@ -87,7 +87,7 @@ def test_decay_draws_a_ball_and_its_target_is_the_gap(capsys):
 @pytest.mark.parametrize(
     ("wd", "shown", "sentence"),
     [
-        (750, {"limit": 0.004494}, "1 < lr * weight_decay = 1.5 < 2: weights may leave the ball; keep lr below"),
+        (750, {"limit": 0.004707}, "1 < lr * weight_decay = 1.5 < 2: weights may leave the ball; keep lr below"),
         (1000, {}, "lr * weight_decay = 2 >= 2: weights may grow without end; keep lr below 1 / weight_decay = 0.001"),
     ],
 )
