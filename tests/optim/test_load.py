@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from steepest import Frobenius, Muon, MuonMax, SteepestDescent
+from steepest import Frobenius, Muon, MuonMax, Spectral, SteepestDescent
 from steepest.anatomy import CONV1D, LINEAR, View, conv
 from steepest.optim.bucket import Bucket
 from steepest.optim.load import LARGEST_BUCKETS, SMALLEST_CAP, Load, default_cap, loads
@@ -177,3 +177,42 @@ def test_a_norm_may_return_what_it_was_given():
     parameter.grad = torch.ones(3, 4)
     optimizer.step()
     torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"], torch.full((3, 4), 0.05))
+
+
+def test_every_role_has_its_orthogonality_error_whoever_shares_the_norm():
+    norm = Spectral()
+    parameters = [nn.Parameter(torch.eye(4)) for _ in range(2)]
+    groups = [{"params": [p], "role": r, "norm": norm} for p, r in zip(parameters, ("matrix", "head"), strict=True)]
+    optimizer = SteepestDescent(groups, lr=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.eye(4)
+    optimizer.step()
+    assert {"matrix/orthogonality_error", "head/orthogonality_error"} <= optimizer.diagnostics().keys()
+
+
+def test_a_subclass_has_its_own_directions():
+    class Ones(Spectral):
+        def lmo(self, m, /, v=None):
+            return -torch.ones_like(m)
+
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    optimizer = SteepestDescent([parameter], lr=0.1, weight_decay=0.1, norms={"matrix": Ones()})
+    parameter.grad = torch.eye(2)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((2, 2), -0.1))
+
+
+@pytest.mark.parametrize("decay", [0.1, torch.tensor(0.1, dtype=torch.float64)])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_one_pass_and_two_are_one_step(decay, nesterov):
+    """A decay that is a tensor is applied in a pass of its own."""
+    weights = []
+    for rate in (0.1, decay):
+        parameter = nn.Parameter(torch.arange(12.0, dtype=torch.float64).reshape(3, 4))
+        optimizer = SteepestDescent([parameter], lr=0.5, nesterov=nesterov)
+        for step in range(3):
+            optimizer.param_groups[0]["weight_decay"] = rate
+            parameter.grad = torch.eye(3, 4, dtype=torch.float64) + step
+            optimizer.step()
+        weights.append(parameter.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-12)

@@ -176,9 +176,11 @@ def full_precision(device: torch.device) -> Generator[None]:
         (backends.cuda.matmul, backends) if device.type == "cuda" else (backends.mkldnn.matmul, backends.mkldnn)
     )
     allowed: str = backend.fp32_precision
-    backend.fp32_precision = "ieee"
+    if allowed != "ieee":
+        backend.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type if torch.amp.is_autocast_available(device.type) else "cpu", enabled=False):
             yield
-    finally:  # what was inherited is inherited again
-        backend.fp32_precision = "none" if allowed in ("none", parent.fp32_precision) else allowed
+    finally:  # what was inherited is inherited again; what was set to the same as its parent looks no different
+        if allowed != "ieee":
+            backend.fp32_precision = "none" if allowed in ("none", parent.fp32_precision) else allowed

@@ -20,6 +20,7 @@ from steepest.optim.momentum import debias
 from steepest.optim.state import MOMENTUM, STEP
 
 ITERATIONS = 32
+STARTS = 4  # vectors; one alone may be all but orthogonal to the singular vector that is looked for
 
 
 def beyond_ball(group: Mapping[str, Any]) -> float | None:
@@ -46,15 +47,15 @@ def largest_singular_values(matrices: Tensor, *, iterations: int = ITERATIONS) -
     """
     wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     generator = torch.Generator().manual_seed(0)  # the same start each time, so that numbers can be compared
-    start = torch.randn(wide.size(-1), 1, generator=generator, dtype=torch.float64)
+    start = torch.randn(wide.size(-1), STARTS, generator=generator, dtype=torch.float64)
     vectors = start.to(wide).expand(len(wide), -1, -1)
-    length = wide.new_zeros(len(wide), 1, 1)
+    lengths = wide.new_zeros(len(wide), STARTS)
     for _ in range(iterations):
-        vectors = vectors / torch.linalg.vector_norm(vectors, dim=(-2, -1), keepdim=True).clamp_min(1e-30)
+        vectors = vectors / torch.linalg.vector_norm(vectors, dim=-2, keepdim=True).clamp_min(1e-30)
         images = wide @ vectors
-        length = torch.linalg.vector_norm(images, dim=(-2, -1), keepdim=True)
+        lengths = torch.linalg.vector_norm(images, dim=-2)
         vectors = wide.mT @ images
-    return length.flatten()
+    return lengths.amax(dim=-1)
 
 
 def weight_numbers(

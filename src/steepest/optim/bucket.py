@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -70,6 +71,11 @@ class Bucket:
         return self.view == LINEAR and self.parameters[0].ndim == 2
 
 
+def is_spectral(norm: Norm) -> TypeGuard[Spectral]:
+    """Whether a norm's directions are those of `Spectral`: a subclass may have its own."""
+    return isinstance(norm, Spectral) and type(norm).lmo is Spectral.lmo and type(norm).lmos is Spectral.lmos
+
+
 def directions(
     norm: Norm,
     batches: Sequence[Tensor],
@@ -90,7 +96,7 @@ def directions(
     Returns:
         Directions to add, shaped like the batches.
     """
-    if isinstance(norm, Spectral):  # which knows how to work on matrices of several shapes together
+    if is_spectral(norm):  # which knows how to work on matrices of several shapes together
         return tuple(norm.lmos(batches, memory_cap=memory_cap, radius=radius))
     return tuple(norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True))
 

@@ -25,7 +25,7 @@ class StepRecord:
 
     entries: list[_Entry] = field(default_factory=list[_Entry])
     scalars: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    _seen: set[tuple[int, torch.Size]] = field(default_factory=set[tuple[int, torch.Size]])
+    _seen: set[tuple[str, int, torch.Size]] = field(default_factory=set[tuple[str, int, torch.Size]])
 
     def clear(self) -> None:
         """Forget the step before."""
@@ -33,18 +33,19 @@ class StepRecord:
         self.scalars.clear()
         self._seen.clear()
 
-    def sample(self, norm: Norm, batches: Sequence[Tensor], radius: float) -> list[tuple[Tensor, float]]:
+    def sample(self, role: Role, norm: Norm, batches: Sequence[Tensor], radius: float) -> list[tuple[Tensor, float]]:
         """One direction of each shape, for norms of polar factors; copies, so that the batches need not stay in memory.
 
         Args:
+            role: Of its group.
             norm: Of its group.
             batches: Directions, (B, m, n) each.
             radius: Their norm.
         """
         if not isinstance(norm, Spectral):
             return []
-        new = {(id(norm), batch.shape[-2:]): batch for batch in batches}
-        new = {kind: batch for kind, batch in new.items() if kind not in self._seen}
+        of_shape = {(role, id(norm), batch.shape[-2:]): batch for batch in batches}
+        new = {kind: batch for kind, batch in of_shape.items() if kind not in self._seen}
         self._seen.update(new)
         return [(batch[0].clone(), radius * scale_factor(norm.scale, *batch.shape[-2:])) for batch in new.values()]
 

@@ -7,16 +7,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from steepest.geometry import Norm, Spectral
+from steepest.geometry import Norm
 from steepest.optim.applied import Applied
-from steepest.optim.bucket import apply_, directions, gains, pull_
+from steepest.optim.bucket import apply_, directions, gains, is_spectral, pull_
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.load import SHARES, Load
 from steepest.optim.momentum import average_, debias, look_ahead
 from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, ensure_state, state_dtype
 
 Group = dict[str, Any]
-# Below, the point that decay pulls toward would be too far away for float32.
+# Below, the point that decay pulls toward would be too far away for float32; above one over it, too near.
 SMALLEST_DECAY = 1e-12
 
 
@@ -171,7 +171,7 @@ class Move:
         """
         found, radius = cast(Aim, self.aimed).directions, self._radius
         bent = self._applied is not None and self._applied.bends_directions
-        sample = [] if bent else record.sample(self.norm, found, radius)
+        sample = [] if bent else record.sample(self.group["role"], self.norm, found, radius)
         if self._accept is not None:
             found = tuple(torch.where(self._accept, direction, 0.0) for direction in found)
         if factors is not None and factors.ndim == 0 and factors.device.type == "cpu":
@@ -197,9 +197,11 @@ class Move:
 
     def _ball(self) -> float:
         """Radius of the ball that decay pulls the weights into, where a step can be one pull toward its surface."""
-        decay, first = self.group["weight_decay"], self.load.parameters[0]
-        plain = self._accept is None and not isinstance(self.lr, Tensor) and first.dtype is self._dtype
-        return 1 / decay if plain and isinstance(self.norm, Spectral) and decay > SMALLEST_DECAY else 1.0
+        decay: float | Tensor = self.group["weight_decay"]
+        if isinstance(decay, Tensor) or isinstance(self.lr, Tensor) or self._accept is not None:
+            return 1.0
+        plain = self.load.parameters[0].dtype is self._dtype and is_spectral(self.norm)
+        return 1 / decay if plain and SMALLEST_DECAY < decay < 1 / SMALLEST_DECAY else 1.0
 
     def _followed(self, averages: list[Tensor]) -> tuple[Tensor, ...] | None:
         """M P_a as batches, for the averages M; None where that is M."""
