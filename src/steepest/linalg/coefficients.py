@@ -266,7 +266,7 @@ def get_coefficients(
                 "coefficients takes a name, a Coefficients or a sequence of (a, b, c) or (a, b, c, d, e), got "
                 f"{coefficients!r}."
             ) from error
-    if not _bears(chosen, dtype):
+    if not bears(chosen, dtype):
         raise ValueError(
             f"Coefficients {chosen.name!r} need products in a wider type than {dtype}: their terms are up to "
             f"{chosen.certify().cancellation:.3g} times as large as their sum, whose sign rounding could turn. Use "
@@ -281,7 +281,8 @@ def _custom(steps: tuple[Step, ...]) -> Coefficients:
 
 
 @functools.cache
-def _bears(chosen: Coefficients, dtype: torch.dtype) -> bool:
+def bears(chosen: Coefficients, dtype: torch.dtype) -> bool:
+    """Whether products in this dtype do for a set; computed once for each."""
     return chosen.certify().bears(dtype)
 
 

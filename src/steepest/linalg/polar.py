@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from steepest.linalg.coefficients import Coefficients, get_coefficients
+from steepest.linalg.coefficients import Coefficients, bears, get_coefficients
 from steepest.linalg.plan import Iteration, Job, choose
 from steepest.linalg.products import full_precision
 from steepest.names import unknown_name
@@ -168,7 +168,7 @@ def flops(
         ValueError: If the method is "svd", which has no count.
     """
     if method == "svd":
-        raise ValueError("flops counts the polynomial methods, got method='svd'.")
+        raise ValueError("flops counts the polynomial methods, got method='svd'. Give 'newton-schulz', 'gram', 'auto'.")
     chosen, short, long = get_coefficients(coefficients, dtype), min(rows, columns), max(rows, columns)
     return choose(method, chosen, short, [(1, long)], dtype, torch.device(device)).flops(long)
 
@@ -182,7 +182,7 @@ def compute_dtype(x: Tensor, coefficients: str | Coefficients | Sequence[Sequenc
     """
     if x.dtype == torch.float64:
         return torch.float64
-    half = x.is_cuda and (coefficients == "auto" or get_coefficients(coefficients).certify().bears(torch.bfloat16))
+    half = x.is_cuda and (coefficients == "auto" or bears(get_coefficients(coefficients), torch.bfloat16))
     return torch.bfloat16 if half else torch.float32
 
 
