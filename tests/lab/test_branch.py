@@ -103,6 +103,23 @@ def test_a_schedule_goes_on_by_examples_seen(parents, monkeypatch):
     assert rates[8][-1] < rates[8][0]
 
 
+def test_repetitions_follow_each_other_on_the_data_without_a_gap_or_an_overlap(parents, monkeypatch):
+    from steepest.lab.branch import _Fork
+
+    taken = []
+    original = _Fork.train_step
+
+    def watch(self, recorder):
+        order = self.order.state_dict()
+        taken.append((order["epoch"], order["position"]))
+        return original(self, recorder)
+
+    monkeypatch.setattr(_Fork, "train_step", watch)
+    for repeat in range(3):
+        train_branch(parents["muon", "constant"] / "parent", batch_size=16, window=Window(32), repeat=repeat)
+    assert taken == [(0, START * BATCH + 16 * step) for step in range(6)]
+
+
 def test_finished_forks_are_kept_and_damaged_ones_named(parents, tmp_path, monkeypatch):
     run, window = parents["muon", "constant"] / "parent", Window(16, repeats=2)
     first = train_branches(run, tmp_path, batches=(8, 16), window=window)

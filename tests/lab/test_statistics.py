@@ -135,6 +135,18 @@ def test_holm_rejects_what_its_step_down_definition_rejects(p_values: list[float
     assert {i for i, p in enumerate(holm(p_values)) if p <= alpha} == rejected
 
 
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        ([0.02, 0.024, 0.9], [0.06, 0.06, 0.9]),  # 2 * 0.024 alone would decide a pair behind one that is not decided
+        ([0.9, 0.024, 0.02], [0.9, 0.06, 0.06]),
+        ([0.03, 0.04], [0.06, 0.06]),
+    ],
+)
+def test_a_pair_is_never_decided_before_one_with_a_smaller_p(p_values: list[float], adjusted: list[float]) -> None:
+    assert holm(p_values) == pytest.approx(adjusted)
+
+
 @pytest.mark.parametrize("effect", [0.4, -0.7, 1.3, 3.0])
 def test_needed_seeds_give_the_power_and_one_less_does_not(effect: float, rng: Generator) -> None:
     n = seeds_needed(effect)
