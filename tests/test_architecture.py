@@ -1,4 +1,4 @@
-"""The shape of the source: rooms know only the rooms above them, and nothing is too long to see whole."""
+"""The shape of the source: rooms know only the rooms above them, and no function is too long to see whole."""
 
 import ast
 from pathlib import Path
@@ -9,9 +9,22 @@ import steepest
 
 SOURCE = Path(steepest.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
-# Top to bottom; a room may import itself and what stands before it. `names` serves all.
-ROOMS = ["names", "linalg", "geometry", "anatomy", "optim", "parallel", "batch_size", "theory", "lab", "cli"]
-LONGEST_FILE, LONGEST_FUNCTION = 400, 50
+# Top to bottom; a room may import itself and what stands before it. `names`, `checks` and `notices` serve all.
+ROOMS = [
+    "names",
+    "checks",
+    "notices",
+    "linalg",
+    "geometry",
+    "anatomy",
+    "optim",
+    "parallel",
+    "batch_size",
+    "theory",
+    "lab",
+    "cli",
+]
+LONGEST_FUNCTION = 50
 
 
 def label(path):
@@ -38,9 +51,8 @@ def test_imports_point_upward(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=label)
-def test_nothing_is_too_long(path):
+def test_no_function_is_too_long(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= LONGEST_FILE
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             documented = ast.get_docstring(node) is not None

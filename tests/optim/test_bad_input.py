@@ -49,7 +49,7 @@ BUILD = {
     "negative lr": (lambda: Muon(linear(), lr=-1), ValueError, "lr must be finite and at least 0, got -1"),
     "lr nan": (lambda: Muon(linear(), lr=float("nan")), ValueError, "lr must be finite and at least 0, got nan"),
     "lr inf": (lambda: Adam(linear(), lr=float("inf")), ValueError, "lr must be finite and at least 0, got inf"),
-    "lr text": (lambda: Adam(linear(), lr="0.1"), TypeError, "parameter group 0: lr must be a number, got '0.1'"),
+    "lr text": (lambda: Adam(linear(), lr="0.1"), TypeError, "Adam: lr must be a number, got '0.1'. Write lr=0.1,"),
     "lr tensor of two": (
         lambda: Adam(linear(), lr=torch.ones(2)),
         TypeError,
@@ -79,7 +79,7 @@ BUILD = {
     "negative eps": (
         lambda: Adam(linear(), eps=-1e-8),
         ValueError,
-        "AdaInf takes a finite number eps >= 0, got eps=-1e-08",
+        "Adam: eps must be finite and at least 0, got -1e-08.",
     ),
     "unknown scale": (
         lambda: Muon(linear(), scale="match_rms"),

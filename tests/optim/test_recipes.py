@@ -144,5 +144,5 @@ def test_scion_of_its_authors_equals_the_formulas(constrained, rng):
 
 @pytest.mark.parametrize("name", ["radius", "head_radius"])
 def test_a_ball_has_a_finite_radius_above_zero(name):
-    with pytest.raises(ValueError, match=f"^{name} must be a finite number above 0, got -1"):
+    with pytest.raises(ValueError, match=f"^PethickScion: {name} must be finite and above 0, got -1"):
         PethickScion(nn.Linear(2, 2), **{name: -1})

@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from steepest.anatomy import InputMoment, Plan, PlanRow, Role
 from steepest.geometry import Norm, Product
+from steepest.optim.arguments import checked_options
 from steepest.optim.ball import weight_numbers
 from steepest.optim.clipping import Witness
 from steepest.optim.diagnostics import StepRecord
@@ -27,7 +28,15 @@ from steepest.optim.guard import Guard, OnNonFinite, dense_gradients
 from steepest.optim.load import Packing
 from steepest.optim.losses import MISSING, Loss, LossTap, check_loss, over_ranks
 from steepest.optim.move import Move
-from steepest.optim.options import DEFAULT_NORMS, INPUT_OPTIONS, INPUT_STEPS, check_group, complete_group, for_role
+from steepest.optim.options import (
+    DEFAULT_NORMS,
+    INPUT_OPTIONS,
+    INPUT_STEPS,
+    PER_ROLE,
+    check_group,
+    complete_group,
+    for_role,
+)
 from steepest.optim.parameters import Parameters, check_view, collect, complete_row
 from steepest.optim.precondition import Preconditioner, drop_moments, precondition_options
 from steepest.optim.sees_inputs import SeesInputs
@@ -35,7 +44,7 @@ from steepest.optim.state import DUAL, check_saved, restored
 from steepest.optim.step_size import MODEL_KEYS, StepSize
 
 Group = dict[str, Any]
-PerRole = Mapping[Role, Any]
+ByRole = Mapping[Role, Any]
 
 
 class SteepestDescent(SeesInputs):
@@ -83,15 +92,16 @@ class SteepestDescent(SeesInputs):
         TypeError: If an option or parameter is of the wrong type.
     """
 
+    @checked_options(by_role=PER_ROLE)
     def __init__(
         self,
         params: Parameters,
         *,
-        lr: float | Tensor | PerRole = 0.02,
-        momentum: float | PerRole = 0.95,
-        nesterov: bool | PerRole = False,
-        weight_decay: float | PerRole = 0.0,
-        betas: tuple[float, float] | PerRole | None = None,
+        lr: float | Tensor | ByRole = 0.02,
+        momentum: float | ByRole = 0.95,
+        nesterov: bool | ByRole = False,
+        weight_decay: float | ByRole = 0.0,
+        betas: tuple[float, float] | ByRole | None = None,
         norms: Mapping[Role, Norm | str] | None = None,
         product: Product | str = "max",
         regularized: bool = False,

@@ -11,6 +11,7 @@ from torch import Tensor
 from steepest.anatomy import InputMoment
 from steepest.geometry import Ada2, ColNorm, Frobenius, Hybrid, Product, Scaled, ScaleRule, Sign, Spectral
 from steepest.linalg import Coefficients, PolarMethod
+from steepest.optim.arguments import checked_options
 from steepest.optim.descent import SteepestDescent
 from steepest.optim.global_step import DualMode
 from steepest.optim.guard import OnNonFinite
@@ -51,6 +52,7 @@ class Scion(SteepestDescent):
         TypeError: If an option or parameter is of the wrong type.
     """
 
+    @checked_options()
     def __init__(
         self,
         params: Parameters,
@@ -116,6 +118,7 @@ class PethickScion(SteepestDescent):
         Pethick et al., arXiv:2502.07529; radii of their GPT with tied embeddings.
     """
 
+    @checked_options()
     def __init__(
         self,
         params: Parameters,
@@ -133,9 +136,6 @@ class PethickScion(SteepestDescent):
         dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
-        for name, value in (("radius", radius), ("head_radius", head_radius)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
         radii = per_role(radius, radius)
         radii["head"] = head_radius
         spectral = Spectral(scale="spectral", polar=polar, coefficients=coefficients, dtype=dtype)
@@ -194,6 +194,7 @@ class PolarGrad(SteepestDescent):
     _adam_ratio = POLAR_GRAD_ADAM_RATIO
     _precondition: InputMoment | None = None
 
+    @checked_options()
     def __init__(
         self,
         params: Parameters,
@@ -221,12 +222,12 @@ class PolarGrad(SteepestDescent):
             lr=per_role(lr, lr * self._adam_ratio if adam_lr is None else adam_lr),
             momentum=momentum,
             weight_decay=per_role(weight_decay, weight_decay, 0.0),
-            betas=betas or (momentum, 0.95),
+            betas=(momentum, 0.95) if betas is None else betas,
             norms=per_role(spectral, Ada2(eps=eps)),
             product=self._product,
             regularized=True,
             step_size=chosen_step_size(momo, step_size),
-            precondition=precondition or self._precondition,
+            precondition=self._precondition if precondition is None else precondition,
             dual=dual,
             on_nonfinite=on_nonfinite,
         )
@@ -309,6 +310,7 @@ class SignDescent(SteepestDescent):
         Bernstein et al., arXiv:1802.04434.
     """
 
+    @checked_options()
     def __init__(
         self,
         params: Parameters,

@@ -4,7 +4,6 @@ Per step: `expect` before the forward pass, `refresh` in the step before anythin
 `passed` at its end.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import InputMoment, InputWatch, PlanRow, Reader, find_readers, given_rows
+from steepest.notices import warn
 from steepest.optim.applied import Applied
 from steepest.optim.ranks import summed, unanimous
 from steepest.optim.refresh import INPUT_MASS, INPUT_MOMENT, INPUT_POWERS, Outcome, ensure_moments, refresh_
 from steepest.optim.state import state_dtype
 
-CALLER = 4  # from the warning through the optimizer and the recipe to the line that built it
 INPUT_LEADER = "input_leader"  # 0-d, number of the reader whose moment a reader uses; UNSETTLED until that is known
 UNSETTLED = -1.0
 MOMENT_KEYS = (INPUT_MOMENT, INPUT_MASS, INPUT_POWERS)
@@ -63,13 +62,11 @@ class InputMoments:
             )
         unseen = [reader for reader in readers if options.hooks and not reader.feeds]
         if unseen and options.missing == "raise":
-            warnings.warn(
+            warn(
                 f"Hooks cannot see the inputs of {', '.join(reader.row.name for reader in unseen)}: "
                 f"{unseen[0].unseen}. "
                 "Call record_input(parameter, inputs) in each micro-batch of a step that refreshes, or leave them to "
-                f"Muon with InputMoment(structure={{{unseen[0].row.name!r}: 'none'}}) or missing='muon'.",
-                UserWarning,
-                stacklevel=CALLER,
+                f"Muon with InputMoment(structure={{{unseen[0].row.name!r}: 'none'}}) or missing='muon'."
             )
         self.watch = InputWatch(readers, options.tokens)
         self.readers = self.watch.readers

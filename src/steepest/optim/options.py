@@ -1,8 +1,6 @@
 """Options of a parameter group: their names, what they may be, and one value per role."""
 
-import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any, TypeVar, cast
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from steepest.anatomy import ROLES, Role, View
+from steepest.checks import Check, flag, number, optional, pair
 from steepest.geometry import AdaInf, Norm, Spectral, get_norm
 from steepest.names import unknown_name
 from steepest.optim.step_size import MODEL_KEYS, Momo, StepSize
@@ -41,6 +40,44 @@ DEFAULT_NORMS: Mapping[Role, Norm] = {
     "head": AdaInf(),
     "vector": AdaInf(),
 }
+
+
+def check_rate(name: str, value: object) -> float | Tensor:
+    """Check of a learning rate: a number, or a tensor with one, which on an accelerator stays unread."""
+    if not isinstance(value, Tensor):
+        return _AT_LEAST_0(name, value)
+    if value.numel() != 1 or not value.is_floating_point():
+        what = f"shape {tuple(value.shape)}" if value.numel() != 1 else str(value.dtype)
+        raise TypeError(f"{name} as a tensor must be a 0-d real number, got {what}.")
+    if value.device.type == "cpu":
+        _AT_LEAST_0(name, value.item())
+    return value.detach().reshape(())
+
+
+_AT_LEAST_0 = number()
+_ABOVE_0 = number(above=True)
+_PART = number(high=1.0)
+check_betas = pair(_PART, "two numbers in [0, 1)")
+
+# Options of the optimizers that are numbers and flags. Those of norms, step sizes and preconditioning are checked by
+# the objects that have them.
+OPTIONS: Mapping[str, Check] = {
+    "lr": check_rate,
+    "adam_lr": check_rate,
+    "other_lr": check_rate,
+    "momentum": _PART,
+    "nesterov": flag,
+    "weight_decay": _AT_LEAST_0,
+    "betas": optional(check_betas),
+    "beta2": _PART,
+    "eps": _AT_LEAST_0,
+    "radius": _ABOVE_0,
+    "head_radius": _ABOVE_0,
+    "constrained": flag,
+    "regularized": flag,
+}
+NUMBERS = ("lr", "momentum", "nesterov", "weight_decay", "beta2")  # and flags, in every group
+PER_ROLE = ("lr", "momentum", "nesterov", "weight_decay", "betas")  # what may be a mapping from roles
 
 
 def for_role(option: str, value: object, role: Role) -> object:
@@ -117,7 +154,7 @@ def complete_group(group: dict[str, Any], where: str, defaults: Mapping[str, Any
         betas = group.pop("betas") if given else default("betas")
         if betas is None:
             betas = (default("momentum") if momo else ADAM_BETAS[0], ADAM_BETAS[1])
-        betas = check_betas(where, betas)
+        betas = check_betas(f"{where}: betas", betas)
         group["momentum"] = betas[0] if given else group.get("momentum", betas[0])
         group["beta2"] = betas[1] if given else group.get("beta2", betas[1])
     elif "betas" in group:
@@ -125,9 +162,11 @@ def complete_group(group: dict[str, Any], where: str, defaults: Mapping[str, Any
     for option in ("lr", "momentum", "nesterov", "weight_decay"):
         if option not in group:
             group[option] = default(option)
+    group.setdefault("beta2", 0.0)
+    for option in NUMBERS:
+        group[option] = OPTIONS[option](f"{where}: {option}", group[option])
     if isinstance(group["lr"], Tensor):  # schedulers write into it: one per group
         group["lr"] = group["lr"].clone()
-    group.setdefault("beta2", 0.0)
     group.setdefault("view", None)
     group.setdefault("name", None)
     group["skipped_steps"] = 0
@@ -147,12 +186,8 @@ def check_group(group: Mapping[str, object], *, where: str) -> None:
     for key in group:
         if key not in GROUP_KEYS and key not in FOREIGN_KEYS:
             raise ValueError(f"{where}: {unknown_name('option', key, GROUP_KEYS)}")
-    _check_number(where, "lr", group["lr"], low=0.0, high=math.inf)
-    _check_number(where, "momentum", group["momentum"], low=0.0, high=1.0)
-    _check_number(where, "weight_decay", group["weight_decay"], low=0.0, high=math.inf)
-    _check_number(where, "beta2", group["beta2"], low=0.0, high=1.0)
-    if not isinstance(group["nesterov"], bool):
-        raise TypeError(f"{where}: nesterov must be True or False, got {group['nesterov']!r}.")
+    for option in NUMBERS:
+        OPTIONS[option](f"{where}: {option}", group[option])
     name = group.get("name")
     if name is not None and not isinstance(name, str):
         raise TypeError(f"{where}: name must be a text, by which a product norm can call the group, got {name!r}.")
@@ -163,21 +198,6 @@ def check_group(group: Mapping[str, object], *, where: str) -> None:
     view = group.get("view")
     if view is not None and not isinstance(view, View):
         raise TypeError(f"{where}: view must be a View, such as View(groups=4), or None, got {view!r}.")
-
-
-def _check_number(where: str, option: str, value: object, *, low: float, high: float) -> None:
-    if isinstance(value, Tensor) and option == "lr":
-        if value.ndim != 0 or not value.is_floating_point():
-            raise TypeError(f"{where}: lr as a tensor must be a 0-d real number, got shape {tuple(value.shape)}.")
-        if value.device.type != "cpu":  # on an accelerator it stays unread
-            return
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{where}: {option} must be a number, got {value!r}.")
-    value = float(value)
-    if not low <= value < high:
-        interval = f"in [{low:g}, {high:g})" if math.isfinite(high) else f"finite and at least {low:g}"
-        raise ValueError(f"{where}: {option} must be {interval}, got {value!r}.")
 
 
 def check_role(role: object, *, where: str) -> None:
@@ -192,27 +212,6 @@ def check_role(role: object, *, where: str) -> None:
     """
     if role not in ROLES:
         raise ValueError(f"{where}: {unknown_name('role', role, ROLES)}")
-
-
-def check_betas(where: str, betas: object) -> tuple[float, float]:
-    """Weights of the old averages of gradients and of their squares.
-
-    Args:
-        where: Which group, for the message.
-        betas: What was given.
-
-    Returns:
-        The two numbers.
-
-    Raises:
-        TypeError: If it is not two numbers.
-        ValueError: If one is not in [0, 1).
-    """
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TypeError(f"{where}: betas must be two numbers in [0, 1), got {betas!r}.")
-    for beta in betas:
-        _check_number(where, "betas", beta, low=0.0, high=1.0)
-    return float(betas[0]), float(betas[1])
 
 
 def check_parameter(name: str, parameter: object) -> Tensor:

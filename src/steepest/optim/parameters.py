@@ -1,6 +1,5 @@
 """From what users pass as `params` to groups of one role each, with a plan row per parameter."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -9,12 +8,12 @@ from torch import Tensor, nn
 
 from steepest.anatomy import LINEAR, ROLES, Plan, PlanRow, Role, View, route
 from steepest.geometry import Norm, get_norm
+from steepest.notices import warn
 from steepest.optim.options import check_parameter
 
 Group = dict[str, Any]
 Parameters = nn.Module | Plan | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 Rows = dict[Tensor, PlanRow]
-CALLER = 5  # from the warning through collect, the optimizer and the recipe to the line that built it
 
 
 def collect(
@@ -71,11 +70,9 @@ def _from_plan(plan: Plan) -> tuple[Rows, list[Group]]:
         raise ValueError("The model has no parameters to optimise.")
     unknown = [row.name for row in plan.unknown if row.trainable]
     if unknown:
-        warnings.warn(
+        warn(
             f"The layout of {', '.join(unknown)} is not known; the norm of vectors is used for them. Say what they are "
-            "with steepest.route(model, overrides=...) and pass the plan instead of the model.",
-            UserWarning,
-            stacklevel=CALLER,
+            "with steepest.route(model, overrides=...) and pass the plan instead of the model."
         )
     groups: list[Group] = []
     for role in ROLES:

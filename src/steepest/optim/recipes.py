@@ -8,6 +8,7 @@ from torch import Tensor
 from steepest.anatomy import InputMoment
 from steepest.geometry import AdaInf, ScaleRule, Spectral
 from steepest.linalg import Coefficients, PolarMethod
+from steepest.optim.arguments import checked_options
 from steepest.optim.descent import SteepestDescent
 from steepest.optim.global_step import DualMode
 from steepest.optim.guard import OnNonFinite
@@ -55,6 +56,7 @@ class Muon(SteepestDescent):
 
     _precondition: InputMoment | None = None
 
+    @checked_options()
     def __init__(
         self,
         params: Parameters,
@@ -88,7 +90,7 @@ class Muon(SteepestDescent):
             betas=betas,
             norms=per_role(spectral, AdaInf(eps=eps)),
             step_size=chosen_step_size(momo, step_size),
-            precondition=precondition or self._precondition,
+            precondition=self._precondition if precondition is None else precondition,
             dual=dual,
             on_nonfinite=on_nonfinite,
         )
@@ -149,6 +151,7 @@ class MuonAdam(Muon):
         Crawshaw, Modi, Liu and Gower, arXiv:2510.09827.
     """
 
+    @checked_options()
     def __init__(
         self,
         params: Parameters,
@@ -176,7 +179,7 @@ class MuonAdam(Muon):
             nesterov=False,
             weight_decay=weight_decay,
             adam_lr=adam_lr,
-            betas=betas or (momentum, 0.95),
+            betas=(momentum, 0.95) if betas is None else betas,
             eps=eps,
             scale=scale,
             coefficients=coefficients,
@@ -196,7 +199,7 @@ class Adam(SteepestDescent):
     Args:
         params: A module, or as for `SteepestDescent`.
         lr: Learning rate, about the largest change of an entry per step.
-        betas: Weights of the old averages of gradients and of their squares.
+        betas: Weights of the old averages of gradients and of their squares; None: (0.9, 0.999).
         eps: Added to the root of the second moment.
         weight_decay: Decoupled; not for vectors (gains, biases).
         momo: Whether steps are Momo's, with its defaults; the loss must then be passed.
@@ -211,12 +214,13 @@ class Adam(SteepestDescent):
         Kingma and Ba, arXiv:1412.6980, Algorithm 1; Loshchilov and Hutter, arXiv:1711.05101 (decoupled decay).
     """
 
+    @checked_options()
     def __init__(
         self,
         params: Parameters,
         lr: float | Tensor = 1e-3,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momo: bool = False,
@@ -227,7 +231,7 @@ class Adam(SteepestDescent):
             params,
             lr=lr,
             weight_decay=per_role(weight_decay, weight_decay, 0.0),
-            betas=betas,
+            betas=(0.9, 0.999) if betas is None else betas,
             norms=per_role(AdaInf(eps=eps), AdaInf(eps=eps)),
             step_size=chosen_step_size(momo, step_size),
             on_nonfinite=on_nonfinite,
