@@ -1,78 +1,183 @@
-"""Notices gradients that were clipped between backward and step, which a model of the loss cannot be right with."""
+"""Finds the factor by which gradients were clipped between backward and step.
+
+The model of the loss averages f_i + <g_i, w - w_i>; a clipped gradient c_i g_i is that of F + c_i (f_i - F), which is
+above the same lower bound F. So a factor that is known does no harm: `step_size.clipped`.
+
+What multiplies gradients by the same number at every step is no clipping but scaling, of a sum to a mean, or of the
+loss against underflow. A factor that is seen first is taken for that if it is one over a whole number, or a power of
+two, and any factor that comes twice in a row is; else it is clipping.
+"""
 
 import math
 import warnings
-import weakref
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-ENTRIES = 64
-CALLER = 5  # from the warning through this file, the step and torch's wrappers of it to the line that called step()
+from steepest.optim.arrivals import Arrivals
+from steepest.optim.losses import over_ranks
+from steepest.optim.ranks import world_size
+from steepest.optim.sample import ENTRIES, spaced
+from steepest.optim.step_size import scalar_type
+
+WHOLE = 4096  # above, every number is near one over a whole number
+CALLER = 7  # from the warning through this file, the step and torch's wrappers of it to the line that called step()
+REMEDY = (
+    "Leave it out (max_grad_norm=0 in Trainer, gradient_clip_val=None in Lightning), as Momo's step size bounds the "
+    "step; or clip all gradients together by their norm, as clip_grad_norm_ does."
+)
 
 
 class Witness:
-    """Remembers a few entries of one gradient as backward left them, and compares them when the step comes.
-
-    What multiplies gradients by one number at every step, or by powers of two, is no clipping but scaling, of a sum
-    to a mean or of the loss against underflow; so a factor is looked at in relation to the one before.
+    """Compares a few entries of each group's gradients, as backward left them, with those that a step finds.
 
     Args:
-        parameters: The one with the fewest entries is watched.
+        groups: Of parameters.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._seen: Tensor | None = None
+    def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        self.arrivals = Arrivals()
+        for group in groups:
+            self.arrivals.watch(group)
         self._looks = 0
-        self._warned = False
-        self._ratio: float | None = None
-        watched = min((p for p in parameters if p.requires_grad and p.numel()), key=Tensor.numel, default=None)
-        if watched is not None:
-            # Weakly: the parameter may outlive the optimizer.
-            own: weakref.ref[Witness] = weakref.ref(cast(Witness, self))
-            handle = watched.register_post_accumulate_grad_hook(lambda p: _note(own, p))
-            weakref.finalize(self, handle.remove)
-        self._watched = watched
+        self._warned = self._told = False
+        self._scale: float | None = None
+        self._unit: float | None = None  # what stands for an unclipped gradient
+        self._before: float | None = None
+        self._scattered: Tensor | bool = False  # on an accelerator: something was seen since the last reading
 
-    def look(self) -> None:
-        """Warn once if the gradient is not what backward left; waits for the device at steps 1, 2, 4, 8, ... only."""
-        seen, self._seen = self._seen, None
+    def scaled(self, scaler: object) -> None:
+        """Remember by how much a loss was scaled.
+
+        Args:
+            scaler: If it is a GradScaler, gradients of the next step were multiplied by one over its scale.
+        """
+        self._scale = scaler.get_scale() if isinstance(scaler, torch.amp.GradScaler) else None
+
+    def look(self) -> Tensor | float | None:
+        """The factor by which the gradients were clipped; waits for an accelerator at steps 1, 2, 4, 8, ... only.
+
+        Returns:
+            In (0, 1], the same on all ranks; None if nothing was seen.
+
+        Raises:
+            ValueError: If gradients were changed by something that is not one factor, or not at most 1.
+        """
+        scale, self._scale = self._scale, None
+        factor = self._factor(1.0 if scale is None else scale, scaled=scale is not None)
+        if world_size() > 1 and self.arrivals.watched:
+            device = self.arrivals.watched[0].device
+            factor = over_ranks(1.0 if factor is None else factor, device)
+        return factor
+
+    def _factor(self, scale: float, *, scaled: bool) -> Tensor | float | None:
+        pairs = [(s, p.grad) for s, p in zip(self.arrivals.seen, self.arrivals.watched, strict=False)]
+        pairs = [(seen, now) for seen, now in pairs if seen is not None and now is not None and now.numel()]
+        if not pairs:
+            return None
+        device = pairs[0][1].device
+        tolerance = 8 * max(torch.finfo(now.dtype).eps for _, now in pairs)
+        ratio, common = compared(pairs, device, tolerance)
         self._looks += 1
-        if self._warned or seen is None or self._watched is None or self._watched.grad is None:
-            return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return  # averaging over ranks changes gradients, too
-        if seen.device.type != "cpu" and self._looks & (self._looks - 1):
-            return
-        now = _sample(self._watched.grad)
-        if now.shape != seen.shape or not seen.any():
-            return
-        ratio = float((now * seen).sum() / seen.square().sum())
-        if not math.isfinite(ratio):  # an overflow, which others care for
-            return
-        before, self._ratio = self._ratio, ratio
-        octaves = math.log2(ratio / before) if before is not None and ratio / before > 0 else 0.0
-        if ratio <= 0 or abs(octaves - round(octaves)) > 1e-4:
+        if device.type != "cpu":
+            self._scattered = self._scattered | ~common
+            common = ~self._scattered
+            if self._looks & (self._looks - 1):
+                return _unread(ratio * (scale / (self._unit or 1.0)), tolerance, scaled=scaled)
+        if not bool(common):
+            return self._refuse_scattered()
+        factor = float(ratio) * scale
+        return factor if not math.isfinite(factor) else self._read(factor, tolerance, scaled=scaled)
+
+    def _read(self, factor: float, tolerance: float, *, scaled: bool) -> float:
+        """The part of a factor that is clipping."""
+        before, self._before = self._before, factor
+        if self._unit is None:
+            self._unit = factor if not scaled and _plain(factor, tolerance) else 1.0
+        repeated = before is not None and before != 1.0 and math.isclose(before, factor, rel_tol=tolerance)
+        octaves = math.log2(factor / self._unit)
+        if not scaled and (repeated or abs(octaves - round(octaves)) <= 2 * tolerance):
+            self._unit = factor
+        clipped = factor / self._unit
+        if abs(clipped - 1) <= tolerance:
+            return 1.0
+        if clipped > 1:
+            raise ValueError(
+                f"Gradients were multiplied by {factor:.6g} between backward and step, and by {self._unit:.6g} before: "
+                "Momo cannot tell what belongs to the loss. Scale the loss before backward() instead, and pass it "
+                f"without what only guards against underflow. If this was clipping: {REMEDY}"
+            )
+        if not self._warned:
             self._warned = True
             warnings.warn(
-                f"Gradients were changed between backward and step (by a factor of about {ratio:.3g}), as by clipping. "
-                "Momo's model of the loss is then wrong: leave clipping out, its step size already bounds the step.",
+                f"Gradients were changed between backward and step (by a factor of about {clipped:.3g}), as by "
+                "clipping. Momo's model of the loss is clipped with them, from now on without a word. Clipping can be "
+                "left out: its step size already bounds the step. If this was no clipping, scale the loss instead.",
+                UserWarning,
+                stacklevel=CALLER,
+            )
+        return clipped
+
+    def _refuse_scattered(self) -> None:
+        self._scattered = False
+        if world_size() == 1:
+            raise ValueError(
+                "Gradients were changed between backward and step, and not by one factor, as by clipping of values, of "
+                f"each group or each parameter: Momo's model of the loss would be wrong. {REMEDY}"
+            )
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                "Gradients were changed between backward and step, and not by one factor, as by averaging over ranks "
+                "without DistributedDataParallel. Momo cannot see then whether they were clipped, too, and its model "
+                f"of the loss would be wrong. {REMEDY}",
                 UserWarning,
                 stacklevel=CALLER,
             )
 
-    def __getstate__(self) -> dict[str, object]:
-        """For copy and pickle: a copy watches nothing, as hooks stay with the original's parameters."""
-        return {**self.__dict__, "_seen": None, "_watched": None}
+
+def compared(pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device, tolerance: float) -> tuple[Tensor, Tensor]:
+    """How gradients of now compare with those of then.
+
+    Args:
+        pairs: Entries as they were, and the gradients of now.
+        device: For the result.
+        tolerance: Relative, of a gradient's entries together.
+
+    Returns:
+        The factor, 0-d, and whether it is one, above 0, for all entries that were not set to zero. Where there are
+        none, or something is not finite: 1 and True.
+    """
+    then = _rows([seen for seen, _ in pairs], device)
+    now = _rows([spaced(gradient) for _, gradient in pairs], device)
+    left = torch.where(now == 0, 0.0, then)
+    squares = left.square().sum(1)
+    known = squares > 0
+    ratios = torch.where(known, (left * now).sum(1) / squares, 0.0)
+    ratio = ratios.sum() / known.sum()  # a mean of ones is one exactly
+    rounded = ENTRIES * max(torch.finfo(g.dtype).smallest_normal * torch.finfo(g.dtype).eps for _, g in pairs)
+    apart = torch.linalg.vector_norm(now - ratio * left, dim=1)
+    common = (apart <= tolerance * ratio.abs() * squares.sqrt() + rounded).all() & (ratio > 0)
+    usable = known.any() & now.isfinite().all() & then.isfinite().all()
+    return torch.where(usable, ratio, 1.0), common | ~usable
 
 
-def _note(witness: "weakref.ref[Witness]", parameter: Tensor) -> None:
-    alive = witness()
-    if alive is not None and parameter.grad is not None and parameter.grad.layout == torch.strided:
-        alive._seen = _sample(parameter.grad)
+def _unread(factor: Tensor, tolerance: float, *, scaled: bool) -> Tensor:
+    """As `Witness._read` would say, as far as that can be said without waiting for the device."""
+    octaves = factor.log2()
+    away = factor - 1 if scaled else octaves - octaves.round()
+    return torch.where(away.abs() <= 2 * tolerance, 1.0, factor.clamp(max=1.0))
 
 
-def _sample(gradient: Tensor) -> Tensor:
-    return gradient.detach().flatten()[:ENTRIES].float().clone()
+def _plain(factor: float, tolerance: float) -> bool:
+    """Whether a factor is 1, one over a whole number or a power of two."""
+    octaves, whole = math.log2(factor), 1 / factor
+    return abs(octaves - round(octaves)) <= 2 * tolerance or (
+        whole <= WHOLE and abs(whole - round(whole)) <= tolerance * whole
+    )
+
+
+def _rows(samples: Sequence[Tensor], device: torch.device) -> Tensor:
+    return pad_sequence([sample.to(device, scalar_type(device)) for sample in samples], batch_first=True)

@@ -8,6 +8,7 @@ A step goes the same way for every parameter:
 Everything between the gradient and the move is a pure function of tensors in its own file; here they are put in order.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -136,7 +137,7 @@ class SteepestDescent(SeesInputs):
         super().__init__(groups, defaults)
         self._global_step.check_labels([group["name"] for group in self.param_groups])
         if self._global_step.momo:
-            self._witness = Witness(self._parameters())
+            self._witness = Witness([group["params"] for group in self.param_groups])
         options = precondition_options(precondition)
         if options is not None:
             self._global_step.check_precondition(options)
@@ -187,6 +188,8 @@ class SteepestDescent(SeesInputs):
             check_view(row, group["norm"])
         super().add_param_group(group)
         self._rows.update(rows)
+        if self._witness:
+            self._witness.arrivals.watch(group["params"])
 
     @overload
     def step(self, closure: None = None, *, loss: Loss | None = None) -> None: ...
@@ -210,7 +213,10 @@ class SteepestDescent(SeesInputs):
             TypeError: If the loss is not real.
         """
         returned = None
+        arrivals = self._witness.arrivals if self._witness else None
         if closure is not None:
+            if arrivals:
+                arrivals.enter()
             with torch.enable_grad():
                 returned = closure()
         present = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in self.param_groups]
@@ -227,15 +233,16 @@ class SteepestDescent(SeesInputs):
         if admitted is False:
             self._publish_skips()
         else:
-            if self._witness:
-                self._witness.look()
+            clipping = self._witness.look() if self._witness else None
             accept = admitted if isinstance(admitted, Tensor) else None
             if self._preconditioner:
                 self._preconditioner.refresh(self.state, parameters, accept, idle=partial(self._idle, gradients))
             self._record.clear()
-            self._global_step.take(self._moves(present, accept), known, accept, self._record)
+            self._global_step.take(self._moves(present, accept), known, accept, self._record, clipping)
         if self._preconditioner:
             self._preconditioner.passed(skipped=admitted is False, idle=partial(self._idle, gradients))
+        if arrivals:
+            arrivals.stepped()
         return returned
 
     def _moves(self, present: Sequence[tuple[Group, list[Tensor]]], accept: Tensor | None) -> list[Move]:
@@ -265,6 +272,8 @@ class SteepestDescent(SeesInputs):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as in torch."""
         self._tap.gradients_cleared()
+        if self._witness:
+            self._witness.arrivals.zeroed()
         if self._preconditioner:
             self._preconditioner.watch.forget()
         super().zero_grad(set_to_none)
@@ -277,6 +286,8 @@ class SteepestDescent(SeesInputs):
         elif recorded is not None:
             loss = recorded
         elif returned is not None:
+            if self._witness:
+                self._witness.arrivals.check_closure()
             loss = check_loss("the closure of step", returned)
         else:
             return None
@@ -391,6 +402,20 @@ class SteepestDescent(SeesInputs):
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False: unscaling is left to GradScaler, which asks this just before a step; so its scale can be known."""
+        if self._witness:
+            self._witness.scaled(sys._getframe(1).f_locals.get("self"))
+        return False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For copy, pickle and torch's loading."""
+        super().__setstate__(state)
+        if (witness := self._witness) and not witness.arrivals.watched:  # hooks stayed with the original's parameters
+            for group in self.param_groups:
+                witness.arrivals.watch(group["params"])
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""

@@ -32,6 +32,7 @@ from steepest.optim.step_size import (
     StepSize,
     check_step_size,
     choose,
+    clipped,
     scalar_type,
 )
 from steepest.optim.weight_changes import Changes
@@ -158,12 +159,20 @@ class GlobalStep:
                     stacklevel=CALLER,
                 )
 
-    def take(self, moves: Sequence[Move], loss: Loss | None, accept: Tensor | None, record: StepRecord) -> None:
+    def take(
+        self,
+        moves: Sequence[Move],
+        loss: Loss | None,
+        accept: Tensor | None,
+        record: StepRecord,
+        clipping: Tensor | float | None = None,
+    ) -> None:
         """Make the moves.
 
         Args:
             moves: Of this step, at least one.
             loss: Of this step; None if it is not known, and then Momo takes the whole step.
+            clipping: What the gradients of the loss were multiplied by, in (0, 1]; None: by nothing.
             accept: A 0-d boolean by which every write is masked; None means True.
             record: Takes note.
         """
@@ -183,10 +192,14 @@ class GlobalStep:
         chosen = None
         if momo and loss is not None:
             inner = self._inner(moves, momo, total)
+            own = torch.as_tensor(loss, dtype=total.dtype).to(total.device)
+            if clipping is not None:
+                clipping = clipping.to(total) if isinstance(clipping, Tensor) else clipping
+                own = clipped(own, clipping, model.bound if momo.lower_bound == "auto" else lower_bound)
             chosen = choose(
                 momo,
                 model,
-                torch.as_tensor(loss, dtype=total.dtype).to(total.device),
+                own,
                 lower_bound=lower_bound,
                 decrease=total.square() if self.regularized else total,
                 inner=inner,

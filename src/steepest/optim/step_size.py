@@ -123,6 +123,21 @@ def truncated(gap: Tensor, decrease: Tensor) -> Tensor:
     return torch.where((gap <= 0) | part.isnan(), 0.0, part).clamp(0.0, 1.0)
 
 
+def clipped(loss: Tensor, factor: Tensor | float, bound: Tensor | float) -> Tensor:
+    """The loss that a clipped gradient belongs to: c g is the gradient of F + c (f - F), which F is below, too.
+
+    Args:
+        loss: 0-d, f.
+        factor: c, in (0, 1].
+        bound: F; where it is -inf, or c is 1, the loss stays what it is.
+
+    Returns:
+        0-d.
+    """
+    below = torch.as_tensor(bound, dtype=loss.dtype, device=loss.device)
+    return torch.where(below.isfinite(), loss + (factor - 1) * (loss - below), loss)
+
+
 @dataclass(frozen=True)
 class LossModel:
     """The state of Momo: scalars on the device, float64 where the device has it.
@@ -224,7 +239,7 @@ def choose(
     inner: Inner,
     beta: float,
     ahead: bool,
-    restart: bool,
+    restart: bool | Tensor,
     resync: bool,
 ) -> Chosen:
     """Average the loss into the model and say how much of the step to take.
@@ -238,7 +253,7 @@ def choose(
         inner: Inner products with the weights.
         beta: Weight of the old average, of gradients and losses alike.
         ahead: Whether steps follow Nesterov's averages.
-        restart: Whether the weights are not those that the last step left.
+        restart: Whether the weights are not those that the last step left; 0-d where that is on a device.
         resync: Whether direct bookkeeping begins here: its intercept is then made from the model's value.
 
     Returns:
@@ -251,7 +266,11 @@ def choose(
         intercept = intercept + (1 - beta) * (loss - inner.gradient - intercept)
         plain = intercept / weight + inner.average
     else:
-        before = loss if restart else model.value
+        before = model.value
+        if isinstance(restart, Tensor):
+            before = torch.where(restart, loss, before)
+        elif restart:
+            before = loss
         plain = (beta * debias(beta, model.steps) * before + (1 - beta) * loss) / weight
         if momo.direct:
             intercept = weight * (plain - inner.average)
