@@ -181,3 +181,13 @@ def test_norms_print_their_name_and_what_was_changed():
 def test_the_error_says_what_came_and_what_was_expected(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-20, 1e20, 2e37])
+@pytest.mark.parametrize("norm", [Ada2(), Frobenius(), RowNorm(), ColNorm()], ids=str)
+def test_small_and_large_entries_stay_in_range(norm, size, rng):
+    m = size * (0.25 + torch.rand(2, 3, 4, generator=rng))
+    v = torch.ones(2, 3, 4) if norm.adapts else None
+    wide = None if v is None else v.double()
+    torch.testing.assert_close(norm.dual(m, v).double(), norm.dual(m.double(), wide), rtol=1e-5, atol=0)
+    torch.testing.assert_close(norm.lmo(m, v).double(), norm.lmo(m.double(), wide), rtol=1e-5, atol=0)

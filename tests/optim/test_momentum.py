@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from steepest.optim.momentum import average_, debias, look_ahead
+from steepest.optim.momentum import FORGET_EVERY, average_, debias, forget_, look_ahead
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.95, 0.999])
@@ -52,3 +52,25 @@ def test_a_refused_value_leaves_every_bit(rng):
     average_([buffer], [value], 0.9, accept=torch.tensor(True))
     average_([plain], [value], 0.9)
     assert torch.equal(buffer, plain)
+
+
+def test_what_is_left_of_an_average_without_gradients_is_forgotten_and_small_gradients_are_not():
+    small, none = torch.tensor([1e-38, -1e-40, 1e-44]), torch.zeros(3)
+    buffer = torch.tensor([1e-37, 3e-37, 1.0])
+    forget_([buffer], [small], 0.95)
+    assert torch.equal(buffer, torch.tensor([1e-37, 3e-37, 1.0]))  # each entry has a gradient
+    forget_([buffer], [none], 0.95, accept=torch.tensor(False))
+    assert torch.equal(buffer, torch.tensor([1e-37, 3e-37, 1.0]))
+    forget_([buffer], [none], 0.95, accept=torch.tensor(True))
+    assert torch.equal(buffer, torch.tensor([0.0, 3e-37, 1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.95, 0.99])
+def test_an_average_without_gradients_ends(beta, dtype):
+    buffer, none = torch.ones(4, dtype=dtype), torch.zeros(4, dtype=dtype)
+    for step in range(round(84 / (1 - beta)) + 2 * FORGET_EVERY):
+        average_([buffer], [none], beta)
+        if step % FORGET_EVERY == 0:
+            forget_([buffer], [none], beta)
+    assert not buffer.any()

@@ -8,7 +8,9 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from steepest.geometry.norm import MATRIX, Printed
+from steepest.geometry.norm import MATRIX, Printed, sized_one
+
+SMALL = 1e-15  # the square of a number below may have lost digits
 
 
 def _check_eps(name: str, eps: float) -> None:
@@ -94,10 +96,17 @@ class Ada2(Printed):
 
     def dual(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """Root of the sum of m² / (sqrt(v) + eps)."""
-        return (m.square() / _root("Ada2", v, self.eps)).sum(dim=MATRIX).sqrt()
+        scaled, power = sized_one(m)
+        return (scaled.square() / _root("Ada2", v, self.eps)).sum(dim=MATRIX).sqrt() * power.squeeze(MATRIX)
 
     def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """-M / (sqrt(V) + eps) / dual(M); 0 where M is 0."""
-        step = m / _root("Ada2", v, self.eps)
+        root = _root("Ada2", v, self.eps)
+        step = m / root
         norm = (m * step).sum(dim=MATRIX, keepdim=True).sqrt()
+        # Products of small or large entries leave the range; elsewhere than here, looking would mean to wait.
+        if m.device.type == "cpu" and not bool(((norm > SMALL) & norm.isfinite()).all()):
+            scaled, _ = sized_one(m)
+            step = scaled / root
+            norm = (scaled * step).sum(dim=MATRIX, keepdim=True).sqrt()
         return step / -torch.where(norm == 0, 1.0, norm)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steepest.geometry.adaptive import Ada2, AdaInf
-from steepest.geometry.norm import MATRIX, Norm, Printed
+from steepest.geometry.norm import MATRIX, Norm, Printed, sized_one
 from steepest.geometry.scale import ScaleRule, scale_factor
 from steepest.geometry.spectrum import Nuclear, Schatten
 from steepest.linalg import MEMORY_CAP, Coefficients, PolarMethod, polar, polars
@@ -94,7 +94,8 @@ class Frobenius(Printed):
 
     def dual(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """‖M‖_F: the norm is its own dual."""
-        return torch.linalg.vector_norm(m, dim=MATRIX)
+        scaled, power = sized_one(m)
+        return torch.linalg.vector_norm(scaled, dim=MATRIX) * power.squeeze(MATRIX)
 
     def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """-M / ‖M‖_F, by way of the largest entry so that squares stay in range."""
@@ -154,7 +155,8 @@ class RowNorm(Printed):
 
     def dual(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """Sum of the lengths of rows."""
-        return torch.linalg.vector_norm(m, dim=-1).sum(dim=-1)
+        scaled, power = sized_one(m)
+        return torch.linalg.vector_norm(scaled, dim=-1).sum(dim=-1) * power.squeeze(MATRIX)
 
     def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """Each row over its length, negated."""
@@ -180,7 +182,8 @@ class ColNorm(Printed):
 
     def dual(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """Sum of the lengths of columns."""
-        return torch.linalg.vector_norm(m, dim=-2).sum(dim=-1)
+        scaled, power = sized_one(m)
+        return torch.linalg.vector_norm(scaled, dim=-2).sum(dim=-1) * power.squeeze(MATRIX)
 
     def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """Each column over its length, negated."""

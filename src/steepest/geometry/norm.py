@@ -7,12 +7,33 @@ products of one matrix. For each norm
 A vector is a 1 x n matrix. Norms that adapt take the second moment V of the gradient, shaped like M.
 """
 
+import math
 from dataclasses import fields
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 MATRIX = (-2, -1)
+
+
+def sized_one(m: Tensor) -> tuple[Tensor, Tensor]:
+    """M divided by a power of two for each matrix, so that the largest entry is of size one and squares fit.
+
+    No bit of an entry changes, but of those that are smaller than the largest by more than the type's range.
+
+    Args:
+        m: (*batch, m, n).
+
+    Returns:
+        The quotient, a new tensor, and the powers (*batch, 1, 1).
+    """
+    if not m.numel():
+        return m.clone(), m.new_ones(*m.shape[:-2], 1, 1)
+    _, exponent = torch.frexp(m.abs().amax(dim=MATRIX, keepdim=True))
+    most = -math.frexp(torch.finfo(m.dtype).tiny)[1]  # so that the power and its inverse are normal numbers
+    exponent = exponent.clamp(-most, most).to(m.dtype)
+    return m * torch.exp2(-exponent), torch.exp2(exponent)
 
 
 class Norm(Protocol):

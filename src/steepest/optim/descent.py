@@ -28,12 +28,14 @@ from steepest.optim.global_step import DualMode, GlobalStep
 from steepest.optim.guard import Guard, OnNonFinite, dense_gradients
 from steepest.optim.load import Packing
 from steepest.optim.losses import MISSING, Loss, LossTap, check_loss, over_ranks
+from steepest.optim.momentum import FORGET_EVERY
 from steepest.optim.move import Move
 from steepest.optim.options import (
     DEFAULT_NORMS,
     INPUT_OPTIONS,
     INPUT_STEPS,
     PER_ROLE,
+    STEPS_TAKEN,
     check_group,
     complete_group,
     for_role,
@@ -125,6 +127,7 @@ class SteepestDescent(SeesInputs):
         self._guard = Guard(on_nonfinite)
         self._record = StepRecord()
         self._tap = LossTap()
+        self._steps = 0
         self._global_step = GlobalStep(product, regularized=regularized, step_size=step_size, dual=dual)
         self._packing = Packing(memory_cap)
         self._witness: Witness | None = None
@@ -238,6 +241,7 @@ class SteepestDescent(SeesInputs):
             if self._preconditioner:
                 self._preconditioner.refresh(self.state, parameters, accept, idle=partial(self._idle, gradients))
             self._record.clear()
+            self._steps += 1
             self._global_step.take(self._moves(present, accept), known, accept, self._record, clipping)
         if self._preconditioner:
             self._preconditioner.passed(skipped=admitted is False, idle=partial(self._idle, gradients))
@@ -249,7 +253,16 @@ class SteepestDescent(SeesInputs):
         applied = self._preconditioner.applied(self.state) if self._preconditioner else None
         packed, cap = self._packing.of(present, self._rows, bounded=self._global_step.streams)
         return [
-            Move(group, load, states, label=label, accept=accept, applied=applied, memory_cap=cap)
+            Move(
+                group,
+                load,
+                states,
+                label=label,
+                accept=accept,
+                applied=applied,
+                memory_cap=cap,
+                forgets=self._steps % FORGET_EVERY == 0,
+            )
             for (group, _), group_loads in zip(present, packed, strict=True)
             for label in [self._global_step.label(group)]
             for load in group_loads
@@ -335,6 +348,7 @@ class SteepestDescent(SeesInputs):
         self._publish_skips()
         for group in self.param_groups:
             group.update(self._global_step.saved(self._parameters()))
+            group[STEPS_TAKEN] = self._steps
             if self._preconditioner:
                 group.update({INPUT_STEPS: self._preconditioner.steps, INPUT_OPTIONS: self._preconditioner.tag})
         if self._preconditioner:
@@ -389,6 +403,7 @@ class SteepestDescent(SeesInputs):
             if index in saved["state"]:
                 self.state[parameter] = restored(saved["state"][index], parameter)
         self._tap.clear()
+        self._steps = max((int(group[STEPS_TAKEN]) for group in self.param_groups), default=0)
         if parameters := self._parameters():
             self._global_step.load(saved["param_groups"][0], parameters)
             if not self._global_step.keeps_duals:  # they would be old when somebody needs them
@@ -419,7 +434,7 @@ class SteepestDescent(SeesInputs):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
-        own = ["_defaults_per_role", "_guard", "_record", "_rows"]
+        own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps"]
         own += ["_tap", "_global_step", "_packing", "_witness", "_preconditioner"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 

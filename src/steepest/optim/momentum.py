@@ -2,6 +2,9 @@
 
 A buffer holds the plain average m_t = β m_{t-1} + (1-β) g_t from m_0 = 0; its weights sum to 1 - β^t, and dividing by
 that sum is done where the average is read, so that a buffer can be exchanged with other implementations.
+
+Without gradients an average shrinks by β a step and never reaches zero: rounding keeps it at the smallest numbers there
+are, and a direction does not depend on scale. So, from time to time, what is nothing but rounding is set to zero.
 """
 
 import math
@@ -9,6 +12,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+SMALLEST = torch.finfo(torch.float32).tiny  # of the normal numbers
+# A few passes over the averages in one step of so many cost nothing; a prime number meets every rhythm of gradients.
+FORGET_EVERY = 61
 
 
 def average_(buffers: Sequence[Tensor], values: Sequence[Tensor], beta: float, *, accept: Tensor | None = None) -> None:
@@ -23,6 +30,25 @@ def average_(buffers: Sequence[Tensor], values: Sequence[Tensor], beta: float, *
     if accept is not None:  # averaging a buffer with itself changes nothing: b + (1-β)(b - b) = b
         values = [torch.where(accept, value, buffer) for value, buffer in zip(values, buffers, strict=True)]
     torch._foreach_lerp_(list(buffers), list(values), 1 - beta)
+
+
+def forget_(buffers: Sequence[Tensor], values: Sequence[Tensor], beta: float, *, accept: Tensor | None = None) -> None:
+    """Set to zero what an average holds of gradients that ended so long ago that only rounding is left.
+
+    That is an entry whose new value is exactly 0 and whose next decrease, (1-β) of it, is below the smallest normal
+    number of float32, 1.2e-38: in wider types too, so that all end at the same time, 84 / (1-β) steps after a gradient
+    of size one. An entry with a value counts, however small.
+
+    Args:
+        buffers: Averages that already hold the values, written to.
+        values: One per buffer, what was averaged last.
+        beta: Weight of the old average, in [0, 1).
+        accept: A 0-d boolean on the device; where it is False, every buffer keeps its bits. None means True.
+    """
+    bound = SMALLEST / (1 - beta)
+    for buffer, value in zip(buffers, values, strict=True):
+        over = (buffer.abs() <= bound).logical_and_(value == 0)
+        buffer.masked_fill_(over if accept is None else over.logical_and_(accept), 0.0)
 
 
 def debias(beta: float, steps: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from steepest.optim.applied import Applied
 from steepest.optim.bucket import apply_, directions, gains, is_spectral, pull_
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.load import SHARES, Load
-from steepest.optim.momentum import average_, debias, look_ahead
+from steepest.optim.momentum import average_, debias, forget_, look_ahead
 from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, ensure_state, state_dtype
 
 Group = dict[str, Any]
@@ -46,6 +46,7 @@ class Move:
         accept: A 0-d boolean by which every write is masked; None means True.
         applied: What gradients or momenta are multiplied with, as layer inputs say; None: nothing.
         memory_cap: Bytes that temporaries may take; None for no bound.
+        forgets: Whether averages that nothing but rounding is left of are set to zero in this step.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Move:
         accept: Tensor | None,
         applied: Applied | None = None,
         memory_cap: int | None = None,
+        forgets: bool = False,
     ) -> None:
         self.group = group
         self.load = load
@@ -82,6 +84,7 @@ class Move:
         self.lr: float | Tensor = float(lr) if elsewhere else lr.to(self.device) if isinstance(lr, Tensor) else lr
         self.aimed: Aim | None = None
         self._radius = 1.0
+        self._forgets = forgets
 
     def advance(self) -> None:
         """Average the gradients into the momenta."""
@@ -92,6 +95,8 @@ class Move:
         else:  # alpha chooses the overload that does not read the tensor
             torch._foreach_add_(self._of(STEP), accept.to(self._dtype), alpha=1.0)
         average_(self._of(MOMENTUM), gradients, self.group["momentum"], accept=accept)
+        if self._forgets:
+            forget_(self._of(MOMENTUM), gradients, self.group["momentum"], accept=accept)
         if self.norm.adapts:
             squared = torch._foreach_mul(gradients, gradients)
             torch._foreach_clamp_max_(squared, torch.finfo(self._dtype).max)  # an infinite square would stay for ever

@@ -25,12 +25,14 @@ FOREIGN_KEYS = (
     "base_momentum",
     "max_momentum",
     "skipped_steps",
+    "steps_taken",
     "input_options",
     "input_steps",
     *MODEL_KEYS,
 )
 T = TypeVar("T")
 ADAM_BETAS = (0.9, 0.95)
+STEPS_TAKEN = "steps_taken"  # by the optimizer, masked ones included
 INPUT_OPTIONS = "input_options"  # what the powers in the state were made with, where there are some
 INPUT_STEPS = "input_steps"  # how many steps were done, where layer inputs are looked at
 
@@ -170,6 +172,7 @@ def complete_group(group: dict[str, Any], where: str, defaults: Mapping[str, Any
     group.setdefault("view", None)
     group.setdefault("name", None)
     group["skipped_steps"] = 0
+    group[STEPS_TAKEN] = 0
 
 
 def check_group(group: Mapping[str, object], *, where: str) -> None:
