@@ -189,6 +189,12 @@ def test_the_answer_is_the_largest_that_is_not_worse(losses, best, worse):
         assert (below if best == 8 else f"{best}; {worse} is worse") in answer.sentence
 
 
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -0.1])
+def test_an_answer_needs_a_tolerance_that_is_a_number(tolerance):
+    with pytest.raises(ValueError, match="tolerance must be a finite number of nats of at least 0, got "):
+        local_answer(forks({8: [1.0], 16: [1.0]}), tolerance=tolerance)
+
+
 def test_an_answer_needs_two_sizes_and_a_smallest_that_lives():
     with pytest.raises(ValueError, match=r"needs two batch sizes to compare, got \[8\]"):
         local_answer(forks({8: [1.0]}), tolerance=0.01)

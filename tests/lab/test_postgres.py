@@ -11,7 +11,7 @@ import pytest
 
 from steepest.cli import main
 from steepest.lab.engine import join_study
-from steepest.lab.storage import StorageError, connected, parse_url
+from steepest.lab.storage import FORM, StorageError, connected, parse_url
 from steepest.lab.study import write_study
 from steepest.lab.sweep import Sweep
 from steepest.lab.tasks import make_task
@@ -83,7 +83,7 @@ def test_a_killed_dispatcher_is_survived_and_no_password_is_left_anywhere(server
     assert list(sessions(alone).values()) == [1]
 
     kept = b"".join(path.read_bytes() for folder in (out, alone) for path in folder.rglob("*") if path.is_file())
-    assert public.encode() in kept
+    assert FORM.encode() in kept
     for secret in (PASSWORD, QUOTED, "s3cr3t"):
         assert secret not in shown
         assert secret.encode() not in kept
@@ -94,8 +94,9 @@ def test_a_wrong_password_is_told_in_one_line(server, tmp_path, capsys):
     assert main([*map(str, COMMAND), "--out", str(tmp_path / "out"), "--storage", url]) == 1
     told = capsys.readouterr().err
     assert told.count("\n") == 1
-    assert f"error: The storage postgresql+psycopg://me@127.0.0.1:{server}/postgres does not answer: " in told
-    assert 'password authentication failed for user "me"' in told
+    assert f"error: The storage {FORM} does not answer: " in told
+    assert f'connection to server at "HOST", port {server} failed' in told
+    assert 'password authentication failed for user "USER"' in told
     assert "wr0ng" not in told
 
 

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 
 import steepest
 from steepest.cli import bench, critical_batch, runs, studies, theory
+from steepest.cli.hidden import without_passwords
 from steepest.cli.options import METHODS, RACERS, UsageError
-from steepest.cli.outcome import FAILED, INTERRUPTED, USAGE
+from steepest.cli.outcome import FAILED, INTERRUPTED, USAGE, failed
+from steepest.cli.parser import Parser
 
 __all__ = ["METHODS", "RACERS", "main"]
 
@@ -26,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code.
     """
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options, unknown = _parser().parse_known_args(words)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
@@ -37,18 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (missing.name or "").startswith("steepest"):
             raise
         remedy = "" if "pip install" in str(missing) else ". The commands need the lab: pip install 'steepest[lab]'."
-        print(f"error: {missing}{remedy}", file=sys.stderr)
+        print(f"error: {without_passwords(f'{missing}{remedy}', words)}", file=sys.stderr)
         return FAILED
     except UsageError as wrong:
-        print(f"error: {wrong}", file=sys.stderr)
+        print(f"error: {without_passwords(str(wrong), words)}", file=sys.stderr)
         return USAGE
     except OSError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
+        return failed(failure)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="steepest", description="Race optimizers that are steepest descent in a norm.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"steepest {steepest.__version__}")

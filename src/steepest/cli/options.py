@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
+
+from steepest.cli.hidden import FORM, may_hold_password
+from steepest.cli.parser import Parser, first_example
 
 # torch's Muon takes no convolutions, and as a method here not a matrix alone, so it races on text only
 _WITH_TORCH = ("adamw", "muon", "torch-muon", "muonadam")
@@ -19,7 +25,8 @@ METHODS = (
     "newton-muon, polargrad, polargrad-momo, scion, scion-momo, sgd, torch-muon"
 )
 
-Commands = argparse._SubParsersAction  # argparse has no public name for what it returns
+LARGEST = 2**63 - 1  # what a 64-bit number holds
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # argparse has no public name for what it returns
 Value = bool | int | float | str
 
 
@@ -42,12 +49,12 @@ def racers(task: str) -> tuple[str, ...]:
 
 
 def add_command(
-    commands: Commands[argparse.ArgumentParser],
+    commands: Commands,
     name: str,
     run: Callable[[argparse.Namespace], int],
     summary: str,
     examples: str,
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Declare a command.
 
     Args:
@@ -55,7 +62,8 @@ def add_command(
         name: What one types.
         run: Takes the options, and returns the exit code.
         summary: What it does, in a line.
-        examples: Shown at the end of its help.
+        examples: Shown at the end of its help. The first one of this command, with what stands before it, is shown
+            when words are missing or wrong: it runs as it stands, and soon ends.
     """
     parser = commands.add_parser(
         name,
@@ -65,7 +73,8 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(command=run)
+    parser.example = first_example(examples, of=parser.prog)
+    parser.set_defaults(command=run, parser=parser)
     return parser
 
 
@@ -76,7 +85,7 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--preset", default="demo", help="demo, tiny or small; default: %(default)s")
     parser.add_argument(
-        "--data", type=Path, metavar="PATH", help="a file or folder for text; a folder for cifar10, fineweb"
+        "--data", type=path, metavar="PATH", help="a file or folder for text; a folder for cifar10, fineweb"
     )
 
 
@@ -88,11 +97,59 @@ def names(text: str) -> list[str]:
     return found
 
 
-def count(text: str) -> int:
+def path(text: str) -> Path:
+    """A file or a directory, and no storage by mistake."""
+    if may_hold_password(text):
+        raise argparse.ArgumentTypeError(
+            f"what was given looks like the URL of a database, {FORM}, and is not repeated; a path with '@' in it is "
+            "written as ./PATH"
+        )
+    return Path(text)
+
+
+def count(text: str, *, most: int = LARGEST) -> int:
     """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
+    if not _is_digits(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    if int(text) > most:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1 and at most {most:,}")
     return int(text)
+
+
+few = functools.partial(count, most=10_000)  # of what is made at once: seeds, workers, threads
+
+
+def seed(text: str) -> int:
+    """Where random numbers start from."""
+    if not _is_digits(text) or int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"seed must be a whole number from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
+
+
+def number(text: str, *, least: float = -math.inf, above: float = -math.inf) -> float:
+    """A finite number; what else is asked of it, who takes it says.
+
+    Args:
+        text: As typed.
+        least: It may not be lower.
+        above: It must be higher.
+    """
+    try:
+        value = float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < least or value <= above:
+        bound = f" of at least {least:g}" if least > -math.inf else f" above {above:g}" if above > -math.inf else ""
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number{bound}")
+    return value
+
+
+positive = functools.partial(number, above=0.0)
+not_negative = functools.partial(number, least=0.0)
+
+
+def _is_digits(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 40
 
 
 def assignment(text: str) -> tuple[str, Value]:

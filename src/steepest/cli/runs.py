@@ -5,16 +5,28 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steepest.cli.options import METHODS, Commands, UsageError, add_command, add_task, assignment, checking_usage, count
-from steepest.cli.outcome import DONE, FAILED, INTERRUPTED
+from steepest.cli.options import (
+    METHODS,
+    Commands,
+    UsageError,
+    add_command,
+    add_task,
+    assignment,
+    checking_usage,
+    count,
+    few,
+    path,
+    seed,
+)
+from steepest.cli.outcome import DONE, INTERRUPTED, failed
 
 if TYPE_CHECKING:
     from steepest.lab.config import RunConfig
 
 TRAIN_EXAMPLES = """examples:
+  steepest train --task digits --method muon --out out/muon-digits
   steepest train --method muon --out out/muon
   steepest train --method adamw --set lr=0.003 --task digits --seed 1 --out out/digits
 """
@@ -24,19 +36,19 @@ PLAN_EXAMPLES = """examples:
 """
 
 
-def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """Declare train and plan."""
     train = add_command(commands, "train", _train, "train one run", TRAIN_EXAMPLES)
     train.add_argument("--method", required=True, help=f"one of {METHODS}")
-    train.add_argument("--seed", type=int, default=0, help="of weights and data order; default: %(default)s")
+    train.add_argument("--seed", type=seed, default=0, help="of weights and data order; default: %(default)s")
     add_task(train)
     train.add_argument("--set", action="append", type=assignment, default=[], metavar="OPTION=VALUE")
-    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's directory")
+    train.add_argument("--out", type=path, required=True, metavar="DIR", help="the run's directory")
     train.add_argument("--steps", type=count, metavar="N", help="instead of the preset's number")
     train.add_argument(
         "--schedule", default="cooldown", help="of the learning rate, cooldown or constant; default: %(default)s"
     )
-    train.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads; default: %(default)s")
+    train.add_argument("--threads", type=few, default=1, metavar="N", help="CPU threads; default: %(default)s")
     train.add_argument("--keep-checkpoint", action="store_true", help="keep the trained weights")
     train.add_argument(
         "--diagnostics", action="store_true", help="record the optimizer's numbers and the weights' norms, too"
@@ -80,8 +92,7 @@ def _train(options: argparse.Namespace) -> int:
     except RunMismatchError as wrong:
         raise UsageError(str(wrong)) from wrong
     except (CheckpointError, RecordError, RunBusyError) as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
+        return failed(failure)
     if options.json:
         print(result.to_json(), end="")
     elif result.final_loss is None:

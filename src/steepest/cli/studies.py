@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from steepest.cli.hidden import may_hold_password
 from steepest.cli.options import (
     METHODS,
     Commands,
@@ -19,21 +19,25 @@ from steepest.cli.options import (
     by_method,
     checking_usage,
     count,
+    few,
     names,
+    path,
     racers,
 )
-from steepest.cli.outcome import DONE, FAILED
+from steepest.cli.outcome import DONE, failed
 
 if TYPE_CHECKING:
     from steepest.lab.study import StudyPlan
 
 RACE_EXAMPLES = """examples:
+  steepest race --task digits --methods adamw,muon --seeds 2 --steps 50
   steepest race --preset demo
   steepest race --methods adamw,muon --seeds 5 --out out/five
   steepest race --methods adamw,muon --set muon.lr=0.03 --set adamw.lr=0.005
   steepest race --task text --data my_corpus/ --preset tiny
 """
 SWEEP_EXAMPLES = """examples:
+  steepest sweep --task digits --methods adamw,muon --lrs 0.01,0.03 --seeds 1 --steps 50
   steepest sweep --methods adamw,muon --lrs 1e-4:1e1:log9 --preset tiny
   steepest sweep --methods adamw,muon --lrs 1e-4:1:log9 --lrs muon=1e-3:10:log9 --seeds 3
   steepest sweep --methods muon --lrs 0.01,0.02,0.04 --out /shared/muon \\
@@ -43,15 +47,17 @@ Many machines share a sweep through PostgreSQL, see: steepest work --help. Leave
 is taken from PGPASSWORD or from ~/.pgpass.
 """
 WORK_EXAMPLES = """examples:
-  steepest work out/sweep-text-tiny
+  steepest sweep --task digits --methods sgd --lrs 0.03,0.1 --seeds 1 --steps 50 --out out/shared
+  steepest work out/shared
   steepest work postgresql+psycopg://user@host:5432/database --runs /shared/muon --workers 8
 """
 REPORT_EXAMPLES = """examples:
-  steepest report out/demo
+  steepest race --task digits --methods adamw,muon --seeds 1 --steps 50 --out out/digits
+  steepest report out/digits
 """
 
 
-def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """Declare race, sweep, work and report."""
     race = add_command(commands, "race", _race, "train several methods alike and report who wins", RACE_EXAMPLES)
     race.add_argument("--baseline", metavar="METHOD", help="what others are compared with; default: the first method")
@@ -69,13 +75,13 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
 
     work = add_command(commands, "work", _work, "help with a race or sweep that was started elsewhere", WORK_EXAMPLES)
     work.add_argument("storage", metavar="STORAGE", help="what it was given as --storage, or else as --out")
-    work.add_argument("--runs", type=Path, metavar="DIR", help="what it was given as --out, as this machine sees it")
-    work.add_argument("--workers", type=count, metavar="N", help="runs at once; default: one per core")
-    work.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads each; default: %(default)s")
-    work.add_argument("--data", type=Path, metavar="PATH", help="what it was given as --data")
+    work.add_argument("--runs", type=path, metavar="DIR", help="what it was given as --out, as this machine sees it")
+    work.add_argument("--workers", type=few, metavar="N", help="runs at once; default: one per core")
+    work.add_argument("--threads", type=few, default=1, metavar="N", help="CPU threads each; default: %(default)s")
+    work.add_argument("--data", type=path, metavar="PATH", help="what it was given as --data")
 
     report = add_command(commands, "report", _report, "write the report anew from its records", REPORT_EXAMPLES)
-    report.add_argument("directory", type=Path, metavar="DIR", help="what race or sweep was given as --out")
+    report.add_argument("directory", type=path, metavar="DIR", help="what race or sweep was given as --out")
 
 
 def _add_study(parser: argparse.ArgumentParser, *, seeds: int, out: str) -> None:
@@ -85,7 +91,7 @@ def _add_study(parser: argparse.ArgumentParser, *, seeds: int, out: str) -> None
         metavar="A,B,...",
         help=f"of {METHODS}; default: {','.join(racers('text'))}, torch-muon on text and fineweb only",
     )
-    parser.add_argument("--seeds", type=count, default=seeds, metavar="N", help="runs of each; default: %(default)s")
+    parser.add_argument("--seeds", type=few, default=seeds, metavar="N", help="runs of each; default: %(default)s")
     add_task(parser)
     parser.add_argument(
         "--steps", type=count, metavar="N", help="of a run; default: the preset's, for which it is tuned"
@@ -103,8 +109,8 @@ def add_running(parser: argparse.ArgumentParser, *, out: str) -> None:
     parser.add_argument(
         "--set", action="append", type=assignment, default=[], metavar="METHOD.OPTION=VALUE", help="change an option"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where runs and report go; default: {out}")
-    parser.add_argument("--workers", type=count, metavar="N", help="runs at once; default: one per core")
+    parser.add_argument("--out", type=path, metavar="DIR", help=f"where runs and report go; default: {out}")
+    parser.add_argument("--workers", type=few, metavar="N", help="runs at once; default: one per core")
     parser.add_argument("--storage", metavar="URL", help="hands out the runs; default: DIR/optuna.db")
     parser.add_argument("--json", action="store_true", help="print where the report is as JSON")
 
@@ -184,14 +190,13 @@ def run_plan(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: 
     except StudyMismatchError as wrong:
         raise UsageError(str(wrong)) from wrong
     except (FailedRunsError, RecordError, RunBusyError, StorageError) as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
+        return failed(failure)
     print(json.dumps({"report": str(report)}) if options.json else f"Report: {report}")
     return DONE
 
 
 def _repeat(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: Path) -> str:
-    """The command that repeats a study, every choice spelled out but for the password of the storage."""
+    """The command that repeats a study, every choice spelled out; of a storage on a server, the form only."""
     from steepest.lab.storage import parse_url, public_url
 
     verb = ["critical-batch", "measure"] if plan.kind == "critical-batch" else [plan.kind]
@@ -216,7 +221,7 @@ def _work(options: argparse.Namespace) -> int:
     from steepest.lab.storage import StorageError, parse_url
     from steepest.lab.study import StudyMismatchError, read_listing
 
-    directory = Path(options.storage) if "://" not in options.storage else None
+    directory = None if may_hold_password(options.storage) or "://" in options.storage else Path(options.storage)
     with checking_usage():
         if directory is None:
             parse_url(options.storage)
@@ -236,8 +241,7 @@ def _work(options: argparse.Namespace) -> int:
     except StudyMismatchError as wrong:
         raise UsageError(str(wrong)) from wrong
     except (FailedRunsError, RecordError, StorageError) as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
+        return failed(failure)
     print(
         f"All {number} runs in {out} are finished. To write the report: {shlex.join(['steepest', 'report', str(out)])}"
     )
@@ -253,6 +257,5 @@ def _report(options: argparse.Namespace) -> int:
     try:
         print(f"Report: {write_report(options.directory)}")
     except RecordError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
+        return failed(failure)
     return DONE

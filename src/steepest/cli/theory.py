@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steepest.cli.options import Commands, UsageError, add_command, checking_usage, count
-from steepest.cli.outcome import DONE, FAILED
+from steepest.cli.options import Commands, UsageError, add_command, checking_usage, count, few, number, path, seed
+from steepest.cli.outcome import DONE, failed
 
 if TYPE_CHECKING:
     from steepest.lab.trained import TrainedRun
@@ -28,13 +28,14 @@ SPIKE_EXAMPLES = """examples:
   steepest theory spike --kappa 10 100 1000 --eps 1e-6 --plot spike.png
 """
 DIRECTIONS_EXAMPLES = """examples:
+  steepest train --task digits --method muon --steps 50 --keep-checkpoint --out out/kept
+  steepest theory directions out/kept
   steepest train --method muon --keep-checkpoint --out out/muon
-  steepest theory directions out/muon
   steepest theory directions out/muon --layers 'blocks.1.*' head --examples 32 --ridge 1e-6
 """
 
 
-def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """Declare theory and its three commands."""
     summary = "compare update directions: on quadratics, on a model that can be solved, on a trained one"
     parser = commands.add_parser(
@@ -43,23 +44,23 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     inner = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     scores = add_command(inner, "scores", _scores, "score directions on random quadratics", SCORES_EXAMPLES)
-    scores.add_argument("--simulations", type=count, default=4, metavar="N", help="per case; default: %(default)s")
-    scores.add_argument("--seed", type=int, default=0, help="of the simulations; default: %(default)s")
+    scores.add_argument("--simulations", type=few, default=4, metavar="N", help="per case; default: %(default)s")
+    scores.add_argument("--seed", type=seed, default=0, help="of the simulations; default: %(default)s")
     scores.add_argument("--case", action="append", choices=CASES, help="may be repeated; default: all")
 
     spike = add_command(inner, "spike", _spike, "count steps on inputs with one large direction", SPIKE_EXAMPLES)
     kappas = [2.0, 4.0, 16.0, 64.0, 256.0]
-    spike.add_argument("--kappa", type=float, nargs="+", default=kappas, help="its variance; default: 2 4 16 64 256")
-    spike.add_argument("--eps", type=float, default=1e-3, help="error to reach; default: %(default)s")
+    spike.add_argument("--kappa", type=number, nargs="+", default=kappas, help="its variance; default: 2 4 16 64 256")
+    spike.add_argument("--eps", type=number, default=1e-3, help="error to reach; default: %(default)s")
 
     directions = add_command(
         inner, "directions", _directions, "score directions on a trained model", DIRECTIONS_EXAMPLES
     )
-    directions.add_argument("run", type=Path, metavar="RUN_DIR", help="of a run trained with --keep-checkpoint")
+    directions.add_argument("run", type=path, metavar="RUN_DIR", help="of a run trained with --keep-checkpoint")
     directions.add_argument("--layers", nargs="+", default=["*"], metavar="PATTERN", help="default: all linear ones")
     directions.add_argument("--examples", type=count, default=8, metavar="N", help="in the batch; default: %(default)s")
-    directions.add_argument("--ridge", type=float, default=0.2, help="relative to tr(K)/n; default: %(default)s")
-    directions.add_argument("--data", type=Path, metavar="PATH", help="what the run was trained on, if given to it")
+    directions.add_argument("--ridge", type=number, default=0.2, help="relative to tr(K)/n; default: %(default)s")
+    directions.add_argument("--data", type=path, metavar="PATH", help="what the run was trained on, if given to it")
 
     for command in (scores, spike, directions):
         command.add_argument("--plot", type=_png, metavar="FILE.png", help="draw the result")
@@ -129,8 +130,7 @@ def _directions(options: argparse.Namespace) -> int:
     try:
         run = load_trained(options.run, examples=options.examples, data=options.data)
     except (CheckpointError, RecordError) as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
+        return failed(failure)
     except (ValueError, FileNotFoundError) as wrong:
         raise UsageError(str(wrong)) from wrong
     if not run.same_code:

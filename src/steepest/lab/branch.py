@@ -268,8 +268,10 @@ def local_answer(branches: Sequence[Branch], *, tolerance: float, level: float =
         level: Of the test: so often no batch size is called worse if all are alike.
 
     Raises:
-        ValueError: If there are fewer than two batch sizes.
+        ValueError: If there are fewer than two batch sizes, or the tolerance is below 0 or not finite.
     """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance must be a finite number of nats of at least 0, got {tolerance}.")
     sizes = sorted({branch.batch_size for branch in branches})
     if len(sizes) < 2:
         raise ValueError(f"A local critical batch size needs two batch sizes to compare, got {sizes}.")

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -26,11 +27,12 @@ CONNECTION = {"connect_timeout": CONNECT_S, "tcp_user_timeout": 1000 * LOCK_S}
 # Of PostgreSQL's client, what may stand behind the URL's question mark; all but the password may be shown.
 OPTIONS = {"application_name", "connect_timeout", "password", "passfile", "sslcert", "sslkey", "sslmode", "sslrootcert"}
 SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
-_EXAMPLE = "postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE"
+OTHERS = ("mysql", "mariadb", "oracle", "mssql", "postgresql", "postgres", "sqlite")  # whose names are no secret
+FORM = "postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE"
 
 
 class StorageError(RuntimeError):
-    """The database cannot be used; the text never shows a password."""
+    """The database cannot be used; the text repeats nothing of a server's URL: any part of it may be a password."""
 
 
 def default_url(out: Path) -> URL:
@@ -48,28 +50,36 @@ def parse_url(text: str) -> URL:
     Raises:
         ValueError: If it is anything else. The text is not repeated: it may hold a password.
     """
+    scheme, colon, rest = text.partition(":")
     try:
-        url = make_url(text)
+        url = make_url(f"{scheme.lower()}{colon}{rest}")
     except (ArgumentError, ValueError):
-        raise ValueError(f"The storage is not a URL of a database; write {_EXAMPLE} or sqlite:///PATH.") from None
-    if url.drivername != "sqlite" and (text.count("@") > 1 or "@" in f"{url.host}{url.database}"):
+        raise ValueError(f"The storage is not a URL of a database; write {FORM} or sqlite:///PATH.") from None
+    if url.drivername == "sqlite":
+        return _checked_file(url)
+    if text.count("@") > 1 or "@" in f"{url.host}{url.database}":
         raise ValueError("The storage has more than one '@'; write one that belongs to the password as %40.")
     if url.drivername in SCHEMES:
+        if url.host == "HOST":
+            raise ValueError(f"The storage is the form itself; put names into it: {FORM}.")
         if not url.query.keys() <= OPTIONS:  # which are not repeated: part of a password may have become one
             raise ValueError(f"The storage has an option that is not known; these are: {', '.join(sorted(OPTIONS))}.")
         return url.set(drivername="postgresql+psycopg")
-    if url.drivername != "sqlite":
-        raise ValueError(
-            f"A storage of the kind {url.drivername!r} is not supported; write {_EXAMPLE} or sqlite:///PATH."
-        )
+    kind = f" of the kind {url.drivername!r}" if url.drivername.partition("+")[0] in OTHERS else ""
+    raise ValueError(f"A storage{kind} is not supported; write {FORM} or sqlite:///PATH.")
+
+
+def _checked_file(url: URL) -> URL:
+    if url.username or url.host or url.query or re.match("[^/.].*@", url.database or ""):
+        raise ValueError(f"A storage in a file is written sqlite:///PATH, without options; one on a server {FORM}.")
     if url.database in (None, "", ":memory:"):
         raise ValueError("A storage in memory cannot be shared; write sqlite:///PATH.")
     return url
 
 
 def public_url(url: URL) -> str:
-    """The URL without its password, for everything that is shown, recorded or sent."""
-    return url._replace(password=None).difference_update_query(_secrets(url)).render_as_string()
+    """The path of a file, or the form of a server's URL: what is shown and recorded, of which no part is a secret."""
+    return f"sqlite:///{url.database}" if url.drivername == "sqlite" else FORM
 
 
 class BeatingStorage(RDBStorage):
@@ -177,18 +187,24 @@ def _open(url: URL, *, create: bool, beat_s: int, grace_s: int) -> BeatingStorag
         raise ModuleNotFoundError(remedy, name="psycopg") from missing
 
 
-def _secrets(url: URL) -> list[str]:
-    """The options behind the URL's question mark that nobody may see."""
-    return [key for key in url.query if key == "password"]
-
-
 def _one_line(url: URL, error: Exception) -> str:
     cause = error.__cause__ or error
     driver = cause.orig if isinstance(cause, DBAPIError) else None
     reason = " ".join(str(driver or cause).split()).rstrip(".?")
-    for secret in filter(None, (url.password, *(url.query[key] for key in _secrets(url)))):
-        reason = reason.replace(str(secret), "***")
+    if url.drivername != "sqlite":
+        reason = _by_names(url, reason)
     remedy = "Check that the server runs, and host, port, user, password and database of the URL."
     if url.drivername == "sqlite":
         remedy = "Check that the file is an Optuna database on a disk that can be written; it may be deleted."
     return f"The storage {public_url(url)} does not answer: {reason}. {remedy}"
+
+
+def _by_names(url: URL, reason: str) -> str:
+    """What a driver says, with the names of the URL's parts in place of the parts; short ones only as whole words."""
+    parts = [("DATABASE", url.database), ("HOST", url.host), ("USER", url.username), ("PASSWORD", url.password)]
+    parts += [(key.upper(), str(value)) for key, value in url.query.items()]
+    names = {form: name for name, part in parts if part for form in (str(part), quote(str(part)))}
+    for part in sorted(names, key=len, reverse=True):
+        around = "" if len(part) > 3 else r"\b"
+        reason = re.sub(f"{around}{re.escape(part)}{around}", names[part], reason)
+    return reason

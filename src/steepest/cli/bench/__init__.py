@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-
 from steepest.cli.bench import accuracy, passes, scaling, step, train
 from steepest.cli.options import Commands
 
 
-def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """Declare bench with what it can measure."""
     summary = "measure time, memory and accuracy on this machine"
     parser = commands.add_parser(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steepest.cli.bench.results import described, print_table, write_results
-from steepest.cli.options import Commands, add_task, checking_usage, count
+from steepest.cli.options import Commands, add_task, checking_usage, count, few, path, seed
 from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE
 
@@ -27,7 +26,7 @@ options, and on normal matrices of the same shapes.
 """
 
 
-def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Declare accuracy."""
     summary = "train with Muon, and compare what sets of coefficients make of its momenta with their polar factors"
     parser = declare(commands, "accuracy", _accuracy, summary, EXAMPLES)
@@ -35,9 +34,9 @@ def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--steps", type=count, default=150, metavar="N", help="of the run; default: %(default)s")
     parser.add_argument("--at", type=_counts, default=[20, 80, 150], metavar="A,B", help="steps; default: 20,80,150")
     parser.add_argument("--dtype", default="float32", help="of products: float32 or bfloat16; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads; default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where accuracy.json, accuracy.csv and accuracy.png go")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
+    parser.add_argument("--threads", type=few, default=1, metavar="N", help="CPU threads; default: %(default)s")
+    parser.add_argument("--out", type=path, metavar="DIR", help="where accuracy.json, accuracy.csv and accuracy.png go")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

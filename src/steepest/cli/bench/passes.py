@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steepest.cli.bench.results import described, print_table, write_results
 from steepest.cli.bench.step import SHAPES
-from steepest.cli.options import Commands, checking_usage, count
+from steepest.cli.options import Commands, checking_usage, count, few, path, seed
 from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE
 
@@ -27,7 +26,7 @@ functions, called for one load after the other, as a step does. Directions are t
 """
 
 
-def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Declare passes."""
     summary = "time the momentum and decay passes of a step in turns with plain calls of torch"
     parser = declare(commands, "passes", _passes, summary, EXAMPLES)
@@ -35,9 +34,9 @@ def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--width", type=count, nargs="+", metavar="W", help="one case each; default: the set's")
     parser.add_argument("--layers", type=count, metavar="L", help="default: the set's")
     parser.add_argument("--pairs", type=count, default=100, metavar="N", help="rounds; default: %(default)s")
-    parser.add_argument("--threads", type=count, default=1, metavar="T", help="CPU threads; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the numbers; default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where passes.json, passes.csv and passes.png go")
+    parser.add_argument("--threads", type=few, default=1, metavar="T", help="CPU threads; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="of the numbers; default: %(default)s")
+    parser.add_argument("--out", type=path, metavar="DIR", help="where passes.json, passes.csv and passes.png go")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steepest.cli.bench.results import described, print_table, write_results
-from steepest.cli.options import Commands, checking_usage, count
+from steepest.cli.options import Commands, checking_usage, count, few, path
 from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE
 
@@ -26,7 +25,7 @@ calls, and the counts of a step; it has seen no step.
 """
 
 
-def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Declare scaling."""
     summary = "time steps of Muon against width, layers and aspect ratio, beside the prediction of the cost model"
     parser = declare(commands, "scaling", _scaling, summary, EXAMPLES)
@@ -34,8 +33,8 @@ def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--layers", type=count, nargs="+", metavar="L", help="at width 256; default: 1 2 4 8 16")
     parser.add_argument("--aspects", type=count, nargs="+", metavar="A", help="at short side 256; default: 1 2 4 8 16")
     parser.add_argument("--rounds", type=count, default=15, help="most steps of a point; default: %(default)s")
-    parser.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads; default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where scaling.json, scaling.csv and scaling.png go")
+    parser.add_argument("--threads", type=few, default=1, metavar="N", help="CPU threads; default: %(default)s")
+    parser.add_argument("--out", type=path, metavar="DIR", help="where scaling.json, scaling.csv and scaling.png go")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

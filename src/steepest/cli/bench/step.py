@@ -6,10 +6,9 @@ import argparse
 import json
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steepest.cli.options import Commands, checking_usage, count, names
+from steepest.cli.options import Commands, checking_usage, count, few, names, path, seed
 from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE
 
@@ -33,7 +32,7 @@ Peers come with: pip install 'steepest[bench]'. heavyball compiles itself first,
 """
 
 
-def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Declare step."""
     summary = "time steps of Muon in turns with others', and measure their memory and accuracy"
     parser = declare(commands, "step", _step, summary, EXAMPLES)
@@ -43,11 +42,11 @@ def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--peers", type=names, default=["all"], metavar="A,B,...", help=f"all, or of {CONTESTANTS}")
     parser.add_argument("--pairs", type=count, default=20, metavar="N", help="rounds; default: %(default)s")
     parser.add_argument("--warm-up", type=count, default=3, metavar="N", help="rounds before; default: %(default)s")
-    parser.add_argument("--threads", type=count, default=1, metavar="T", help="of torch; default: %(default)s")
+    parser.add_argument("--threads", type=few, default=1, metavar="T", help="of torch; default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="of the weights: float32 or bfloat16; default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and gradients; default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where step.json, step.csv and step.png go")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights and gradients; default: %(default)s")
+    parser.add_argument("--out", type=path, metavar="DIR", help="where step.json, step.csv and step.png go")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

@@ -6,11 +6,10 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steepest.cli.bench.results import described, print_table, write_results
-from steepest.cli.options import METHODS, Commands, checking_usage, count, names, racers
+from steepest.cli.options import METHODS, Commands, checking_usage, count, few, names, path, racers
 from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE
 
@@ -29,7 +28,7 @@ refreshes are weighed as (N - 1) : 1.
 """
 
 
-def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Declare train."""
     summary = "time training steps of several methods in turns, and tell the optimizer's share"
     parser = declare(commands, "train", _train, summary, EXAMPLES)
@@ -37,13 +36,13 @@ def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
         "--task", default="text", help="text, digits, quadratic, cifar10 or fineweb; default: %(default)s"
     )
     parser.add_argument("--preset", nargs="+", default=["demo"], help="demo, tiny and small; default: demo")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="a file or folder for text, cifar10, fineweb")
+    parser.add_argument("--data", type=path, metavar="PATH", help="a file or folder for text, cifar10, fineweb")
     default = f"{','.join(racers('text'))},{','.join(OTHERS)} on text"
     parser.add_argument("--methods", type=names, help=f"of {METHODS}; default: {default}")
     parser.add_argument("--steps", type=count, default=32, metavar="N", help="of each method; default: %(default)s")
     parser.add_argument("--every", type=count, default=32, metavar="N", help="steps per refresh; default: %(default)s")
-    parser.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads; default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where train.json, train.csv and train.png go")
+    parser.add_argument("--threads", type=few, default=1, metavar="N", help="CPU threads; default: %(default)s")
+    parser.add_argument("--out", type=path, metavar="DIR", help="where train.json, train.csv and train.png go")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-
 from steepest.cli.critical_batch import bound, branch, fit, measure, plot
 from steepest.cli.options import Commands
 
 
-def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """Declare critical-batch with what it can do."""
     summary = "critical batch size: bounds, measurement, recommendation"
     parser = commands.add_parser(

@@ -8,7 +8,7 @@ import json
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from steepest.cli.options import Commands, UsageError, checking_usage, count
+from steepest.cli.options import Commands, UsageError, checking_usage, count, number
 from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE
 
@@ -46,27 +46,29 @@ class Found(NamedTuple):
     refusal: str
 
 
-def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Declare bound."""
     summary = "evaluate the convergence bound of Muon: batch sizes, steps, and the ball of weight decay"
     parser = declare(commands, "bound", _bound, summary, EXAMPLES)
     parser.add_argument("--m", type=count, required=True, help="rows of the weight, fan-out")
     parser.add_argument("--n", type=count, required=True, help="columns, fan-in")
-    parser.add_argument("--L", type=float, required=True, help="smoothness, spectral to nuclear norm; loss/weight^2")
+    parser.add_argument("--L", type=number, required=True, help="smoothness, spectral to nuclear norm; loss/weight^2")
     noise = parser.add_mutually_exclusive_group(required=True)
-    noise.add_argument("--nu", type=float, help="noise of one sample in the nuclear norm; loss/weight")
-    noise.add_argument("--sigma", type=float, help="root mean square of its Frobenius norm; nu = sqrt(rank) sigma")
-    parser.add_argument("--rank", type=float, help="of the noise, for --sigma; default: min(m, n), the worst case")
-    parser.add_argument("--lr", type=float, required=True, help="learning rate")
-    parser.add_argument("--momentum", type=float, default=0.95, help="default: %(default)s")
+    noise.add_argument("--nu", type=number, help="noise of one sample in the nuclear norm; loss/weight")
+    noise.add_argument("--sigma", type=number, help="root mean square of its Frobenius norm; nu = sqrt(rank) sigma")
+    parser.add_argument("--rank", type=number, help="of the noise, for --sigma; default: min(m, n), the worst case")
+    parser.add_argument("--lr", type=number, required=True, help="learning rate")
+    parser.add_argument("--momentum", type=number, default=0.95, help="default: %(default)s")
     parser.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="default: on")
-    parser.add_argument("--wd", type=float, default=0.0, help="decoupled weight decay; default: %(default)s")
+    parser.add_argument("--wd", type=number, default=0.0, help="decoupled weight decay; default: %(default)s")
     parser.add_argument("--scale", choices=SCALES, default="original", help="of the step; default: %(default)s")
     parser.add_argument("--coefficients", default="nonic", help="for the ball; default: %(default)s; or exact")
     parser.add_argument("--star-convex", action="store_true", help="with --wd: bound the loss in place of the gap")
-    parser.add_argument("--eps", type=float, required=True, help="target, in units of what is bounded")
-    parser.add_argument("--gap", type=float, required=True, help="loss at the start above its infimum")
-    parser.add_argument("--gradient", type=float, required=True, help="nuclear norm of the first gradient; loss/weight")
+    parser.add_argument("--eps", type=number, required=True, help="target, in units of what is bounded")
+    parser.add_argument("--gap", type=number, required=True, help="loss at the start above its infimum")
+    parser.add_argument(
+        "--gradient", type=number, required=True, help="nuclear norm of the first gradient; loss/weight"
+    )
     parser.add_argument("--batch", type=count, nargs="+", default=[], metavar="B", help="batch sizes to evaluate K at")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

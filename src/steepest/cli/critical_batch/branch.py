@@ -7,12 +7,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steepest.cli.options import Commands, UsageError, checking_usage, count
+from steepest.cli.options import Commands, UsageError, checking_usage, count, few, not_negative, path
 from steepest.cli.options import add_command as declare
-from steepest.cli.outcome import DONE, FAILED
+from steepest.cli.outcome import DONE, failed
 
 if TYPE_CHECKING:
     from steepest.lab.branch import Branch
@@ -23,18 +22,18 @@ EXAMPLES = """examples:
 """
 
 
-def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Declare branch."""
     summary = "fork a checkpoint at several batch sizes: its local critical batch size"
     parser = declare(commands, "branch", _branch, summary, EXAMPLES)
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run with a checkpoint")
+    parser.add_argument("run", type=path, metavar="RUN", help="directory of a run with a checkpoint")
     parser.add_argument("--batches", required=True, metavar="SIZES", help="LOW:HIGH:xF or a list with commas")
     parser.add_argument("--samples", type=count, required=True, metavar="N", help="examples that each fork sees")
     parser.add_argument("--lr-rule", default="sqrt", help="sqrt, linear or constant; default: %(default)s")
-    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="stretches of data; default: %(default)s")
-    parser.add_argument("--tolerance", type=float, default=0.01, help="in nats; default: %(default)s")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="what the run was trained on, if it was given")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where forks are kept; default: RUN/branches")
+    parser.add_argument("--repeats", type=few, default=3, metavar="N", help="stretches of data; default: %(default)s")
+    parser.add_argument("--tolerance", type=not_negative, default=0.01, help="in nats; default: %(default)s")
+    parser.add_argument("--data", type=path, metavar="PATH", help="what the run was trained on, if it was given")
+    parser.add_argument("--out", type=path, metavar="DIR", help="where forks are kept; default: RUN/branches")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -54,8 +53,7 @@ def _branch(options: argparse.Namespace) -> int:
     except (NoBranchError, RunMismatchError) as wrong:
         raise UsageError(str(wrong)) from wrong
     except (CheckpointError, RecordError, RunBusyError) as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
+        return failed(failure)
 
 
 def _answer(options: argparse.Namespace, tell: Callable[[Branch], None]) -> int:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steepest.cli.options import Commands, checking_usage, names
+from steepest.cli.options import Commands, checking_usage, names, number, path, positive
 from steepest.cli.options import add_command as declare
-from steepest.cli.outcome import DONE, FAILED
+from steepest.cli.outcome import DONE, failed
 
 if TYPE_CHECKING:
     from steepest.batch_size.curve import Estimate
@@ -21,18 +18,19 @@ if TYPE_CHECKING:
 FAMILIES = "H,S,I,P,U,W"  # spelled out, so that --help does not wait for scipy; a test compares it with the library's
 NOTE = "b* (least b K(b)) and the knee B_crit (of the hyperbola) are different numbers."
 EXAMPLES = """examples:
+  steepest critical-batch measure --task digits --batches 16:64:x2 --targets 0.2 --seeds 1 --out out/batches
   steepest critical-batch fit out/batches
   steepest critical-batch fit out/batches --target 0.07 --families H,S --level 0.95 --json
 """
 
 
-def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Declare fit."""
     summary = (
         "fit K(b) to the runs of a batch-size study and say which batch sizes are critical, also while it is running"
     )
     parser = declare(commands, "fit", _fit, summary, EXAMPLES)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="what measure was given as --out")
+    parser.add_argument("directory", type=path, metavar="DIR", help="what measure was given as --out")
     parser.add_argument(
         "--target", type=_target, action="append", default=[], metavar="LOSS", help="repeatable; default: the study's"
     )
@@ -52,8 +50,7 @@ def _fit(options: argparse.Namespace) -> int:
     try:
         study = read_batch_study(options.directory)
     except RecordError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
+        return failed(failure)
     with checking_usage():
         for key in options.families:
             family(key)
@@ -142,21 +139,14 @@ def _estimate(found: Estimate) -> dict[str, object]:
 
 
 def _target(text: str) -> float:
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a loss above 0")
-    return value
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a loss above 0") from None
 
 
 def _level(text: str) -> float:
-    value = _number(text)
+    value = number(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must lie between 0 and 1, such as 0.9")
     return value
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

@@ -6,11 +6,23 @@ import argparse
 import json
 from pathlib import Path
 
-from steepest.cli.options import METHODS, Commands, Value, add_task, by_method, checking_usage, count, names
+from steepest.cli.options import (
+    METHODS,
+    Commands,
+    Value,
+    add_task,
+    by_method,
+    checking_usage,
+    count,
+    few,
+    names,
+    number,
+)
 from steepest.cli.options import add_command as declare
 from steepest.cli.studies import add_running, run_plan
 
 EXAMPLES = """examples:
+  steepest critical-batch measure --task digits --methods muon --batches 16:64:x2 --targets 0.2 --seeds 1
   steepest critical-batch measure --task digits --batches 2:512:x2 --targets 0.1,0.05
   steepest critical-batch measure --methods muon,adamw --batches 2:64:x2 --targets 2.5,2.2 --seeds 2
   steepest critical-batch measure --task digits --methods muon --vary muon.momentum=0.7,0.9,0.95 \\
@@ -23,7 +35,7 @@ DEFAULT_METHODS = ("muon", "adamw")
 STEPS, SAMPLES = 10, 10  # of the preset's, at most
 
 
-def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Declare measure."""
     parser = declare(commands, "measure", _measure, "count the steps to a loss at many batch sizes", EXAMPLES)
     parser.add_argument(
@@ -39,12 +51,12 @@ def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="METHOD.OPTION=V,...",
         help="run the method with each of these values in place of its default",
     )
-    parser.add_argument("--tuning-seeds", type=count, default=1, metavar="N", help="per rate; default: %(default)s")
+    parser.add_argument("--tuning-seeds", type=few, default=1, metavar="N", help="per rate; default: %(default)s")
     parser.add_argument("--most-steps", type=count, metavar="N", help=f"of a run; default: {STEPS} times the preset's")
     parser.add_argument(
         "--most-samples", type=count, metavar="N", help=f"of a run; default: {SAMPLES} times the preset's"
     )
-    parser.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each; default: %(default)s")
+    parser.add_argument("--seeds", type=few, default=3, metavar="N", help="runs of each; default: %(default)s")
     add_task(parser)
     add_running(parser, out="out/critical-batch-TASK-PRESET")
 
@@ -80,8 +92,8 @@ def _measure(options: argparse.Namespace) -> int:
 
 def _losses(text: str) -> list[float]:
     try:
-        return [float(item) for item in text.split(",")]
-    except ValueError:
+        return [number(item) for item in text.split(",")]
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} must be losses with commas between them, like 2.5,2.2") from None
 
 

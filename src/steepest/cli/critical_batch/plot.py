@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-from steepest.cli.options import Commands
+from steepest.cli.options import Commands, path
 from steepest.cli.options import add_command as declare
-from steepest.cli.outcome import DONE, FAILED
+from steepest.cli.outcome import DONE, failed
 
 EXAMPLES = """examples:
+  steepest critical-batch measure --task digits --batches 16:64:x2 --targets 0.2 --seeds 1 --out out/batches
   steepest critical-batch plot out/batches
 """
 
 
-def add_command(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_command(commands: Commands) -> None:
     """Declare plot."""
     summary = "write the figures of a batch-size study as PNG and its numbers as CSV, also while it is running"
     parser = declare(commands, "plot", _plot, summary, EXAMPLES)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="what measure was given as --out")
+    parser.add_argument("directory", type=path, metavar="DIR", help="what measure was given as --out")
 
 
 def _plot(options: argparse.Namespace) -> int:
@@ -29,8 +28,7 @@ def _plot(options: argparse.Namespace) -> int:
     try:
         written = write_plots(options.directory)
     except RecordError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return FAILED
-    for path in written:
-        print(path)
+        return failed(failure)
+    for file in written:
+        print(file)
     return DONE

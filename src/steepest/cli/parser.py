@@ -1,0 +1,43 @@
+"""A parser whose errors show how the command is written, and no password."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, Never
+
+from steepest.cli.hidden import FORM, may_hold_password, without_passwords
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with an example at the end of each error: the first of the command's own."""
+
+    example = ""
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As in argparse, which tells `error` nothing of the words."""
+        self._words = () if args is None else tuple(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> Never:
+        """End with exit code 2, a message and an example."""
+        if message.startswith("unrecognized arguments") and any(map(may_hold_password, self._words)):
+            # a password with spaces becomes several words, of which the last ones look like nothing
+            message = f"unrecognized arguments, not repeated; a storage is one word in quotes, --storage '{FORM}'"
+        shown = f"\nexample:\n{self.example}\n" if self.example else "\n"
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {without_passwords(message, self._words)}{shown}")
+
+
+def first_example(examples: str, *, of: str) -> str:
+    """The lines up to the first call of a command, indented: what it needs is made before.
+
+    Args:
+        examples: Of its help.
+        of: The words of the command.
+    """
+    lines = [line for line in examples.replace("\\\n", "\\\0").splitlines() if line.startswith("  steepest ")]
+    own = next(index for index, line in enumerate(lines) if f"{line} ".startswith(f"  {of} "))
+    return "\n".join(lines[: own + 1]).replace("\0", "\n")
