@@ -1,6 +1,5 @@
 """Looks at gradients when they arrive: which passes made them, and what backward left before others touch it."""
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import unserializable_hook
 
+from steepest.notices import warn
 from steepest.optim.sample import ENTRIES, spaced
 
 WATCHED = 8  # parameters: one of each of the first groups
-CALLER = 6  # from the warning through this file, the step and torch's wrappers of it to the line that called step()
 
 STACKED = (
     "step(closure): gradients of earlier backward passes were there before the closure ran, and it added to them, as "
@@ -81,12 +80,10 @@ class Arrivals:
         if any(bool(one) for one in stacked):  # else they were zeros
             raise ValueError(STACKED)
         if self._total == self._entered and self._passes > 1:
-            warnings.warn(
+            warn(
                 f"step(closure): the closure made no gradients; those present are of {self._passes} backward passes. "
                 "Momo takes what it returned for the loss of them all. If it is that of the last micro-batch, call "
-                "optimizer.record_loss(loss, weight=1 / micro_batches) in every micro-batch instead.",
-                UserWarning,
-                stacklevel=CALLER,
+                "optimizer.record_loss(loss, weight=1 / micro_batches) in every micro-batch instead."
             )
 
     def arrives(self, index: int) -> None:

@@ -9,13 +9,13 @@ two, and any factor that comes twice in a row is; else it is clipping.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from steepest.notices import warn
 from steepest.optim.arrivals import Arrivals
 from steepest.optim.losses import over_ranks
 from steepest.optim.ranks import world_size
@@ -23,7 +23,6 @@ from steepest.optim.sample import ENTRIES, spaced
 from steepest.optim.step_size import scalar_type
 
 WHOLE = 4096  # above, every number is near one over a whole number
-CALLER = 7  # from the warning through this file, the step and torch's wrappers of it to the line that called step()
 REMEDY = (
     "Leave it out (max_grad_norm=0 in Trainer, gradient_clip_val=None in Lightning), as Momo's step size bounds the "
     "step; or clip all gradients together by their norm, as clip_grad_norm_ does."
@@ -111,12 +110,10 @@ class Witness:
             )
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"Gradients were changed between backward and step (by a factor of about {clipped:.3g}), as by "
                 "clipping. Momo's model of the loss is clipped with them, from now on without a word. Clipping can be "
-                "left out: its step size already bounds the step. If this was no clipping, scale the loss instead.",
-                UserWarning,
-                stacklevel=CALLER,
+                "left out: its step size already bounds the step. If this was no clipping, scale the loss instead."
             )
         return clipped
 
@@ -129,12 +126,10 @@ class Witness:
             )
         if not self._told:
             self._told = True
-            warnings.warn(
+            warn(
                 "Gradients were changed between backward and step, and not by one factor, as by averaging over ranks "
                 "without DistributedDataParallel. Momo cannot see then whether they were clipped, too, and its model "
-                f"of the loss would be wrong. {REMEDY}",
-                UserWarning,
-                stacklevel=CALLER,
+                f"of the loss would be wrong. {REMEDY}"
             )
 
 

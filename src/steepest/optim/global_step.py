@@ -205,7 +205,7 @@ class GlobalStep:
                 inner=inner,
                 beta=float(moves[0].group["momentum"]),
                 ahead=any(move.ahead for move in moves),
-                restart=self._changes.found(parameters, warn=not momo.direct),
+                restart=self._changes.found(warn=not momo.direct),
                 resync=self._set_changed(parameters, float(moves[0].group["momentum"])),
             )
             t = chosen.t if accept is None else torch.where(accept.to(total.device), chosen.t, 0.0)
