@@ -160,11 +160,6 @@ BUILD = {
         ValueError,
         "parameter group 0: Unknown role 'matrices': did you mean 'matrix'?",
     ),
-    "group of mixed dimensions": (
-        lambda: Muon([{"params": [weight(2, 2), weight(2)]}]),
-        ValueError,
-        "parameter group 0 holds parameters with fewer than two dimensions and others; give it a role=",
-    ),
     "group view": (
         lambda: Muon([{"params": [weight(2, 2)], "view": "linear"}]),
         TypeError,

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from steepest.anatomy import InputMoment, Plan, PlanRow, Role
+from steepest.checks import shown
 from steepest.geometry import Norm, Product
 from steepest.optim.arguments import checked_options
 from steepest.optim.ball import weight_numbers
@@ -37,10 +38,10 @@ from steepest.optim.options import (
     PER_ROLE,
     STEPS_TAKEN,
     check_group,
+    check_norms,
     complete_group,
-    for_role,
 )
-from steepest.optim.parameters import Parameters, check_view, collect, complete_row
+from steepest.optim.parameters import Parameters, check_view, collect, complete_row, name_groups, refuse_repeats
 from steepest.optim.precondition import Preconditioner, drop_moments, precondition_options
 from steepest.optim.sees_inputs import SeesInputs
 from steepest.optim.state import DUAL, check_saved, restored
@@ -62,8 +63,9 @@ class SteepestDescent(SeesInputs):
 
     Args:
         params: A module, whose parameters are routed to roles and views (`route`); or parameters, named parameters or
-            parameter groups, or a plan. A group may set any option for itself, and `role` and `view`. Without a role,
-            parameters with two or more dimensions are matrices and the others vectors.
+            parameter groups, or a plan. A group may set any option for itself, options of its norm, `role`, `view` and
+            `name`; plain keys of others are kept. Without a role, parameters with two or more dimensions are matrices
+            and the others vectors, in groups of their own.
         lr: Learning rate: the length of a step in the group's norm. A number or a 0-d tensor.
         momentum: Weight of the old average of gradients, in [0, 1); for norms that do not adapt. In the groups, and so
             for schedulers, "momentum" is this weight for every norm.
@@ -114,15 +116,13 @@ class SteepestDescent(SeesInputs):
         on_nonfinite: OnNonFinite = "skip",
         memory_cap: int | None = None,
     ) -> None:
-        for role in norms or {}:
-            for_role("norms", norms, role)
         self._defaults_per_role: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "betas": betas,
-            "norm": {**DEFAULT_NORMS, **(norms or {})},
+            "norm": {**DEFAULT_NORMS, **check_norms(norms)},
         }
         self._guard = Guard(on_nonfinite)
         self._record = StepRecord()
@@ -132,7 +132,8 @@ class SteepestDescent(SeesInputs):
         self._packing = Packing(memory_cap)
         self._witness: Witness | None = None
         self._rows: dict[Tensor, PlanRow] = {}
-        rows, groups = collect(params)
+        rows, groups = self._collect(params)
+        name_groups(groups, [])
         self._preconditioner = None
         self._rows.update(rows)
         # torch's schedulers look for these names among the defaults; what counts is in the groups.
@@ -171,28 +172,38 @@ class SteepestDescent(SeesInputs):
         """Add parameters, with options of their own or the optimizer's.
 
         Args:
-            param_group: As in the constructor: "params" and any options.
+            param_group: As in the constructor: "params" and any options. Without a role, matrices and vectors make a
+                group each.
 
         Raises:
             ValueError: If an option or a parameter does not fit.
             TypeError: If an option or a parameter is of the wrong type.
         """
+        if not isinstance(cast(object, param_group), dict):
+            raise TypeError(f"param_group must be a dict with 'params', got {shown(param_group)}.")
         where = f"parameter group {len(self.param_groups)}"
-        rows, groups = collect([param_group], known=self._rows, where=where)
-        (group,) = groups
-        momo = self._global_step.momo is not None
-        complete_group(group, where, self._defaults_per_role, momo=momo)
-        group.update(self._global_step.saved([]))
-        group.update({INPUT_STEPS: 0, INPUT_OPTIONS: ""})
-        check_group(group, where=where)
-        self._global_step.label(group)
-        self._global_step.check([*self.param_groups, group])
-        for row in rows.values():
-            check_view(row, group["norm"])
-        super().add_param_group(group)
+        rows, groups = self._collect([param_group], known=self._rows, where=where)
+        refuse_repeats({p: self._rows[p] for p in self._parameters()}, rows)
+        name_groups(groups, [group["name"] for group in self.param_groups])
+        for group in groups:
+            complete_group(group, where, self._defaults_per_role, momo=self._global_step.momo is not None)
+            group.update(self._global_step.saved([]))
+            group.update({INPUT_STEPS: 0, INPUT_OPTIONS: ""})
+            check_group(group, where=where)
+            self._global_step.label(group)
+            for _, parameter in group["params"]:
+                check_view(rows[parameter], group["norm"])
+        self._global_step.check([*self.param_groups, *groups])
+        for group in groups:
+            group["params"] = [parameter for _, parameter in group["params"]]  # named apart: a group may be empty
+            super().add_param_group(group)
         self._rows.update(rows)
         if self._witness:
-            self._witness.arrivals.watch(group["params"])
+            self._witness.arrivals.watch(list(rows))
+
+    def _collect(self, params: Parameters, **options: Any) -> tuple[dict[Tensor, PlanRow], list[Group]]:
+        defaults = self._defaults_per_role
+        return collect(params, norms=defaults["norm"], rates=defaults["lr"], **options)
 
     @overload
     def step(self, closure: None = None, *, loss: Loss | None = None) -> None: ...

@@ -1,6 +1,9 @@
 """Options of a parameter group: their names, what they may be, and one value per role."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from numbers import Number
 from typing import Any, TypeVar, cast
 
 import torch
@@ -8,14 +11,19 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from steepest.anatomy import ROLES, Role, View
-from steepest.checks import Check, flag, number, optional, pair
+from steepest.checks import Check, flag, number, optional, pair, refusal, shown
 from steepest.geometry import AdaInf, Norm, Spectral, get_norm
 from steepest.names import unknown_name
+from steepest.optim.elsewhere import ELSEWHERE
 from steepest.optim.step_size import MODEL_KEYS, Momo, StepSize
 
 # What users may write into a group. Everything the optimizer keeps per group is declared here and at construction,
 # because a key that appears later is dropped by distributed checkpoints.
 GROUP_KEYS = ("params", "name", "role", "norm", "view", "lr", "momentum", "nesterov", "weight_decay", "betas", "beta2")
+# Options of norms that a group may set for its own.
+NORM_OPTIONS = ("eps", "scale", "coefficients", "polar", "dtype", "p")
+CLOSE = 0.8  # likeness from which a key counts as a mistyped option; that of lr_scale and scale is 0.77
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a step can work on
 # torch and its schedulers add these to groups they have seen.
 FOREIGN_KEYS = (
     "param_names",
@@ -150,7 +158,10 @@ def complete_group(group: dict[str, Any], where: str, defaults: Mapping[str, Any
     def default(option: str) -> Any:
         return for_role(option, defaults[option], role)
 
-    norm = group["norm"] = get_norm(group["norm"] if "norm" in group else default("norm"))
+    for key, value in group.items():  # NumPy's numbers do not come back from a checkpoint
+        if isinstance(value, Number) and hasattr(value, "item"):
+            group[key] = cast(Any, value).item()
+    norm = group["norm"] = _with_options(get_norm(group["norm"] if "norm" in group else default("norm")), group, where)
     if norm.adapts:
         given = "betas" in group
         betas = group.pop("betas") if given else default("betas")
@@ -160,7 +171,10 @@ def complete_group(group: dict[str, Any], where: str, defaults: Mapping[str, Any
         group["momentum"] = betas[0] if given else group.get("momentum", betas[0])
         group["beta2"] = betas[1] if given else group.get("beta2", betas[1])
     elif "betas" in group:
-        raise ValueError(f"{where}: betas are for norms that adapt, and {norm} does not; give momentum instead.")
+        raise ValueError(
+            f"{where}: betas are for norms that adapt, and {norm} does not; give momentum instead of "
+            f"betas={shown(group['betas'])}."
+        )
     for option in ("lr", "momentum", "nesterov", "weight_decay"):
         if option not in group:
             group[option] = default(option)
@@ -186,9 +200,9 @@ def check_group(group: Mapping[str, object], *, where: str) -> None:
         ValueError: If a key is not known, or a number is out of range.
         TypeError: If a value is of the wrong type.
     """
-    for key in group:
+    for key, value in group.items():
         if key not in GROUP_KEYS and key not in FOREIGN_KEYS:
-            raise ValueError(f"{where}: {unknown_name('option', key, GROUP_KEYS)}")
+            _check_foreign(where, key, value)
     for option in NUMBERS:
         OPTIONS[option](f"{where}: {option}", group[option])
     name = group.get("name")
@@ -201,6 +215,89 @@ def check_group(group: Mapping[str, object], *, where: str) -> None:
     view = group.get("view")
     if view is not None and not isinstance(view, View):
         raise TypeError(f"{where}: view must be a View, such as View(groups=4), or None, got {view!r}.")
+
+
+def check_norms(norms: object) -> Mapping[Role, Norm | str]:
+    """Refuse what is no mapping from roles to norms, or an empty one.
+
+    Args:
+        norms: What was given; None for none.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        TypeError: If it is no mapping.
+        ValueError: If it is empty, or has something that is no role.
+    """
+    if norms is None:
+        return {}
+    if not isinstance(norms, Mapping):
+        example = "a mapping from roles to norms, such as {'matrix': Spectral(), 'vector': 'sign'}"
+        raise TypeError(refusal("norms", example, norms))
+    if not norms:
+        raise ValueError(refusal("norms", f"a mapping from at least one of the roles {', '.join(ROLES)}", norms))
+    for role in norms:
+        check_role(role, where="norms")
+    return cast(Mapping[Role, Norm | str], norms)
+
+
+def has_option(norm: Norm, option: str) -> bool:
+    """Whether a group with this norm may set an option that not all norms have.
+
+    Args:
+        norm: Of the group.
+        option: One of `NORM_OPTIONS`, or "betas".
+    """
+    if option == "betas":
+        return norm.adapts
+    return is_dataclass(norm) and option in (field.name for field in fields(norm))
+
+
+def _with_options(norm: Norm, group: dict[str, Any], where: str) -> Norm:
+    """The norm with those of its options that the group sets, which are taken out of the group."""
+    own = {option: group.pop(option) for option in NORM_OPTIONS if option in group}
+    for option, value in own.items():
+        if not has_option(norm, option):
+            has = ", ".join(other for other in NORM_OPTIONS if has_option(norm, other)) or "none"
+            raise ValueError(
+                f"{where}: {option}={shown(value)} is no option of the group's norm, {norm}, whose options are {has}. "
+                "Leave it out, or give the group another norm= or role=."
+            )
+    try:
+        return replace(norm, **own) if own else norm  # pyright: ignore[reportArgumentType, reportCallIssue] - a dataclass
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _check_foreign(where: str, key: object, value: object) -> None:
+    """Refuse a key that was meant for an option of here; what others keep in their groups stays, if it is plain."""
+    if not isinstance(key, str):
+        raise TypeError(f"{where}: options must be named by text, got {shown(key)}.")
+    remedy = ELSEWHERE.get(key, "")
+    if remedy and value is not None and value is not False:
+        raise ValueError(f"{where}: Unknown option {key!r} with the value {shown(value)}. {remedy}")
+    options = (*GROUP_KEYS, *NORM_OPTIONS)
+    meant = difflib.get_close_matches(key.lower().replace("-", "_"), options, n=1, cutoff=CLOSE)
+    if not remedy and meant:
+        raise ValueError(
+            f"{where}: Unknown option {key!r}: did you mean {meant[0]!r}? Valid: {', '.join(options)}. A key of your "
+            "own needs a name that is farther from these."
+        )
+    if not is_plain(value):
+        raise TypeError(
+            f"{where}: {key!r} is none of the options {', '.join(options)}, and is kept for others only if a "
+            f"checkpoint can hold it: numbers, text, and lists or mappings of these; got {shown(value)}."
+        )
+
+
+def is_plain(value: object) -> bool:
+    """Whether `torch.load(weights_only=True)` brings a value back: numbers, text, None, and collections of these."""
+    if isinstance(value, dict):
+        return all(map(is_plain, value)) and all(map(is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, cast(Sequence[object], value)))
+    return value is None or type(value) in (bool, int, float, complex, str)
 
 
 def check_role(role: object, *, where: str) -> None:
@@ -240,6 +337,11 @@ def check_parameter(name: str, parameter: object) -> Tensor:
     if not parameter.is_floating_point():
         remedy = "Optimise torch.view_as_real of it." if parameter.is_complex() else "Leave it out of the optimizer."
         raise TypeError(f"{name!r} must be of real floating point, got {parameter.dtype}. {remedy}")
+    if parameter.dtype not in DTYPES:
+        raise TypeError(
+            f"{name!r} must be of {', '.join(map(str, DTYPES))}, got {parameter.dtype}, on which a step cannot work. "
+            "Optimise a copy of it in a wider type, or freeze it."
+        )
     if parameter.layout != torch.strided:
         raise ValueError(f"{name!r} must be dense, got layout {parameter.layout}.")
     if not parameter.is_leaf:

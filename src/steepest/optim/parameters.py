@@ -1,28 +1,42 @@
 """From what users pass as `params` to groups of one role each, with a plan row per parameter."""
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from steepest.anatomy import LINEAR, ROLES, Plan, PlanRow, Role, View, route
+from steepest.checks import shown
 from steepest.geometry import Norm, get_norm
 from steepest.notices import warn
-from steepest.optim.options import check_parameter
+from steepest.optim.guesses import doubt, guessed_role
+from steepest.optim.options import DTYPES, NORM_OPTIONS, check_parameter, check_rate, check_role, has_option
 
 Group = dict[str, Any]
 Parameters = nn.Module | Plan | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 Rows = dict[Tensor, PlanRow]
+EMPTY = (
+    "optimizer got an empty parameter list: there is nothing to optimise. A generator such as model.parameters() can "
+    "be used only once; call it again, or pass the model."
+)
 
 
 def collect(
-    params: Parameters, *, known: Mapping[Tensor, PlanRow] | None = None, where: str = ""
+    params: Parameters,
+    *,
+    norms: Mapping[Role, Norm | str],
+    rates: object,
+    known: Mapping[Tensor, PlanRow] | None = None,
+    where: str = "",
 ) -> tuple[Rows, list[Group]]:
     """Sort parameters into groups of one role each.
 
     Args:
         params: A module, a plan, parameters, named parameters, or groups.
+        norms: Of each role, where a group has none of its own.
+        rates: Learning rate of everything, or of each role; see `split`.
         known: Rows of parameters that were routed before.
         where: Name of the group that is being added, for messages.
 
@@ -31,30 +45,50 @@ def collect(
 
     Raises:
         TypeError: If an entry is not a tensor.
-        ValueError: If a parameter appears twice, or a role or view must be given.
+        ValueError: If there is no parameter, one appears twice, or a role or view must be given.
     """
     if isinstance(params, nn.Module | Plan):
         return _from_plan(params if isinstance(params, Plan) else route(params))
-    if isinstance(params, Tensor):
-        raise TypeError("params must be a module or an iterable of tensors, got one tensor; write [tensor].")
-    entries = list(params)
+    entries = _listed(params, "params")
+    kinds = {isinstance(entry, dict) for entry in entries}
+    if len(kinds) > 1:
+        raise TypeError("params mixes parameters and groups; put every parameter into a group.")
+    given = cast(list[Group], entries) if kinds == {True} else [{"params": entries}]
     rows: Rows = {}
     groups: list[Group] = []
-    loose: list[object] = []
-    for index, entry in enumerate(entries):
-        if isinstance(entry, dict):
-            label = where or f"parameter group {index}"
-            added, group = _from_group(entry, known or {}, label)
-            _refuse_repeats(rows, added)
+    guessed: list[tuple[str, Tensor]] = []
+    for index, entry in enumerate(given):
+        label = where or (f"parameter group {index}" if kinds == {True} else "params")
+        for part in split(_entry(entry, label, known or {}), norms, rates):
+            matrix = _norm_of(part, norms).matrix
+            added = _rows_of(part, known or {}, label, matrix=matrix)
+            refuse_repeats(rows, added)
             rows.update(added)
-            groups.append(group)
-        else:
-            loose.append(entry)
-    if loose and groups:
-        raise TypeError("params mixes parameters and groups; put every parameter into a group.")
-    if loose:
-        return _from_tensors(loose)
+            if matrix and part["role"] == "matrix" and entry.get("role") is None:
+                guessed += [(name, p) for name, p in part["params"] if p not in (known or {})]
+            groups.append(part)
+    if not rows and not where:
+        raise ValueError(EMPTY)
+    host = sum("weight_decay" in entry and entry.get("role") is None for entry in given) > 1
+    if (text := doubt(guessed, host=host)) is not None:
+        warn(text)
     return rows, groups
+
+
+def name_groups(groups: Sequence[Group], taken: Iterable[str]) -> None:
+    """Name groups without a name after their role: "matrix", and the next ones "matrix 2", "matrix 3".
+
+    Args:
+        groups: With a "role"; written to.
+        taken: Names of other groups.
+    """
+    names = {*taken, *(group["name"] for group in groups if isinstance(group.get("name"), str))}
+    for group in groups:
+        if group.get("name") is None:
+            role = str(group["role"])
+            numbered = (f"{role} {number}" for number in itertools.count(2))
+            group["name"] = next(name for name in itertools.chain([role], numbered) if name not in names)
+            names.add(group["name"])
 
 
 def complete_row(row: PlanRow, group: Group) -> PlanRow:
@@ -64,10 +98,12 @@ def complete_row(row: PlanRow, group: Group) -> PlanRow:
 
 
 def _from_plan(plan: Plan) -> tuple[Rows, list[Group]]:
-    """One group per role. Frozen integers, as of quantised layers, stay out: they can never have a gradient."""
-    rows = {row.parameter: row for row in plan if row.trainable or row.parameter.is_floating_point()}
+    """One group per role. Frozen integers and eighths, as of quantised layers, stay out: they never have a gradient."""
+    rows = {row.parameter: row for row in plan if row.trainable or row.parameter.dtype in DTYPES}
     if not rows:
         raise ValueError("The model has no parameters to optimise.")
+    for row in rows.values():
+        check_parameter(row.name, row.parameter)
     unknown = [row.name for row in plan.unknown if row.trainable]
     if unknown:
         warn(
@@ -82,55 +118,92 @@ def _from_plan(plan: Plan) -> tuple[Rows, list[Group]]:
     return rows, groups
 
 
-def _from_tensors(loose: list[object]) -> tuple[Rows, list[Group]]:
-    """Bare parameters: two or more dimensions make a matrix."""
-    named = _named(loose, "params")
-    rows: Rows = {}
-    groups: list[Group] = []
-    for role, reason in (("matrix", "two or more dimensions"), ("vector", "fewer than two dimensions")):
-        members = [(name, parameter) for name, parameter in named if (parameter.ndim >= 2) == (role == "matrix")]
-        for name, parameter in members:
-            added = {parameter: _row(name, parameter, cast(Role, role), None, reason, matrix=role == "matrix")}
-            _refuse_repeats(rows, added)
-            rows.update(added)
-        if members:
-            groups.append({"params": members, "role": role})
-    return rows, groups
-
-
-def _from_group(entry: Group, known: Mapping[Tensor, PlanRow], where: str) -> tuple[Rows, Group]:
-    """One group, the caller's dictionary left as it was."""
+def _entry(entry: Group, where: str, known: Mapping[Tensor, PlanRow]) -> Group:
+    """One group with named parameters, the caller's dictionary left as it was."""
     if "params" not in entry:
         raise ValueError(f"{where} has no 'params'; it has {', '.join(map(repr, entry))}.")
     members = entry["params"]
     if isinstance(members, nn.Module):
         raise TypeError(f"{where} has a module as 'params'; write module.parameters(), or pass the whole model alone.")
-    named = _named([members] if isinstance(members, Tensor) else list(members), where)
+    listed = [members] if isinstance(members, Tensor) else _listed(members, f"{where}['params']")
+    names = cast(Sequence[str], entry.get("param_names") or ())
+    if len(names) == len(listed) and not any(isinstance(member, tuple) for member in listed):
+        listed = list(zip(names, listed, strict=True))
+    named = _named(listed, where)
     named = [(known[p].name if p in known and name.startswith(where) else name, p) for name, p in named]
-    role = cast(Role, entry.get("role") or _role_of([parameter for _, parameter in named], where))
-    view = cast(View | None, entry.get("view"))
-    matrix = get_norm(entry["norm"]).matrix if "norm" in entry else role == "matrix"
+    if entry.get("role") is not None:
+        check_role(entry["role"], where=where)
+    return {**entry, "params": named, "param_names": [name for name, _ in named]}
+
+
+def split(group: Group, norms: Mapping[Role, Norm | str], rates: object) -> list[Group]:
+    """A group without a role as one of matrices and one of vectors, where it has both.
+
+    Options go to both, but those that only one of the two norms has go to that one. A learning rate is that of the
+    matrices; vectors keep the ratio to it that the optimizer's own rates have.
+
+    Args:
+        group: With named parameters.
+        norms: Of each role.
+        rates: Learning rate of everything, or of each role.
+    """
+    if group.get("role") is not None:
+        return [group]
+    named = cast(list[tuple[str, Tensor]], group["params"])
+    parts: list[Group] = []
+    for role in cast(tuple[Role, ...], ("matrix", "vector")):
+        members = [(name, parameter) for name, parameter in named if guessed_role(parameter) == role]
+        if members:
+            parts.append({**group, "params": members, "param_names": [name for name, _ in members], "role": role})
+    if not parts:
+        return [{**group, "role": "vector"}]
+    if len(parts) > 1:
+        own = [_norm_of(part, norms) for part in parts]
+        for option in (*NORM_OPTIONS, "betas"):
+            users = [has_option(norm, option) for norm in own]
+            for part, uses in zip(parts, users, strict=True):
+                if any(users) and not uses:
+                    part.pop(option, None)
+        if "lr" in group and isinstance(rates, Mapping) and rates.get("matrix") and "vector" in rates:
+            lr = check_rate("lr of a group", group["lr"])
+            parts[1]["lr"] = lr * (rates["vector"] / rates["matrix"])
+    return parts
+
+
+def _norm_of(group: Group, norms: Mapping[Role, Norm | str]) -> Norm:
+    return get_norm(group["norm"] if "norm" in group else norms[group["role"]])
+
+
+def _rows_of(group: Group, known: Mapping[Tensor, PlanRow], where: str, *, matrix: bool) -> Rows:
+    role, view = cast(Role, group["role"]), cast(View | None, group.get("view"))
+    bare = "two or more dimensions" if role == "matrix" else "fewer than two dimensions"
+    reason = bare if where == "params" else f"role of {where}"
     rows: Rows = {}
-    for name, parameter in named:
+    for name, parameter in cast(list[tuple[str, Tensor]], group["params"]):
         old = known.get(parameter)
         keep = old is not None and old.role == role and view is None
-        row = old if keep and old is not None else _row(name, parameter, role, view, f"role of {where}", matrix=matrix)
-        _refuse_repeats(rows, {parameter: row})
+        row = old if keep and old is not None else _row(name, parameter, role, view, reason, matrix=matrix)
+        refuse_repeats(rows, {parameter: row})
         rows[parameter] = row
-    return rows, {**entry, "params": named, "role": role}
+    return rows
 
 
-def _role_of(parameters: list[Tensor], where: str) -> Role:
-    kinds = {parameter.ndim >= 2 for parameter in parameters}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"{where} holds parameters with fewer than two dimensions and others; give it a role=, one of "
-            f"{', '.join(ROLES)}, or put them into two groups."
-        )
-    return "matrix" if kinds == {True} else "vector"
+def _listed(members: object, where: str) -> list[object]:
+    """Parameters or groups as a list, in the order in which they came."""
+    if isinstance(members, Tensor):
+        raise TypeError(f"{where} must be a module or an iterable of tensors, got one tensor; write [tensor].")
+    if isinstance(members, Set):
+        raise TypeError(f"{where} must be in an order that is the same in every run, got a set; write a list.")
+    if isinstance(members, Mapping):
+        group = "params" in members
+        remedy = "write [group] for one group" if group else "write list(named.items())"
+        raise TypeError(f"{where} must be a module or an iterable of tensors, got {shown(members)}; {remedy}.")
+    if isinstance(members, str | bytes) or not isinstance(members, Iterable):
+        raise TypeError(f"{where} must be a module or an iterable of tensors, got {shown(members)}.")
+    return list(cast(Iterable[object], members))
 
 
-def _named(entries: list[object], where: str) -> list[tuple[str, Tensor]]:
+def _named(entries: Sequence[object], where: str) -> list[tuple[str, Tensor]]:
     named: list[tuple[str, Tensor]] = []
     for index, entry in enumerate(entries):
         if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
@@ -142,7 +215,7 @@ def _named(entries: list[object], where: str) -> list[tuple[str, Tensor]]:
 
 
 def _row(name: str, parameter: Tensor, role: Role, view: View | None, reason: str, *, matrix: bool) -> PlanRow:
-    if view is None and matrix and parameter.ndim in (2, 4, 5):
+    if view is None and (matrix or role == "matrix") and parameter.ndim in (2, 4, 5):
         view = LINEAR
     if view is None and matrix and parameter.ndim == 3:
         raise ValueError(
@@ -161,7 +234,16 @@ def _row(name: str, parameter: Tensor, role: Role, view: View | None, reason: st
     )
 
 
-def _refuse_repeats(rows: Rows, added: Rows) -> None:
+def refuse_repeats(rows: Rows, added: Rows) -> None:
+    """Refuse a parameter that is there already.
+
+    Args:
+        rows: Of those that are there.
+        added: Of those that come.
+
+    Raises:
+        ValueError: If so.
+    """
     for parameter, row in added.items():
         if parameter in rows:
             raise ValueError(
