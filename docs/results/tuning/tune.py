@@ -2,75 +2,148 @@
 
     .venv/bin/python docs/results/tuning/tune.py --out out/tuning
 
-Each method has a 3 x 4 grid, by factors of two, over the learning rate of the matrices inside the model and that of
-everything else. Runs are kept in --out and never trained twice; `TASK.csv` and `environment.json` are written here.
+Each method walks downhill over its learning rates and momenta (`steepest.lab.search`), from where an earlier search
+had ended, by the loss on the part of the held-out text that is for tuning. Runs are kept in --out and never trained
+twice; `TASK.csv` and `environment.json` are written here.
 """
 
 import argparse
 import csv
-import itertools
 import json
+import math
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from steepest.lab.config import RunConfig, configure
 from steepest.lab.engine import default_workers
 from steepest.lab.fields import read_text
 from steepest.lab.ledger import write_whole
+from steepest.lab.pool import Pool, last_words
 from steepest.lab.result import read_result
-from steepest.lab.runs import train_runs
+from steepest.lab.search import Tried, at_edge, best_of, search
 from steepest.lab.study import run_directory
-from steepest.lab.tasks import make_task
+from steepest.lab.tasks import Task, make_task
 
 HERE = Path(__file__).parent
 SEED = 1000
-# Centres: (learning rate of matrices, of everything else), found by a coarse search by hand.
-CENTRES = {
-    "text": {"adamw": (0.004, 0.016), "torch-muon": (0.04, 0.02), "muon": (0.04, 0.02), "muonadam": (0.04, 0.02)},
-    "digits": {"adamw": (0.01, 0.02), "muon": (0.04, 0.02), "muonadam": (0.02, 0.02)},
+BUDGET = 20
+BETAS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99)
+SECOND_BETAS = (0.7, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method with some options fixed.
+
+    Args:
+        method: A key of `METHODS`.
+        start: Of the options that are searched: where the walk begins.
+        fixed: Of the others.
+    """
+
+    method: str
+    start: Mapping[str, float]
+    fixed: Mapping[str, str]
+
+
+def _muon(method: str = "muon", **fixed: str) -> Contestant:
+    start = {"momentum": 0.95, "lr": 0.04, "other_lr": 0.02, "beta2": 0.95, "beta1": 0.9}
+    return Contestant(method, start, fixed)
+
+
+CONTESTANTS = {
+    "text": {
+        "adamw": Contestant("adamw", {"beta1": 0.9, "lr": 0.004, "other_lr": 0.008, "beta2": 0.95}, {}),
+        "muon": _muon(),
+        "torch-muon": _muon("torch-muon"),
+        "muonadam": Contestant("muonadam", {"momentum": 0.95, "lr": 0.04, "other_lr": 0.02, "beta2": 0.95}, {}),
+        "muon jordan": _muon(coefficients="jordan"),
+        "muon polar_express": _muon(coefficients="polar_express"),
+    },
+    "digits": {
+        "adamw": Contestant("adamw", {"beta1": 0.9, "lr": 0.01, "other_lr": 0.02, "beta2": 0.95}, {}),
+        "muon": Contestant("muon", {"momentum": 0.95, "lr": 0.04, "other_lr": 0.01, "beta2": 0.95, "beta1": 0.9}, {}),
+        "muonadam": Contestant("muonadam", {"momentum": 0.95, "lr": 0.02, "other_lr": 0.02, "beta2": 0.95}, {}),
+    },
 }
-FACTORS, OTHER_FACTORS = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0, 2.0)
 
 
-def configs(name: str) -> list[RunConfig]:
-    """All runs of a task."""
-    task = make_task(name, "demo")
-    return [
-        configure(task, method=method, seed=SEED, options={"lr": centre[0] * a, "other_lr": centre[1] * b})
-        for method, centre in CENTRES[name].items()
-        for a, b in itertools.product(FACTORS, OTHER_FACTORS)
-    ]
+def ladder(name: str, start: float) -> tuple[float, ...]:
+    """The values of an option: rates by factors of the root of two around the start."""
+    if name in ("lr", "other_lr"):
+        return tuple(float(f"{start * 2 ** (rung / 2):.6g}") for rung in range(-10, 11))
+    return SECOND_BETAS if name == "beta2" else BETAS
+
+
+def tune(task: Task, contestant: Contestant, out: Path, pool: Pool) -> list[tuple[RunConfig, Tried]]:
+    """Search for the options of one method; finished runs are not trained again."""
+    walk = search({n: ladder(n, v) for n, v in contestant.start.items()}, contestant.start, budget=BUDGET)
+    configs: list[RunConfig] = []
+    options = next(walk)
+    while True:
+        wanted = {**options, **contestant.fixed}
+        config = configure(
+            task, method=contestant.method, seed=SEED, options=wanted, eval_every=task.budget.steps, part="tuning"
+        )
+        configs.append(config)
+        run = run_directory(out, config)
+        run.mkdir(parents=True, exist_ok=True)
+        if not (run / "config.json").exists():
+            write_whole(run / "config.json", config.to_json())
+        if not (run / "result.json").exists() and (outcome := pool.train(run)) != "finished":
+            raise SystemExit(f"{run}: {outcome}, {last_words(run)}")
+        result = read_result(run / "result.json")
+        loss = math.inf if result is None or result.tuning_loss is None else result.tuning_loss
+        print(f"{contestant.method} {wanted}: {loss:.4f}", flush=True)  # noqa: T201
+        try:
+            options = walk.send(loss)
+        except StopIteration as end:
+            return list(zip(configs, end.value, strict=True))
 
 
 def main() -> None:
-    """Train what is missing, and write the table."""
+    """Train what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/tuning"))
-    parser.add_argument("--tasks", nargs="+", default=list(CENTRES))
+    parser.add_argument("--tasks", nargs="+", default=["text"], choices=list(CONTESTANTS))
     options = parser.parse_args()
     for name in options.tasks:
-        runs = configs(name)
-        members = {method: [config for config in runs if config.method == method] for method in CENTRES[name]}
-        train_runs(members, options.out, workers=default_workers())
-        write_rows(name, runs, options.out)
+        task = make_task(name, "demo")
+        pool = Pool(default_workers(), threads=1, data=None, stop=threading.Event())
+        with ThreadPoolExecutor(pool.workers) as threads:
+            walks = {
+                label: threads.submit(tune, task, one, options.out, pool) for label, one in CONTESTANTS[name].items()
+            }
+            try:
+                found = {label: walk.result() for label, walk in walks.items()}
+            finally:
+                pool.stop.set()
+        write_rows(name, found, options.out)
 
 
-def write_rows(name: str, runs: list[RunConfig], out: Path) -> None:
-    """One row per run, and the machine of the first."""
+def write_rows(name: str, found: Mapping[str, list[tuple[RunConfig, Tried]]], out: Path) -> None:
+    """One row per setting in the order of the walk, and the machine of the first."""
     rows: list[dict[str, object]] = []
-    for config in runs:
-        directory = run_directory(out, config)
-        result = read_result(directory / "result.json")
-        if result is None:
-            raise SystemExit(f"{directory} has no result.")
-        row = {"task": name, "preset": config.preset, "method": config.method, **config.options, "seed": config.seed}
-        row = {key: row[key] for key in ("task", "preset", "method", "lr", "other_lr", "seed")}
-        row |= {"status": result.status, "final_loss": result.final_loss, "train_s": round(result.train_s, 1)}
-        rows.append(row | {"run": directory.name, "code": config.code, "data": config.data.sha256[:12]})
+    for label, walk in found.items():
+        tried = [one for _, one in walk]
+        best, edge = best_of(tried), at_edge(tried)
+        print(f"{label}: {dict(best.options)} {best.loss:.4f}, at the edge: {', '.join(edge) or 'none'}")  # noqa: T201
+        for number, (config, one) in enumerate(walk, start=1):
+            keys = ("lr", "other_lr", "momentum", "beta1", "beta2", "coefficients")
+            row = {"task": name, "preset": config.preset, "label": label, "method": config.method, "number": number}
+            row |= {key: config.options.get(key, "") for key in keys} | {"seed": config.seed}
+            row |= {"tuning_loss": one.loss, "best": one is best, "edge": " ".join(edge) if one is best else ""}
+            run = run_directory(out, config).name
+            rows.append(row | {"run": run, "code": config.code, "data": config.data.sha256[:12]})
     with (HERE / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    environment = read_text(run_directory(out, runs[0]) / "environment.json", remedy="Delete the run's directory.")
+    first = run_directory(out, next(iter(found.values()))[0][0])
+    environment = read_text(first / "environment.json", remedy="Delete the run's directory.")
     write_whole(HERE / "environment.json", json.dumps(json.loads(environment), indent=2) + "\n")
 
 

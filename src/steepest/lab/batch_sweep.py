@@ -220,6 +220,7 @@ class BatchSweep(StudyPlan):
             schedule="constant",
             target=self.targets[-1],
             watch_from=self.targets[0],
+            part="tuning" if seed >= TUNING_SEED else "report",
         )
         self._owners[run_hash(config)] = arm
         return config

@@ -24,13 +24,14 @@ from typing import Literal, get_args
 
 import torch
 
-from steepest.lab.config import RunConfig, code_version, run_hash
+from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.fields import Fields, RecordError, parse_object, read_text
 from steepest.lab.ledger import locked, write_whole
 from steepest.lab.schedule import rate_factor
 from steepest.lab.tasks import Task
 from steepest.lab.train import load_task, using_threads
 from steepest.lab.training import Training
+from steepest.lab.version import code_version
 from steepest.names import unknown_name
 
 RateRule = Literal["sqrt", "linear", "constant"]
@@ -160,7 +161,7 @@ def train_branch(
             if fork.diverged:
                 return Branch(batch_size, repeat, tuple(rows.values[:-1]), None)
         fork.model.eval()
-        loss = task.evaluate(fork.model).loss
+        loss = task.evaluate(fork.model, "report", whole=True).loss
     return Branch(batch_size, repeat, tuple(rows.values), loss if math.isfinite(loss) else None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -11,18 +10,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-import steepest
 from steepest.lab.fields import LARGEST, Fields, parse_object
 from steepest.lab.methods import resolve
 from steepest.lab.schedule import Schedule
-from steepest.lab.tasks import DataIdentity, Task
+from steepest.lab.tasks import DataIdentity, Part, Task
 from steepest.lab.tuned import OptionValue, Tuning
+from steepest.lab.version import code_version
 from steepest.names import unknown_name
 
 FORMAT = 1
-_UNHASHED = r"cli[./]|(theory|batch_size)/|lab/(?!(train|training|methods|combined|schedule)\.py|tasks/|models/)"
 _REMEDY = "Delete the run's directory and repeat the command: only this run is trained again."
 
 
@@ -46,6 +44,7 @@ class RunConfig:
         target: Validation loss at which the run ends early, and for which it is evaluated more often; see `reached`.
             None: it goes to the last step.
         watch_from: Validation loss below which it is evaluated most often; None: from the start. With a target only.
+        part: Of what is held out: "tuning" for a run that serves to choose options, which never looks at the other.
 
     Raises:
         ValueError: If a number is out of range, or the schedule is unknown.
@@ -65,10 +64,13 @@ class RunConfig:
     schedule: Schedule = "cooldown"
     target: float | None = None
     watch_from: float | None = None
+    part: Part = "report"
 
     def __post_init__(self) -> None:
         if self.schedule not in get_args(Schedule):
             raise ValueError(unknown_name("schedule", self.schedule, get_args(Schedule)))
+        if self.part not in get_args(Part):
+            raise ValueError(unknown_name("part", self.part, get_args(Part)))
         for name in ("target", "watch_from"):
             if (loss := getattr(self, name)) is not None and not math.isfinite(loss):
                 raise ValueError(f"{name} must be a finite loss or None, got {loss}.")
@@ -108,7 +110,8 @@ class RunConfig:
             tuning=None if tuning is None else _tuning(tuning),
             code=fields.text("code"),
             data=_data(fields.inner("data")),
-            schedule=_schedule(fields),
+            schedule=_one_of(fields, "schedule", "cooldown", get_args(Schedule)),
+            part=_one_of(fields, "part", "report", get_args(Part)),
             target=_loss(fields, "target"),
             watch_from=_loss(fields, "watch_from"),
         )
@@ -126,6 +129,7 @@ def configure(
     schedule: Schedule = "cooldown",
     target: float | None = None,
     watch_from: float | None = None,
+    part: Part = "report",
 ) -> RunConfig:
     """The config of one run: what is not given comes from the task's preset and the method's defaults for it.
 
@@ -140,6 +144,7 @@ def configure(
         schedule: The tuning record applies to "cooldown" only.
         target: As in the config; the tuning record applies to whole runs only.
         watch_from: As in the config.
+        part: As in the config.
 
     Raises:
         ValueError: If a name is unknown or a number out of range.
@@ -164,6 +169,7 @@ def configure(
         schedule=schedule,
         target=target,
         watch_from=watch_from,
+        part=part,
     )
 
 
@@ -180,25 +186,6 @@ def run_hash(config: RunConfig) -> str:
     content["data"] = config.data.sha256
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-@functools.cache
-def code_version() -> str:
-    """Package version and a hash of the sources that a run's numbers can depend on: all but reports and commands."""
-    return f"{steepest.__version__}+{hash_sources(Path(steepest.__file__).parent)}"
-
-
-def hash_sources(package: Path) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 over the sources below `package` that train.
-
-    Of the lab these are the files named below, `tasks` and `models`; `cli`, `theory` and `batch_size` are left out.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package).as_posix()
-        if not re.match(_UNHASHED, name):
-            digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
 
 
 def _only(fields: Fields, valid: set[str]) -> None:
@@ -228,12 +215,11 @@ def _loss(fields: Fields, key: str) -> float | None:
     return fields.real_or_none(key) if key in fields.values else None
 
 
-def _schedule(fields: Fields) -> Schedule:
-    value = fields.values.get("schedule", "cooldown")
-    for known in get_args(Schedule):
-        if value == known:
-            return known
-    raise fields.error("schedule", f"one of {', '.join(get_args(Schedule))}")
+def _one_of(fields: Fields, key: str, default: str, known: tuple[Any, ...]) -> Any:
+    value = fields.values.get(key, default)
+    if value not in known:
+        raise fields.error(key, f"one of {', '.join(known)}")
+    return value
 
 
 def _data(fields: Fields) -> DataIdentity:

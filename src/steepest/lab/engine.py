@@ -12,7 +12,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from steepest.lab.config import code_version
 from steepest.lab.display import StudyDisplay
 from steepest.lab.ledger import RunBusyError, locked
 from steepest.lab.pool import POLL_S, Pool, last_words
@@ -21,6 +20,7 @@ from steepest.lab.report import write_report
 from steepest.lab.storage import StorageError, default_url, parse_url
 from steepest.lab.study import StudyMismatchError, StudyPlan, read_config, read_listing, write_study
 from steepest.lab.tasks import make_task
+from steepest.lab.version import code_version
 
 IDLE_S = 1.0  # until a worker without a run looks again: another one may have died
 PATIENCE_S = 120.0  # a database that does not answer for so long is given up; runs go on meanwhile

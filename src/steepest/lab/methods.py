@@ -55,6 +55,8 @@ def torch_muon(
     momentum: float = 0.95,
     nesterov: bool = True,
     weight_decay: float = 0.0,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
 ) -> Optimizer:
     """torch.optim.Muon on the matrices inside the model, torch.optim.AdamW on the rest.
 
@@ -67,7 +69,7 @@ def torch_muon(
     matrices, rest = _matrices_and_rest(model)
     return CombinedOptimizer(
         torch.optim.Muon(matrices, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
-        torch.optim.AdamW(rest, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=other_lr, betas=(beta1, beta2), weight_decay=0.0),
     )
 
 
@@ -85,9 +87,21 @@ def muon(
     momentum: float = 0.95,
     nesterov: bool = True,
     weight_decay: float = 0.0,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    coefficients: str = "auto",
 ) -> Optimizer:
-    """steepest.Muon, with `other_lr` as its `adam_lr`."""
-    return Muon(model, lr, adam_lr=other_lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    """steepest.Muon, with `other_lr` as its `adam_lr`, and both betas for the same parameters."""
+    return Muon(
+        model,
+        lr,
+        adam_lr=other_lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        betas=(beta1, beta2),
+        coefficients=coefficients,
+    )
 
 
 def newton_muon(
@@ -98,6 +112,8 @@ def newton_muon(
     momentum: float = 0.95,
     nesterov: bool = True,
     weight_decay: float = 0.0,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
     momo: bool = False,
     preset: str = "default",
     every: int = 8,
@@ -118,7 +134,8 @@ def newton_muon(
     `structure` that of the others.
 
     With a preset other than "default", only `every` is taken of the options of the moments. Both `anneal` options at 0
-    mean none. `every` is lower than steepest's own 32, which is for longer runs than the lab's.
+    mean none. With Momo, which needs one momentum, `beta1` is `momentum`. `every` is lower than steepest's own 32,
+    which is for longer runs than the lab's.
     """
     options: dict[str, Any] = {"every": every}
     if preset == "default":
@@ -134,6 +151,7 @@ def newton_muon(
         momentum=momentum,
         nesterov=nesterov,
         weight_decay=weight_decay,
+        betas=(momentum if momo else beta1, beta2),
         momo=momo,
         precondition=moment,
     )
@@ -159,14 +177,40 @@ def adam(
     return optimizer
 
 
-def _cell(
-    recipe: Callable[..., Optimizer], other: str, lr: float, other_lr: float, *, momo: bool
-) -> Callable[..., Optimizer]:
-    """A method from a recipe of the grid.
+def scion(
+    model: nn.Module,
+    *,
+    lr: float = 0.04,
+    other_lr: float = 0.008,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """steepest.Scion."""
+    return Scion(model, lr, other_lr=other_lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def scion_momo(
+    model: nn.Module,
+    *,
+    lr: float = 0.04,
+    other_lr: float = 0.008,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    lower_bound: float = 0.0,
+    estimate_bound: bool = False,
+    dual: str = "cached",
+) -> Optimizer:
+    """steepest.Scion with Momo's step size."""
+    momo = Momo("auto" if estimate_bound else lower_bound)
+    rates: dict[str, Any] = {"other_lr": other_lr, "momentum": momentum, "weight_decay": weight_decay, "dual": dual}
+    return Scion(model, lr, step_size=momo, **rates)
+
+
+def _cell(recipe: Callable[..., Optimizer], lr: float, other_lr: float, *, momo: bool) -> Callable[..., Optimizer]:
+    """A method from a recipe of the grid with Adam's norm for what is no matrix.
 
     Args:
-        recipe: The recipe.
-        other: What it calls the learning rate of everything that is no matrix.
+        recipe: The recipe, whose momentum is the first of both betas.
         lr: Default learning rate.
         other_lr: Default of the other one.
         momo: Whether steps are Momo's.
@@ -179,8 +223,10 @@ def _cell(
         other_lr: float = other_lr,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        beta2: float = 0.95,
     ) -> Optimizer:
-        return recipe(model, lr, momentum=momentum, weight_decay=weight_decay, **{other: other_lr})
+        rates = {"adam_lr": other_lr, "momentum": momentum, "weight_decay": weight_decay}
+        return recipe(model, lr, betas=(momentum, beta2), **rates)
 
     def build_momo(
         model: nn.Module,
@@ -189,21 +235,22 @@ def _cell(
         other_lr: float = other_lr,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        beta2: float = 0.95,
         lower_bound: float = 0.0,
         estimate_bound: bool = False,
         dual: str = "cached",
     ) -> Optimizer:
-        options = {"momentum": momentum, "weight_decay": weight_decay, "dual": dual, other: other_lr}
-        return recipe(model, lr, step_size=Momo("auto" if estimate_bound else lower_bound), **options)
+        momo = Momo("auto" if estimate_bound else lower_bound)
+        rates = {"adam_lr": other_lr, "momentum": momentum, "weight_decay": weight_decay, "dual": dual}
+        return recipe(model, lr, betas=(momentum, beta2), step_size=momo, **rates)
 
     return build_momo if momo else build
 
 
 GRID = {
-    "muonadam": (MuonAdam, "adam_lr", 0.04, 0.02),
-    "scion": (Scion, "other_lr", 0.04, 0.008),
-    "polargrad": (PolarGrad, "adam_lr", 0.5, 0.02),
-    "muonmax": (MuonMax, "adam_lr", 0.02, 0.02),
+    "muonadam": (MuonAdam, 0.04, 0.02),
+    "polargrad": (PolarGrad, 0.5, 0.02),
+    "muonmax": (MuonMax, 0.02, 0.02),
 }
 
 METHODS: Mapping[str, Callable[..., Optimizer]] = {
@@ -216,6 +263,8 @@ METHODS: Mapping[str, Callable[..., Optimizer]] = {
     "muon-plain-wd": partial(muon, nesterov=False, weight_decay=0.1),
     "adam": adam,
     "newton-muon": newton_muon,
+    "scion": scion,
+    "scion-momo": scion_momo,
     **{name: _cell(*pieces, momo=False) for name, pieces in GRID.items()},
     **{f"{name}-momo": _cell(*pieces, momo=True) for name, pieces in GRID.items()},
 }

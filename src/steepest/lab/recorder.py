@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 from steepest.lab.ledger import MetricsFile
+from steepest.lab.result import Final
 from steepest.lab.tasks import Evaluation
 
 
@@ -62,6 +64,11 @@ class Recorder:
         self._events.add_scalar("loss/eval", result.loss, step)
         if result.accuracy is not None:
             self._events.add_scalar("accuracy/eval", result.accuracy, step)
+
+    def final(self, final: Final, *, step: int) -> None:
+        """Record what the run is judged by."""
+        self._metrics.append({"kind": "final", "step": step, **dataclasses.asdict(final)})
+        self._events.add_scalar("loss/final", final.loss, step)
 
     def diagnostics(self, numbers: Mapping[str, float], *, step: int) -> None:
         """Record numbers of an optimizer by name; one that is not finite becomes null."""

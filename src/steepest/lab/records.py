@@ -18,7 +18,7 @@ from typing import Literal, cast, get_args
 
 from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.fields import Fields, RecordError, parse_object, read_text
-from steepest.lab.result import Result, read_result
+from steepest.lab.result import Final, Result, blocks, read_result
 from steepest.lab.study import Kind
 
 FORMAT = 1
@@ -236,8 +236,8 @@ def read_run(run_dir: Path) -> Run:
     config_path, result_path, metrics_path = (run_dir / f for f in ("config.json", "result.json", "metrics.jsonl"))
     config = RunConfig.from_json(read_text(config_path, remedy=remedy), path=config_path, remedy=remedy)
     result = read_result(result_path, remedy=remedy)
-    train, evals = _metrics(metrics_path, remedy) if metrics_path.exists() or result else ((), ())
-    _agree(result_path, result, config, evals, remedy)
+    train, evals, final = _metrics(metrics_path, remedy) if metrics_path.exists() or result else ((), (), None)
+    _agree(result_path, result, config, evals, final, remedy)
     environment_path = run_dir / "environment.json"
     lost = "Delete this file: only the description of the machine is lost."
     environment = _read(environment_path, lost).values if environment_path.exists() else {}
@@ -288,10 +288,11 @@ def _described(method: str, seed: int, lr: object) -> str:
     return f"{method!r} with seed {seed}" + ("" if lr is None else f" and lr {lr}")
 
 
-def _metrics(path: Path, remedy: str) -> tuple[tuple[TrainRow, ...], tuple[EvalRow, ...]]:
+def _metrics(path: Path, remedy: str) -> tuple[tuple[TrainRow, ...], tuple[EvalRow, ...], Final | None]:
     """The rows of a run; a last line without its line end is still being written, and left out."""
     train: list[TrainRow] = []
     evals: list[EvalRow] = []
+    final: Final | None = None
     for number, line in enumerate(read_text(path, remedy=remedy).split("\n")[:-1], start=1):
         fields = parse_object(line, path, remedy=remedy, where=f"line {number}: ")
         match fields.text("kind"):
@@ -301,11 +302,13 @@ def _metrics(path: Path, remedy: str) -> tuple[tuple[TrainRow, ...], tuple[EvalR
             case "eval":
                 evals.append(_eval_row(fields))
                 _check_order(fields, [row.step for row in evals[-2:]])
+            case "final":
+                final = _final(fields)
             case "diagnostics":  # for the eye: no report reads them
                 fields.inner("numbers")
             case _:
-                raise fields.error("kind", "'train', 'eval' or 'diagnostics'")
-    return tuple(train), tuple(evals)
+                raise fields.error("kind", "'train', 'eval', 'final' or 'diagnostics'")
+    return tuple(train), tuple(evals), final
 
 
 def _check_order(fields: Fields, steps: list[int]) -> None:
@@ -335,8 +338,20 @@ def _eval_row(fields: Fields) -> EvalRow:
     )
 
 
-def _agree(path: Path, result: Result | None, config: RunConfig, evals: tuple[EvalRow, ...], remedy: str) -> None:
-    """Refuse a finished run whose result is not the last row of its own metrics."""
+def _final(fields: Fields) -> Final:
+    accuracy = fields.real_or_none("accuracy")
+    return Final(fields.real("loss"), accuracy, blocks(fields, "blocks"), fields.real("tuning_loss"))
+
+
+def _agree(
+    path: Path,
+    result: Result | None,
+    config: RunConfig,
+    evals: tuple[EvalRow, ...],
+    final: Final | None,
+    remedy: str,
+) -> None:
+    """Refuse a finished run whose result is not what the last rows of its own metrics say."""
     for key, value in (("train_s", result and result.train_s), ("final_accuracy", result and result.final_accuracy)):
         if value is not None and abs(value) > HUGE:
             raise RecordError(path, f"{key} must be at most {HUGE:g}, got {value:g}", remedy)
@@ -347,7 +362,12 @@ def _agree(path: Path, result: Result | None, config: RunConfig, evals: tuple[Ev
     if last is None or last.step != result.steps or not (early or result.steps == config.steps):
         got = f"the last evaluation is at step {last.step if last else None}, the result at step {result.steps}"
         raise RecordError(path, f"the run counts as finished with {config.steps} steps, but {got}", remedy)
-    own = _bounded(result.final_loss)
-    if last.loss != own and (last.loss is None or own is None or not math.isclose(last.loss, own, rel_tol=1e-6)):
-        problem = f"final_loss is {result.final_loss}, but the last evaluation in metrics.jsonl is {last.loss}"
+    if (final is None) != (result.tuning_loss is None):
+        there, missing = ("result.json", "metrics.jsonl") if final is None else ("metrics.jsonl", "result.json")
+        raise RecordError(path, f"{there} has the evaluation of a whole part, {missing} has not", remedy)
+    if final is not None and (final.tuning_loss, final.blocks) != (result.tuning_loss, result.final_blocks):
+        raise RecordError(path, "tuning_loss or final_blocks are not those of the final row in metrics.jsonl", remedy)
+    own, recorded = _bounded(result.final_loss), _bounded(final.loss) if final is not None else last.loss
+    if recorded != own and (recorded is None or own is None or not math.isclose(recorded, own, rel_tol=1e-6)):
+        problem = f"final_loss is {result.final_loss}, but the last evaluation in metrics.jsonl is {recorded}"
         raise RecordError(path, problem, remedy)

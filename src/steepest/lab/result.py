@@ -6,12 +6,30 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
-from steepest.lab.fields import Fields, parse_object, read_text
+from steepest.lab.fields import LARGEST, Fields, parse_object, read_text
+from steepest.lab.tasks.held_out import BLOCKS
 
 FORMAT = 1
 _REMEDY = "Delete this file and repeat the command: the run goes on from its last checkpoint."
+
+
+@dataclass(frozen=True)
+class Final:
+    """What a run that ended is judged by: the evaluation of the whole of its part.
+
+    Args:
+        loss: On the part of its config.
+        accuracy: Likewise; None for tasks without one.
+        blocks: Likewise, see `Evaluation`.
+        tuning_loss: On the part that options are chosen by.
+    """
+
+    loss: float
+    accuracy: float | None
+    blocks: tuple[float, ...]
+    tuning_loss: float
 
 
 @dataclass(frozen=True)
@@ -21,13 +39,16 @@ class Result:
     Args:
         status: "diverged" if a loss was not finite: the run stopped there.
         steps: Optimizer steps done.
-        final_loss: The last evaluation; None after divergence.
+        final_loss: On the whole of its part, or, for a run to a target, the last evaluation; None after divergence.
         final_accuracy: None after divergence, and for tasks without one.
         train_s: Seconds of training; evaluation and checkpoints are not counted.
         optimizer_s: The part of it in the optimizer.
         forward_backward_s: The part of it in data, forward and backward.
         peak_memory_bytes: Largest resident memory of the process.
         finished: When, ISO 8601 with time zone.
+        final_blocks: Of `final_loss`, see `Evaluation`; empty where it is exact, and in older records.
+        tuning_loss: On the part that options are chosen by; None after divergence, for a run to a target, and in
+            records of runs that had one held-out part for both.
     """
 
     status: Literal["finished", "diverged"]
@@ -39,6 +60,8 @@ class Result:
     forward_backward_s: float
     peak_memory_bytes: int
     finished: str
+    final_blocks: tuple[float, ...] = ()
+    tuning_loss: float | None = None
 
     def to_json(self) -> str:
         """The content of `result.json`."""
@@ -72,7 +95,26 @@ def read_result(path: Path, *, remedy: str = _REMEDY) -> Result | None:
         forward_backward_s=fields.seconds("forward_backward_s"),
         peak_memory_bytes=fields.count("peak_memory_bytes"),
         finished=fields.text("finished"),
+        final_blocks=blocks(fields, "final_blocks"),
+        tuning_loss=fields.real_or_none("tuning_loss") if "tuning_loss" in fields.values else None,
     )
+
+
+def blocks(fields: Fields, key: str) -> tuple[float, ...]:
+    """A list of at most `BLOCKS` losses, or nothing in an older record.
+
+    Raises:
+        RecordError: If it is anything else.
+    """
+    value = fields.values.get(key, [])
+    items = cast(list[object], value) if isinstance(value, list) else [None]
+    if len(items) > BLOCKS or not all(_is_loss(item) for item in items):
+        raise fields.error(key, f"a list of at most {BLOCKS} losses")
+    return tuple(float(cast(float, item)) for item in items)
+
+
+def _is_loss(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _status(fields: Fields) -> Literal["finished", "diverged"]:

@@ -12,12 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from steepest.lab.config import RunConfig, code_version, run_hash
+from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.fields import Fields, RecordError, parse_object, read_text
 from steepest.lab.ledger import write_whole
 from steepest.lab.methods import METHODS
 from steepest.lab.tasks import Task
 from steepest.lab.tuned import OptionValue
+from steepest.lab.version import code_version
 from steepest.names import near_miss, unknown_name
 
 FORMAT = 1

@@ -16,7 +16,7 @@ from typing import cast
 
 import torch
 
-from steepest.lab.config import RunConfig, code_version, run_hash
+from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.environment import describe_environment
 from steepest.lab.fields import parse_object, read_text
 from steepest.lab.ledger import locked, write_whole
@@ -24,6 +24,7 @@ from steepest.lab.recorder import Recorder
 from steepest.lab.result import Result, read_result
 from steepest.lab.tasks import Task, make_task
 from steepest.lab.training import Training
+from steepest.lab.version import code_version
 
 __all__ = ["Interrupted", "Result", "RunMismatchError", "train_run"]
 
@@ -120,6 +121,7 @@ def _train(
                 if diagnostics:
                     training.diagnose(recorder)
             if training.ended:
+                training.conclude(recorder)
                 save()
             elif stop is not None and stop():
                 save()

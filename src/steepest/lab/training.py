@@ -17,7 +17,7 @@ from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.memory import peak_memory
 from steepest.lab.methods import build_optimizer
 from steepest.lab.recorder import Recorder
-from steepest.lab.result import Result
+from steepest.lab.result import Final, Result
 from steepest.lab.schedule import FAR_SPACING, NEAR, SMOOTHED, SPACING, evaluates, rate_factor, reached
 from steepest.lab.tasks import Evaluation, Task
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
@@ -52,6 +52,7 @@ class Training:
         self.counters = Counters()
         self.diverged = False
         self.last_evaluation: Evaluation | None = None
+        self.final: Final | None = None
         self.losses: list[float] = []  # of the last evaluations
         self.model = task.build_model(config.seed)
         torch.manual_seed(derive_seed("method", config.seed))  # for methods that draw random numbers
@@ -125,11 +126,24 @@ class Training:
             self.last_evaluation = Evaluation(math.nan)
         else:
             self.model.eval()
-            self.last_evaluation = self.task.evaluate(self.model)
+            self.last_evaluation = self.task.evaluate(self.model, self.config.part, whole=False)
             self.model.train()
             self.diverged = not math.isfinite(self.last_evaluation.loss)
             self.losses = [*self.losses, self.last_evaluation.loss][-SMOOTHED:]
         recorder.evaluation(self.last_evaluation, step=self.step, tokens=self.tokens, train_s=self.train_s)
+
+    def conclude(self, recorder: Recorder) -> None:
+        """Evaluate the whole of its part after the last step, and record it; a run to a target has its curve only."""
+        if self.diverged or self.config.target is not None:
+            return
+        self.model.eval()
+        own = self.task.evaluate(self.model, self.config.part, whole=True)
+        tuning = own if self.config.part == "tuning" else self.task.evaluate(self.model, "tuning", whole=True)
+        self.model.train()
+        self.diverged = not math.isfinite(own.loss) or not math.isfinite(tuning.loss)
+        if not self.diverged:
+            self.final = Final(own.loss, own.accuracy, own.blocks, tuning.loss)
+            recorder.final(self.final, step=self.step)
 
     def diagnose(self, recorder: Recorder) -> None:
         """Record what the optimizer says of its last step and of the weights, if it is one of this library."""
@@ -138,12 +152,14 @@ class Training:
 
     def result(self, *, finished: str) -> Result:
         """The result after the last step."""
-        last = None if self.diverged else self.last_evaluation
+        last = None if self.diverged else self.final or self.last_evaluation
         return Result(
             status="diverged" if self.diverged else "finished",
             steps=self.step,
             final_loss=last.loss if last else None,
             final_accuracy=last.accuracy if last else None,
+            final_blocks=last.blocks if last else (),
+            tuning_loss=last.tuning_loss if isinstance(last, Final) else None,
             train_s=self.train_s,
             optimizer_s=self.counters.optimizer_s,
             forward_backward_s=self.counters.forward_backward_s,
@@ -173,6 +189,7 @@ class Training:
             self.counters = Counters(**state["counters"])
             self.diverged = state["diverged"]
             self.last_evaluation = None if state["evaluation"] is None else Evaluation(**state["evaluation"])
+            self.final = None if state["final"] is None else Final(**state["final"])
             self.losses = list(map(float, state["losses"]))
             torch.set_rng_state(state["random"])
             torch.set_num_threads(state["threads"])
@@ -183,7 +200,7 @@ class Training:
         return rate_factor(step, steps=self.config.steps, schedule=self.config.schedule)
 
     def _state(self) -> dict[str, Any]:
-        evaluation = self.last_evaluation
+        evaluation, final = self.last_evaluation, self.final
         return {
             "run": run_hash(self.config),
             "model": self.model.state_dict(),
@@ -196,4 +213,5 @@ class Training:
             "diverged": self.diverged,
             "losses": self.losses,
             "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),
+            "final": None if final is None else dataclasses.asdict(final),
         }

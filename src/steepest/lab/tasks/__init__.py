@@ -7,12 +7,13 @@ from typing import get_args
 from steepest.lab.tasks.cifar10 import Cifar10Task
 from steepest.lab.tasks.digits import DigitsTask
 from steepest.lab.tasks.fineweb import FinewebTask
+from steepest.lab.tasks.held_out import Evaluation, Part
 from steepest.lab.tasks.quadratic import QuadraticTask
-from steepest.lab.tasks.task import Batch, Budget, DataIdentity, Evaluation, PresetName, Task
+from steepest.lab.tasks.task import Batch, Budget, DataIdentity, PresetName, Task
 from steepest.lab.tasks.text import TextTask
 from steepest.names import unknown_name
 
-__all__ = ["TASKS", "Batch", "Budget", "DataIdentity", "Evaluation", "PresetName", "Task", "make_task"]
+__all__ = ["TASKS", "Batch", "Budget", "DataIdentity", "Evaluation", "Part", "PresetName", "Task", "make_task"]
 
 
 def _digits(preset: PresetName, data: Path | None) -> Task:

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steepest.lab.models.convnet import ConvNet
+from steepest.lab.tasks.held_out import TUNING_SHARE, Evaluation, HeldOut, Part, Sizes, evaluation
 from steepest.lab.tasks.order import derive_seed
-from steepest.lab.tasks.task import Batch, Budget, DataIdentity, Evaluation, PresetName
+from steepest.lab.tasks.task import Batch, Budget, DataIdentity, PresetName
 
 CLASSES = 10
 IMAGE = (3, 32, 32)  # red, green, blue; rows; columns
 ROW = 1 + 3 * 32 * 32  # bytes of one example: label, then pixels
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-VALIDATION_FILES = ("test_batch.bin",)
+TEST_FILES = ("test_batch.bin",)
 EVALUATION_BATCH = 500
 _REMEDY = (
     "Download cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, unpack it, and give its folder: "
@@ -27,25 +28,27 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class Cifar10Preset:
-    """One size of the task: channels of each convolution, the length of a run, and validation images."""
+    """One size of the task: channels of each convolution, the length of a run, and what is evaluated."""
 
     channels: tuple[int, ...]
     budget: Budget
-    validation_images: int
+    held_out: Sizes
 
 
 PRESETS: dict[PresetName, Cifar10Preset] = {
-    "demo": Cifar10Preset((16, 32, 64), Budget(steps=300, batch_size=64, eval_every=20), 1000),
-    "tiny": Cifar10Preset((32, 64, 128), Budget(steps=1000, batch_size=64, eval_every=50), 2000),
-    "small": Cifar10Preset((64, 128, 256, 256), Budget(steps=2000, batch_size=64, eval_every=200), 10_000),
+    "demo": Cifar10Preset((16, 32, 64), Budget(steps=300, batch_size=64, eval_every=20), Sizes(1000, 1000, 4000)),
+    "tiny": Cifar10Preset((32, 64, 128), Budget(steps=1000, batch_size=64, eval_every=50), Sizes(2000, 2500, 7500)),
+    "small": Cifar10Preset(
+        (64, 128, 256, 256), Budget(steps=2000, batch_size=64, eval_every=200), Sizes(7500, 2500, 7500)
+    ),
 }
 
 
 class Cifar10Task:
-    """50,000 images to train on and up to 10,000 to validate, as their makers split them; no augmentation.
+    """50,000 images to train on; of the 10,000 test images a quarter to tune by, the rest to report on.
 
-    Each channel is shifted and scaled to mean 0 and variance 1 over the training images. The validation images of the
-    smaller presets are the first of the test images, which come in no order.
+    Each channel is shifted and scaled to mean 0 and variance 1 over the training images; there is no augmentation. The
+    first quarter of the test images, which come in no order, is for tuning.
 
     Args:
         preset: One of the sizes.
@@ -68,9 +71,9 @@ class Cifar10Task:
         self._identity = images.identity
         self.mean, self.std = images.mean, images.std
         self.train_images, self.train_labels = images.train
-        pixels, labels = images.validation
-        self.validation_images = pixels[: self.size.validation_images]
-        self.validation_labels = labels[: self.size.validation_images]
+        self.held_out_images, self.held_out_labels = images.test
+        tuning = len(self.held_out_images) // TUNING_SHARE
+        self.held_out = HeldOut(tuning, len(self.held_out_images) - tuning, self.size.held_out)
 
     @property
     def train_size(self) -> int:
@@ -97,12 +100,12 @@ class Cifar10Task:
         return F.cross_entropy(model(images), labels)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> Evaluation:
-        """Mean cross-entropy and share of right answers over the validation images."""
-        parts = self.validation_images.split(EVALUATION_BATCH)
-        logits = torch.cat([model(self._normalized(part)) for part in parts])
-        right = (logits.argmax(-1) == self.validation_labels).double().mean()
-        return Evaluation(F.cross_entropy(logits, self.validation_labels).item(), right.item())
+    def evaluate(self, model: nn.Module, part: Part, *, whole: bool) -> Evaluation:
+        """Mean cross-entropy and share of right answers over the images of a part."""
+        examples = self.held_out.examples(part, whole=whole)
+        images, labels = self.held_out_images[examples], self.held_out_labels[examples]
+        logits = torch.cat([model(self._normalized(pixels)) for pixels in images.split(EVALUATION_BATCH)])
+        return evaluation(F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels)
 
     def _normalized(self, pixels: Tensor) -> Tensor:
         return (pixels.float() - self.mean) / self.std
@@ -113,7 +116,7 @@ class _Images:
     """Pixels (n, 3, 32, 32) uint8 with labels (n,) int64, and mean and deviation (3, 1, 1) of the training pixels."""
 
     train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
     mean: Tensor
     std: Tensor
     identity: DataIdentity
@@ -125,7 +128,7 @@ def _checked_folder(data: Path | None) -> Path:
         raise FileNotFoundError(f"The task 'cifar10' has no data of its own. {_REMEDY}")
     if not data.is_dir():
         raise FileNotFoundError(f"--data {str(data)!r} is not a folder. {_REMEDY}")
-    missing = [name for name in (*TRAIN_FILES, *VALIDATION_FILES) if not (data / name).is_file()]
+    missing = [name for name in (*TRAIN_FILES, *TEST_FILES) if not (data / name).is_file()]
     if missing and (data / "data_batch_1").exists():
         problem = "is the version of CIFAR-10 for Python: pickles, which could run any code when they are read"
         raise ValueError(f"--data {str(data)!r} {problem}. {_REMEDY}")
@@ -137,15 +140,15 @@ def _checked_folder(data: Path | None) -> Path:
 @functools.lru_cache(maxsize=1)
 def _read_once(folder: Path) -> _Images:
     digest = hashlib.sha256()
-    parts = {name: _read_rows(folder / name) for name in (*TRAIN_FILES, *VALIDATION_FILES)}
+    parts = {name: _read_rows(folder / name) for name in (*TRAIN_FILES, *TEST_FILES)}
     for rows in parts.values():
         digest.update(f"{len(rows)}\0".encode())
         digest.update(rows.numpy().data)
     size = sum(rows.numel() for rows in parts.values())
     train = _split(torch.cat([parts[name] for name in TRAIN_FILES]))
-    validation = _split(torch.cat([parts[name] for name in VALIDATION_FILES]))
+    test = _split(torch.cat([parts[name] for name in TEST_FILES]))
     mean, std = _moments(train[0])
-    return _Images(train, validation, mean, std, DataIdentity(folder.name, digest.hexdigest(), size))
+    return _Images(train, test, mean, std, DataIdentity(folder.name, digest.hexdigest(), size))
 
 
 def _read_rows(path: Path) -> Tensor:

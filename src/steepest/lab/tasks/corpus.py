@@ -6,28 +6,31 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from steepest.lab.tasks.held_out import TUNING_SHARE
 from steepest.lab.tasks.task import DataIdentity
 
-VALIDATION_SHARE = 0.05
-ONE_FILE_IN = 20  # goes to validation
+HELD_OUT_SHARE = 0.05
+ONE_FILE_IN = 20  # is held out
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation bytes, and the identity of both together."""
+    """The bytes to train on, to choose options by and to report on, and the identity of all of them together."""
 
     identity: DataIdentity
     train: bytes
-    validation: bytes
+    tuning: bytes
+    report: bytes
 
 
 def read_corpus(path: Path | None = None) -> Corpus:
     """Read the corpus and split it, always in the same way.
 
-    A single file gives its last 5 % to validation. A folder is split by file: those whose relative path has a SHA-256
+    Of a single file the last 5 % are held out. A folder is split by file: those whose relative path has a SHA-256
     divisible by 20 are held out (or the one with the smallest, if there is none), and each part is joined in the order
-    of the paths. Hidden files and folders are left out.
+    of the paths. Hidden files and folders are left out. A quarter of what is held out is for tuning, by whole files
+    where there are several, and the rest to report on.
 
     Args:
         path: A file or a folder; None for the `.py` files of the running Python's standard library, without tests.
@@ -63,7 +66,7 @@ def read_standard_library(root: Path) -> dict[str, bytes]:
 
 
 def split_names(sizes: dict[str, int]) -> tuple[list[str], list[str]]:
-    """Divide files into training and validation names, each sorted.
+    """Divide files into those to train on and those held out, each sorted by name.
 
     Args:
         sizes: Bytes of each file.
@@ -71,33 +74,62 @@ def split_names(sizes: dict[str, int]) -> tuple[list[str], list[str]]:
     Raises:
         ValueError: If one of the two parts would hold nothing.
     """
-    ranks = {n: int.from_bytes(hashlib.sha256(n.encode()).digest()) for n, size in sizes.items() if size}
-    validation = {n for n, rank in ranks.items() if rank % ONE_FILE_IN == 0} or {
+    ranks = {n: _rank(n) for n, size in sizes.items() if size}
+    held_out = {n for n, rank in ranks.items() if rank % ONE_FILE_IN == 0} or {
         *sorted(ranks, key=ranks.__getitem__)[:1]
     }
-    train = ranks.keys() - validation
+    train = ranks.keys() - held_out
     if not train:
         remedy = "Give one file itself instead of its folder: its last 5 % are then held out."
         raise ValueError(f"Of the files {sorted(sizes)}, none is left to train on beside the one held out. {remedy}")
-    return sorted(train), sorted(validation)
+    return sorted(train), sorted(held_out)
+
+
+def tuning_names(sizes: dict[str, int]) -> list[str]:
+    """Of several held-out files those for tuning, sorted: in the order of their hashes until a quarter of the bytes.
+
+    Args:
+        sizes: Bytes of each held-out file, at least two of them.
+    """
+    names: list[str] = []
+    for name in sorted(sizes, key=_rank)[:-1]:
+        if TUNING_SHARE * sum(sizes[n] for n in names) >= sum(sizes.values()):
+            break
+        names.append(name)
+    return sorted(names)
+
+
+def _rank(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest())
 
 
 def _from_files(name: str, files: dict[str, bytes]) -> Corpus:
-    train, validation = split_names({n: len(content) for n, content in files.items()})
+    train, held_out = split_names({n: len(content) for n, content in files.items()})
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file}\0{len(files[file])}\0".encode())
         digest.update(files[file])
     size = sum(map(len, files.values()))
     identity = DataIdentity(name, digest.hexdigest(), size)
-    return Corpus(identity, b"".join(files[n] for n in train), b"".join(files[n] for n in validation))
+    content = b"".join(files[n] for n in train)
+    if len(held_out) == 1:
+        return Corpus(identity, content, *_cut(files[held_out[0]]))
+    tuning = tuning_names({n: len(files[n]) for n in held_out})
+    report = [n for n in held_out if n not in tuning]
+    return Corpus(identity, content, b"".join(files[n] for n in tuning), b"".join(files[n] for n in report))
 
 
 def _from_file(path: Path) -> Corpus:
     content = path.read_bytes()
-    cut = len(content) - int(VALIDATION_SHARE * len(content))
+    cut = len(content) - int(HELD_OUT_SHARE * len(content))
     identity = DataIdentity(path.name, hashlib.sha256(content).hexdigest(), len(content))
-    return Corpus(identity, content[:cut], content[cut:])
+    return Corpus(identity, content[:cut], *_cut(content[cut:]))
+
+
+def _cut(held_out: bytes) -> tuple[bytes, bytes]:
+    """The first quarter for tuning, and the rest."""
+    cut = len(held_out) // TUNING_SHARE
+    return held_out[:cut], held_out[cut:]
 
 
 def _read_folder(root: Path) -> dict[str, bytes]:

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steepest.lab.models.convnet import ConvNet
+from steepest.lab.tasks.held_out import TUNING_SHARE, Evaluation, HeldOut, Part, Sizes, evaluation
 from steepest.lab.tasks.order import derive_seed
-from steepest.lab.tasks.task import Batch, Budget, DataIdentity, Evaluation, PresetName
+from steepest.lab.tasks.task import Batch, Budget, DataIdentity, PresetName
 
 TRAIN_SHARE = 0.8
+ALL = Sizes(1000, 1000, 1000)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ PRESETS: dict[PresetName, DigitsPreset] = {
 
 
 class DigitsTask:
-    """1,797 images in 16 grey levels: 1,437 to train on and 360 to validate, the same split for every run.
+    """1,797 images in 16 grey levels: 1,437 to train on, 90 to tune by, 270 to report on, the same for every run.
 
     Args:
         preset: One of the sizes.
@@ -49,9 +51,11 @@ class DigitsTask:
         self.budget = self.size.budget
         images, labels, self._identity = _load()
         shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(derive_seed("digits split")))
-        train, validation = shuffled.tensor_split([int(TRAIN_SHARE * len(images))])
+        train, held_out = shuffled.tensor_split([int(TRAIN_SHARE * len(images))])
         self.train_images, self.train_labels = images[train], labels[train]
-        self.validation_images, self.validation_labels = images[validation], labels[validation]
+        self.held_out_images, self.held_out_labels = images[held_out], labels[held_out]
+        tuning = len(held_out) // TUNING_SHARE
+        self.held_out = HeldOut(tuning, len(held_out) - tuning, ALL)
 
     @property
     def train_size(self) -> int:
@@ -78,11 +82,12 @@ class DigitsTask:
         return F.cross_entropy(model(images), labels)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> Evaluation:
-        """Mean cross-entropy and share of right answers over all validation images."""
-        logits = model(self.validation_images)
-        right = (logits.argmax(-1) == self.validation_labels).double().mean()
-        return Evaluation(F.cross_entropy(logits, self.validation_labels).item(), right.item())
+    def evaluate(self, model: nn.Module, part: Part, *, whole: bool) -> Evaluation:
+        """Mean cross-entropy and share of right answers over all images of a part."""
+        examples = self.held_out.examples(part, whole=whole)
+        images, labels = self.held_out_images[examples], self.held_out_labels[examples]
+        logits = model(images)
+        return evaluation(F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels)
 
 
 def _load() -> tuple[Tensor, Tensor, DataIdentity]:

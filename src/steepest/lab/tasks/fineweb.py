@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steepest.lab.models.gpt import GPT, GPTConfig
+from steepest.lab.tasks.held_out import TUNING_SHARE, Evaluation, HeldOut, Part, Sizes, evaluation
 from steepest.lab.tasks.order import derive_seed
-from steepest.lab.tasks.task import Batch, Budget, DataIdentity, Evaluation, PresetName
+from steepest.lab.tasks.task import Batch, Budget, DataIdentity, PresetName
+from steepest.lab.tasks.text import window_losses
 
 MAGIC, VERSION = 20240520, 1
 HEADER = 1024  # bytes: 256 little-endian int32, of which the first three are magic, version and number of tokens
@@ -26,12 +28,12 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class FinewebPreset:
-    """One size of the task: the model, the window of T tokens, the length of a run, and validation windows."""
+    """One size of the task: the model, the window of T tokens, the length of a run, and what is evaluated."""
 
     model: GPTConfig
     window: int
     budget: Budget
-    validation_windows: int
+    held_out: Sizes
 
 
 def _model(layers: int, width: int, head_size: int) -> GPTConfig:
@@ -39,9 +41,11 @@ def _model(layers: int, width: int, head_size: int) -> GPTConfig:
 
 
 PRESETS: dict[PresetName, FinewebPreset] = {
-    "demo": FinewebPreset(_model(2, 128, 32), 128, Budget(steps=100, batch_size=4, eval_every=10), 32),
-    "tiny": FinewebPreset(_model(4, 128, 32), 128, Budget(steps=500, batch_size=8, eval_every=25), 64),
-    "small": FinewebPreset(_model(6, 256, 64), 256, Budget(steps=1000, batch_size=8, eval_every=50), 128),
+    "demo": FinewebPreset(_model(2, 128, 32), 128, Budget(steps=100, batch_size=4, eval_every=10), Sizes(32, 64, 256)),
+    "tiny": FinewebPreset(_model(4, 128, 32), 128, Budget(steps=500, batch_size=8, eval_every=25), Sizes(64, 128, 512)),
+    "small": FinewebPreset(
+        _model(6, 256, 64), 256, Budget(steps=1000, batch_size=8, eval_every=50), Sizes(128, 256, 1024)
+    ),
 }
 
 
@@ -71,9 +75,12 @@ class FinewebTask:
         train, held_out = (_shards(folder, part) for part in ("train", "val"))
         self._identity = _identify(folder.name, train, held_out)
         self.train_windows = Windows(train, self.size.window, part="training")
-        validation = Windows(held_out, self.size.window, part="validation")
-        count = min(len(validation), self.size.validation_windows)
-        self.validation_windows = validation[torch.arange(count) * len(validation) // count]  # evenly spread
+        self.held_out_windows = Windows(held_out, self.size.window, part="validation")
+        tuning = len(self.held_out_windows) // TUNING_SHARE
+        if tuning == 0:
+            problem = f"The validation shards of {folder.name!r} fill {len(self.held_out_windows)} windows"
+            raise ValueError(f"{problem}; {TUNING_SHARE} are needed, to tune by one of them. {_REMEDY}")
+        self.held_out = HeldOut(tuning, len(self.held_out_windows) - tuning, self.size.held_out)
 
     @property
     def train_size(self) -> int:
@@ -109,11 +116,10 @@ class FinewebTask:
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> Evaluation:
-        """Mean cross-entropy over the validation windows, the same for every run."""
-        parts = self.validation_windows.split(self.budget.batch_size)
-        losses = [self.loss(model, (part[:, :-1], part[:, 1:])) * len(part) for part in parts]
-        return Evaluation(torch.stack(losses).sum().item() / len(self.validation_windows))
+    def evaluate(self, model: nn.Module, part: Part, *, whole: bool) -> Evaluation:
+        """Mean cross-entropy over the windows of a part, the same for every run."""
+        batches = self.held_out.examples(part, whole=whole).split(self.budget.batch_size)
+        return evaluation(torch.cat([window_losses(model, self.held_out_windows[batch]) for batch in batches]))
 
 
 @dataclass(frozen=True)

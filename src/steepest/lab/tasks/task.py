@@ -5,6 +5,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from steepest.lab.tasks.held_out import Evaluation, Part
+
 PresetName = Literal["demo", "tiny", "small"]
 Batch = tuple[Tensor, Tensor]  # inputs and targets, first dimension: examples
 
@@ -25,14 +27,6 @@ class Budget:
     steps: int
     batch_size: int
     eval_every: int
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss on the validation set (natural log), and the share of right answers where that means something."""
-
-    loss: float
-    accuracy: float | None = None
 
 
 class Task(Protocol):
@@ -84,6 +78,6 @@ class Task(Protocol):
         """Mean loss over the batch, 0-d, natural log."""
         ...
 
-    def evaluate(self, model: nn.Module) -> Evaluation:
-        """Loss and metric over the validation examples, the same ones each time."""
+    def evaluate(self, model: nn.Module, part: Part, *, whole: bool) -> Evaluation:
+        """Loss and metric over a part of what is held out, or the few of its examples that make a curve."""
         ...

@@ -10,27 +10,33 @@ from torch import Tensor, nn
 
 from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.lab.tasks.corpus import Corpus, read_corpus
+from steepest.lab.tasks.held_out import Evaluation, HeldOut, Part, Sizes, evaluation
 from steepest.lab.tasks.order import derive_seed
-from steepest.lab.tasks.task import Batch, Budget, DataIdentity, Evaluation, PresetName
+from steepest.lab.tasks.task import Batch, Budget, DataIdentity, PresetName
 
-EVALUATION_BATCH = 32
+EVALUATION_BATCH = 16  # in the cache, larger ones are not
 
 
 @dataclass(frozen=True)
 class TextPreset:
-    """One size of the task: the model, the window of T tokens, the length of a run, and validation windows."""
+    """One size of the task: the model, the window of T tokens, the length of a run, and what is evaluated."""
 
     model: GPTConfig
     window: int
     budget: Budget
-    validation_windows: int
+    held_out: Sizes
 
 
 _SMALLEST = GPTConfig(vocabulary=256, layers=4, width=128, head_size=32)
 PRESETS: dict[PresetName, TextPreset] = {
-    "demo": TextPreset(_SMALLEST, 128, Budget(steps=150, batch_size=16, eval_every=10), 64),
-    "tiny": TextPreset(_SMALLEST, 128, Budget(steps=500, batch_size=32, eval_every=20), 128),
-    "small": TextPreset(GPTConfig(vocabulary=256, layers=6, width=256, head_size=64), 256, Budget(1000, 32, 50), 128),
+    "demo": TextPreset(_SMALLEST, 128, Budget(steps=150, batch_size=16, eval_every=10), Sizes(64, 512, 2048)),
+    "tiny": TextPreset(_SMALLEST, 128, Budget(steps=500, batch_size=32, eval_every=20), Sizes(128, 512, 2048)),
+    "small": TextPreset(
+        GPTConfig(vocabulary=256, layers=6, width=256, head_size=64),
+        256,
+        Budget(steps=1000, batch_size=32, eval_every=50),
+        Sizes(128, 512, 2048),
+    ),
 }
 
 
@@ -42,7 +48,7 @@ class TextTask:
         data: A file or folder to train on; None for the source of Python's own standard library.
 
     Raises:
-        ValueError: If training or validation does not fill one window.
+        ValueError: If a part does not fill one window.
     """
 
     name = "text"
@@ -56,8 +62,10 @@ class TextTask:
         corpus = _read_corpus_once(data.resolve() if data else None)
         self._identity = corpus.identity
         self.train_windows = _windows(corpus.train, self.size.window, "training", corpus.identity)
-        held_out = _windows(corpus.validation, self.size.window, "validation", corpus.identity)
-        self.validation_windows = held_out[_spread(len(held_out), self.size.validation_windows)].long()
+        tuning = _windows(corpus.tuning, self.size.window, "tuning", corpus.identity)
+        report = _windows(corpus.report, self.size.window, "report", corpus.identity)
+        self.held_out_windows = torch.cat([tuning, report])
+        self.held_out = HeldOut(len(tuning), len(report), self.size.held_out)
 
     @property
     def train_size(self) -> int:
@@ -85,11 +93,24 @@ class TextTask:
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> Evaluation:
-        """Mean cross-entropy over the validation windows, the same for every run."""
-        parts = self.validation_windows.split(EVALUATION_BATCH)
-        losses = [self.loss(model, (part[:, :-1], part[:, 1:])) * len(part) for part in parts]
-        return Evaluation(torch.stack(losses).sum().item() / len(self.validation_windows))
+    def evaluate(self, model: nn.Module, part: Part, *, whole: bool) -> Evaluation:
+        """Mean cross-entropy over the windows of a part, the same for every run."""
+        batches = self.held_out_windows[self.held_out.examples(part, whole=whole)].long().split(EVALUATION_BATCH)
+        return evaluation(torch.cat([window_losses(model, windows) for windows in batches]))
+
+
+def window_losses(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean cross-entropy of each window.
+
+    Args:
+        model: Gives logits (B, T, vocabulary) for tokens (B, T).
+        windows: (B, T + 1) int64.
+
+    Returns:
+        (B,), nats per token.
+    """
+    losses = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    return losses.view(len(windows), -1).mean(1)
 
 
 @functools.lru_cache(maxsize=2)
@@ -107,9 +128,3 @@ def _windows(content: bytes, window: int, part: str, data: DataIdentity) -> Tens
         )
     size = count * (window + 1)
     return torch.frombuffer(bytearray(content[:size]), dtype=torch.uint8).view(count, window + 1)
-
-
-def _spread(available: int, wanted: int) -> Tensor:
-    """At most `wanted` indices below `available`, evenly spread and distinct."""
-    count = min(available, wanted)
-    return torch.arange(count) * available // count
