@@ -191,7 +191,7 @@ def test_a_damaged_run_is_named_and_does_not_spoil_the_others(
     ("number", "line", "message"),
     [
         (4, "garbage", "line 4: not valid JSON"),
-        (1, '{"kind": "test"}', "line 1: kind must be 'train', 'eval' or 'diagnostics', got 'test'"),
+        (1, '{"kind": "test"}', "line 1: kind must be 'train', 'eval', 'final' or 'diagnostics', got 'test'"),
         (3, '{"kind": "train", "step": 1}', "line 3: step must be larger than 1|line 3: tokens must be a whole number"),
         (2, '{"kind": "eval", "step": 0, "tokens": 0, "loss": NaN}', "line 2: not valid JSON .NaN is not a number"),
         (2, '{"kind": "eval", "step": 0, "tokens": 0, "loss": 1e999}', "line 2: not valid JSON .1e999 is not a number"),

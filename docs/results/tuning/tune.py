@@ -29,7 +29,7 @@ from steepest.lab.tasks import Task, make_task
 
 HERE = Path(__file__).parent
 SEED = 1000
-BUDGET = 20
+BUDGET = 16
 BETAS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99)
 SECOND_BETAS = (0.7, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
 

@@ -11,7 +11,7 @@ def write_cifar10(folder: Path, *, images: int = 20, seed: int = 0) -> Path:
     """The six files of CIFAR-10's binary version with a few images each."""
     folder.mkdir()
     rng = np.random.default_rng(seed)
-    for name in (*cifar10.TRAIN_FILES, *cifar10.VALIDATION_FILES):
+    for name in (*cifar10.TRAIN_FILES, *cifar10.TEST_FILES):
         labels = rng.integers(10, size=(images, 1), dtype=np.uint8)
         pixels = rng.integers(256, size=(images, 3072), dtype=np.uint8)
         (folder / name).write_bytes(np.hstack([labels, pixels]).tobytes())

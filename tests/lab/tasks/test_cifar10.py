@@ -22,8 +22,9 @@ def test_rows_become_labels_and_planes_of_pixels_in_the_order_of_the_files(folde
         assert task.train_labels[i] == row[0]
         assert task.train_images[i, 2, 5, 7] == row[1 + 2 * 1024 + 5 * 32 + 7]
     last = (folder / "test_batch.bin").read_bytes()
-    assert task.validation_images[0].flatten().tolist() == list(last[1:ROW])
-    assert len(task.validation_images) == 20
+    assert task.held_out_images[0].flatten().tolist() == list(last[1:ROW])
+    assert task.held_out.examples("tuning", whole=True).tolist() == list(range(5))
+    assert task.held_out.examples("report", whole=True).tolist() == list(range(5, 20))
 
 
 def test_the_training_images_have_mean_zero_and_variance_one(folder):
@@ -35,21 +36,24 @@ def test_the_training_images_have_mean_zero_and_variance_one(folder):
     assert torch.equal(labels, task.train_labels)
 
 
-def test_evaluation_is_over_all_validation_images(folder):
+def test_evaluation_is_over_all_images_of_a_part(folder):
     task = Cifar10Task("demo", data=folder)
     model = task.build_model(0).eval()
     torch.nn.init.normal_(model.head.weight)
     with torch.no_grad():
-        scores = model((task.validation_images.float() - task.mean) / task.std).log_softmax(-1)
-    expected = -scores[torch.arange(20), task.validation_labels].double().mean().item()
-    result = task.evaluate(model)
+        scores = model((task.held_out_images[5:].float() - task.mean) / task.std).log_softmax(-1)
+    labels = task.held_out_labels[5:]
+    expected = -scores[torch.arange(15), labels].double().mean().item()
+    result = task.evaluate(model, "report", whole=True)
     assert result.loss == pytest.approx(expected, rel=1e-5)
-    assert result.accuracy == (scores.argmax(-1) == task.validation_labels).double().mean().item()
+    assert result.accuracy == (scores.argmax(-1) == labels).double().mean().item()
+    assert len(result.blocks) == 15
 
 
-def test_the_smaller_presets_validate_on_the_first_images(tmp_path):
-    task = Cifar10Task("demo", data=write_cifar10(tmp_path / "data", images=1100))
-    assert len(task.validation_images) == len(task.validation_labels) == 1000
+def test_a_curve_is_over_fewer_images(tmp_path):
+    task = Cifar10Task("demo", data=write_cifar10(tmp_path / "data", images=1500))
+    assert len(task.held_out.examples("report", whole=False)) == 1000
+    assert len(task.held_out.examples("report", whole=True)) == 1125
 
 
 def test_the_identity_is_of_the_content_not_of_the_name(tmp_path, folder):

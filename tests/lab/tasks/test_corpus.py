@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steepest.lab.tasks.corpus import read_corpus, read_standard_library, split_names
+from steepest.lab.tasks.corpus import read_corpus, read_standard_library, split_names, tuning_names
 
 
 def write(root, files: dict[str, bytes]):
@@ -32,8 +32,10 @@ def test_only_the_library_itself_is_read(tmp_path):
 def test_the_standard_library_of_this_python_is_large_enough_to_train_on():
     corpus = read_corpus()
     assert corpus.identity.name.startswith("python-stdlib 3.")
-    assert corpus.identity.bytes == len(corpus.train) + len(corpus.validation) > 5_000_000
-    assert 0.02 < len(corpus.validation) / corpus.identity.bytes < 0.1
+    held_out = len(corpus.tuning) + len(corpus.report)
+    assert corpus.identity.bytes == len(corpus.train) + held_out > 5_000_000
+    assert 0.02 < held_out / corpus.identity.bytes < 0.1
+    assert 0.2 < len(corpus.tuning) / held_out < 0.45
 
 
 @given(st.dictionaries(st.text("abc/", min_size=1, max_size=6), st.integers(0, 9), max_size=60))
@@ -54,11 +56,23 @@ def test_the_split_is_disjoint_complete_and_stable(sizes):
         assert set(validation) <= set(split_names(more)[1])  # a new file moves no old one
 
 
+@given(st.dictionaries(st.text("abc/", min_size=1, max_size=6), st.integers(1, 9), min_size=2, max_size=30))
+def test_a_quarter_of_several_held_out_files_is_for_tuning_and_some_are_left_to_report_on(sizes):
+    tuning = tuning_names(sizes)
+    assert 1 <= len(tuning) < len(sizes)
+    share = sum(sizes[name] for name in tuning) / sum(sizes.values())
+    last = max(tuning, key=lambda name: int(hashlib.sha256(name.encode()).hexdigest(), 16))
+    assert share >= 0.25 or len(tuning) == len(sizes) - 1
+    assert share - sizes[last] / sum(sizes.values()) < 0.25  # without the last it is less
+
+
 def test_a_folder_is_split_by_file_without_hidden_ones(tmp_path):
     files = {f"part{i}.txt": bytes([i]) * 50 for i in range(40)}
     write(tmp_path, {**files, ".git/config": b"hidden", ".hidden": b"hidden", "empty": b""})
     corpus = read_corpus(tmp_path)
-    seen = [part[i : i + 50] for part in (corpus.train, corpus.validation) for i in range(0, len(part), 50)]
+    parts = (corpus.train, corpus.tuning, corpus.report)
+    assert all(parts)
+    seen = [part[i : i + 50] for part in parts for i in range(0, len(part), 50)]
     assert sorted(seen) == sorted(files.values())
     assert corpus.identity.name == tmp_path.name
     assert corpus.identity.bytes == 2000
@@ -68,7 +82,7 @@ def test_a_file_holds_out_its_end(tmp_path):
     content = bytes(range(200))
     path = write(tmp_path, {"a.txt": content}) / "a.txt"
     corpus = read_corpus(path)
-    assert (corpus.train, corpus.validation) == (content[:190], content[190:])
+    assert (corpus.train, corpus.tuning, corpus.report) == (content[:190], content[190:192], content[192:])
     assert corpus.identity.sha256 == hashlib.sha256(content).hexdigest()
 
 

@@ -51,21 +51,31 @@ def test_validation_windows_are_distinct_and_evenly_spread(tmp_path):
     (folder := tmp_path / "data").mkdir()
     (folder / "a_train_0.bin").write_bytes(shard(range(200)))
     (folder / "a_val_0.bin").write_bytes(shard(np.arange(129 * 48)))
-    starts = FinewebTask("demo", data=folder).validation_windows[:, 0] // 129
-    assert starts.tolist() == [i * 48 // 32 for i in range(32)]
+    task = FinewebTask("demo", data=folder)
+    starts = task.held_out_windows[task.held_out.examples("report", whole=False)][:, 0] // 129
+    assert starts.tolist() == [12 + i * 36 // 32 for i in range(32)]
+    assert task.held_out.examples("tuning", whole=True).tolist() == list(range(12))
 
 
 def test_evaluation_is_the_mean_over_all_validation_tokens(folder, rng):
     task = FinewebTask("demo", data=folder)
     model = task.build_model(0)
-    assert task.evaluate(model).loss == pytest.approx(np.log(50304), rel=1e-6)
+    assert task.evaluate(model, "report", whole=True).loss == pytest.approx(np.log(50304), rel=1e-6)
     torch.nn.init.normal_(model.head.weight, std=0.1, generator=rng)
-    windows = task.validation_windows
-    assert len(windows) == 11
+    windows = task.held_out_windows[task.held_out.examples("report", whole=True)]
+    assert len(windows) == 9
     with torch.no_grad():
         scores = model(windows[:, :-1]).log_softmax(-1)
     expected = -scores.gather(-1, windows[:, 1:, None]).double().mean()
-    assert task.evaluate(model).loss == pytest.approx(expected.item(), rel=1e-5)
+    assert task.evaluate(model, "report", whole=True).loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_too_few_validation_windows_are_refused(tmp_path):
+    (folder := tmp_path / "data").mkdir()
+    (folder / "a_train_0.bin").write_bytes(shard(range(200)))
+    (folder / "a_val_0.bin").write_bytes(shard(range(129 * 3)))
+    with pytest.raises(ValueError, match=r"The validation shards of 'data' fill 3 windows; 4 are needed"):
+        FinewebTask("demo", data=folder)
 
 
 def test_the_identity_sees_content_but_no_names(tmp_path, folder):

@@ -21,10 +21,13 @@ def model_at(task, weight):
 
 
 def test_the_minimum_is_zero_and_the_start_is_known(task):
-    assert task.evaluate(model_at(task, task.target)).loss == 0
-    assert task.evaluate(task.build_model(0)).loss == pytest.approx(task.f0)
+    assert task.evaluate(model_at(task, task.target), "report", whole=True).loss == 0
+    assert task.evaluate(task.build_model(0), "report", whole=True).loss == pytest.approx(task.f0)
     assert task.f0 == pytest.approx(35.2 / 25, rel=0.5)  # its mean over all W*; 1.1 for this one
-    assert task.evaluate(task.build_model(0)).accuracy is None
+    assert task.evaluate(task.build_model(0), "tuning", whole=False) == task.evaluate(
+        task.build_model(0), "report", whole=True
+    )
+    assert task.evaluate(task.build_model(0), "report", whole=True).accuracy is None
 
 
 def test_f_is_its_definition(task, rng):
@@ -32,7 +35,9 @@ def test_f_is_its_definition(task, rng):
     difference = (weight - task.target).double()
     H = torch.diag(torch.linspace(0.1, 1, 8, dtype=torch.float64))
     expected = torch.trace(difference.T @ H @ difference) / 2
-    assert task.evaluate(model_at(task, weight)).loss == pytest.approx(expected.item(), rel=1e-5)  # float32
+    assert task.evaluate(model_at(task, weight), "report", whole=True).loss == pytest.approx(
+        expected.item(), rel=1e-5
+    )  # float32
 
 
 def test_the_gradient_of_a_batch_is_that_of_f_plus_its_mean_noise(task, rng):
@@ -86,4 +91,4 @@ def test_every_method_descends(task, method):
         loss.backward()
         optimizer.step(loss=loss) if isinstance(optimizer, SteepestDescent) else optimizer.step()
         optimizer.zero_grad()
-    assert task.evaluate(model).loss < 0.9 * task.f0
+    assert task.evaluate(model, "report", whole=True).loss < 0.9 * task.f0

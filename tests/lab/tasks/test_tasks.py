@@ -74,41 +74,54 @@ def test_text_predicts_the_next_byte_of_its_own_windows(tmp_path):
     assert bytes(inputs[1].tolist()) == text[:128]
     assert task.train_size == 95
     assert not task.own_data
-    assert len(task.validation_windows) == 5
+    assert task.held_out.examples("tuning", whole=True).tolist() == [0]
+    assert task.held_out.examples("report", whole=True).tolist() == [1, 2, 3]
+    assert bytes(task.held_out_windows[1].tolist())[:3] == text[129 * 95 + 161 :][:3]  # after a quarter of 645 bytes
 
 
 def test_text_evaluates_on_distinct_windows_that_it_never_trains_on():
     task = TextTask("demo")
-    windows = {bytes(window.tolist()) for window in task.validation_windows.to(torch.uint8)}
-    assert len(windows) == 64
-    assert not windows & {bytes(window) for window in task.train_windows.numpy()}
+    train = {bytes(window) for window in task.train_windows.numpy()}
+    parts = {}
+    for part, whole, count in (("tuning", True, 512), ("report", True, 2048), ("tuning", False, 64)):
+        windows = task.held_out_windows[task.held_out.examples(part, whole=whole)]
+        parts[part, whole] = {bytes(window) for window in windows.numpy()}
+        assert len(windows) == count
+        assert len(parts[part, whole] & train) <= count / 200  # files of one library have some lines in common
+    assert not parts["tuning", True] & parts["report", True]
 
 
-def test_text_evaluation_is_the_mean_over_all_validation_bytes(rng):
+def test_text_evaluation_is_the_mean_over_all_bytes_of_its_windows(rng):
     task = TextTask("demo")
     model = task.build_model(0)
     torch.nn.init.normal_(model.head.weight, generator=rng)
-    windows = task.validation_windows
+    windows = task.held_out_windows[task.held_out.examples("report", whole=False)].long()
     with torch.no_grad():
         scores = model(windows[:, :-1]).log_softmax(-1)
     expected = -scores.gather(-1, windows[:, 1:, None]).double().mean()
-    assert task.evaluate(model).loss == pytest.approx(expected.item(), rel=1e-6)
-    assert task.evaluate(model).accuracy is None
+    result = task.evaluate(model, "report", whole=False)
+    assert result.loss == pytest.approx(expected.item(), rel=1e-6)
+    assert result.accuracy is None
+    assert sum(result.blocks) / len(result.blocks) == pytest.approx(result.loss)  # 32 blocks of two windows each
+    assert len(result.blocks) == 32
 
 
 def test_digits_splits_all_images_once():
     task = make_task("digits")
-    images = torch.cat([task.train_images, task.validation_images]).flatten(1)
+    images = torch.cat([task.train_images, task.held_out_images]).flatten(1)
     assert images.shape == (1797, 64)
     assert (images.min(), images.max()) == (-1, 1)
     assert len(images.unique(dim=0)) == 1797  # no image is in both parts
-    assert len(task.validation_images) == 360
-    assert task.evaluate(task.build_model(0)).accuracy == pytest.approx(0.1, abs=0.05)  # zero logits: always "0"
+    tuning, report = (task.held_out.examples(part, whole=True).tolist() for part in ("tuning", "report"))
+    assert sorted([*tuning, *report]) == list(range(360))
+    assert (len(tuning), len(report)) == (90, 270)
+    accuracy = task.evaluate(task.build_model(0), "report", whole=True).accuracy
+    assert accuracy == pytest.approx(0.1, abs=0.05)  # zero logits: always "0"
 
 
 def test_too_little_text_is_refused(tmp_path):
-    (tmp_path / "a").write_bytes(bytes(2000))
-    with pytest.raises(ValueError, match=r"The validation part of 'a' has 100 bytes; one window takes 129.*--data"):
+    (tmp_path / "a").write_bytes(bytes(10_000))
+    with pytest.raises(ValueError, match=r"The tuning part of 'a' has 125 bytes; one window takes 129.*--data"):
         TextTask("demo", data=tmp_path / "a")
 
 
