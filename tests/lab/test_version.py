@@ -1,0 +1,81 @@
+"""Losses of a few steps of every method, as the declared version of the training code gives them.
+
+If one of them moves by more than rounding does, raise `TRAINING` in `steepest/lab/version.py` and write the new losses
+here: `python tests/lab/test_version.py` prints them.
+"""
+
+import pytest
+import torch
+
+from steepest.lab.config import configure
+from steepest.lab.methods import METHODS, build_optimizer, options_of
+from steepest.lab.models.gpt import GPT, GPTConfig
+from steepest.lab.tasks import make_task
+from steepest.lab.train import train_run
+from steepest.lab.version import TRAINING, code_version
+from steepest.optim import SteepestDescent
+
+VERSION = 2
+LOSSES = {
+    "adamw": [3.465736, 3.349246, 3.214725, 3.053614, 2.866299, 2.682447],
+    "sgd": [3.465736, 3.448676, 3.424884, 3.39546, 3.361332, 3.323214],
+    "torch-muon": [3.465736, 3.391382, 3.305632, 3.201537, 3.075806, 2.92961],
+    "muon": [3.465736, 3.391382, 3.302802, 3.190746, 3.050003, 2.884314],
+    "muon-plain": [3.465736, 3.391382, 3.302802, 3.190851, 3.050912, 2.886936],
+    "muon-wd": [3.465736, 3.391382, 3.303078, 3.192003, 3.053266, 2.889791],
+    "muon-plain-wd": [3.465736, 3.391382, 3.303078, 3.192103, 3.054092, 2.892363],
+    "adam": [3.465736, 3.349246, 3.214725, 3.053614, 2.866299, 2.682447],
+    "newton-muon": [3.465736, 3.391382, 3.304758, 3.197143, 3.062567, 2.903476],
+    "scion": [3.465736, 3.405841, 3.333173, 3.242794, 3.131874, 3.000359],
+    "scion-momo": [3.465736, 3.405841, 3.333173, 3.242794, 3.157263, 3.157263],
+    "muonadam": [3.465736, 3.322196, 3.15655, 2.966339, 2.756193, 2.545098],
+    "polargrad": [3.465736, 3.322196, 3.165174, 2.978193, 2.759164, 2.532558],
+    "muonmax": [3.465736, 3.322196, 3.182354, 3.044392, 2.906749, 2.767179],
+    "muonadam-momo": [3.465736, 3.322196, 3.198028, 3.198028, 3.198028, 3.198028],
+    "polargrad-momo": [3.465736, 3.322196, 3.202012, 3.201252, 3.200891, 3.200682],
+    "muonmax-momo": [3.465736, 3.322196, 3.210499, 3.206912, 3.205073, 3.203959],
+}
+RUN = (2.29249400, 2.28896267)  # final and tuning loss of four steps on digits
+STEPS = 6
+
+
+def losses(method: str) -> list[float]:
+    """Training losses of a small transformer on a repeating text; no file, no generator but torch's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocabulary=32, layers=2, width=32, head_size=16))
+    tokens = (torch.arange(8 * 33, device="cpu").view(8, 33) ** 2 + torch.arange(33, device="cpu")) % 32
+    changes = {"newton-muon": {"every": 2, "first": 1}}  # so that layers are looked at within these steps
+    changes |= {name: {"lower_bound": 3.2} for name in METHODS if name.endswith("-momo")}  # so that it shortens steps
+    optimizer = build_optimizer(method, model, {**options_of(method), **changes.get(method, {})})
+    found: list[float] = []
+    for _ in range(STEPS):
+        loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step(loss=loss) if isinstance(optimizer, SteepestDescent) else optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_the_losses_are_of_the_declared_version():
+    assert TRAINING == VERSION
+    assert code_version() == f"training {VERSION}"
+    assert set(LOSSES) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_as_its_version_does(method):
+    # 1e-4: processors round differently, and torch's Muon multiplies in bfloat16
+    assert losses(method) == pytest.approx(LOSSES[method], rel=2e-3 if method == "torch-muon" else 1e-4)
+
+
+def test_a_run_sees_its_examples_in_the_order_of_its_version(tmp_path):
+    config = configure(make_task("digits"), method="muon", seed=0, steps=4)
+    result = train_run(config, tmp_path / "run")
+    assert (result.final_loss, result.tuning_loss) == pytest.approx(RUN, rel=1e-3)
+
+
+if __name__ == "__main__":
+    for name in METHODS:
+        print(f"    {name!r}: {[float(f'{loss:.7g}') for loss in losses(name)]},")  # noqa: T201
