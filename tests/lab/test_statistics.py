@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from steepest.lab.statistics import (
+    Ended,
+    Verdict,
     first_crossing,
     holm,
     paired_p,
@@ -26,6 +29,11 @@ from steepest.lab.statistics import (
 LOSSES = st.lists(st.none() | st.floats(0.1, 9), min_size=1, max_size=8)
 FloatArray = NDArray[np.float64]
 MANY = 2000  # simulated races; the standard error of a rate of 5% is then 0.5%
+
+
+def verdicts_of(finals: Mapping[str, Mapping[int, float | None]]) -> tuple[Verdict, ...]:
+    """Verdicts on losses that are exact for each seed."""
+    return paired_verdicts({name: {seed: Ended(loss) for seed, loss in own.items()} for name, own in finals.items()})
 
 
 def _t(draws: FloatArray) -> FloatArray:
@@ -171,7 +179,7 @@ def test_a_clear_difference_is_decided_in_both_directions() -> None:
         "muon": {0: 1.60, 1: 1.61, 2: 1.61},
         "sgd": {0: 1.9, 1: 1.92, 2: 1.9},
     }
-    verdicts = {(verdict.first, verdict.second): verdict for verdict in paired_verdicts(finals)}
+    verdicts = {(verdict.first, verdict.second): verdict for verdict in verdicts_of(finals)}
     assert {pair: verdict.outcome for pair, verdict in verdicts.items()} == {
         ("muon", "adamw"): "better",
         ("sgd", "adamw"): "worse",
@@ -185,14 +193,14 @@ def test_a_clear_difference_is_decided_in_both_directions() -> None:
 
 def test_p_values_are_corrected_over_all_pairs_even_those_not_tested() -> None:
     two = {"adamw": {0: 1.70, 1: 1.72, 2: 1.71}, "muon": {0: 1.60, 1: 1.66, 2: 1.61}}
-    [alone] = paired_verdicts(two)
-    with_untested = paired_verdicts(two | {"late": {}})[0]
+    [alone] = verdicts_of(two)
+    with_untested = verdicts_of(two | {"late": {}})[0]
     assert alone.p is not None
     assert with_untested.p == pytest.approx(3 * alone.p)
 
 
 def test_seeds_are_paired_by_name_and_not_by_place() -> None:
-    [verdict] = paired_verdicts({"adamw": {0: 1.0, 1: 2.0, 2: 3.0}, "muon": {2: 2.9, 0: 0.9, 1: 1.9, 7: 0.0}})
+    [verdict] = verdicts_of({"adamw": {0: 1.0, 1: 2.0, 2: 3.0}, "muon": {2: 2.9, 0: 0.9, 1: 1.9, 7: 0.0}})
     assert verdict.n == 3
     assert verdict.difference == pytest.approx(-0.1)
     assert verdict.outcome == "better"
@@ -200,7 +208,7 @@ def test_seeds_are_paired_by_name_and_not_by_place() -> None:
 
 def test_one_seed_no_seed_and_diverged_seeds_are_undecided() -> None:
     one, none, diverged = (
-        paired_verdicts({"adamw": {0: 1.7, 1: 1.7}, "muon": finals})[0]
+        verdicts_of({"adamw": {0: 1.7, 1: 1.7}, "muon": finals})[0]
         for finals in ({0: 1.6}, {5: 1.6}, {0: 1.6, 1: None})
     )
     assert (one.outcome, one.n, one.p, one.interval, one.more_seeds) == ("undecided", 1, None, None, None)
@@ -210,7 +218,7 @@ def test_one_seed_no_seed_and_diverged_seeds_are_undecided() -> None:
 
 
 def test_identical_runs_are_undecided_for_good() -> None:
-    [verdict] = paired_verdicts({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0, 1: 2.0}})
+    [verdict] = verdicts_of({"a": {0: 1.0, 1: 2.0}, "b": {0: 1.0, 1: 2.0}})
     assert (verdict.outcome, verdict.p, verdict.difference, verdict.more_seeds) == ("undecided", 1.0, 0.0, None)
 
 
@@ -222,7 +230,7 @@ def test_identical_runs_are_undecided_for_good() -> None:
     )
 )
 def test_an_undecided_pair_needs_at_least_one_more_seed(finals: list[dict[int, float]]) -> None:
-    for verdict in paired_verdicts({str(i): values for i, values in enumerate(finals)}):
+    for verdict in verdicts_of({str(i): values for i, values in enumerate(finals)}):
         assert verdict.more_seeds is None or (verdict.more_seeds >= 1 and verdict.outcome == "undecided")
 
 
@@ -234,7 +242,7 @@ def test_equal_methods_are_rarely_told_apart(methods: int, seeds: int, rng: Gene
     wrong = 0
     for race in draws:
         finals = {str(i): dict(enumerate(map(float, row))) for i, row in enumerate(race)}
-        wrong += any(verdict.outcome != "undecided" for verdict in paired_verdicts(finals))
+        wrong += any(verdict.outcome != "undecided" for verdict in verdicts_of(finals))
     assert wrong / races <= 0.07
 
 
@@ -244,5 +252,72 @@ def test_a_true_difference_is_found_with_the_promised_power(rng: Generator) -> N
     found = 0
     for row in rng.normal(-1.5, 1, size=(races, seeds)):
         finals = {"base": dict.fromkeys(range(seeds), 0.0), "new": dict(enumerate(map(float, row)))}
-        found += paired_verdicts(finals)[0].outcome == "better"
+        found += verdicts_of(finals)[0].outcome == "better"
     assert found / races >= 0.8 - 0.038  # three standard errors
+
+
+def _race(rng: Generator, seeds: int, *, effect: float = 0.0, blocks: int = 32) -> dict[str, dict[int, Ended]]:
+    """Two methods whose losses differ by an effect, a part of each seed, one of each block, and one of both."""
+    difference = (
+        effect + rng.normal(0, 1, (seeds, 1)) + rng.normal(0, 4, (1, blocks)) + rng.normal(0, 2, (seeds, blocks))
+    )
+    shared = rng.normal(0, 10, (seeds, 1)) + rng.normal(0, 30, (1, blocks))
+
+    def ended(losses: FloatArray) -> dict[int, Ended]:
+        return {seed: Ended(float(row.mean()), tuple(map(float, row))) for seed, row in enumerate(losses)}
+
+    return {"base": ended(shared), "new": ended(shared + difference)}
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_equal_methods_are_rarely_told_apart_by_the_examples_that_they_are_evaluated_on(
+    seeds: int, rng: Generator
+) -> None:
+    """Counting seeds alone, the same races decide wrongly more than three times as often at eight seeds."""
+    wrong = alone = 0
+    for _ in range(MANY):
+        race = _race(rng, seeds)
+        wrong += paired_verdicts(race)[0].outcome != "undecided"
+        losses = {name: {seed: run.loss for seed, run in own.items()} for name, own in race.items()}
+        alone += verdicts_of(losses)[0].outcome != "undecided"
+    assert wrong / MANY <= 0.05 + 0.015  # three standard errors
+    if seeds == 8:
+        assert alone / MANY > 0.15
+
+
+def test_the_variance_of_seeds_and_of_blocks_add_up() -> None:
+    [verdict] = paired_verdicts(
+        {
+            "a": {0: Ended(1.0, (0.5, 1.5, 1.0)), 1: Ended(1.0, (0.5, 1.5, 1.0))},
+            "b": {0: Ended(0.8, (0.1, 1.3, 1.0)), 1: Ended(0.6, (0.1, 0.9, 0.8))},
+        }
+    )
+    of_seeds = 0.2**2 / 2 / 2  # differences -0.2 and -0.4
+    of_blocks = float(np.var([-0.4, -0.4, -0.1], ddof=1)) / 3
+    freedom = (of_seeds + of_blocks) ** 2 / (of_seeds**2 / 1 + of_blocks**2 / 2)
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(of_seeds + of_blocks)
+    assert verdict.sampling == pytest.approx(math.sqrt(of_blocks))
+    assert verdict.interval is not None
+    assert (verdict.interval.low, verdict.interval.high) == pytest.approx((-0.3 - half, -0.3 + half))
+    assert verdict.p == pytest.approx(2 * stats.t.sf(0.3 / math.sqrt(of_seeds + of_blocks), freedom))
+
+
+def test_blocks_that_were_not_recorded_or_are_others_are_said_to_be_unknown() -> None:
+    known, fewer, unknown = Ended(1.0, (0.9, 1.1)), Ended(1.0, (0.9, 1.0, 1.1)), Ended(1.0, None)
+    for other in (fewer, unknown):
+        assert paired_verdicts({"a": {0: known, 1: known}, "b": {0: other, 1: other}})[0].sampling is None
+    assert paired_verdicts({"a": {0: known, 1: known}, "b": {0: known, 1: known}})[0].sampling == 0
+
+
+def test_more_seeds_do_not_help_against_what_the_examples_leave_open(rng: Generator) -> None:
+    assert seeds_needed(1.0, sampling=1.0, blocks=32) is None
+    n = seeds_needed(1.5, sampling=0.3, blocks=32)
+    assert n is not None
+    assert n > (seeds_needed(1.5) or 0)
+    found = 0
+    for _ in range(MANY):
+        of_seeds, of_blocks = rng.normal(1.5, 1, n), rng.normal(0, 0.3 * math.sqrt(32), 32)
+        shift = float(of_blocks.mean())
+        p = paired_p(list(of_seeds + shift), list(of_blocks + float(of_seeds.mean())))
+        found += p is not None and p <= 0.05
+    assert found / MANY >= 0.8 - 0.027  # three standard errors

@@ -1,7 +1,14 @@
 """Statistics of a race: numbers in, numbers out; no files, no text.
 
 Runs with the same seed share initial weights and data order, so methods are compared seed by seed: what is tested is
-the mean of the paired differences. The unit of replication is the seed; evaluations along one run are not independent.
+the mean of the paired differences. It has two sources of error: the seeds, and the examples that losses are means over,
+the same ones for all runs, so that no number of seeds averages that out. With d_sk the difference of seed s on block k
+of the examples, S seeds and K blocks,
+
+    variance of the mean = var_s(mean_k d) / S + var_k(mean_s d) / K,
+
+which counts what seeds and blocks do together twice, and so errs on the safe side; degrees of freedom are those of
+Satterthwaite (1946). Evaluations along one run are not independent and count once.
 """
 
 from __future__ import annotations
@@ -69,6 +76,8 @@ class Verdict:
         n: Number of shared seeds.
         more_seeds: Seeds to add for 80% power at the observed effect. None when decided, not testable, or when
             even a total of `MOST_SEEDS` would not do.
+        sampling: Standard error of the difference for the evaluated examples alone, which is part of `p` and
+            `interval`; None where it is not known, and then it is part of neither.
         diverged: Which of the two have diverged runs; a mean over their other seeds would flatter them, so such a
             pair is not tested.
     """
@@ -81,6 +90,7 @@ class Verdict:
     p: float | None
     n: int
     more_seeds: int | None
+    sampling: float | None
     diverged: tuple[str, ...]
 
 
@@ -91,14 +101,49 @@ def summarize(values: Sequence[float]) -> Summary | None:
     return Summary(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
-def t_interval(values: Sequence[float], *, confidence: float = 1 - ALPHA) -> Interval | None:
-    """Student's confidence interval of the mean; None below two values."""
-    summary = summarize(values)
-    if summary is None or summary.sd is None:
+@dataclass(frozen=True)
+class Precision:
+    """How far a mean over seeds may be off.
+
+    Args:
+        error: Standard error.
+        freedom: Degrees of freedom; infinite if there is no spread at all.
+    """
+
+    error: float
+    freedom: float
+
+
+def precision(values: Sequence[float], blocks: Sequence[float] = ()) -> Precision | None:
+    """How far the mean of values of single seeds may be off; None below two of them.
+
+    Args:
+        values: One of each seed.
+        blocks: The same mean on each block of the evaluated examples alone; empty if it is exact for each seed.
+    """
+    if len(values) < 2:
         return None
-    quantile = float(special.stdtrit(summary.n - 1, (1 + confidence) / 2))
-    half = quantile * summary.sd / math.sqrt(summary.n)
-    return Interval(summary.mean - half, summary.mean + half)
+    parts = [(stdev(own) ** 2 / len(own), len(own) - 1) for own in (values, blocks) if len(own) > 1]
+    variance = sum(part for part, _ in parts)
+    spread = sum(part**2 / freedom for part, freedom in parts)
+    return Precision(math.sqrt(variance), variance**2 / spread if spread > 0 else math.inf)
+
+
+def t_interval(
+    values: Sequence[float], blocks: Sequence[float] = (), *, confidence: float = 1 - ALPHA
+) -> Interval | None:
+    """Student's confidence interval of the mean; None below two values.
+
+    Args:
+        values: One of each seed.
+        blocks: As for `precision`.
+        confidence: Of the interval.
+    """
+    around = precision(values, blocks)
+    if around is None:
+        return None
+    half = _quantile((1 + confidence) / 2, around.freedom) * around.error
+    return Interval(fmean(values) - half, fmean(values) + half)
 
 
 def first_crossing(steps: Sequence[int], losses: Sequence[float | None], target: float) -> float | None:
@@ -142,18 +187,26 @@ def steps_ratio(pairs: Sequence[tuple[float, float | None, int]]) -> Ratio | Non
     return Ratio(math.exp(fmean(logs)), interval, len(logs), censored)
 
 
-def paired_p(differences: Sequence[float]) -> float | None:
+def paired_p(differences: Sequence[float], blocks: Sequence[float] = ()) -> float | None:
     """Two-sided p-value of the paired t-test; None below two seeds.
 
     Differences that are all the same have no spread to test against: p is then 1 if they are 0, else 0.
+
+    Args:
+        differences: One of each seed.
+        blocks: As for `precision`.
     """
-    summary = summarize(differences)
-    if summary is None or summary.sd is None:
+    around = precision(differences, blocks)
+    if around is None:
         return None
-    if summary.sd == 0:
-        return 1.0 if summary.mean == 0 else 0.0
-    t = abs(summary.mean) / (summary.sd / math.sqrt(summary.n))
-    return float(2 * special.stdtr(summary.n - 1, -t))
+    mean = fmean(differences)
+    if around.error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * special.stdtr(around.freedom, -abs(mean) / around.error))
+
+
+def _quantile(probability: float, freedom: float) -> float:
+    return float(special.stdtrit(freedom, probability) if math.isfinite(freedom) else special.ndtri(probability))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -170,11 +223,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def seeds_needed(effect: float, *, alpha: float = ALPHA, power: float = POWER) -> int | None:
+def seeds_needed(
+    effect: float, *, sampling: float = 0.0, blocks: int = 0, alpha: float = ALPHA, power: float = POWER
+) -> int | None:
     """Smallest number of seeds at which a two-sided paired t-test finds `effect` with the given power.
 
     Args:
         effect: Mean of the paired differences over their standard deviation, either sign.
+        sampling: Standard error for the evaluated examples, over the same deviation; more seeds leave it as it is.
+        blocks: Of examples, from which `sampling` is known.
         alpha: Level of the test.
         power: Probability of finding it.
 
@@ -183,8 +240,11 @@ def seeds_needed(effect: float, *, alpha: float = ALPHA, power: float = POWER) -
     """
 
     def enough(n: int) -> bool:
-        critical = float(special.stdtrit(n - 1, 1 - alpha / 2))
-        return float(stats.nct.sf(critical, n - 1, abs(effect) * math.sqrt(n))) >= power
+        seeds, examples = 1 / n, sampling**2
+        both = seeds**2 / (n - 1) + (examples**2 / (blocks - 1) if examples else 0.0)
+        freedom = (seeds + examples) ** 2 / both
+        critical = float(special.stdtrit(freedom, 1 - alpha / 2))
+        return float(stats.nct.sf(critical, freedom, abs(effect) / math.sqrt(seeds + examples))) >= power
 
     low, high = 1, MOST_SEEDS
     if not enough(high):
@@ -195,7 +255,20 @@ def seeds_needed(effect: float, *, alpha: float = ALPHA, power: float = POWER) -
     return high
 
 
-def paired_verdicts(finals: Mapping[str, Mapping[int, float | None]], *, alpha: float = ALPHA) -> tuple[Verdict, ...]:
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended, as a comparison sees it.
+
+    Args:
+        loss: Final loss; None if it diverged.
+        blocks: The same on each block of the evaluated examples; empty where it is exact, None where it is unknown.
+    """
+
+    loss: float | None
+    blocks: tuple[float, ...] | None = ()
+
+
+def paired_verdicts(finals: Mapping[str, Mapping[int, Ended]], *, alpha: float = ALPHA) -> tuple[Verdict, ...]:
     """Compare all pairs of methods on their final losses, seed by seed.
 
     Paired t-tests, Holm-corrected over all pairs. A pair that cannot be tested counts in the correction as p = 1, so
@@ -203,7 +276,7 @@ def paired_verdicts(finals: Mapping[str, Mapping[int, float | None]], *, alpha: 
     which is enough whatever the other pairs turn out to be.
 
     Args:
-        finals: Final loss by method and seed; None for a diverged run.
+        finals: By method and seed.
         alpha: Family-wise error.
 
     Returns:
@@ -212,37 +285,59 @@ def paired_verdicts(finals: Mapping[str, Mapping[int, float | None]], *, alpha: 
     """
     pairs = [(second, first) for first, second in combinations(finals, 2)]
     samples = [_differences(finals[first], finals[second]) for first, second in pairs]
-    raw = [None if sample is None else paired_p(sample) for sample in samples]
+    raw = [paired_p(sample.seeds, sample.blocks) for sample in samples]
     adjusted = holm([1.0 if p is None else p for p in raw])
     verdicts: list[Verdict] = []
     for (first, second), sample, p, corrected in zip(pairs, samples, raw, adjusted, strict=True):
-        summary = summarize(sample or [])
+        summary = summarize(sample.seeds)
         outcome: Outcome = "undecided"
         if summary is not None and p is not None and corrected <= alpha:
             outcome = "better" if summary.mean < 0 else "worse"
         more = None
         if summary is not None and summary.sd and outcome == "undecided":
-            total = seeds_needed(summary.mean / summary.sd, alpha=alpha / len(pairs))
-            more = None if total is None else total - summary.n
+            of_one = (sample.sampling or 0.0) / summary.sd
+            effect, blocks = summary.mean / summary.sd, len(sample.blocks)
+            total = seeds_needed(effect, sampling=of_one, blocks=blocks, alpha=alpha / len(pairs))
+            more = None if total is None else max(1, total - summary.n)
         verdicts.append(
             Verdict(
                 first,
                 second,
                 outcome,
                 difference=None if summary is None else summary.mean,
-                interval=t_interval(sample or []),
+                interval=t_interval(sample.seeds, sample.blocks),
                 p=None if p is None else corrected,
                 n=0 if summary is None else summary.n,
                 more_seeds=more,
-                diverged=tuple(name for name in (first, second) if None in finals[name].values()),
+                sampling=sample.sampling,
+                diverged=tuple(name for name in (first, second) if _diverged(finals[name])),
             )
         )
     return tuple(verdicts)
 
 
-def _differences(first: Mapping[int, float | None], second: Mapping[int, float | None]) -> list[float] | None:
-    """First minus second on the shared seeds; None if a run of either diverged."""
-    if None in first.values() or None in second.values():
-        return None
+@dataclass(frozen=True)
+class _Differences:
+    """Of two methods: of each shared seed, and of each block in the mean over these seeds."""
+
+    seeds: list[float]
+    blocks: list[float]
+    sampling: float | None
+
+
+def _differences(first: Mapping[int, Ended], second: Mapping[int, Ended]) -> _Differences:
+    """First minus second; nothing if a run of either diverged."""
+    if _diverged(first) or _diverged(second):
+        return _Differences([], [], None)
     shared = [(first[seed], second[seed]) for seed in first if seed in second]
-    return [one - other for one, other in shared if one is not None and other is not None]
+    seeds = [one.loss - other.loss for one, other in shared if one.loss is not None and other.loss is not None]
+    recorded = [(one.blocks, other.blocks) for one, other in shared]
+    if any(own is None or len(own) != len(recorded[0][0] or ()) for pair in recorded for own in pair):
+        return _Differences(seeds, [], None)
+    of_seeds = [[a - b for a, b in zip(one or (), other or (), strict=True)] for one, other in recorded]
+    blocks = [fmean(own) for own in zip(*of_seeds, strict=True)]
+    return _Differences(seeds, blocks, stdev(blocks) / math.sqrt(len(blocks)) if len(blocks) > 1 else 0.0)
+
+
+def _diverged(finals: Mapping[int, Ended]) -> bool:
+    return any(run.loss is None for run in finals.values())

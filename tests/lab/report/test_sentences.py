@@ -26,7 +26,7 @@ def scenario(study_dir: Path, name: str) -> Race:
 
 def told(read: Race) -> str:
     """All pair sentences, with ordinary spaces."""
-    every = sentences.pairs(read, with_baseline=True) + sentences.pairs(read, with_baseline=False)
+    every = sentences.pairs(read, first=True) + sentences.pairs(read, first=False)
     return _spaced("\n".join(f"{one.claim} {one.evidence}" for one in every))
 
 
@@ -207,9 +207,10 @@ def test_the_facts_say_by_how_much_and_how_sure(tmp_path: Path) -> None:
         "58%",
         "of adamw’s steps to the same loss; 95% interval 55% to 61%",
     )
-    assert change.number == "−0.135"
-    assert _spaced(change.meaning).startswith("in final loss, 1.588 ± 0.012 against 1.723 ± 0.008; 95% interval −0.1")
-    assert _spaced(sure.meaning) == "paired t-test over 3 seeds, corrected for 3 comparisons"
+    assert change.number == "−0.0603"
+    assert _spaced(change.meaning).startswith("in final loss, 1.588 ± 0.012 against 1.648 ± 0.0")
+    assert "of muonadam, the next; 95% interval −0.0" in _spaced(change.meaning)
+    assert _spaced(sure.meaning) == "paired t-test over 3 seeds and the evaluated examples, corrected for 3 comparisons"
 
 
 def test_the_summary_names_task_sizes_seeds_and_data(tmp_path: Path) -> None:
@@ -220,3 +221,29 @@ def test_the_summary_names_task_sizes_seeds_and_data(tmp_path: Path) -> None:
     empty = race(tmp_path / "b", {"adamw": Pace(absent=(0,))}, seeds=(0,))
     assert _spaced(sentences.summary(empty)).endswith("1 seed each (0). No run has been started.")
     assert "of 2,048 samples" in _spaced(sentences.summary(scenario(tmp_path / "c", "many")))
+
+
+def test_the_pair_that_decides_comes_first_and_is_what_the_facts_are_of(tmp_path: Path) -> None:
+    paces = {"adamw": Pace(), "sgd": Pace(speed=0.6), "muon": Pace(speed=2), "muonadam": Pace(speed=1.6)}
+    read = race(tmp_path, paces)
+    assert sentences.winner(read) == "muon"
+    verdict = sentences.deciding(read)
+    assert verdict is not None
+    assert {verdict.first, verdict.second} == {"muon", "muonadam"}
+    assert sentences.pairs(read, first=True)[0].claim == "muonadam is worse than muon:"
+    _, change, _ = sentences.facts(read)
+    assert change.number.startswith("−0.0")
+    assert "of muonadam, the next" in _spaced(change.meaning)
+
+
+def test_a_winner_by_seeds_alone_is_none_where_the_examples_leave_it_open(tmp_path: Path) -> None:
+    fast = Pace(end=1.725, noise=0.0002, blocks=0.05)
+    read = race(tmp_path / "new", {"adamw": Pace(noise=0.0002, blocks=0.05), "muon": fast})
+    assert _spaced(sentences.headline(read)) == "Undecided between adamw and muon"
+    assert re.search(r"3 seeds, of which the examples leave ± 0\.0\d+ open\)", told(read))
+    old = race(tmp_path / "old", {"adamw": Pace(blocks=None), "muon": Pace(speed=3, blocks=None)})
+    assert sentences.headline(old) == "Undecided: how far the losses themselves may be off is not recorded"
+    assert "[warning] Not all sources of error are counted" in noticed(old)
+    assert "what the examples leave open not counted" in told(old)
+    assert sentences.winner(old) is None
+    assert sentences.facts(old) == ()

@@ -34,6 +34,7 @@ def notices(race: Race) -> tuple[Notice, ...]:
         _missing(race),
         _edge(race),
         _few_seeds(race),
+        _uncounted(race),
         _uneven_times(race),
         machines([run for method in race.methods for run in method.runs]),
     )
@@ -129,6 +130,17 @@ def _few_seeds(race: Race) -> Notice | None:
         return None
     line = "The spread between seeds is unknown: no intervals and no verdicts. Run at least 3."
     return Notice("warning", "One seed", (line,))
+
+
+def _uncounted(race: Race) -> Notice | None:
+    if not race.uncounted:
+        return None
+    lines = (
+        "These runs are of an older version, which chose options by the very examples it reported on, and did not "
+        "record how far a loss may be off for having been measured on these.",
+        "The p-values count the seeds only, so no winner is named. Repeat the study's command to train them anew.",
+    )
+    return Notice("warning", "Not all sources of error are counted", lines)
 
 
 def _uneven_times(race: Race) -> Notice | None:

@@ -132,8 +132,8 @@ def render(race: Race, *, directory: str) -> Page:
         methodology=sentences.methodology(race),
     )
     pairs = {
-        "pairs": sentences.pairs(race, with_baseline=True),
-        "other_pairs": sentences.pairs(race, with_baseline=False),
+        "pairs": sentences.pairs(race, first=True),
+        "other_pairs": sentences.pairs(race, first=False),
     }
     return fill("race.html.j2", race.study, content, directory=directory, tuned=notices.tuned, **pairs)
 

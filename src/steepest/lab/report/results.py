@@ -8,7 +8,16 @@ from statistics import fmean, median
 
 from steepest.lab.records import Run, Study
 from steepest.lab.report.comparable import Comparable, comparable
-from steepest.lab.statistics import Ratio, Summary, Verdict, first_crossing, paired_verdicts, steps_ratio, summarize
+from steepest.lab.statistics import (
+    Ended,
+    Ratio,
+    Summary,
+    Verdict,
+    first_crossing,
+    paired_verdicts,
+    steps_ratio,
+    summarize,
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,11 @@ class Race:
     ranked: bool
     verdicts: tuple[Verdict, ...]
 
+    @property
+    def uncounted(self) -> bool:
+        """Whether it was not recorded how far the losses may be off for the examples that they are means over."""
+        return any(verdict.n and verdict.sampling is None for verdict in self.verdicts)
+
     def method(self, name: str) -> MethodResult:
         """The results of one method."""
         return next(method for method in self.methods if method.name == name)
@@ -94,7 +108,7 @@ def read_race(study: Study) -> Race:
         )
         for name, runs in chosen.runs.items()
     )
-    have_runs = {name: own for name, own in finals.items() if chosen.runs[name]}
+    have_runs = {name: _compared(runs) for name, runs in chosen.runs.items() if runs}
     verdicts = paired_verdicts(have_runs) if ranked else ()
     return Race(study, chosen, target, methods, ranked, verdicts)
 
@@ -123,6 +137,15 @@ def _method_result(
         train_s=summarize([result.train_s for result in results]),
         memory=max(memory, default=None),
     )
+
+
+def _compared(runs: Iterable[Run]) -> dict[int, Ended]:
+    """By seed; runs from before parts of their own for tuning did not record how far their losses may be off."""
+    ended = [(run.config.seed, run.result) for run in runs if run.result is not None]
+    return {
+        seed: Ended(result.final_loss, None if result.tuning_loss is None else result.final_blocks)
+        for seed, result in ended
+    }
 
 
 def _ended(runs: Iterable[Run]) -> list[Run]:

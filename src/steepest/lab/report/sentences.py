@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from steepest.lab.report import wording
 from steepest.lab.report.comparable import Refusal
 from steepest.lab.report.figures import data_unit
 from steepest.lab.report.results import Race
-from steepest.lab.report.wording import plain
+from steepest.lab.report.wording import FIXED, plain
 from steepest.lab.report.wording import shortened as short
 from steepest.lab.statistics import MOST_SEEDS, Interval, Ratio, Verdict
 
@@ -49,13 +49,35 @@ def headline(race: Race) -> str:
         return f"Only {short(contenders[0])} did not diverge" if contenders else "Every method diverged"
     won, lost = winner(race), [short(method.name) for method in race.methods if method.diverged]
     diverged = f"; {wording.listed(lost)} diverged" if lost else ""
+    if won is None and race.uncounted and _leader_by_seeds(race):
+        return f"Undecided: how far the losses themselves may be off is not recorded{diverged}"
     if won is None:
         return ("So far undecided" if waiting(race) else "Undecided") + f" between {_standing(race)}{diverged}"
     return ("So far: " if waiting(race) else "") + _victory(race, won) + diverged
 
 
 def winner(race: Race) -> str | None:
-    """The method that is better than each of the others that did not diverge, if there is one."""
+    """The method that is better than each of the others that did not diverge, if there is one.
+
+    There is none where the test could not count all sources of error.
+    """
+    return None if race.uncounted else _leader_by_seeds(race)
+
+
+def deciding(race: Race) -> Verdict | None:
+    """The pair that the headline hangs on: the winner, or else the best by its mean, against the next one."""
+    contenders = [method for name in _contenders(race) if (method := race.method(name)).final is not None]
+    ordered = sorted(contenders, key=lambda method: method.final.mean if method.final else 0.0)
+    names = [method.name for method in ordered]
+    best = winner(race) or next(iter(names), None)
+    if best is None:
+        return None
+    own = [verdict for verdict in race.verdicts if best in (verdict.first, verdict.second) and verdict.p is not None]
+    return max(own, key=lambda verdict: verdict.p or 0.0, default=None)
+
+
+def _leader_by_seeds(race: Race) -> str | None:
+    """The method whose verdict against each of the others is "better"."""
     beaten = _beaten_by(race)
     for name in beaten:
         others = [victors for other, victors in beaten.items() if other != name]
@@ -86,17 +108,18 @@ def summary(race: Race) -> str:
         f"{opening}: {wording.counted(run.config.steps, 'step')}{per_step}, {seeds}. "
         "Runs with the same seed start from the same weights and see the data in the same order. "
         f"Data: {plain(data.name)}, {wording.size(data.bytes)}, SHA-256 {data.sha256[:12]}\N{HORIZONTAL ELLIPSIS} "
-        "Lower loss is better; it is measured on held-out data after the last step."
+        "Lower loss is better; it is measured after the last step, on held-out data that served for nothing else."
     )
 
 
 def facts(race: Race) -> tuple[Fact, ...]:
-    """By how much the winner beats the baseline, and how sure that is; empty if there is no such winner."""
-    won, base = winner(race), race.study.baseline
-    verdict = next((verdict for verdict in race.verdicts if (verdict.first, verdict.second) == (won, base)), None)
+    """By how much the winner beats the next best, and how sure that is; empty if there is no winner."""
+    won, base, verdict = winner(race), race.study.baseline, deciding(race)
+    if verdict is not None and verdict.second == won:
+        verdict = _turned(verdict)
     if won is None or verdict is None or verdict.difference is None or verdict.interval is None or verdict.p is None:
         return ()
-    own, other, ratio = race.method(won), race.method(base), race.method(won).ratio
+    own, other, ratio = race.method(won), race.method(verdict.second), race.method(won).ratio
     steps = (
         Fact(
             wording.share(ratio),
@@ -105,20 +128,41 @@ def facts(race: Race) -> tuple[Fact, ...]:
         if ratio
         else None
     )
-    losses = f"in final loss, {wording.spread(own.final)} against {wording.spread(other.final)}"
+    second = plain(verdict.second)
+    losses = f"in final loss, {wording.spread(own.final)} against {wording.spread(other.final)} of {second}, the next"
     difference = wording.signed(verdict.difference, like=wording.scale(verdict.interval))
     change = Fact(difference, f"{losses}; 95% interval {wording.between(verdict.interval)}")
     pairs = len(race.verdicts)
     corrected = f", corrected for {pairs} comparisons" if pairs > 1 else ""
-    sure = Fact(wording.p_value(verdict.p), f"paired t-test over {wording.counted(verdict.n, 'seed')}{corrected}")
+    tested = f"paired t-test over {wording.counted(verdict.n, 'seed')} and the evaluated examples"
+    sure = Fact(wording.p_value(verdict.p), f"{tested}{corrected}")
     return tuple(fact for fact in (steps, change, sure) if fact is not None)
 
 
-def pairs(race: Race, *, with_baseline: bool) -> list[Comparison]:
-    """The pairs that the baseline is part of, or the others."""
-    base = race.study.baseline
-    chosen = [verdict for verdict in race.verdicts if (base in (verdict.first, verdict.second)) == with_baseline]
-    return [_comparison(verdict, race) for verdict in chosen]
+def pairs(race: Race, *, first: bool) -> list[Comparison]:
+    """The pair that decides and those that the baseline is part of, or the others.
+
+    Args:
+        race: All numbers.
+        first: Whether those that are shown first are wanted.
+    """
+    base, head = race.study.baseline, deciding(race)
+    ordered = sorted(race.verdicts, key=lambda verdict: verdict is not head)
+    shown = [base in (verdict.first, verdict.second) or verdict is head for verdict in ordered]
+    return [_comparison(verdict, race) for verdict, early in zip(ordered, shown, strict=True) if early == first]
+
+
+def _turned(verdict: Verdict) -> Verdict:
+    """The same verdict, from the other method's side."""
+    interval, difference = verdict.interval, verdict.difference
+    return replace(
+        verdict,
+        first=verdict.second,
+        second=verdict.first,
+        outcome={"better": "worse", "worse": "better"}.get(verdict.outcome, verdict.outcome),
+        difference=None if difference is None else -difference,
+        interval=None if interval is None else Interval(-interval.high, -interval.low),
+    )
 
 
 def _comparison(verdict: Verdict, race: Race) -> Comparison:
@@ -133,7 +177,7 @@ def _comparison(verdict: Verdict, race: Race) -> Comparison:
         change = f"final loss {_change(verdict.difference)} with seed {_shared_seed(verdict, race)}"
         return Comparison(undecided, f"one seed cannot tell; run at least 3 ({change}).")
     sure = f"{wording.p_value(verdict.p)}{_correction(race)}, {wording.counted(verdict.n, 'seed')}"
-    numbers = f"(95% interval {_range(verdict)}; {sure})"
+    numbers = f"(95% interval {_range(verdict)}; {sure}{_sampled(verdict)})"
     change = f"final loss {_change(verdict.difference, like=wording.scale(verdict.interval))}"
     if verdict.outcome == "undecided":
         change = f"{change} on average {numbers}"
@@ -160,7 +204,10 @@ def methodology(race: Race) -> tuple[str, ...]:
         "with a 95% Student interval on the logarithms."
     )
     verdicts = (
-        "Verdicts: paired t-tests on the final loss by seed, Holm-corrected over all pairs at 5%. Seeds still needed: "
+        "Verdicts: paired t-tests on the final loss, Holm-corrected over all pairs at 5%. The variance is that over "
+        "seeds plus that over 32 blocks of the evaluated examples, which are the same for all methods and seeds; for "
+        "these alone the standard error is given with each pair. Steps to a target are measured on fewer examples, "
+        "and their intervals count the seeds only. Seeds still needed: "
         "for 80% power at the observed effect, at the strictest corrected level. Intervals are for one pair alone, so "
         "that one may leave out 0 where the corrected p is above 5%."
     )
@@ -226,6 +273,13 @@ def _change(difference: float, *, like: float | None = None) -> str:
     if difference == 0:
         return "the same"
     return f"{'lower' if difference < 0 else 'higher'} by {wording.loss(abs(difference), like=like)}"
+
+
+def _sampled(verdict: Verdict) -> str:
+    """How far the evaluated examples alone leave the difference open."""
+    if verdict.sampling is None:
+        return ", what the examples leave open not counted"
+    return f", of which the examples leave ±{FIXED}{wording.loss(verdict.sampling)} open" if verdict.sampling else ""
 
 
 def _correction(race: Race) -> str:
