@@ -14,6 +14,7 @@ from typing import Any
 from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.tasks import DataIdentity
 from steepest.lab.tuned import Tuning
+from steepest.lab.version import code_version
 
 SHA = hashlib.sha256(b"data").hexdigest()
 STEPS, EVERY, TOKENS = 150, 10, 2048
@@ -41,7 +42,7 @@ class Pace:
     stops: Mapping[int, int] = field(default_factory=dict)  # seed: last step of an unfinished run
     absent: Sequence[int] = ()
     data_sha256: str = SHA
-    code: str = "0.1.0+0123456789ab"
+    code: str = code_version()
     accuracy: float | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
     start: float | None = None  # loss before the first step, if not the formula's

@@ -139,14 +139,20 @@ def test_a_negative_tolerance_is_refused() -> None:
 
 
 def test_the_best_point_and_whether_it_is_an_end() -> None:
-    inside, tie, edge = best(valley(3, 1, 2)), best(valley(2, 1, 1, 2)), best(valley(None, 2, 1))
+    inside, tie, edge = (best(own, by=own) for own in (valley(3, 1, 2), valley(2, 1, 1, 2), valley(None, 2, 1)))
     assert inside is not None
     assert (inside.lr, inside.loss.mean, inside.at_edge) == (10.0, 1.0, False)
     assert tie is not None
     assert tie.lr == 10.0
     assert edge is not None
     assert (edge.lr, edge.at_edge) == (100.0, True)
-    assert best(valley(None, None)) is None
+    assert best(valley(None, None), by=valley(None, None)) is None
+
+
+def test_what_is_chosen_by_is_not_what_is_reported() -> None:
+    found = best(valley(3, 1, 2), by=valley(3, 2, 1))
+    assert found is not None
+    assert found.loss.mean == 2
 
 
 @given(losses=st.lists(LOSSES, min_size=1, max_size=7))

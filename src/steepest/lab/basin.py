@@ -51,7 +51,7 @@ class Basin:
 
 @dataclass(frozen=True)
 class Best:
-    """The point of the lowest mean final loss; the lower rate on a tie. `at_edge` if it is an end of the grid."""
+    """The point of the lowest mean loss, the lower rate on a tie, with the loss to report; `at_edge` of the grid."""
 
     lr: float
     loss: Summary
@@ -73,13 +73,19 @@ def grid(finals: Mapping[float, Sequence[float | None]]) -> tuple[Point, ...]:
     return tuple(_point(lr, finals[lr]) for lr in sorted(finals))
 
 
-def best(points: Sequence[Point]) -> Best | None:
-    """The best point of a grid in ascending order; None if no point has a mean."""
-    known = [(point.loss.mean, i, point.loss) for i, point in enumerate(points) if point.loss is not None]
+def best(points: Sequence[Point], *, by: Sequence[Point]) -> Best | None:
+    """The best point of a grid in ascending order; None if no point has a mean.
+
+    Args:
+        points: With the losses to report.
+        by: The same points with the losses to choose by.
+    """
+    known = [(point.loss.mean, i) for i, point in enumerate(by) if point.loss is not None]
     if not known:
         return None
-    _, place, loss = min(known, key=lambda item: item[:2])
-    return Best(points[place].lr, loss, at_edge=place in (0, len(points) - 1))
+    _, place = min(known)
+    loss = points[place].loss
+    return None if loss is None else Best(points[place].lr, loss, at_edge=place in (0, len(points) - 1))
 
 
 def basin(points: Sequence[Point], *, reference: float, tolerance: float) -> Basin:

@@ -205,4 +205,4 @@ def test_runs_of_another_code_are_named_with_their_learning_rate(tmp_path: Path)
     other = replace(study.runs[0], config=replace(study.runs[0].config, code="9"))
     sweep = read_results(replace(study, runs=(other, *study.runs[1:])))
     notice = next(notice for notice in lr_notices.notices(sweep) if "other conditions" in notice.title)
-    assert notice.lines[0] == "adamw, lr 0.001, seed 0: code 9 instead of 0.1.0+0123456789ab"
+    assert notice.lines[0] == "adamw, lr 0.001, seed 0: code 9 instead of training 2"

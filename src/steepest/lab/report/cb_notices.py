@@ -11,7 +11,7 @@ from steepest.lab.report import wording
 from steepest.lab.report.cb_model import ModelFacts
 from steepest.lab.report.cb_results import Arrival, BatchReport, TargetResult
 from steepest.lab.report.cb_sentences import untuned
-from steepest.lab.report.notices import Notice, machines, set_aside
+from steepest.lab.report.notices import Notice, machines, older, set_aside
 from steepest.lab.report.wording import plain
 from steepest.lab.report.wording import shortened as short
 
@@ -37,6 +37,7 @@ def notices(report: BatchReport, model: ModelFacts) -> tuple[Notice, ...]:
         _few(report),
         _managed(report, model),
         _horizon(report, runs),
+        older(runs),
         machines(runs, advice="do not compare their times"),
     )
     order = ("stop", "warning", "note")

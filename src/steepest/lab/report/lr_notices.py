@@ -7,7 +7,7 @@ from collections import Counter
 from steepest.lab.records import Run
 from steepest.lab.report import wording
 from steepest.lab.report.lr_results import MethodSweep, Sweep
-from steepest.lab.report.notices import Notice, machines, set_aside
+from steepest.lab.report.notices import Notice, machines, older, set_aside
 from steepest.lab.report.wording import plain
 from steepest.lab.sweep_records import rate
 
@@ -25,6 +25,7 @@ def notices(sweep: Sweep) -> tuple[Notice, ...]:
         _edge(sweep),
         _all_diverged(sweep),
         _few(sweep),
+        older([run for method in sweep.methods for run in method.runs]),
         machines([run for method in sweep.methods for run in method.runs], advice="so may their losses"),
     )
     return tuple(notice for notice in found if notice is not None)

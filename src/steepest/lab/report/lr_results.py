@@ -26,7 +26,7 @@ class MethodSweep:
         name: As in the study.
         runs: Its comparable runs, by learning rate and seed.
         points: One for each learning rate asked for, ascending.
-        best: None if no point has a mean.
+        best: Chosen by the loss on the part for tuning, with the loss to report; None if no point has a mean.
         of_all: Basins around the best loss of all methods; empty while there are none, or if a loss is not above 0.
         own: Basins around its own best loss; likewise.
         by_seed: Width of the basin within `WIDE` of the best of all, each seed taken for itself.
@@ -73,7 +73,7 @@ class Sweep:
         study: What was read.
         set_aside: Runs made under other conditions; no number comes from them.
         methods: Results in the study's order.
-        best: Lowest mean final loss of all; None if there is none.
+        best: Lowest of the methods' best losses; None if there is none.
         untrained: Mean loss before the first step; None if no run has recorded it.
         measurable: Whether all losses are above 0, so that per cent of them mean something.
     """
@@ -114,7 +114,9 @@ def read_results(study: SweepStudy) -> Sweep:
     """Compute all numbers of the report from the stored runs."""
     runs, aside = comparable_settings(study)
     points = {name: _points(study.lrs[name], own, study.seeds) for name, own in runs.items()}
-    lowest = _lowest(list(points.values()))
+    tuning = {name: _points(study.lrs[name], own, study.seeds, chosen_by=True) for name, own in runs.items()}
+    tops = {name: best(points[name], by=tuning[name]) for name in runs}
+    lowest = min((top.loss.mean for top in tops.values() if top is not None), default=None)
     finals = [loss for own in runs.values() for loss in _losses(own)]
     measurable = all(loss > 0 for loss in finals)
     starts = [run.evals[0].loss for own in runs.values() for run in own if run.evals and run.evals[0].step == 0]
@@ -127,7 +129,7 @@ def read_results(study: SweepStudy) -> Sweep:
             name=name,
             runs=own,
             points=points[name],
-            best=(top := best(points[name])),
+            best=(top := tops[name]),
             of_all=_basins(points[name], lowest if measurable else None),
             own=_basins(points[name], top.loss.mean if top and measurable else None),
             by_seed={
@@ -181,9 +183,16 @@ def _losses(runs: Sequence[Run]) -> list[float]:
     return [loss for loss in losses if loss is not None]
 
 
-def _points(lrs: Sequence[float], runs: Sequence[Run], seeds: Sequence[int]) -> tuple[Point, ...]:
-    chosen = [run for run in runs if run.config.seed in seeds]
-    return grid({lr: list(_finals([run for run in chosen if rate(run) == lr]).values()) for lr in lrs})
+def _points(
+    lrs: Sequence[float], runs: Sequence[Run], seeds: Sequence[int], *, chosen_by: bool = False
+) -> tuple[Point, ...]:
+    """Means of the losses to report, or of those to choose by, which older runs do not have."""
+    results = [(rate(run), run.result) for run in runs if run.config.seed in seeds and run.result is not None]
+    losses = [
+        (lr, result.tuning_loss if chosen_by and result.tuning_loss is not None else result.final_loss)
+        for lr, result in results
+    ]
+    return grid({lr: [loss for own, loss in losses if own == lr] for lr in lrs})
 
 
 def _seed_points(study: SweepStudy, name: str, runs: Sequence[Run]) -> dict[int, tuple[Point, ...]]:

@@ -12,6 +12,7 @@ from steepest.lab.report.comparable import SetAside
 from steepest.lab.report.results import Race
 from steepest.lab.report.wording import plain
 from steepest.lab.tuned import Tuning
+from steepest.lab.version import code_version
 
 EVEN = 1.15  # ratio of the slowest to the fastest above which times are not compared
 
@@ -36,6 +37,7 @@ def notices(race: Race) -> tuple[Notice, ...]:
         _few_seeds(race),
         _uncounted(race),
         _uneven_times(race),
+        older([run for method in race.methods for run in method.runs]),
         machines([run for method in race.methods for run in method.runs]),
     )
     return tuple(notice for notice in found if notice is not None)
@@ -68,6 +70,18 @@ def machines(runs: Sequence[Run], *, advice: str = "read times and memory with c
         return None
     line = f"The runs differ in {wording.listed(differing)}: {advice}."
     return Notice("note", "More than one environment", (line,))
+
+
+def older(runs: Sequence[Run]) -> Notice | None:
+    """Whether the runs are of another version of the training code than this one."""
+    versions = sorted({plain(run.config.code) for run in runs} - {code_version()})
+    if not versions:
+        return None
+    line = (
+        f"Trained by the version {wording.listed(versions)} of the training code, this is {code_version()}: the same "
+        "options may end elsewhere today. Versions before training 2 chose options by the examples they reported on."
+    )
+    return Notice("note", "Results of another version", (line, "Repeat the study's command to train them anew."))
 
 
 def tuned(tuning: Tuning | None) -> str:
@@ -136,8 +150,7 @@ def _uncounted(race: Race) -> Notice | None:
     if not race.uncounted:
         return None
     lines = (
-        "These runs are of an older version, which chose options by the very examples it reported on, and did not "
-        "record how far a loss may be off for having been measured on these.",
+        "These runs did not record how far a loss may be off for the examples that it is a mean over.",
         "The p-values count the seeds only, so no winner is named. Repeat the study's command to train them anew.",
     )
     return Notice("warning", "Not all sources of error are counted", lines)
