@@ -43,6 +43,7 @@ from steepest.optim.options import (
 )
 from steepest.optim.parameters import Parameters, check_view, collect, complete_row, name_groups, refuse_repeats
 from steepest.optim.precondition import Preconditioner, drop_moments, precondition_options
+from steepest.optim.rates import Rates
 from steepest.optim.sees_inputs import SeesInputs
 from steepest.optim.state import DUAL, check_saved, restored
 from steepest.optim.step_size import MODEL_KEYS, StepSize
@@ -131,6 +132,7 @@ class SteepestDescent(SeesInputs):
         self._global_step = GlobalStep(product, regularized=regularized, step_size=step_size, dual=dual)
         self._packing = Packing(memory_cap)
         self._witness: Witness | None = None
+        self._rates = Rates()
         self._rows: dict[Tensor, PlanRow] = {}
         rows, groups = self._collect(params)
         name_groups(groups, [])
@@ -198,6 +200,7 @@ class SteepestDescent(SeesInputs):
             group["params"] = [parameter for _, parameter in group["params"]]  # named apart: a group may be empty
             super().add_param_group(group)
         self._rows.update(rows)
+        self._rates.add(group)
         if self._witness:
             self._witness.arrivals.watch(list(rows))
 
@@ -243,6 +246,7 @@ class SteepestDescent(SeesInputs):
         if known is None and self._global_step.momo and not self._idle(gradients):
             raise ValueError(MISSING)
         self._global_step.check([group for group, members in present if members])
+        self._rates.check(self.param_groups)
         admitted = self._guard.admit(names, gradients, known)
         if admitted is False:
             self._publish_skips()
@@ -414,6 +418,7 @@ class SteepestDescent(SeesInputs):
             if index in saved["state"]:
                 self.state[parameter] = restored(saved["state"][index], parameter)
         self._tap.clear()
+        self._rates.restart(self.param_groups)
         self._steps = max((int(group[STEPS_TAKEN]) for group in self.param_groups), default=0)
         if parameters := self._parameters():
             self._global_step.load(saved["param_groups"][0], parameters)
@@ -446,7 +451,7 @@ class SteepestDescent(SeesInputs):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
         own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps"]
-        own += ["_tap", "_global_step", "_packing", "_witness", "_preconditioner"]
+        own += ["_tap", "_global_step", "_packing", "_witness", "_rates", "_preconditioner"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
 
