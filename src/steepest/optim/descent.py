@@ -199,8 +199,8 @@ class SteepestDescent(SeesInputs):
         for group in groups:
             group["params"] = [parameter for _, parameter in group["params"]]  # named apart: a group may be empty
             super().add_param_group(group)
+            self._rates.add(group)
         self._rows.update(rows)
-        self._rates.add(group)
         if self._witness:
             self._witness.arrivals.watch(list(rows))
 

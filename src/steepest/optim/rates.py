@@ -44,8 +44,12 @@ class Rates:
         Args:
             groups: All of them.
         """
-        built = [rate for rate in self._built if rate is not None]
-        if self._warned or len(built) != len(groups) or _one(built) is not None:
+        if self._warned or len(self._built) != len(groups):
+            return
+        pairs = [(group, rate) for group, rate in zip(groups, self._built, strict=True) if group["params"]]
+        built = [rate for _, rate in pairs if rate is not None]
+        groups = [group for group, _ in pairs]
+        if len(built) != len(groups) or len(set(built)) < 2:
             return
         rate = _one([_number(group["lr"]) for group in groups])
         given = {key: one for key in GIVEN if (one := _one([_number(group.get(key)) for group in groups]))}
