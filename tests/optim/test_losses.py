@@ -257,3 +257,98 @@ def test_momo_and_step_size_are_one_question():
         MuonMax(network(), momo=Momo())
     with pytest.raises(TypeError, match=r"step_size must be Fixed\(\) or Momo\(\.\.\.\), got 'momo'"):
         steepest.SteepestDescent(network(), step_size="momo")
+
+
+def parts_of(model, step, count=4):
+    x, y = batch(step)
+    for index in range(count):
+        rows = slice(index * 8 // count, (index + 1) * 8 // count)
+        yield nn.functional.cross_entropy(model(x[rows]), y[rows])
+
+
+@pytest.mark.parametrize("make", [MuonAdam, MuonMax, Muon])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_part_that_was_divided_before_it_was_recorded_is_refused(make, scaled):
+    model = network()
+    optimizer = make(model, step_size=Momo())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9, enabled=scaled)
+    for loss in parts_of(model, 0):
+        divided = loss / 4
+        optimizer.record_loss(divided, weight=1 / 4)
+        scaler.scale(divided).backward()
+    with pytest.raises(
+        ValueError, match=r"told weight=0\.25, but backward multiplied this loss by 1\..*before it is div"
+    ):
+        scaler.step(optimizer)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("recorded", ["scaled", "sum"])
+def test_a_loss_that_is_not_the_gradients_by_its_scale_is_refused(recorded):
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9, enabled=recorded == "scaled")
+    x, y = batch(0)
+    loss = nn.functional.cross_entropy(model(x), y, reduction="sum")
+    told = scaler.scale(loss / 8) if recorded == "scaled" else loss
+    optimizer.record_loss(told)
+    (told if recorded == "scaled" else told / 8).backward()
+    with pytest.raises(ValueError, match="told weight=1, but backward multiplied this loss by 0"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_parts_that_are_recorded_as_they_are_are_taken(count, scaled):
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo(0.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9, enabled=scaled)
+    for step in range(3):
+        optimizer.zero_grad()
+        for loss in parts_of(model, step, count):
+            optimizer.record_loss(loss, weight=1 / count)
+            scaler.scale(loss / count).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert optimizer.diagnostics()["skipped_steps"] == 0
+
+
+def test_parts_may_be_divided_in_their_gradients():
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo(0.5))
+    for step in range(2):
+        optimizer.zero_grad()
+        for loss in parts_of(model, step):
+            optimizer.record_loss(loss, weight=1 / 4)
+            loss.backward()
+        for parameter in model.parameters():
+            parameter.grad.div_(4)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["recorded", "explicit"])
+def test_a_first_loss_of_parts_below_the_bound_is_asked_about_at_once(way):
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo(0.8))
+    total = 0.0
+    for loss in parts_of(model, 0):
+        (loss / 4).backward()
+        if way == "recorded":
+            optimizer.record_loss(loss.detach() / 4, weight=1 / 4)
+        total = loss.detach() / 4
+    with pytest.warns(UserWarning, match=r"below Momo's lower_bound 0\.8.*Was it divided by the number of") as told:
+        optimizer.step(loss=None if way == "recorded" else total)
+    assert told[0].filename == __file__
+    assert optimizer.diagnostics()["t"] == 0
+
+
+def test_a_loss_that_falls_far_below_the_others_and_the_bound_is_asked_about_once():
+    model = network()
+    optimizer = MuonAdam(model, 1e-4, step_size=Momo(0.8))
+    for step in range(3):
+        optimizer.zero_grad()
+        optimizer.step(loss=backward(model, step))
+    loss = backward(model, 3).detach()
+    with pytest.warns(UserWarning, match=r"far below .*the average of recent ones\. Was it divided"):
+        optimizer.step(loss=loss / 4)
+    optimizer.step(loss=loss / 4)

@@ -30,7 +30,7 @@ class Arrivals:
         self.watched: list[Tensor] = []
         self.seen: list[Tensor | None] = []  # entries of the watched gradients as the last pass left them
         self._task = -1
-        self._passes = 0  # since gradients were new
+        self.passes = 0  # backward passes since gradients were new
         self._total = 0
         self._zeroed = False  # and nothing arrived since
         self._at_entry: dict[int, int] = {}  # versions of the watched gradients when the closure was called
@@ -58,11 +58,11 @@ class Arrivals:
 
     def zeroed(self) -> None:
         """Gradients were cleared."""
-        self._passes, self._zeroed = 0, True
+        self.passes, self._zeroed = 0, True
 
     def stepped(self) -> None:
         """A step was made of them."""
-        self._passes, self.seen = 0, []
+        self.passes, self.seen = 0, []
 
     def enter(self) -> None:
         """A closure is about to be called."""
@@ -79,9 +79,9 @@ class Arrivals:
         stacked, self._stacked, self._at_entry = self._stacked, [], {}
         if any(bool(one) for one in stacked):  # else they were zeros
             raise ValueError(STACKED)
-        if self._total == self._entered and self._passes > 1:
+        if self._total == self._entered and self.passes > 1:
             warn(
-                f"step(closure): the closure made no gradients; those present are of {self._passes} backward passes. "
+                f"step(closure): the closure made no gradients; those present are of {self.passes} backward passes. "
                 "Momo takes what it returned for the loss of them all. If it is that of the last micro-batch, call "
                 "optimizer.record_loss(loss, weight=1 / micro_batches) in every micro-batch instead."
             )
@@ -103,7 +103,7 @@ class Arrivals:
         if task == self._task:
             return
         self._task, self._zeroed = task, False
-        self._passes = 1 + self._passes * any(parameter.grad is not None for parameter in self.watched)
+        self.passes = 1 + self.passes * any(parameter.grad is not None for parameter in self.watched)
         self._total += 1
         own: weakref.ref[Arrivals] = weakref.ref(cast(Arrivals, self))
         # Twice: what averages gradients over ranks may have asked later to be called, so it comes in between.

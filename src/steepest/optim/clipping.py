@@ -10,6 +10,7 @@ two, and any factor that comes twice in a row is; else it is clipping.
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class Witness:
         self._looks = 0
         self._warned = self._told = False
         self._scale: float | None = None
+        self.undone: float | None = None  # what gradients were multiplied by besides; None where it was not read
         self._unit: float | None = None  # what stands for an unclipped gradient
         self._before: float | None = None
         self._scattered: Tensor | bool = False  # on an accelerator: something was seen since the last reading
@@ -64,7 +66,7 @@ class Witness:
         Raises:
             ValueError: If gradients were changed by something that is not one factor, or not at most 1.
         """
-        scale, self._scale = self._scale, None
+        scale, self._scale, self.undone = self._scale, None, None
         factor = self._factor(1.0 if scale is None else scale, scaled=scale is not None)
         if world_size() > 1 and self.arrivals.watched:
             device = self.arrivals.watched[0].device
@@ -88,7 +90,11 @@ class Witness:
         if not bool(common):
             return self._refuse_scattered()
         factor = float(ratio) * scale
-        return factor if not math.isfinite(factor) else self._read(factor, tolerance, scaled=scaled)
+        if not math.isfinite(factor):
+            return factor
+        clipping = self._read(factor, tolerance, scaled=scaled)
+        self.undone = cast(float, self._unit) / scale
+        return clipping
 
     def _read(self, factor: float, tolerance: float, *, scaled: bool) -> float:
         """The part of a factor that is clipping."""

@@ -252,12 +252,16 @@ class SteepestDescent(SeesInputs):
             self._publish_skips()
         else:
             clipping = self._witness.look() if self._witness else None
+            if self._witness and self._witness.undone is not None:
+                self._tap.check_weights(self._witness.undone)
             accept = admitted if isinstance(admitted, Tensor) else None
             if self._preconditioner:
                 self._preconditioner.refresh(self.state, parameters, accept, idle=partial(self._idle, gradients))
             self._record.clear()
             self._steps += 1
-            self._global_step.take(self._moves(present, accept), known, accept, self._record, clipping)
+            self._global_step.take(
+                self._moves(present, accept), known, accept, self._record, clipping, parts=self._parts()
+            )
         if self._preconditioner:
             self._preconditioner.passed(skipped=admitted is False, idle=partial(self._idle, gradients))
         if arrivals:
@@ -305,6 +309,10 @@ class SteepestDescent(SeesInputs):
         if self._preconditioner:
             self._preconditioner.watch.forget()
         super().zero_grad(set_to_none)
+
+    def _parts(self) -> int:
+        """Of how many micro-batches the step is, as far as that is known."""
+        return max(self._tap.parts, self._witness.arrivals.passes if self._witness else 0)
 
     def _loss(self, explicit: Loss | None, returned: Loss | None) -> Loss | None:
         """The loss of this step: the one that was passed, else recorded, else returned by the closure."""

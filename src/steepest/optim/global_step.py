@@ -19,6 +19,7 @@ from torch import Tensor
 from steepest.anatomy import ROLES, InputMoment
 from steepest.geometry import Product, get_product
 from steepest.names import unknown_name
+from steepest.notices import warn
 from steepest.optim.ball import beyond_ball
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.losses import Loss
@@ -39,6 +40,7 @@ from steepest.optim.weight_changes import Changes
 
 DualMode = Literal["cached", "stale"]
 CALLER = 6  # from the warning through this file, the step and torch's wrappers of it to the line that called step()
+RECENT = 10  # losses
 BELOW = 20  # a batch may do better than the bound by chance, so many in a row do not
 
 Group = dict[str, Any]
@@ -76,6 +78,8 @@ class GlobalStep:
         self._resync = False  # at the next step, whatever was averaged
         self._warned = False  # of decay
         self._below = 0  # losses below the bound, in a row
+        self._below_before = False
+        self._usual: float | None = None  # average of recent losses
 
     @property
     def momo(self) -> Momo | None:
@@ -166,6 +170,8 @@ class GlobalStep:
         accept: Tensor | None,
         record: StepRecord,
         clipping: Tensor | float | None = None,
+        *,
+        parts: int = 1,
     ) -> None:
         """Make the moves.
 
@@ -173,6 +179,7 @@ class GlobalStep:
             moves: Of this step, at least one.
             loss: Of this step; None if it is not known, and then Momo takes the whole step.
             clipping: What the gradients of the loss were multiplied by, in (0, 1]; None: by nothing.
+            parts: Number of micro-batches.
             accept: A 0-d boolean by which every write is masked; None means True.
             record: Takes note.
         """
@@ -211,7 +218,7 @@ class GlobalStep:
             t = chosen.t if accept is None else torch.where(accept.to(total.device), chosen.t, 0.0)
             factors = [factor * t for factor in factors]
             gained += inner.decay
-            self._report(chosen, loss, record)
+            self._report(chosen, loss, record, parts)
         for move, factor in zip(moves, factors, strict=True):
             aim = move.aimed or move.aim(duals=True, slopes=momo is not None)
             if aim.slopes is not None:
@@ -240,11 +247,12 @@ class GlobalStep:
             return asked
         return before[0] != beta or set(map(id, before[1])) != set(map(id, parameters))
 
-    def _report(self, chosen: Chosen, loss: Loss, record: StepRecord) -> None:
+    def _report(self, chosen: Chosen, loss: Loss, record: StepRecord, parts: int) -> None:
         """Note what was decided, and warn of a bound that losses stay below of; on an accelerator nobody looks."""
         record.note(t=chosen.t, gap=chosen.gap, lower_bound=chosen.bound)
         if chosen.bound.device.type != "cpu":
             return
+        self._ask_about_division(float(loss), float(chosen.bound), parts)
         self._below = self._below + 1 if float(loss) < float(chosen.bound) else 0
         if self._below != BELOW:
             return
@@ -255,6 +263,23 @@ class GlobalStep:
             UserWarning,
             stacklevel=CALLER,
         )
+
+    def _ask_about_division(self, loss: float, bound: float, parts: int) -> None:
+        """Warn of the first loss below the bound if it is the first of all, of parts, or far below those before."""
+        usual, divided = self._usual, loss < bound and not self._below_before
+        self._usual = loss if usual is None else usual + (loss - usual) / RECENT
+        if not divided:
+            return
+        self._below_before = True
+        first = usual is None and parts > 1 and not (self.model and self.model.calls)
+        if first or (usual is not None and 0 < 2 * loss < usual):
+            before = "the first loss" if usual is None else f"{usual:.6g}, the average of recent ones"
+            warn(
+                f"The loss {loss:.6g} is below Momo's lower_bound {bound:.6g}, so that steps shrink to nothing, and it "
+                f"is {'' if usual is None else 'far below '}{before}. Was it divided by the number of micro-batches, "
+                "as hosts do before backward? Momo needs the mean loss of the batch: "
+                "record_loss(loss, weight=1 / micro_batches) with each loss before it is divided, or step(loss=mean)."
+            )
 
     def _scale(self, move: Move) -> float | Tensor:
         """s, the learning rate as it enters the norm."""

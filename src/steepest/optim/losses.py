@@ -1,6 +1,7 @@
 """The loss of a step, whichever way it arrives: explicitly, recorded per micro-batch, or from the closure."""
 
 import math
+from functools import partial
 from numbers import Real
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from steepest.optim.ranks import world_size
 
 Loss = Tensor | float
+OFF = 1.4  # times: less may be another term of the loss, twice is a part that was divided twice
 TOLERANCE = 1e-4  # of the sum of weights: a ninth of nine micro-batches, in float32
 
 MISSING = (
@@ -23,6 +25,8 @@ class LossTap:
 
     def __init__(self) -> None:
         self._entries: list[tuple[Tensor | float, float]] = []
+        self._received: list[list[Tensor]] = []  # what backward multiplied each entry by, where it has a graph
+        self._taken: list[tuple[float, list[Tensor]]] = []
         self._cleared = False
 
     def record(self, loss: Loss, weight: float) -> None:
@@ -45,9 +49,12 @@ class LossTap:
         entry = check_loss("record_loss", loss)
         # The gradient of an earlier, complete batch was thrown away: loss scaling passed over its step.
         if self._cleared and self._total() > 1 - TOLERANCE:
-            self._entries.clear()
+            self.clear()
         self._cleared = False
         self._entries.append((entry, float(weight)))
+        self._received.append([])
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.register_hook(partial(_receive, self._received[-1]))
 
     def gradients_cleared(self) -> None:
         """What was recorded so far may belong to gradients that are gone; the next record decides."""
@@ -55,7 +62,7 @@ class LossTap:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._entries, self._cleared = [], False
+        self._entries, self._received, self._cleared = [], [], False
 
     def take(self) -> Loss | None:
         """The weighted sum, forgotten here; None if nothing was recorded.
@@ -64,6 +71,7 @@ class LossTap:
             ValueError: If the weights do not sum to 1. What was recorded is forgotten then, too.
         """
         entries, total = self._entries, self._total()
+        self._taken = [(weight, got) for (_, weight), got in zip(entries, self._received, strict=True)]
         self.clear()
         if not entries:
             return None
@@ -75,8 +83,35 @@ class LossTap:
             )
         return sum((loss * weight for loss, weight in entries), start=0.0)
 
+    def check_weights(self, undone: float) -> None:
+        """Refuse losses that backward did not multiply with the weights that were told; reads what it did.
+
+        Args:
+            undone: What gradients were multiplied by since, clipping not counted: one over the scale of a GradScaler.
+
+        Raises:
+            ValueError: If one was multiplied by something else.
+        """
+        for weight, received in self._taken:
+            factor = math.fsum(map(float, received)) * undone
+            if received and math.isfinite(factor) and not weight / OFF < factor < weight * OFF:
+                raise ValueError(
+                    f"record_loss was told weight={weight:g}, but backward multiplied this loss by {factor:g}. Record "
+                    "the loss as it is before it is divided by the number of micro-batches or scaled: "
+                    "record_loss(loss, weight=1 / micro_batches); (loss / micro_batches).backward()."
+                )
+
+    @property
+    def parts(self) -> int:
+        """How many losses the last step was told."""
+        return len(self._taken)
+
     def _total(self) -> float:
         return math.fsum(weight for _, weight in self._entries)
+
+
+def _receive(received: list[Tensor], factor: Tensor) -> None:
+    received.append(factor.detach().sum())
 
 
 def check_loss(caller: str, loss: object) -> Loss:
