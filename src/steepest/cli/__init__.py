@@ -15,6 +15,7 @@ from steepest.cli.hidden import without_passwords
 from steepest.cli.options import METHODS, RACERS, UsageError
 from steepest.cli.outcome import FAILED, INTERRUPTED, USAGE, failed
 from steepest.cli.parser import Parser
+from steepest.lab.files import DataError, RecordError
 
 __all__ = ["METHODS", "RACERS", "main"]
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as wrong:
         print(f"error: {without_passwords(str(wrong), words)}", file=sys.stderr)
         return USAGE
-    except OSError as failure:
+    except (OSError, RecordError, DataError) as failure:
         return failed(failure)
 
 

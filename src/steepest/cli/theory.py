@@ -208,7 +208,7 @@ def _show(
     from rich.measure import Measurement
     from rich.table import Table
 
-    from steepest.lab.ledger import write_whole
+    from steepest.lab.files import write_whole
 
     if options.plot is not None:
         write_whole(options.plot, draw())

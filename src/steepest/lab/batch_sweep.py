@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from steepest.lab.config import RunConfig, configure, run_hash
 from steepest.lab.crossings import run_crossing
+from steepest.lab.files import exists
 from steepest.lab.methods import check_buildable, check_options, resolve
 from steepest.lab.records import read_run
 from steepest.lab.study import Kind, StudyPlan, run_directory
@@ -194,7 +195,7 @@ class BatchSweep(StudyPlan):
         for seed in self._tuning_seeds():
             config = self._config(cell.arm, cell.batch_size, exponent, seed)
             run = run_directory(out, config)
-            if not (run / "result.json").exists():
+            if not exists(run / "result.json"):
                 return None
             steps, loss = _outcome(run, self.targets[-1])
             missed += steps is None

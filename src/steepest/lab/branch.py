@@ -12,7 +12,6 @@ Source:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import statistics
@@ -26,7 +25,9 @@ import torch
 
 from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.fields import Fields, RecordError, parse_object, read_text
-from steepest.lab.ledger import locked, write_whole
+from steepest.lab.files import digest, exists, make_directory, one_line, write_whole
+from steepest.lab.ledger import locked
+from steepest.lab.ours import refusal
 from steepest.lab.schedule import rate_factor
 from steepest.lab.tasks import Task
 from steepest.lab.train import load_task, using_threads
@@ -183,13 +184,15 @@ def read_parent(run_dir: Path) -> RunConfig:
         RecordError: If there is no config, or it is damaged.
     """
     path = run_dir / "config.json"
-    if not path.exists():
+    if not exists(path):
         raise RecordError(path, "no run here", _RUN)
     config = RunConfig.from_json(read_text(path, remedy=_RUN), path=path, remedy=_RUN)
-    if not (run_dir / "checkpoint.pt").exists():
+    if not exists(run_dir / "checkpoint.pt"):
         raise NoBranchError(f"{run_dir} holds no checkpoint. {_RUN}")
     if config.code != code_version():
-        raise NoBranchError(f"The run was trained by the code {config.code}, this is {code_version()}. {_RUN}")
+        raise NoBranchError(
+            f"The run was trained by the code {one_line(config.code)}, this is {code_version()}. {_RUN}"
+        )
     return config
 
 
@@ -222,18 +225,20 @@ def train_branches(
     config = read_parent(run_dir)
     for batch in batches:
         _check_size(batch, window)
-    out.mkdir(parents=True, exist_ok=True)
+    if (problem := refusal(out, "branches")) is not None:
+        raise NoBranchError(problem)
+    make_directory(out)
     branches: list[Branch] = []
     with locked(run_dir), locked(out):  # a run that is being trained would change its checkpoint between two forks
-        digest = hashlib.sha256((run_dir / "checkpoint.pt").read_bytes()).hexdigest()[:12]
+        checkpoint = digest(run_dir / "checkpoint.pt", remedy=_RUN)[:12]
         for repeat in range(window.repeats):
             for batch in batches:
-                name = f"{run_hash(config)}-{digest}-{batch}-{window.samples}-{window.rule}-{repeat}.json"
+                name = f"{run_hash(config)}-{checkpoint}-{batch}-{window.samples}-{window.rule}-{repeat}.json"
                 branch = _read(out / name, batch, repeat)
                 if branch is None:
                     branch = train_branch(run_dir, batch_size=batch, window=window, repeat=repeat, data=data)
-                    content = {"format": FORMAT, **dataclasses.asdict(branch)}
-                    write_whole(out / name, json.dumps(content, allow_nan=False) + "\n")
+                    record = {"format": FORMAT, **dataclasses.asdict(branch)}
+                    write_whole(out / name, json.dumps(record, allow_nan=False) + "\n")
                 branches.append(branch)
                 tell(branch)
     return branches
@@ -332,7 +337,7 @@ def _known(loss: float | None) -> float:
 
 
 def _read(path: Path, batch: int, repeat: int) -> Branch | None:
-    if not path.exists():
+    if not exists(path):
         return None
     fields = parse_object(read_text(path, remedy=_BRANCH), path, remedy=_BRANCH)
     for key, value in (("format", FORMAT), ("batch_size", batch), ("repeat", repeat)):

@@ -2,22 +2,22 @@
 
 import io
 import os
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from steepest.lab.ledger import write_whole
+from steepest.lab.files import RecordError, one_line, open_to_read, write_whole
+
+_REMEDY = "Delete this file and repeat the command: the run starts again from step 0, nothing else is lost."
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the text says why and what to do."""
 
     def __init__(self, path: Path, problem: str) -> None:
-        remedy = "Delete this file and repeat the command: the run starts again from step 0, nothing else is lost."
-        super().__init__(f"{path}: the checkpoint cannot be used ({problem}). {remedy}")
+        super().__init__(one_line(f"{path}: the checkpoint cannot be used ({problem}). {_REMEDY}"))
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -29,12 +29,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_whole(path, buffer.getvalue())
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name of the file, too
-    finally:
-        os.close(directory)
+    write_whole(path, buffer.getvalue(), durable=True)
 
 
 def load_checkpoint(path: Path, *, keys: set[str]) -> dict[str, Any]:
@@ -48,20 +43,30 @@ def load_checkpoint(path: Path, *, keys: set[str]) -> dict[str, Any]:
         CheckpointError: If the file is damaged, would run code, or holds something else.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load itself does not look at the checksums
-        if damaged is not None:
-            raise CheckpointError(path, f"the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError, KeyError) as problem:
-        raise CheckpointError(path, _first_line(problem)) from problem
-    except RuntimeError as problem:
-        if isinstance(problem, CheckpointError):
-            raise
+        with open_to_read(path, remedy=_REMEDY, most=None) as file:
+            with zipfile.ZipFile(file) as archive:
+                _check_sizes(path, archive, os.fstat(file.fileno()).st_size)
+                damaged = archive.testzip()  # torch.load itself does not look at the checksums
+            if damaged is not None:
+                raise CheckpointError(path, f"the checksum of {damaged} is wrong")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except RecordError as problem:
+        raise CheckpointError(path, problem.problem) from None
+    except Exception as problem:  # there is no list of what damaged pickles and archives raise
         raise CheckpointError(path, _first_line(problem)) from problem
     if not isinstance(state, dict) or set(state) != keys:
         raise CheckpointError(path, f"it must hold {sorted(keys)}")
     return state
+
+
+def _check_sizes(path: Path, archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse what is packed: a small file may then unfold to any size, and ours are not."""
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        raise CheckpointError(path, "its content is packed, which ours is not")
 
 
 def _first_line(problem: Exception) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from steepest.lab.files import exists
 from steepest.lab.pool import read_progress
 
 GLANCE_S = 0.3
@@ -29,7 +30,7 @@ class StudyDisplay:
         self._runs = runs
         self._steps = steps
         self._console = console
-        self._reported = {run for members in runs.values() for run in members if (run / "result.json").exists()}
+        self._reported = {run for members in runs.values() for run in members if exists(run / "result.json")}
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -88,7 +89,7 @@ class StudyDisplay:
     def _report(self, method: str, members: Sequence[Path]) -> None:
         """Without a terminal: one line when a run ends."""
         for index, run in enumerate(members, start=1):
-            if run not in self._reported and (run / "result.json").exists():
+            if run not in self._reported and exists(run / "result.json"):
                 self._reported.add(run)
                 if not self._console.is_terminal:
                     self._console.print(

@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from sqlalchemy.engine import URL
 
 from steepest.lab.display import StudyDisplay
+from steepest.lab.files import check_regular, exists, make_directory, one_line
 from steepest.lab.ledger import RunBusyError, locked
+from steepest.lab.ours import refusal
 from steepest.lab.pool import POLL_S, Pool, last_words
 from steepest.lab.queue import Queue, open_queue
 from steepest.lab.report import write_report
@@ -84,9 +87,11 @@ def run_study(
         raise StudyMismatchError(
             f"--out {out} lies inside --data {data}, which would change while it is read; choose another."
         )
-    url = default_url(out) if storage is None else parse_url(storage)
+    if (problem := refusal(out, "study")) is not None:
+        raise StudyMismatchError(problem)
+    url = _database(out, storage)
     configs = plan.grown(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     with locked(out):
         known, failed = 0, list[Path]()
         while len(configs) > known:
@@ -137,7 +142,7 @@ def join_study(
         ModuleNotFoundError: If the driver of the database is not installed.
     """
     pool = _pool(workers, threads, data)
-    url = default_url(out) if storage is None else parse_url(storage)
+    url = _database(out, storage)
     listing = read_listing(out)
     if not listing.runs:
         raise StudyMismatchError(f"The study in {out} has no runs. Start it again with steepest sweep or race.")
@@ -155,6 +160,16 @@ def join_study(
             "repeat the command that started the study to try them again."
         )
     return len(read_listing(out).runs)
+
+
+def _database(out: Path, storage: str | None) -> URL:
+    """Where the runs are handed out; the file in a study's directory is opened by others, so it is looked at before."""
+    if storage is not None:
+        return parse_url(storage)
+    url = default_url(out)
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        check_regular(out / f"optuna.db{suffix}", remedy="Delete it and repeat the command: no run is lost by that.")
+    return url
 
 
 def _led(out: Path) -> bool:
@@ -175,13 +190,13 @@ def _pool(workers: int, threads: int, data: Path | None) -> Pool:
 
 def _check_same(out: Path, names: Iterable[str], data: Path | None) -> None:
     """Refuse to help where every run would fail: with another version of the code or other data."""
-    unfinished = (out / "runs" / name for name in names if not (out / "runs" / name / "result.json").exists())
+    unfinished = (out / "runs" / name for name in names if not exists(out / "runs" / name / "result.json"))
     if (run := next(unfinished, None)) is None:
         return
     config = read_config(run)  # all runs have the same code and data
     if config.code != code_version():
         raise StudyMismatchError(
-            f"The runs in {out} are configured for the code {config.code}, this is {code_version()}. "
+            f"The runs in {out} are configured for the code {one_line(config.code)}, this is {code_version()}. "
             "Install the same version of steepest on every machine."
         )
     here = make_task(config.task, config.preset, data=data).data_identity()

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from steepest.lab.files import RecordError, read_text
+
+__all__ = ["HIGHEST_RATE", "LARGEST", "LOWEST_RATE", "Fields", "RecordError", "parse_object", "read_text"]
+
 LOWEST_RATE, HIGHEST_RATE = 1e-30, 1e9  # a learning rate beyond is a mistake
 LARGEST = 2**63  # no step, seed, token or byte count is larger, and all smaller ones convert to float
-
-
-class RecordError(ValueError):
-    """A stored file is unreadable or contradicts another one; the text names the file, the problem and the remedy."""
-
-    def __init__(self, path: Path, problem: str, remedy: str) -> None:
-        super().__init__(f"{path}: {problem}. {remedy}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,12 @@ class Fields:
         if not isinstance(value, str) or not value:
             raise self.error(key, "a non-empty string")
         return value
+
+    def line(self, key: str) -> str:
+        """A string that is not empty, and whose characters all show."""
+        if not self.text(key).isprintable():
+            raise self.error(key, "a string without control characters")
+        return self.text(key)
 
     def count(self, key: str, *, least: int = 0) -> int:
         """A whole number of at least `least`."""
@@ -117,20 +120,6 @@ class Fields:
 
     def _null(self, key: str) -> bool:
         return key in self.values and self.values[key] is None
-
-
-def read_text(path: Path, *, remedy: str) -> str:
-    """The content of a UTF-8 file.
-
-    Raises:
-        RecordError: If it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecordError(path, "the file is missing", remedy) from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise RecordError(path, f"the file cannot be read ({problem})", remedy) from None
 
 
 def parse_object(text: str, path: Path, *, remedy: str, where: str = "") -> Fields:

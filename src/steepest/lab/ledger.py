@@ -6,10 +6,14 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
-from steepest.lab.fields import RecordError, parse_object, read_text
+from steepest.lab.fields import RecordError, parse_object
+from steepest.lab.files import exists, open_to_append, read_lines, remove_unfinished, write_all, write_whole
+
+__all__ = ["MetricsFile", "RunBusyError", "locked", "write_whole"]
 
 _REMEDY = "Delete the run's directory and repeat the command: only this run is trained again."
 
@@ -24,32 +28,23 @@ def locked(run_dir: Path) -> Generator[None]:
 
     Raises:
         RunBusyError: If another process holds it.
+        RecordError: If its `lock` is no regular file inside it.
     """
-    with (run_dir / "lock").open("a+", encoding="ascii") as file:
+    descriptor = open_to_append(run_dir / "lock", empty=True)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
+            owner = re.fullmatch(rb"([0-9]{1,10})\n", os.pread(descriptor, 12, 0))
             remedy = "Wait until it ends, or stop that process first: the run then goes on from its last checkpoint."
-            raise RunBusyError(f"{run_dir} is being trained by process {owner}. {remedy}") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        for unfinished in run_dir.glob(".*.tmp"):  # of a holder that was killed
-            if not unfinished.name.startswith(".config.json."):  # which is written without the lock, too
-                unfinished.unlink()
+            process = owner[1].decode() if owner else "unknown"
+            raise RunBusyError(f"{run_dir} is being trained by process {process}. {remedy}") from None
+        os.ftruncate(descriptor, 0)
+        write_all(descriptor, f"{os.getpid()}\n".encode())
+        remove_unfinished(run_dir)  # of a holder that was killed
         yield
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file at once: a reader, or a crash at any moment, finds the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    finally:
+        os.close(descriptor)
 
 
 class MetricsFile:
@@ -65,25 +60,37 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
-        rows = _rows_until(path, step) if step and path.exists() else []
+        rows = _rows_until(path, step) if step and exists(path) else []
         trained = [row["step"] for row in rows if row["kind"] == "train"]
         if trained != list(range(1, step + 1)):
             problem = f"the checkpoint is at step {step}, but {len(trained)} training rows lead up to it"
             raise RecordError(path, problem, _REMEDY)
         write_whole(path, "".join(map(_line, rows)))
-        self._file = path.open("ab", buffering=0)
+        self._path = path
+        self._file = open_to_append(path)
+        self._size = os.fstat(self._file).st_size
 
     def append(self, row: Mapping[str, object]) -> None:
-        """Write one row; numbers must be finite."""
-        self._file.write(_line(row).encode())
+        """Write one row, whole or not at all; numbers must be finite.
+
+        Raises:
+            OSError: If it could not be written, as on a full disk.
+        """
+        line = _line(row).encode()
+        try:
+            write_all(self._file, line)
+        except OSError as problem:
+            os.ftruncate(self._file, self._size)  # a part of a row would run into the next one
+            raise OSError(problem.errno, problem.strerror, str(self._path)) from problem
+        self._size += len(line)
 
     def sync(self) -> None:
         """Make sure that all rows so far would survive a power failure."""
-        os.fsync(self._file.fileno())
+        os.fsync(self._file)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        os.close(self._file)
 
 
 def _line(row: Mapping[str, object]) -> str:
@@ -93,7 +100,7 @@ def _line(row: Mapping[str, object]) -> str:
 def _rows_until(path: Path, step: int) -> list[Mapping[str, object]]:
     """The rows of the first `step` steps, the evaluation after the last of them included."""
     rows: list[Mapping[str, object]] = []
-    for number, line in enumerate(read_text(path, remedy=_REMEDY).split("\n")[:-1], start=1):
+    for number, line in enumerate(read_lines(path, remedy=_REMEDY), start=1):
         fields = parse_object(line, path, remedy=_REMEDY, where=f"line {number}: ")
         fields.text("kind")
         if fields.count("step") <= step:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
+import site
 import subprocess
 import sys
+import sysconfig
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import steepest
 from steepest.lab.environment import WORKERS
+from steepest.lab.fields import parse_object
+from steepest.lab.files import RecordError, append_line, exists, one_line, open_to_append, read_tail
 from steepest.lab.worker import BUSY, INTERRUPTED
 
 POLL_S = 0.25
@@ -68,18 +72,19 @@ class Pool:
                 return "failed"
             if code < 0 and not self.stop.is_set():
                 kills += 1
-                with (run / "worker.log").open("a", encoding="utf-8") as log:
-                    log.write(f"The worker was ended by signal {-code}.\n")
+                append_line(run / "worker.log", f"The worker was ended by signal {-code}.")
                 if kills == KILLS:
                     return "failed"
         return "stopped"
 
     def _start(self, run: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "steepest.lab.worker", str(run), "--threads", str(self.threads)]
+        # P: without it, modules of the directory that one happens to be in would come before all others
+        command = [sys.executable, "-Pm", "steepest.lab.worker", str(run), "--threads", str(self.threads)]
         command += ["--parent", str(os.getpid())]
         if self.data is not None:
             command += ["--data", str(self.data)]
-        with (run / "worker.log").open("ab") as log:
+        log = open_to_append(run / "worker.log")
+        try:
             # a session of its own: Ctrl-C reaches only the study, which then lets its workers save their runs
             return subprocess.Popen(
                 command,
@@ -87,8 +92,10 @@ class Pool:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env={**os.environ, WORKERS: str(self.workers)},
+                env={**os.environ, **_path(), WORKERS: str(self.workers)},
             )
+        finally:
+            os.close(log)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         """The exit code; a process that is told to stop has time to save."""
@@ -105,11 +112,22 @@ class Pool:
             return process.wait()
 
 
+def _path() -> dict[str, str]:
+    """Where a worker finds this very package, if that is no place that Python knows by itself."""
+    here = str(Path(steepest.__file__).resolve().parents[1])
+    if here in {*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")}:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), here)))}
+
+
 def last_words(run_dir: Path) -> str:
-    """The last line that the worker of a run left: the reason, if the run failed."""
+    """The last line that the worker of a run left: the reason, if the run failed; or why it cannot be read."""
     log = run_dir / "worker.log"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "no reason was recorded"
+    try:
+        lines = read_tail(log).decode(errors="replace").strip().splitlines() if exists(log) else []
+    except RecordError as problem:
+        return str(problem)
+    return one_line(lines[-1]) if lines else "no reason was recorded"
 
 
 def read_progress(run_dir: Path, *, steps: int) -> Progress:
@@ -124,14 +142,13 @@ def read_progress(run_dir: Path, *, steps: int) -> Progress:
     """
     step, loss = 0, None
     try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 4096))
-            lines = file.read().split(b"\n")[:-1]
+        metrics = run_dir / "metrics.jsonl"
+        lines = read_tail(metrics, size=4096).split(b"\n")[:-1]
         for line in reversed(lines):
-            row = json.loads(line)
-            if row["kind"] == "train":
-                step, loss = int(row["step"]), row["loss"]
+            row = parse_object(line.decode(), metrics, remedy="")
+            if row.text("kind") == "train":
+                step, loss = min(row.count("step"), steps), row.real_or_none("loss")
                 break
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         pass  # a display may be late or show nothing; the records themselves are read with care elsewhere
-    return Progress(steps if (run_dir / "result.json").exists() else step, loss)
+    return Progress(steps if exists(run_dir / "result.json") else step, loss)

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.engine import URL
 
 from steepest.lab.fields import LARGEST, RecordError
+from steepest.lab.files import append_line, exists
 from steepest.lab.methods import METHODS
 from steepest.lab.pool import Outcome, last_words
 from steepest.lab.result import Result, read_result
@@ -116,7 +117,7 @@ class Queue:
             unfinished = 0
             for name in listing.runs:
                 run, trial = self.out / "runs" / name, trials.get(name)
-                finished = (run / "result.json").exists()
+                finished = exists(run / "result.json")
                 if finished and (trial is None or trial.state == TrialState.FAIL):
                     with contextlib.suppress(RecordError):  # the report says what is wrong with it
                         self._add(run, result=read_result(run / "result.json"))
@@ -131,7 +132,7 @@ class Queue:
         with answering(self.url), self._asking:
             trials = self._last_trials()
         runs = [self.out / "runs" / name for name in read_listing(self.out).runs if _failed(trials.get(name))]
-        return [run for run in runs if not (run / "result.json").exists()] + [
+        return [run for run in runs if not exists(run / "result.json")] + [
             self.out / "runs" / name for name in read_listing(self.out).runs if _damaged(self.out / "runs" / name)
         ]
 
@@ -142,7 +143,7 @@ class Queue:
         run = self.out / "runs" / str(name)
         _note(trial, "worker", f"{socket.gethostname()}:{os.getpid()}")
         try:
-            if not (run / "result.json").exists() and (outcome := train(run)) != "finished":
+            if not exists(run / "result.json") and (outcome := train(run)) != "finished":
                 if outcome == "failed":
                     _note(trial, "error", last_words(run)[:1000])
                 raise NotFinished(outcome)
@@ -243,8 +244,8 @@ def _damaged(run: Path) -> bool:
         read_result(run / "result.json")
     except RecordError as problem:
         if last_words(run) != str(problem):
-            with (run / "worker.log").open("a", encoding="utf-8") as log:
-                log.write(f"{problem}\n")
+            with contextlib.suppress(RecordError):  # the report says what is wrong with it
+                append_line(run / "worker.log", str(problem))
         return True
     return False
 

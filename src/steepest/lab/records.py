@@ -18,6 +18,7 @@ from typing import Literal, cast, get_args
 
 from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.fields import Fields, RecordError, parse_object, read_text
+from steepest.lab.files import exists, read_lines
 from steepest.lab.result import Final, Result, blocks, read_result
 from steepest.lab.study import Kind
 
@@ -144,7 +145,7 @@ def open_study(study_dir: Path) -> Fields:
         RecordError: If the file is missing, damaged, or of another format or kind.
     """
     path = study_dir / "study.json"
-    if not path.exists():
+    if not exists(path):
         raise RecordError(path, "no study here", "Give the directory that race or sweep was given as --out.")
     study = parse_object(read_text(path, remedy=STUDY_REMEDY), path, remedy=STUDY_REMEDY)
     study.expect("format", FORMAT)
@@ -209,7 +210,7 @@ def find_run(study_dir: Path, name: str | None, *, method: str, seed: int, lr: f
         lr: Likewise, unless None.
     """
     run_dir = study_dir / "runs" / (name or "")
-    if name is None or not (run_dir / "config.json").exists():
+    if name is None or not exists(run_dir / "config.json"):
         return None
     try:
         run = read_run(run_dir)
@@ -236,11 +237,11 @@ def read_run(run_dir: Path) -> Run:
     config_path, result_path, metrics_path = (run_dir / f for f in ("config.json", "result.json", "metrics.jsonl"))
     config = RunConfig.from_json(read_text(config_path, remedy=remedy), path=config_path, remedy=remedy)
     result = read_result(result_path, remedy=remedy)
-    train, evals, final = _metrics(metrics_path, remedy) if metrics_path.exists() or result else ((), (), None)
+    train, evals, final = _metrics(metrics_path, remedy) if exists(metrics_path) or result else ((), (), None)
     _agree(result_path, result, config, evals, final, remedy)
     environment_path = run_dir / "environment.json"
     lost = "Delete this file: only the description of the machine is lost."
-    environment = _read(environment_path, lost).values if environment_path.exists() else {}
+    environment = _read(environment_path, lost).values if exists(environment_path) else {}
     return Run(run_dir.name, config, environment, train, evals, _diverged_if_huge(result))
 
 
@@ -293,7 +294,7 @@ def _metrics(path: Path, remedy: str) -> tuple[tuple[TrainRow, ...], tuple[EvalR
     train: list[TrainRow] = []
     evals: list[EvalRow] = []
     final: Final | None = None
-    for number, line in enumerate(read_text(path, remedy=remedy).split("\n")[:-1], start=1):
+    for number, line in enumerate(read_lines(path, remedy=remedy), start=1):
         fields = parse_object(line, path, remedy=remedy, where=f"line {number}: ")
         match fields.text("kind"):
             case "train":

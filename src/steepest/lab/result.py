@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from steepest.lab.fields import LARGEST, Fields, parse_object, read_text
+from steepest.lab.files import exists
 from steepest.lab.tasks.held_out import BLOCKS
 
 FORMAT = 1
@@ -78,7 +79,7 @@ def read_result(path: Path, *, remedy: str = _REMEDY) -> Result | None:
     Raises:
         RecordError: If the file is damaged.
     """
-    if not path.exists():
+    if not exists(path):
         return None
     fields = parse_object(read_text(path, remedy=remedy), path, remedy=remedy)
     fields.expect("format", FORMAT)

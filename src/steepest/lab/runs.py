@@ -11,9 +11,10 @@ from rich.console import Console
 
 from steepest.lab.config import RunConfig
 from steepest.lab.display import StudyDisplay
-from steepest.lab.ledger import write_whole
+from steepest.lab.files import exists, make_directory, write_whole
+from steepest.lab.ours import refusal
 from steepest.lab.pool import POLL_S, Pool, last_words
-from steepest.lab.study import run_directory
+from steepest.lab.study import StudyMismatchError, run_directory
 
 
 def train_runs(runs: Mapping[str, Sequence[RunConfig]], out: Path, *, workers: int) -> None:
@@ -26,16 +27,19 @@ def train_runs(runs: Mapping[str, Sequence[RunConfig]], out: Path, *, workers: i
 
     Raises:
         RuntimeError: If a run did not end; the message says which, and its last words.
+        StudyMismatchError: If `out` holds what is not ours.
         KeyboardInterrupt: If the user stopped it; every run is saved.
     """
+    if (problem := refusal(out, "study")) is not None:
+        raise StudyMismatchError(problem)
     configs = [config for labelled in runs.values() for config in labelled]
     for config in configs:
         directory = run_directory(out, config)
-        directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / "config.json").exists():
+        make_directory(directory)
+        if not exists(directory / "config.json"):
             write_whole(directory / "config.json", config.to_json())
     shown = {label: [run_directory(out, config) for config in labelled] for label, labelled in runs.items()}
-    missing = [run for config in configs if not ((run := run_directory(out, config)) / "result.json").exists()]
+    missing = [run for config in configs if not exists((run := run_directory(out, config)) / "result.json")]
     pool = Pool(workers, threads=1, data=None, stop=threading.Event())
     steps = max(config.steps for config in configs)
     with StudyDisplay(shown, steps=steps, console=Console()) as display, ThreadPoolExecutor(workers) as threads:

@@ -19,6 +19,8 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
+from steepest.lab.files import exists
+
 BEAT_S = 10
 GRACE_S = 60  # without a beat for so long, a worker counts as dead and its run is given to another
 CONNECT_S = 10
@@ -171,7 +173,7 @@ def _of_this_version(url: URL, *, create: bool, beat_s: int, grace_s: int) -> Be
 
 
 def _open(url: URL, *, create: bool, beat_s: int, grace_s: int) -> BeatingStorage:
-    if url.drivername == "sqlite" and not create and not Path(url.database or "").exists():
+    if url.drivername == "sqlite" and not create and not exists(Path(url.database or "")):
         remedy = "Start the study there first, with steepest sweep or race."
         raise StorageError(f"The storage {public_url(url)} does not exist. {remedy}")
     try:

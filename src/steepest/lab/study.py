@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.fields import Fields, RecordError, parse_object, read_text
-from steepest.lab.ledger import write_whole
+from steepest.lab.files import exists, make_directory, one_line, write_whole
 from steepest.lab.methods import METHODS
 from steepest.lab.tasks import Task
 from steepest.lab.tuned import OptionValue
@@ -129,11 +129,11 @@ def write_study(out: Path, plan: StudyPlan, configs: Sequence[RunConfig], *, com
     """
     path = out / "study.json"
     fresh = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "id": secrets.token_hex(6)}
-    kept = _kept(path, plan) if path.exists() else {}
+    kept = _kept(path, plan) if exists(path) else {}
     for config in configs:
         directory = run_directory(out, config)
-        directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / "config.json").exists():
+        make_directory(directory)
+        if not exists(directory / "config.json"):
             write_whole(directory / "config.json", config.to_json())
     content = {
         "format": FORMAT,
@@ -158,7 +158,7 @@ def read_listing(out: Path) -> Listing:
         RecordError: If there is no study, or its `study.json` is damaged.
     """
     path = out / "study.json"
-    if not path.exists():
+    if not exists(path):
         raise RecordError(path, "no study here", "Give the directory that race or sweep was given as --out.")
     study = parse_object(read_text(path, remedy=_REMEDY), path, remedy=_REMEDY)
     runs: dict[str, str] = {}
@@ -166,8 +166,8 @@ def read_listing(out: Path) -> Listing:
         if not re.fullmatch(r"[0-9a-f]{16}", name):  # it becomes a path
             raise listed.error(name, "named by 16 hexadecimal digits")
         runs[name] = listed.inner(name).text("method")
-    where = f"{study.text('kind')} {study.text('task')}-{study.text('preset')}"
-    return Listing(f"{where} {study.text('id')} {code_version()}", runs)
+    where = f"{study.line('kind')} {study.line('task')}-{study.line('preset')}"
+    return Listing(f"{where} {study.line('id')} {code_version()}", runs)
 
 
 def read_config(run: Path) -> RunConfig:
@@ -187,8 +187,8 @@ def _kept(path: Path, plan: StudyPlan) -> dict[str, str]:
     there, here = _subject(old), (plan.kind, plan.task.name, plan.task.preset)
     if there != here:
         raise StudyMismatchError(
-            f"{path.parent} holds a {there[0]} on {there[1]!r} at preset {there[2]!r}, not a {here[0]} on {here[1]!r} "
-            f"at {here[2]!r}. Choose another --out."
+            f"{path.parent} holds a {one_line(there[0])} on {there[1]!r} at preset {there[2]!r}, "
+            f"not a {here[0]} on {here[1]!r} at {here[2]!r}. Choose another --out."
         )
     kept = {"created": old.text("created")}
     return kept | ({"id": old.text("id")} if "id" in old.values else {})

@@ -19,7 +19,9 @@ import torch
 from steepest.lab.config import RunConfig, run_hash
 from steepest.lab.environment import describe_environment
 from steepest.lab.fields import parse_object, read_text
-from steepest.lab.ledger import locked, write_whole
+from steepest.lab.files import exists, make_directory, one_line, remove, write_whole
+from steepest.lab.ledger import locked
+from steepest.lab.ours import refusal
 from steepest.lab.recorder import Recorder
 from steepest.lab.result import Result, read_result
 from steepest.lab.tasks import Task, make_task
@@ -68,7 +70,7 @@ def train_run(
     Raises:
         Interrupted: If `stop` returned True before the last step.
         RunBusyError: If another process is training this run.
-        RunMismatchError: If the directory holds another run, or data or code differ from the config.
+        RunMismatchError: If the directory holds another run or is not ours, or data or code differ from the config.
         CheckpointError: If the checkpoint is damaged.
         RecordError: If another file of the run is damaged.
         ValueError: If `checkpoint_every` or `threads` is below 1, a name in the config is unknown, or the optimizer
@@ -78,27 +80,29 @@ def train_run(
     for name, value in (("checkpoint_every", checkpoint_every), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if (problem := refusal(run_dir, "run")) is not None:
+        raise RunMismatchError(problem)
+    make_directory(run_dir)
     if (result := _stored_result(config, run_dir)) is not None:
         return result
     with locked(run_dir):
         if (result := _stored_result(config, run_dir)) is not None:  # finished while we came here
             return result
         if config.code != code_version():
-            problem = f"The run was configured for the code {config.code}, this is {code_version()}."
+            problem = f"The run was configured for the code {one_line(config.code)}, this is {code_version()}."
             raise RunMismatchError(f"{problem} Use that version, or make a new config in a new directory.")
         task = load_task(config, data)
         write_whole(run_dir / "config.json", config.to_json())
         checkpoint = run_dir / "checkpoint.pt"
         with using_threads(threads), torch.random.fork_rng(devices=[]):
             training = Training(config, task)
-            if resuming := checkpoint.exists():
+            if resuming := exists(checkpoint):
                 training.load(checkpoint)
             _record_environment(run_dir, resuming=resuming)
             result = _train(training, run_dir, checkpoint_every, stop, diagnostics=diagnostics)
         write_whole(run_dir / "result.json", result.to_json())
         if not keep_checkpoint:
-            checkpoint.unlink(missing_ok=True)
+            remove(checkpoint)
         return result
 
 
@@ -135,7 +139,7 @@ def _train(
 def _stored_result(config: RunConfig, run_dir: Path) -> Result | None:
     """The result of a finished run; refuses a directory that holds another run, finished or not."""
     path = run_dir / "config.json"
-    if not path.exists():
+    if not exists(path):
         return None
     stored = RunConfig.from_json(read_text(path, remedy="Delete the run's directory."), path=path)
     if run_hash(stored) != run_hash(config):
@@ -179,7 +183,7 @@ def _record_environment(run_dir: Path, *, resuming: bool) -> None:
     """Record the machine: the first one, and each that took over. If the file is gone, this is the first one known."""
     path = run_dir / "environment.json"
     content = describe_environment()
-    if resuming and path.exists():
+    if resuming and exists(path):
         remedy = "Delete this file and repeat the command: only the description of the machine is lost."
         content = _taken_over(parse_object(read_text(path, remedy=remedy), path, remedy=remedy).values, content)
     write_whole(path, json.dumps(content, indent=2) + "\n")

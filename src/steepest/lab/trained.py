@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from steepest.lab.combined import CombinedOptimizer
 from steepest.lab.config import RunConfig
 from steepest.lab.fields import RecordError, read_text
+from steepest.lab.files import exists
 from steepest.lab.tasks import Batch, Task
 from steepest.lab.train import load_task, using_threads
 from steepest.lab.training import Training
@@ -69,10 +70,10 @@ def load_trained(run_dir: Path, *, examples: int, data: Path | None = None) -> T
         FileNotFoundError: If `data` is not there.
     """
     path, checkpoint = run_dir / "config.json", run_dir / "checkpoint.pt"
-    if not path.exists():
+    if not exists(path):
         raise RecordError(path, "no run here", _REMEDY)
     config = RunConfig.from_json(read_text(path, remedy=_REMEDY), path=path, remedy=_REMEDY)
-    if not checkpoint.exists():
+    if not exists(checkpoint):
         problem = f"{run_dir} holds no checkpoint: runs delete it when they are finished"
         raise NoCheckpointError(f"{problem}. Train into a new directory with `steepest train --keep-checkpoint`.")
     task = load_task(config, data)

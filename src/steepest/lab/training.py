@@ -18,6 +18,7 @@ from steepest.lab.memory import peak_memory
 from steepest.lab.methods import build_optimizer
 from steepest.lab.recorder import Recorder
 from steepest.lab.result import Final, Result
+from steepest.lab.resumed import check_optimizer, check_progress, check_weights, finite
 from steepest.lab.schedule import FAR_SPACING, NEAR, SMOOTHED, SPACING, evaluates, rate_factor, reached
 from steepest.lab.tasks import Evaluation, Task
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
@@ -168,7 +169,12 @@ class Training:
         )
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
+        """Write a checkpoint of everything that the next step depends on.
+
+        One whose weights are not finite is not written: the run diverges at its next loss, from the one before, too.
+        """
+        if not finite(self.model.state_dict()):
+            return
         self.counters.peak_memory_bytes = max(self.counters.peak_memory_bytes, peak_memory())
         save_checkpoint(path, self._state())
 
@@ -182,6 +188,9 @@ class Training:
         if state["run"] != run_hash(self.config):
             raise CheckpointError(path, f"it is of the run {state['run']}, this is {run_hash(self.config)}")
         try:
+            check_progress(state, self.order, steps=self.config.steps, batch_size=self.config.batch_size)
+            check_weights(state["model"], self.model)
+            check_optimizer(state, self.optimizer, self.scheduler, self._rate_factor)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -193,7 +202,7 @@ class Training:
             self.losses = list(map(float, state["losses"]))
             torch.set_rng_state(state["random"])
             torch.set_num_threads(state["threads"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as problem:
             raise CheckpointError(path, f"its content does not fit the run: {problem}") from problem
 
     def _rate_factor(self, step: int) -> float:

@@ -10,10 +10,13 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 
 from steepest.lab.config import RunConfig
 from steepest.lab.fields import read_text
+from steepest.lab.files import one_line
 from steepest.lab.ledger import RunBusyError
 from steepest.lab.train import Interrupted, train_run
 
@@ -64,5 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _report(_: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A traceback for the run's log, in which no text that comes from a file can begin a line."""
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if before is not None:
+        _report(type(before), before, before.__traceback__)
+    traceback.print_tb(trace)
+    told = "".join(traceback.format_exception_only(error)).strip()
+    print(one_line(told), file=sys.stderr)  # noqa: T201 - as above
+
+
 if __name__ == "__main__":
+    sys.excepthook = _report
     raise SystemExit(main())

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from steepest.cli.bench.results import described, print_table, write_results
+from steepest.cli.bench.results import check_out, described, print_table, write_results
 from steepest.cli.options import Commands, add_task, checking_usage, count, few, path, seed
 from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE
@@ -44,6 +44,8 @@ def _accuracy(options: argparse.Namespace) -> int:
     import torch
 
     from steepest.lab.speed.momenta import collect_momenta, compare
+
+    check_out(options.out)
     from steepest.lab.speed.step import DTYPES
     from steepest.lab.tasks import make_task
     from steepest.names import unknown_name

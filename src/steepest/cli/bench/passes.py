@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from steepest.cli.bench.results import described, print_table, write_results
+from steepest.cli.bench.results import check_out, described, print_table, write_results
 from steepest.cli.bench.step import SHAPES
 from steepest.cli.options import Commands, checking_usage, count, few, path, seed
 from steepest.cli.options import add_command as declare
@@ -44,6 +44,8 @@ def _passes(options: argparse.Namespace) -> int:
     import torch
 
     from steepest.lab.speed import Bench
+
+    check_out(options.out)
     from steepest.lab.speed.passes import measure_passes
 
     torch.set_num_threads(options.threads)

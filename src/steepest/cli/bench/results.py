@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from steepest.cli.options import UsageError
+
 
 def described(content: Mapping[str, object]) -> dict[str, object]:
     """A result with what led to it: the command line, and the machine it ran on, whose commit is told apart."""
@@ -16,6 +18,18 @@ def described(content: Mapping[str, object]) -> dict[str, object]:
 
     environment = describe_environment()
     return {"command": sys.argv[1:], "commit": environment["git_commit"], "environment": environment, **content}
+
+
+def check_out(directory: Path | None) -> None:
+    """Refuse to write beside somebody else's files, before anything is measured.
+
+    Raises:
+        UsageError: If the directory is not empty and holds no results of ours.
+    """
+    from steepest.lab.ours import refusal
+
+    if directory is not None and (problem := refusal(directory, "bench")) is not None:
+        raise UsageError(problem)
 
 
 def write_results(
@@ -34,9 +48,9 @@ def write_results(
         rows: Of the CSV, at least one, all with the same keys.
         draw: Makes the PNG.
     """
-    from steepest.lab.ledger import write_whole
+    from steepest.lab.files import make_directory, write_whole
 
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from steepest.cli.bench.results import described, print_table, write_results
+from steepest.cli.bench.results import check_out, described, print_table, write_results
 from steepest.cli.options import Commands, checking_usage, count, few, path
 from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE
@@ -43,6 +43,7 @@ def _scaling(options: argparse.Namespace) -> int:
 
     from steepest.lab.speed.scaling import measure_scaling, points
 
+    check_out(options.out)
     torch.set_num_threads(options.threads)
     chosen = {name: getattr(options, name) for name in ("widths", "layers", "aspects")}
     with checking_usage():

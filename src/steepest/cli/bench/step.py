@@ -8,6 +8,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from steepest.cli.bench.results import check_out
 from steepest.cli.options import Commands, checking_usage, count, few, names, path, seed
 from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE
@@ -54,6 +55,7 @@ def _step(options: argparse.Namespace) -> int:
     from steepest.lab.speed import Bench, measure
     from steepest.lab.speed.step_files import step_content, write_step
 
+    check_out(options.out)
     with checking_usage():
         bench = Bench(
             shapes=options.shapes,

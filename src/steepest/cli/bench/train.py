@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from steepest.cli.bench.results import described, print_table, write_results
+from steepest.cli.bench.results import check_out, described, print_table, write_results
 from steepest.cli.options import METHODS, Commands, checking_usage, count, few, names, path, racers
 from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE
@@ -50,6 +50,8 @@ def _train(options: argparse.Namespace) -> int:
     import torch
 
     from steepest.lab.speed.train_share import summarize, time_steps
+
+    check_out(options.out)
     from steepest.lab.tasks import make_task
 
     torch.set_num_threads(options.threads)

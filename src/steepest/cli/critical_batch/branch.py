@@ -59,6 +59,7 @@ def _branch(options: argparse.Namespace) -> int:
 def _answer(options: argparse.Namespace, tell: Callable[[Branch], None]) -> int:
     from steepest.lab.batch_sweep import parse_batches
     from steepest.lab.branch import Window, local_answer, read_parent, train_branches
+    from steepest.lab.files import exists
     from steepest.lab.train import load_task
 
     with checking_usage():
@@ -66,7 +67,7 @@ def _answer(options: argparse.Namespace, tell: Callable[[Branch], None]) -> int:
         window = Window(options.samples, options.lr_rule, options.repeats)
         if len(batches) < 2:
             raise ValueError(f"--batches {options.batches}: give two sizes at least, to compare.")
-        if (options.run / "config.json").exists():
+        if exists(options.run / "config.json"):
             load_task(read_parent(options.run), options.data)
     out = options.out or options.run / "branches"
     branches = train_branches(options.run, out, batches=batches, window=window, data=options.data, tell=tell)

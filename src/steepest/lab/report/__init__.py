@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from steepest.lab.batch_records import read_batch_study
-from steepest.lab.ledger import write_whole
+from steepest.lab.files import make_directory, remove, write_whole
 from steepest.lab.records import read_kind, read_study
 from steepest.lab.sweep_records import read_sweep
 
@@ -119,9 +119,9 @@ def _write(study_dir: Path, page: str, images: Mapping[str, bytes], *, keys: Col
 def _write_images(study_dir: Path, images: Mapping[str, bytes], *, keys: Collection[str]) -> tuple[Path, ...]:
     """Write figures; one of these keys that no longer holds is removed."""
     plots = study_dir / "plots"
-    plots.mkdir(exist_ok=True)
+    make_directory(plots)
     for stale in {f"{key}.png" for key in keys} - set(images):
-        (plots / stale).unlink(missing_ok=True)
+        remove(plots / stale)
     for name, content in images.items():
         write_whole(plots / name, content)
     return tuple(plots / name for name in images)

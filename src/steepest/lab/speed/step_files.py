@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from steepest.lab.environment import describe_environment
-from steepest.lab.ledger import write_whole
+from steepest.lab.files import make_directory, write_whole
 from steepest.lab.speed.step import Bench, Case
 from steepest.lab.speed.step_png import cases_png
 
@@ -70,7 +70,7 @@ def write_step(directory: Path, bench: Bench, cases: Sequence[Case], *, command:
     Returns:
         The files.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     content = step_content(bench, cases, command=command)
     files: dict[str, str | bytes] = {
         "step.json": json.dumps(content, indent=2, allow_nan=False) + "\n",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steepest.lab.files import exists, read_data
 from steepest.lab.models.convnet import ConvNet
 from steepest.lab.tasks.held_out import TUNING_SHARE, Evaluation, HeldOut, Part, Sizes, evaluation
 from steepest.lab.tasks.order import derive_seed
@@ -20,6 +21,7 @@ ROW = 1 + 3 * 32 * 32  # bytes of one example: label, then pixels
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
 EVALUATION_BATCH = 500
+MOST_BYTES = 2**30  # of a file; those of CIFAR-10 have 31 MB
 _REMEDY = (
     "Download cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, unpack it, and give its folder: "
     "--data cifar-10-batches-bin."
@@ -129,7 +131,7 @@ def _checked_folder(data: Path | None) -> Path:
     if not data.is_dir():
         raise FileNotFoundError(f"--data {str(data)!r} is not a folder. {_REMEDY}")
     missing = [name for name in (*TRAIN_FILES, *TEST_FILES) if not (data / name).is_file()]
-    if missing and (data / "data_batch_1").exists():
+    if missing and exists(data / "data_batch_1"):
         problem = "is the version of CIFAR-10 for Python: pickles, which could run any code when they are read"
         raise ValueError(f"--data {str(data)!r} {problem}. {_REMEDY}")
     if missing:
@@ -153,11 +155,12 @@ def _read_once(folder: Path) -> _Images:
 
 def _read_rows(path: Path) -> Tensor:
     """The examples (n, 3073) of a file, uint8."""
-    size = path.stat().st_size
+    content = read_data(path, most=MOST_BYTES)
+    size = len(content)
     if size == 0 or size % ROW:
         problem = f"{path} has {size} bytes, which is not a whole number of images of {ROW} bytes"
         raise ValueError(f"{problem}: it is damaged. {_REMEDY}")
-    rows = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).view(-1, ROW)
+    rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, ROW)
     if (largest := int(rows[:, 0].max())) >= CLASSES:
         raise ValueError(
             f"{path} has the label {largest}, above {CLASSES - 1}: it is not CIFAR-10, or damaged. {_REMEDY}"

@@ -6,10 +6,12 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from steepest.lab.files import read_data
 from steepest.lab.tasks.held_out import TUNING_SHARE
 from steepest.lab.tasks.task import DataIdentity
 
 HELD_OUT_SHARE = 0.05
+MOST_BYTES = 2**34  # of a file; all of them are held in memory
 ONE_FILE_IN = 20  # is held out
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -58,7 +60,7 @@ def read_standard_library(root: Path) -> dict[str, bytes]:
         FileNotFoundError: If there is none, as in a Python that keeps its library in an archive.
     """
     files = {_relative(p, root): p for p in root.rglob("*.py") if p.is_file()}
-    kept = {name: path.read_bytes() for name, path in sorted(files.items()) if not _is_excluded(name)}
+    kept = {name: read_data(path, most=MOST_BYTES) for name, path in sorted(files.items()) if not _is_excluded(name)}
     if not kept:
         remedy = "Use a regular Python installation, or give a file or folder with --data PATH."
         raise FileNotFoundError(f"No source of Python's standard library below {str(root)!r}. {remedy}")
@@ -120,7 +122,7 @@ def _from_files(name: str, files: dict[str, bytes]) -> Corpus:
 
 
 def _from_file(path: Path) -> Corpus:
-    content = path.read_bytes()
+    content = read_data(path, most=MOST_BYTES)
     cut = len(content) - int(HELD_OUT_SHARE * len(content))
     identity = DataIdentity(path.name, hashlib.sha256(content).hexdigest(), len(content))
     return Corpus(identity, content[:cut], *_cut(content[cut:]))
@@ -134,7 +136,7 @@ def _cut(held_out: bytes) -> tuple[bytes, bytes]:
 
 def _read_folder(root: Path) -> dict[str, bytes]:
     files = {_relative(p, root): p for p in root.rglob("*") if p.is_file()}
-    return {name: path.read_bytes() for name, path in sorted(files.items()) if not _is_hidden(name)}
+    return {name: read_data(path, most=MOST_BYTES) for name, path in sorted(files.items()) if not _is_hidden(name)}
 
 
 def _relative(path: Path, root: Path) -> str:

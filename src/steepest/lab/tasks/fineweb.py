@@ -1,6 +1,7 @@
 """`fineweb`: predict the next token of web text, from the .bin shards that modded-nanogpt and llm.c train on."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steepest.lab.files import DataError, open_data
 from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.lab.tasks.held_out import TUNING_SHARE, Evaluation, HeldOut, Part, Sizes, evaluation
 from steepest.lab.tasks.order import derive_seed
@@ -52,7 +54,7 @@ PRESETS: dict[PresetName, FinewebPreset] = {
 class FinewebTask:
     """GPT-2 tokens in windows that do not overlap or cross shards; an example is one window of T + 1 tokens.
 
-    Shards stay on disk, mapped into memory. They are read in the order of their names.
+    Shards stay on disk. They are read in the order of their names.
 
     Args:
         preset: One of the sizes.
@@ -105,7 +107,7 @@ class FinewebTask:
         """Inputs and targets, each (B, T) int64, of the windows `examples` (B,).
 
         Raises:
-            ValueError: If there is a token in them that GPT-2 does not have.
+            DataError: If there is a token in them that GPT-2 does not have, or a shard has another size by now.
         """
         windows = self.train_windows[examples]
         return windows[:, :-1], windows[:, 1:]
@@ -146,15 +148,15 @@ def read_shard(path: Path) -> Shard:
     Raises:
         ValueError: If it is of another format or version, or not as long as it says.
     """
-    with path.open("rb") as file:
+    with open_data(path) as file:
         header = file.read(HEADER)
+        size = os.fstat(file.fileno()).st_size
     if len(header) < HEADER:
         raise ValueError(f"{path} has {len(header)} bytes, less than the header of {HEADER}: it is damaged. {_REMEDY}")
     magic, version, tokens = (int(number) for number in np.frombuffer(header, dtype="<i4", count=3))
     if (magic, version) != (MAGIC, VERSION):
         expected = f"the magic number {MAGIC} and version {VERSION}, which is GPT-2's tokens in 16 bits"
         raise ValueError(f"{path} starts with {magic} and {version}, not with {expected}. {_REMEDY}")
-    size = path.stat().st_size
     if tokens < 0 or size != HEADER + 2 * tokens:
         problem = f"{path} has {size} bytes; its header promises {tokens} tokens, which take {HEADER + 2 * tokens}"
         raise ValueError(f"{problem}. It is damaged, perhaps not downloaded to its end. {_REMEDY}")
@@ -180,10 +182,7 @@ class Windows:
             longest = max(shard.tokens for shard in shards)
             problem = f"No {part} shard fills one window of {self._length} tokens; the longest has {longest}"
             raise ValueError(f"{problem}. {_REMEDY}")
-        self._shards = [
-            (shard.path, np.memmap(shard.path, dtype="<u2", mode="r", offset=HEADER, shape=(shard.tokens,)))
-            for shard in filled
-        ]
+        self._shards = filled
         self._ends = torch.tensor([shard.tokens // self._length for shard in filled]).cumsum(0)
 
     def __len__(self) -> int:
@@ -193,19 +192,25 @@ class Windows:
         """Windows (B, T + 1) int64 of the given numbers (B,), each below the length.
 
         Raises:
-            ValueError: If there is a token in them that GPT-2 does not have.
+            DataError: If there is a token in them that GPT-2 does not have, or a shard has another size by now.
         """
         places = torch.searchsorted(self._ends, numbers, right=True)
         read = [self._read(*pair) for pair in zip(places.tolist(), numbers.tolist(), strict=True)]
         return torch.from_numpy(np.stack(read))
 
     def _read(self, place: int, number: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        path, tokens = self._shards[place]
-        start = (number - (int(self._ends[place - 1]) if place else 0)) * self._length
-        window = tokens[start : start + self._length].astype(np.int64)
+        shard = self._shards[place]
+        start = HEADER + 2 * (number - (int(self._ends[place - 1]) if place else 0)) * self._length
+        with open_data(shard.path) as file:  # not mapped: a map of a file that shrinks ends the process
+            size = os.fstat(file.fileno()).st_size
+            content = os.pread(file.fileno(), 2 * self._length, start)
+        if size != shard.bytes or len(content) < 2 * self._length:
+            problem = f"{shard.path} had {shard.bytes} bytes when the run began, and has {size} now"
+            raise DataError(f"{problem}. Bring the file back, and repeat the command. {_REMEDY}")
+        window = np.frombuffer(content, dtype="<u2").astype(np.int64)
         if (largest := int(window.max())) >= VOCABULARY:
-            problem = f"{path} has the token {largest}; GPT-2's vocabulary ends at {VOCABULARY - 1}"
-            raise ValueError(f"{problem}. It is damaged, or of another tokenizer. {_REMEDY}")
+            problem = f"{shard.path} has the token {largest}; GPT-2's vocabulary ends at {VOCABULARY - 1}"
+            raise DataError(f"{problem}. It is damaged, or of another tokenizer. {_REMEDY}")
         return window
 
 
@@ -230,7 +235,7 @@ def _identify(name: str, train: Sequence[Shard], validation: Sequence[Shard]) ->
         digest.update(f"{part} {len(shards)}\0".encode())
         for shard in shards:
             digest.update(f"{shard.bytes}\0".encode())
-            with shard.path.open("rb") as file:
+            with open_data(shard.path) as file:
                 digest.update(file.read(HEADER + HASHED))
                 file.seek(max(HEADER, shard.bytes - HASHED))
                 digest.update(file.read(HASHED))

@@ -1,0 +1,72 @@
+"""Whether a directory may be written to: it is empty, or the lab has made what is in it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from steepest.lab.fields import parse_object
+from steepest.lab.files import RecordError, exists, is_unfinished, read_bytes, read_text
+
+Content = Literal["run", "study", "branches", "bench"]
+_REMEDY = "Choose another --out: nothing of somebody else's is overwritten."
+_MARKS = {"run": "config.json", "study": "study.json"}  # whoever reads them sees whether they are ours
+_DATABASE = r"optuna\.db(-journal|-wal|-shm)?"
+_REPORT = r"report\.html|plots|(rows|lr_sweep|basins|crossings|estimates|learning_rates|token_ratio)\.csv"
+_BRANCH = r"[0-9a-f]{16}-[0-9a-f]{12}-[0-9]+-[0-9]+-[a-z]+-[0-9]+\.json"
+_BENCH = ("accuracy", "momenta", "passes", "scaling", "step", "train")
+
+
+def refusal(directory: Path, content: Content) -> str | None:
+    """Why a directory cannot be written to, or None if it can: it is not there, empty, or ours.
+
+    Args:
+        directory: What was given as --out.
+        content: What shall stand in it.
+    """
+    if not directory.is_dir() or not (names := set(os.listdir(directory))):
+        return None
+    mark = _MARKS.get(content)
+    if (mark is not None and mark in names) or _is_begun(directory, content, names):
+        return None
+    shown = sorted(names)[:3]
+    among = f"{', '.join(map(repr, shown))}{' and more' if len(names) > len(shown) else ''}"
+    lacks = f" and no {mark}" if mark is not None else ""
+    return f"{directory} is not empty{lacks}, it holds {among}. {_REMEDY}"
+
+
+def _is_begun(directory: Path, content: Content, names: set[str]) -> bool:
+    """Whether everything in a directory without its mark is what the lab writes there."""
+    if content == "bench":
+        return any(_is_bench(directory / f"{name}.json") for name in _BENCH)
+    rest = {name for name in names if not is_unfinished(name)}
+    if "lock" in rest and _is_lock(directory / "lock"):
+        rest.remove("lock")
+    if content == "run":
+        return rest <= {"worker.log"}
+    if content == "branches":
+        return all(re.fullmatch(_BRANCH, name) for name in rest)
+    runs = os.listdir(directory / "runs") if (directory / "runs").is_dir() else []
+    if not all(re.fullmatch("[0-9a-f]{16}", name) for name in runs):
+        return False
+    known = f"runs|{_DATABASE}" + (f"|{_REPORT}" if runs else "")  # a study.json that was deleted is written anew
+    return all(re.fullmatch(known, name) for name in rest)
+
+
+def _is_lock(path: Path) -> bool:
+    """Whether a lock holds what ours do; one that cannot be read is refused by who takes it."""
+    try:
+        return re.fullmatch(rb"([0-9]{1,10}\n)?", read_bytes(path, most=64)) is not None
+    except RecordError:
+        return not path.is_file()
+
+
+def _is_bench(path: Path) -> bool:
+    if not exists(path):
+        return False
+    try:
+        return {"command", "commit", "environment"} <= parse_object(read_text(path), path, remedy=_REMEDY).values.keys()
+    except RecordError:
+        return False
