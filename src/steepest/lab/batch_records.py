@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import cast
 
-from steepest.lab.fields import HIGHEST_RATE, LOWEST_RATE, Fields
-from steepest.lab.records import HUGE, Run, find_run, named_runs, open_study, time_of
+from steepest.lab.fields import HIGHEST_RATE, LOWEST_RATE, Fields, RecordError
+from steepest.lab.records import HUGE, Run, check_positive, find_run, named_runs, open_study, time_of
 
 _SHORT = (("weight_decay=", "wd="),)  # so that arms with different values stay apart beside a curve
 
@@ -207,6 +207,10 @@ def _find(study_dir: Path, name: str, asked: Asked, arm: ArmRecord) -> Run | str
     found = find_run(study_dir, name, method=arm.method, seed=asked.seed, lr=asked.lr)
     if not isinstance(found, Run):
         return found
+    try:
+        check_positive(study_dir / "runs" / name, found)
+    except RecordError as problem:
+        return str(problem).replace(f"{study_dir}/", "")
     config = found.config
     own = {"batch_size": str(config.batch_size)} | {key: str(value) for key, value in config.options.items()}
     expected = {"batch_size": str(asked.batch_size)} | dict(arm.changes)

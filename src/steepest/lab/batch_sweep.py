@@ -19,7 +19,7 @@ from steepest.lab.config import RunConfig, configure, run_hash
 from steepest.lab.crossings import run_crossing
 from steepest.lab.files import exists
 from steepest.lab.methods import check_buildable, check_options, resolve
-from steepest.lab.records import read_run
+from steepest.lab.records import check_positive, read_run
 from steepest.lab.study import Kind, StudyPlan, run_directory
 from steepest.lab.tuned import OptionValue
 
@@ -231,6 +231,7 @@ class BatchSweep(StudyPlan):
 def _outcome(run: Path, target: float) -> tuple[float | None, float]:
     """Steps to the target or None, and the last loss, infinite for a run that diverged."""
     record = read_run(run)
+    check_positive(run, record)
     crossing = run_crossing(record, target)
     loss = None if record.result is None else record.result.final_loss
     return (crossing.steps if crossing.status == "reached" else None), math.inf if loss is None else loss

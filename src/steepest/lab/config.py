@@ -199,6 +199,8 @@ def _options(fields: Fields) -> dict[str, OptionValue]:
     for key, value in fields.values.items():
         if not isinstance(value, bool | int | float | str):
             raise fields.error(key, "a number, true, false or a string")
+        if isinstance(value, int) and not -LARGEST < value < LARGEST:
+            raise fields.error(key, "a number between -2^63 and 2^63")
         options[key] = value
     return options
 

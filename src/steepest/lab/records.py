@@ -245,6 +245,23 @@ def read_run(run_dir: Path) -> Run:
     return Run(run_dir.name, config, environment, train, evals, _diverged_if_huge(result))
 
 
+def check_positive(run_dir: Path, run: Run) -> None:
+    """Refuse a run with an evaluation that has no logarithm, for studies that go by it.
+
+    Raises:
+        RecordError: It names the line.
+    """
+    if all(row.loss is None or row.loss > 0 for row in run.evals):
+        return
+    path = run_dir / "metrics.jsonl"
+    remedy = f"Delete the directory {run_dir.name} and repeat the study's command: only this run is trained again."
+    for number, line in enumerate(read_lines(path, remedy=remedy), start=1):
+        fields = parse_object(line, path, remedy=remedy, where=f"line {number}: ")
+        loss = fields.real_or_none("loss") if fields.text("kind") == "eval" else None
+        if loss is not None and loss <= 0:
+            raise fields.error("loss", "above 0, as steps to a loss are found by its logarithm")
+
+
 def _read(path: Path, remedy: str) -> Fields:
     return parse_object(read_text(path, remedy=remedy), path, remedy=remedy)
 

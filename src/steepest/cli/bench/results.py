@@ -48,13 +48,14 @@ def write_results(
         rows: Of the CSV, at least one, all with the same keys.
         draw: Makes the PNG.
     """
+    from steepest.lab.cells import neutral
     from steepest.lab.files import make_directory, write_whole
 
     make_directory(directory)
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: neutral(v) if isinstance(v, str) else v for key, v in row.items()} for row in rows)
     write_whole(directory / f"{name}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_whole(directory / f"{name}.csv", table.getvalue())
     write_whole(directory / f"{name}.png", draw())

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 
 from steepest.lab.basin import TOLERANCES
+from steepest.lab.cells import neutral
 from steepest.lab.records import Run
 from steepest.lab.report.lr_results import MethodSweep, Sweep
 from steepest.lab.report.wording import plain
@@ -83,7 +84,7 @@ def _basin(method: MethodSweep) -> Cells:
 
 
 def table(head: Sequence[str], rows: Iterable[Cells]) -> str:
-    """Head and rows as CSV; control characters in text are shown."""
+    """Head and rows as CSV; control characters in text are shown, and none of it is a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
@@ -92,4 +93,4 @@ def table(head: Sequence[str], rows: Iterable[Cells]) -> str:
 
 
 def _written(cell: object) -> object:
-    return str(cell).lower() if isinstance(cell, bool) else plain(cell) if isinstance(cell, str) else cell
+    return str(cell).lower() if isinstance(cell, bool) else neutral(plain(cell)) if isinstance(cell, str) else cell

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from steepest.lab.cells import neutral
 from steepest.lab.environment import describe_environment
 from steepest.lab.files import make_directory, write_whole
 from steepest.lab.speed.step import Bench, Case
@@ -38,7 +39,7 @@ def rows_csv(cases: Sequence[Case]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: neutral(v) if isinstance(v, str) else v for key, v in row.items()} for row in rows)
     return text.getvalue()
 
 
