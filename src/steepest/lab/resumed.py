@@ -50,6 +50,8 @@ def check_progress(state: Mapping[str, Any], order: ExampleOrder, *, steps: int,
     if evaluation is not None:
         _expect("evaluation", evaluation, _float(evaluation["loss"]))
         _expect("evaluation", evaluation, evaluation["accuracy"] is None or _number(evaluation["accuracy"]))
+    if (final := state["final"]) is not None:
+        _expect("final", final, _float(final["loss"]))
     place = state["order"]
     seen = place["epoch"] * order.size + place["position"]
     if seen != counters["step"] * batch_size:
