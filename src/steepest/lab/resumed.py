@@ -17,7 +17,7 @@ from steepest.lab.tasks.order import ExampleOrder
 MOST_THREADS = 4096
 # of a group; what is not among them an optimizer counts itself
 _OPTIONS = ("lr", "initial_lr", "momentum", "beta2", "betas", "eps", "weight_decay", "nesterov", "norm", "role", "view")
-_OPTIONS += ("ns_coefficients", "ns_steps", "adjust_lr_fn", "dampening", "amsgrad", "maximize", "momo_bound")
+_OPTIONS += ("ns_coefficients", "ns_steps", "adjust_lr_fn", "dampening", "amsgrad", "maximize")
 _LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "second_moment")
 
 
