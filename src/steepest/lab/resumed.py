@@ -16,8 +16,27 @@ from steepest.lab.tasks.order import ExampleOrder
 
 MOST_THREADS = 4096
 # of a group; what is not among them an optimizer counts itself
-_OPTIONS = ("lr", "initial_lr", "momentum", "beta2", "betas", "eps", "weight_decay", "nesterov", "norm", "role", "view")
-_OPTIONS += ("ns_coefficients", "ns_steps", "adjust_lr_fn", "dampening", "amsgrad", "maximize")
+_OPTIONS = frozenset(
+    (
+        "lr",
+        "initial_lr",
+        "momentum",
+        "beta2",
+        "betas",
+        "eps",
+        "weight_decay",
+        "nesterov",
+        "norm",
+        "role",
+        "view",
+        "ns_coefficients",
+        "ns_steps",
+        "adjust_lr_fn",
+        "dampening",
+        "amsgrad",
+        "maximize",
+    )
+)
 _LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "second_moment")
 
 
@@ -106,7 +125,7 @@ def check_optimizer(
 
 
 def _check_group(number: int, group: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    for key in expected.keys() & set(_OPTIONS):
+    for key in expected.keys() & _OPTIONS:
         if group[key] != expected[key]:
             problem = f"{key} of group {number} is {group[key]!r}, the config and the step make it {expected[key]!r}"
             raise ValueError(problem)

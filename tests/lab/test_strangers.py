@@ -1,0 +1,162 @@
+"""Directories from strangers: what stands in the place of a file of a study or a run, met by every command."""
+
+import os
+import shutil
+import signal
+
+import pytest
+
+from steepest.cli import main
+from steepest.lab.config import configure
+from steepest.lab.tasks import make_task
+from steepest.lab.train import Interrupted, train_run
+from tests.lab.synthetic import Pace, run_dir, write_study
+from tests.lab.test_files import SECRET, THINGS
+
+TRAIN = ["train", "--task", "digits", "--method", "adamw", "--steps", "8"]
+CONTENTS = {
+    "empty": b"",
+    "not UTF-8": b"\xff\xfe\n",
+    "no JSON": b"ssh-ed25519 AAAA\n",
+    "no object": b"[]\n",
+    "deep": b"[" * 50_000 + b"\n",
+    "control characters": b'{"kind": "a\\nssh-ed25519 AAAA\\u001b[2J"}\n',
+}
+
+
+def put(path, thing):
+    """Something else in the place of a file."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    if thing in THINGS:
+        THINGS[thing](path)
+    elif thing == "giant":
+        with path.open("wb") as file:
+            file.truncate(2**42)
+    else:
+        path.write_bytes(CONTENTS[thing])
+
+
+ALL = [*THINGS, *CONTENTS, "giant"]
+
+
+@pytest.fixture(autouse=True)
+def _impatient():
+    """A command that waits for a pipe does so for ever."""
+
+    def stop(*_):
+        raise AssertionError("the command hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(200)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def told(capsys, words, *, code, mentions):
+    assert main([*map(str, words)]) == code
+    out, err = capsys.readouterr()
+    if code:
+        [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert all(text in line for text in mentions), line
+    assert SECRET not in out + err
+    assert "\x1b[2J" not in out + err
+    assert not any(line.startswith("ssh-ed25519") for line in (out + err).splitlines())
+    return out, err
+
+
+def intact(tmp_path):
+    outside = tmp_path / "outside"
+    return not outside.exists() or outside.read_text() == SECRET
+
+
+@pytest.mark.parametrize("thing", ALL)
+@pytest.mark.parametrize("command", ["report", "critical-batch fit", "critical-batch plot", "work", "race"])
+def test_a_study_that_is_none_is_named_by_every_command(tmp_path, capsys, command, thing):
+    (tmp_path / "study").mkdir()
+    put(tmp_path / "study" / "study.json", thing)
+    directory = ["--task", "digits", "--out"] if command == "race" else []
+    told(capsys, [*command.split(), *directory, tmp_path / "study"], code=1, mentions=["study.json: "])
+    assert intact(tmp_path)
+    assert os.listdir(tmp_path / "study") in (["study.json"], ["lock", "study.json"], ["study.json", "lock"])
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run that was interrupted in the middle."""
+    path = tmp_path_factory.mktemp("begun") / "run"
+    config = configure(make_task("digits"), method="adamw", seed=0, steps=8)
+    steps = iter(range(10))
+    with pytest.raises(Interrupted):
+        train_run(config, path, stop=lambda: next(steps) == 3)
+    return path
+
+
+def sorted_tree(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+FOREIGN = {
+    "notes": {"notes.txt": "mine"},
+    "metrics": {"metrics.jsonl": "mine", "result.json": "mine", "environment.json": "mine"},
+    "lock": {"lock": "mine\n"},
+    "hidden": {".secret.tmp": "mine"},
+    "report": {"report.html": "mine", "rows.csv": "mine"},
+    "runs": {"runs/monday/log": "mine"},
+    "branches": {"0.json": "mine"},
+    "step": {"step.json": "{}", "step.csv": "mine"},
+}
+COMMANDS = {
+    "train": TRAIN,
+    "race": ["race", "--task", "digits", "--methods", "adamw"],
+    "sweep": ["sweep", "--task", "digits", "--methods", "adamw", "--lrs", "0.1"],
+    "measure": ["critical-batch", "measure", "--task", "digits", "--batches", "4,8", "--targets", "0.1"],
+    "bench step": ["bench", "step"],
+    "bench train": ["bench", "train", "--task", "digits"],
+    "bench accuracy": ["bench", "accuracy"],
+    "bench passes": ["bench", "passes"],
+    "bench scaling": ["bench", "scaling"],
+}
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_of_somebody_else_is_refused_before_anything_is_written(tmp_path, capsys, command, foreign):
+    for name, content in FOREIGN[foreign].items():
+        (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "theirs" / name).write_text(content)
+    before = sorted_tree(tmp_path)
+    told(capsys, [*COMMANDS[command], "--out", tmp_path / "theirs"], code=2, mentions=["theirs is not empty", "Choose"])
+    assert sorted_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_branches_are_refused_a_folder_of_somebody_else(begun, tmp_path, capsys, foreign):
+    for name, content in FOREIGN[foreign].items():
+        (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "theirs" / name).write_text(content)
+    before = sorted_tree(tmp_path)
+    words = ["critical-batch", "branch", begun, "--batches", "16,32", "--samples", "32", "--out", tmp_path / "theirs"]
+    told(capsys, words, code=2, mentions=["theirs is not empty", "Choose"])
+    assert sorted_tree(tmp_path) == before
+
+
+def test_what_the_lab_has_left_is_not_somebody_else_s(tmp_path):
+    from steepest.lab.ours import refusal
+
+    out = write_study(tmp_path / "out", {"adamw": Pace()}, seeds=(0,))
+    run = run_dir(out, "adamw", 0)
+    (out / "lock").write_text("123\n")
+    (out / "report.html").touch()
+    assert refusal(out, "study") is None
+    (out / "study.json").unlink()  # as a message may advise
+    assert refusal(out, "study") is None
+    assert refusal(run, "run") is None
+    (tmp_path / "begun").mkdir()  # killed before it wrote its config
+    for name, content in (("lock", ""), ("worker.log", "words"), (".config.json.12.0123abcd.tmp", "{")):
+        (tmp_path / "begun" / name).write_text(content)
+        assert refusal(tmp_path / "begun", "run") is None
+    assert refusal(tmp_path / "nowhere", "study") is None
+
+
+PLANTED = ("random", "torch", "steepest", "numpy", "json", "optuna", "sitecustomize_", "encodings_")
