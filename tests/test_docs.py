@@ -1,22 +1,110 @@
-"""What the documents say is run and compared."""
+"""What the documents say is run and compared.
 
+A ```text block right after a ```python block is the whole of what that block prints. A ```console block begins with
+`$ steepest ...` and goes on with the whole of what that command prints. Words are compared as they are, spaces as one,
+numbers exactly. Two comments on a line of their own, right before the block, say otherwise:
+
+    <!-- numbers within 2% -->   numbers that depend on the machine, compared with a relative tolerance
+    <!-- not run: why -->        a command that takes too long here, or needs what is not there
+"""
+
+import contextlib
+import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from steepest.cli import main
 from steepest.linalg import COEFFICIENTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_python_example_runs(page, tmp_path, monkeypatch):
+def test_every_python_example_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
-        exec(compile(block, str(page), "exec"), names)  # noqa: S102 - our own documents
+    printed, end, text = "", None, page.read_text()
+    for block in BLOCK.finditer(text):
+        if block["kind"] == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(block["text"], str(page), "exec"), names)  # noqa: S102 - our own documents
+            printed, end = out.getvalue(), block.end()
+            continue
+        shows_output = end is not None and not text[end : block.start()].strip()
+        assert (block["kind"] == "text") == shows_output, f"{page.name}: text shows what the python before it prints"
+        if shows_output:
+            compare(printed, block["text"], tolerance_of(block["note"]))
+
+
+CONSOLE = [
+    pytest.param(block["text"], block["note"], id=f"{page.name}-{block['text'].splitlines()[0][11:40].strip()}")
+    for page in PAGES
+    for block in BLOCK.finditer(page.read_text())
+    if block["kind"] == "console" and not (block["note"] or "").startswith("not run: ")
+]
+
+
+@pytest.mark.parametrize(("text", "note"), CONSOLE)
+def test_every_command_prints_what_the_page_shows(text, note, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command, shown = re.fullmatch(r"\$ steepest ((?:[^\n]*\\\n)*[^\n]*)\n(.*)", text, flags=re.DOTALL).groups()
+    words = shlex.split(command.replace("\\\n", " "))
+    for folder in (Path(word).parent for word in words if word.endswith(".png")):
+        folder.mkdir(parents=True)
+    assert main(words) == 0
+    compare(capsys.readouterr().out, shown, tolerance_of(note))
+
+
+def tolerance_of(note):
+    """The relative tolerance that the comment before a block states; None: exact."""
+    if note is None:
+        return None
+    return float(re.fullmatch(r"numbers within (\d+(?:\.\d+)?)%", note)[1]) / 100
+
+
+def compare(printed, shown, tolerance):
+    """Words one by one, numbers within the tolerance."""
+    for ours, pages in zip(lines(printed), lines(shown), strict=True):
+        if tolerance is None:
+            assert ours == pages
+            continue
+        assert NUMBER.sub("#", ours) == NUMBER.sub("#", pages)
+        numbers = [[float(found.replace(",", "")) for found in NUMBER.findall(line)] for line in (ours, pages)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=tolerance, abs=0), f"printed {ours!r}, shown {pages!r}"
+
+
+def lines(text):
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+TABLE = "kind  scale  interval\ntotal  2,018  165 to 287\n"
+
+
+@pytest.mark.parametrize(("was", "becomes"), [("  ", "      "), ("165", "166"), ("2,018", "2,000")])
+def test_spaces_and_the_last_digits_of_a_machine_do_not_count(was, becomes):
+    compare(TABLE.replace(was, becomes), TABLE, 0.01)
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.01])
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [("2,018", "2,118"), ("165", "168"), ("total", "sum"), ("to 287", "or more"), ("kind  scale  interval\n", "")],
+)
+def test_a_wrong_figure_in_a_page_is_found(was, becomes, tolerance):
+    with pytest.raises((AssertionError, ValueError)):
+        compare(TABLE, TABLE.replace(was, becomes), tolerance)
+
+
+def test_numbers_are_exact_unless_a_page_says_otherwise():
+    with pytest.raises(AssertionError):
+        compare(TABLE, TABLE.replace("165", "166"), tolerance_of(None))
+    compare(TABLE, TABLE.replace("165", "166"), tolerance_of("numbers within 1%"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -102,8 +102,10 @@ class InputMoment:
         """Options by name.
 
         Args:
-            name: "default"; "paper_record4", "paper_record28" and "track3": those of the published training scripts of
-                that name, which differ from one another in the intervals, and from the default in more.
+            name: "default"; "paper_record4", "paper_record28" and "track3": the moment, its inverse and what is
+                multiplied, as in the published training scripts of that name. All else is the optimizer's: record 4
+                scales steps by sqrt(max(m, n)), as `scale="match_rms_adamw"` does with five times its rate, and not by
+                the default's sqrt(max(1, m/n)); record 28 by the latter of the shape as stored.
             overrides: Options that take the place of the preset's.
 
         Returns:

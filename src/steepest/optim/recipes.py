@@ -106,7 +106,8 @@ class NewtonMuon(Muon):
         params: A module or a plan.
         lr: As for `Muon`, like all options but one.
         precondition: `InputMoment(...)` or the name of one of its presets. None: `InputMoment()`, whose exponent and
-            structures are those found best in docs/results/newton_muon; "paper_record4" is the paper's algorithm.
+            structures are the best of twelve settings tried in docs/results/newton_muon, on one small model, at
+            `every=8`; "paper_record4" has the paper's moment, not that script's whole recipe (`InputMoment.preset`).
 
     Raises:
         ValueError: If an option or parameter does not fit.
