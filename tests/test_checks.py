@@ -36,7 +36,7 @@ REFUSED = [
         "x must be one of 'full', 'none', got a tensor of shape (2,).",
     ),
     (pair(PART, "two parts"), 0.9, TypeError, "x must be two parts, got 0.9."),
-    (pair(PART, "two parts"), (0.9, 2), ValueError, "x must be in [0, 1), got 2."),
+    (pair(PART, "two parts"), (0.9, 2), ValueError, "x must be two parts, got (0.9, 2)."),
 ]
 
 
@@ -64,7 +64,10 @@ def test_numbers_come_back_plain():
 def test_values_are_shown_on_one_short_line():
     assert shown("x" * 1000).endswith("... (of type str)")
     assert "\n" not in shown(np.zeros((3, 3)))
-    assert shown([10**5000]) == "an object of type list"
+    assert shown([10**5000]) == "[an integer of 16610 bits]"
+    assert shown({3: 10**5000}) == "an object of type dict"
+    assert shown((1,)) == "(1,)"
+    assert shown([1] * 1000).endswith("... (of type list)")
 
 
 def test_a_keyword_that_is_none_is_answered():

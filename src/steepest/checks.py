@@ -32,6 +32,10 @@ def shown(value: object) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, int) and value.bit_length() > WIDEST:
         return f"an integer of {value.bit_length()} bits"
+    if type(value) in (list, tuple) and any(isinstance(entry, int) for entry in cast(Sequence[object], value)):
+        entries = ", ".join(map(shown, cast(Sequence[object], value)[:LONGEST]))
+        text = f"[{entries}]" if isinstance(value, list) else f"({entries}{',' * (len(value) == 1)})"
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}... (of type {type(value).__name__})"
     try:
         text = " ".join(repr(value).split())
     except Exception:  # noqa: BLE001 - a value that cannot even be printed is still to be refused by name
@@ -135,7 +139,26 @@ def pair(each: Check, expected: str) -> Check:
         if not isinstance(value, tuple | list) or len(cast(Sequence[object], value)) != 2:
             raise TypeError(refusal(name, expected, value))
         first, second = cast(Sequence[object], value)
-        return each(name, first), each(name, second)
+        try:
+            return each(name, first), each(name, second)
+        except (TypeError, ValueError) as error:
+            raise type(error)(refusal(name, expected, value)) from error
+
+    return check
+
+
+def instance(kinds: type | tuple[type, ...], expected: str) -> Check:
+    """A check for objects of a kind.
+
+    Args:
+        kinds: The classes.
+        expected: What they are, in words.
+    """
+
+    def check(name: str, value: object) -> Any:
+        if not isinstance(value, kinds):
+            raise TypeError(refusal(name, expected, value))
+        return value
 
     return check
 

@@ -219,7 +219,7 @@ def test_an_override_reaches_a_tied_parameter_by_any_name():
         ({"zzz": "vector"}, ValueError, "'zzz' matches no parameter. The model has mixing, kernel, first.weight"),
         ({"kernel": "matrx"}, ValueError, "asks for the role 'matrx'. Roles are matrix, embedding, head, vector."),
         ({"kernel": "matrx"}, ValueError, "Did you mean 'matrix'?"),
-        ({"kernel": 3}, TypeError, "The override 'kernel' must be a role, a View or a Rule, got int."),
+        ({"kernel": 3}, TypeError, "The override 'kernel' must be a role, a View or a Rule, got 3."),
         ({"f*": View(split=(3, 4))}, ValueError, "The override 'f*' for first.weight: View 'split=3+4' does not fit"),
         ({"first.bias": "matrix"}, ValueError, "for first.bias: View 'linear' does not fit shape (8,)"),
         ({"kernel": Rule("vector", LINEAR)}, ValueError, "gives a vector the view 'linear'. Leave out one of them."),

@@ -221,7 +221,7 @@ def test_any_view_is_a_permutation_that_the_loop_confirms(case):
         ({"groups": 0}, "View groups must be positive, got 0. Leave it out for none."),
         ({"split": (4, 0)}, "View split must be positive, got (4, 0)"),
         ({"heads": 0}, "View heads must be positive, got 0"),
-        ({"heads": 2, "heads_dim": "inn"}, "must be 'out' or 'in', got 'inn'."),
+        ({"heads": 2, "heads_dim": "inn"}, "View: Unknown heads_dim 'inn': did you mean 'in'? Valid: in, out."),
         ({"heads_dim": "in"}, "heads_dim='in' says where heads lie, but heads is None. Give heads as well."),
         ({"interleave": 2}, "interleave=2 mixes the parts of split, which is empty. Give split."),
         ({"groups": 2, "split": (2, 2)}, "groups=2 cannot be combined with split or heads. Keep one of them."),

@@ -295,8 +295,8 @@ def test_names_and_trees_are_taken():
             ValueError,
             "Unknown product 'hybird': did you mean 'hybrid'? Valid: euclid, hybrid, max, sum.",
         ),
-        (lambda: get_product(Max), TypeError, "product takes a name or a tree such as Hybrid(), got <class"),
-        (lambda: get_product(None), TypeError, "product takes a name or a tree such as Hybrid(), got None."),
+        (lambda: get_product(Max), TypeError, "product must be a name or a tree such as Hybrid(), got <class"),
+        (lambda: get_product(None), TypeError, "product must be a name or a tree such as Hybrid(), got None."),
     ],
 )
 def test_the_error_says_what_came_and_what_was_expected(call, error, message):

@@ -47,7 +47,7 @@ def test_rules_of_a_linear_map_need_one():
 
 @pytest.mark.parametrize("by", [0, -1.0, math.inf, math.nan])
 def test_a_factor_is_a_finite_number_above_zero(by):
-    with pytest.raises(ValueError, match="Scaled takes a finite factor above 0, got by="):
+    with pytest.raises(ValueError, match="Scaled: by must be finite and above 0, got "):
         Scaled(Sign(), by)
 
 

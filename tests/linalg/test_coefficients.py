@@ -196,12 +196,12 @@ def test_describe_shows_every_step_and_the_certificate():
         (
             lambda: get_coefficients([1.0, 2.0]),
             TypeError,
-            "takes a name, a Coefficients or a sequence of (a, b, c)",
+            "coefficients must be a name, a Coefficients or a sequence of (a, b, c)",
         ),
         (
             lambda: Coefficients("none", (), ""),
             ValueError,
-            "'none' has no steps; give at least one (a, b, c)",
+            "Coefficients: steps must be a sequence of (a, b, c) or (a, b, c, d, e), got (). It has no steps; give at",
         ),
         (
             lambda: Coefficients("n", ((1.0, float("nan"), 0.0),), ""),

@@ -28,7 +28,11 @@ BUILD = {
         TypeError,
         "momentum must be a number, got tensor(0.9000)",
     ),
-    "dtype text": (lambda: Muon(linear(), dtype="bfloat16"), TypeError, "Spectral takes a dtype such as torch.float32"),
+    "dtype text": (
+        lambda: Muon(linear(), dtype="bfloat16"),
+        TypeError,
+        "Spectral: dtype must be one of torch.float16, torch.bfloat16, torch.float32",
+    ),
     "betas for a norm that does not adapt": (
         lambda: Muon([{"params": [weight(2, 2)], "betas": (0.9, 0.95)}]),
         ValueError,
@@ -73,7 +77,11 @@ BUILD = {
         ValueError,
         "weight_decay must be finite and at least 0, got -0.0001",
     ),
-    "betas of one": (lambda: Adam(linear(), betas=(0.9, 1.0)), ValueError, "betas must be in [0, 1), got 1.0"),
+    "betas of one": (
+        lambda: Adam(linear(), betas=(0.9, 1.0)),
+        ValueError,
+        "betas must be two numbers in [0, 1), got (0.9, 1.0)",
+    ),
     "one beta": (lambda: Adam(linear(), betas=0.9), TypeError, "betas must be two numbers in [0, 1), got 0.9"),
     "nesterov number": (lambda: Muon(linear(), nesterov=1), TypeError, "nesterov must be True or False, got 1"),
     "negative eps": (
@@ -101,7 +109,7 @@ BUILD = {
     "norm class": (
         lambda: SteepestDescent(linear(), norms={"matrix": Spectral}),
         TypeError,
-        "norm takes a name or an object such as Spectral()",
+        "norms['matrix']: norm must be a name or an object such as Spectral()",
     ),
     "norm for a wrong role": (
         lambda: SteepestDescent(linear(), norms={"heads": Sign()}),

@@ -180,7 +180,11 @@ REFUSED = {
     "a number as key": ({3: 1}, TypeError, "options must be named by text, got 3."),
     "an option of another norm": ({"eps": 1e-6}, ValueError, "eps=1e-06 is no option of the group's norm, spectral"),
     "a wrong value": ({"scale": "no"}, ValueError, "'no'"),
-    "a wrong number": ({"norm": "ada_inf", "eps": -1}, ValueError, "eps=-1"),
+    "a wrong number": (
+        {"norm": "ada_inf", "eps": -1},
+        ValueError,
+        "parameter group 0: AdaInf: eps must be finite and at least 0, got -1.",
+    ),
     "no role": ({"role": ""}, ValueError, "Unknown role ''. Valid: embedding, head, matrix, vector."),
     "lr in a mixed group": ({"lr": "0.1"}, TypeError, "lr must be a number, got '0.1'"),
 }

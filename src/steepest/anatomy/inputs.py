@@ -9,13 +9,12 @@ in which (a, b) = (0, 0) is Muon, (1, 0) Newton-Muon, and (1/2, 1/2) steepest de
 of the change of the layer's outputs, which no invertible map of the inputs alters.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from numbers import Real
 from typing import Any, Literal, Self, cast, get_args
 
+from steepest.checks import Check, check_fields, choice, flag, number, optional, pair, refusal, whole
 from steepest.linalg.spd import RidgeUnit
 from steepest.names import unknown_name
 
@@ -92,9 +91,7 @@ class InputMoment:
     hooks: bool = True
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        self._check_numbers()
-        self._check_pairs()
+        check_fields(self, _CHECKS)
         self._check_together()
 
     @classmethod
@@ -115,8 +112,7 @@ class InputMoment:
             ValueError: If the preset is unknown, or an option does not fit.
             TypeError: If an option is unknown.
         """
-        if name not in PRESETS:
-            raise ValueError(unknown_name("preset", name, PRESETS))
+        choice(PRESETS)("preset", name)
         for option in overrides:
             if option not in (known := [field.name for field in fields(cls)]):
                 raise TypeError(f"InputMoment: {unknown_name('option', option, known)}")
@@ -170,55 +166,11 @@ class InputMoment:
         start, end = self.anneal
         return self.blend * min(1.0, max(0.0, (end - step) / (end - start)))
 
-    def _check_choices(self) -> None:
-        if not isinstance(cast(object, self.structure), str | Mapping):
-            raise TypeError(
-                f"InputMoment: structure must be a name or a mapping from patterns to names, got {self.structure!r}."
-            )
-        own = [self.structure] if isinstance(self.structure, str) else [*self.structure.values()]
-        for option, value, choices in (
-            *(("structure", structure, Structure) for structure in own),
-            ("ridge_unit", self.ridge_unit, RidgeUnit),
-            ("on", self.on, Preconditioned),
-            ("solver", self.solver, Solver),
-            ("missing", self.missing, Missing),
-        ):
-            if value not in get_args(choices):
-                raise ValueError(f"InputMoment: {unknown_name(option, str(value), get_args(choices))}")
-        for option in ("bias_correction", "normalize", "stagger", "hooks"):
-            if not isinstance(getattr(self, option), bool):
-                raise TypeError(f"InputMoment: {option} must be True or False, got {getattr(self, option)!r}.")
-
-    def _check_numbers(self) -> None:
-        for option, least in (("every", 1), ("block_size", 1), ("first", 0), ("tokens", 1)):
-            value = getattr(self, option)
-            if value is None and option != "every":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"InputMoment: {option} must be a whole number, got {value!r}.")
-            if value < least:
-                raise ValueError(f"InputMoment: {option} must be at least {least}, got {value}.")
-        for option, most in (("decay", 1.0), ("ridge", math.inf), ("ridge_floor", math.inf), ("init", math.inf)):
-            _check_number(option, getattr(self, option), most)
-        if not isinstance(cast(object, self.blend), Real) or not 0 <= self.blend <= 1:
-            raise ValueError(f"InputMoment: blend must be in [0, 1], got {self.blend!r}.")
-
-    def _check_pairs(self) -> None:
-        for option in ("exponents", "anneal"):  # a list would not be hashable
-            value = getattr(self, option)
-            if value is None and option == "anneal":
-                continue
-            if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(x, Real) for x in value):
-                raise TypeError(f"InputMoment: {option} must be two numbers, got {value!r}.")
-            object.__setattr__(self, option, tuple(value))
-        if not all(0 <= exponent <= 1 for exponent in self.exponents):
-            raise ValueError(f"InputMoment: exponents must be in [0, 1], got {self.exponents}.")
-        if self.anneal is not None and not 0 <= self.anneal[0] < self.anneal[1]:
+    def _check_together(self) -> None:
+        if self.anneal is not None and self.anneal[0] >= self.anneal[1]:
             raise ValueError(
                 f"InputMoment: anneal must be two steps (start, end), 0 <= start < end, got {self.anneal}."
             )
-
-    def _check_together(self) -> None:
         if self.init > 0 and self.bias_correction:
             raise ValueError(
                 f"InputMoment: init={self.init:g} is a bias that bias_correction=True would take away; set it to False."
@@ -234,12 +186,41 @@ class InputMoment:
             )
 
 
-def _check_number(option: str, value: object, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"InputMoment: {option} must be a number, got {value!r}.")
-    if not 0 <= float(value) < most:
-        raise ValueError(f"InputMoment: {option} must be in [0, {most:g}), got {value!r}.")
+def _check_structure(name: str, value: object) -> Any:
+    if not isinstance(value, str | Mapping):
+        raise TypeError(refusal(name, "a name or a mapping from patterns to names", value))
+    one = choice(get_args(Structure))
+    if isinstance(value, str):
+        return one(name, value)
+    for pattern, own in cast(Mapping[object, object], value).items():
+        if not isinstance(pattern, str):
+            raise TypeError(refusal(name, "a name or a mapping from patterns to names", value))
+        one(name, own)
+    return cast(Any, value)
 
+
+_CHECKS: Mapping[str, Check] = {
+    "every": whole(1),
+    "decay": number(high=1.0),
+    "ridge": number(),
+    "ridge_unit": choice(get_args(RidgeUnit)),
+    "ridge_floor": number(),
+    "structure": _check_structure,
+    "block_size": optional(whole(1)),
+    "exponents": pair(number(high=1.0, up_to=True), "two numbers in [0, 1]"),
+    "on": choice(get_args(Preconditioned)),
+    "bias_correction": flag,
+    "init": number(),
+    "normalize": flag,
+    "blend": number(high=1.0, up_to=True),
+    "anneal": optional(pair(whole(0), "two steps (start, end), 0 <= start < end")),
+    "first": optional(whole(0)),
+    "stagger": flag,
+    "solver": choice(get_args(Solver)),
+    "tokens": optional(whole(1)),
+    "missing": choice(get_args(Missing)),
+    "hooks": flag,
+}
 
 _PAPER: Mapping[str, Any] = {
     "structure": "block",

@@ -17,6 +17,7 @@ from steepest.anatomy.plan import ROLES, UNKNOWN, Plan, PlanRow, Role
 from steepest.anatomy.roles import Verdict, classify, is_rank_one
 from steepest.anatomy.sites import Site, distinct
 from steepest.anatomy.views import LINEAR, View
+from steepest.checks import check_fields, choice, flag, instance, optional, refusal, shown
 from steepest.names import near_miss
 
 
@@ -31,6 +32,9 @@ class Rule:
 
     role: Role | None = None
     view: View | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"role": optional(choice(ROLES)), "view": optional(instance(View, "a View, or None"))})
 
 
 Override = Role | View | Rule
@@ -73,6 +77,11 @@ def route(
         raise TypeError(
             f"route takes a torch.nn.Module, got {type(model).__name__}. Pass the model, not its parameters."
         )
+    if overrides is not None and not isinstance(cast(object, overrides), Mapping):
+        example = "a mapping from names or patterns to roles and views, such as {'*.qkv.weight': View(split=(4, 4, 4))}"
+        raise TypeError(refusal("overrides", example, overrides))
+    flag("strict", strict)
+    flag("split_fused", split_fused)
     groups = distinct(model)
     verdicts = [_verdict(sites) for sites in groups]
     heads = find_heads(model, groups, [verdict.role for verdict in verdicts])
@@ -136,9 +145,14 @@ def _match_overrides(overrides: Mapping[str, Override], groups: Sequence[Sequenc
 
 def _override(site: Site, found: Verdict, pattern: str, value: Override) -> Verdict:
     if not isinstance(cast(object, value), str | View | Rule):
-        raise TypeError(f"The override {pattern!r} must be a role, a View or a Rule, got {type(value).__name__}.")
+        raise TypeError(f"The override {pattern!r} must be a role, a View or a Rule, got {shown(value)}.")
+    if isinstance(value, str) and value not in ROLES:
+        raise ValueError(
+            f"The override {pattern!r} asks for the role {value!r}. Roles are {', '.join(ROLES)}."
+            f"{near_miss(value, ROLES)}"
+        )
     rule = Rule(role=value) if isinstance(value, str) else Rule(view=value) if isinstance(value, View) else value
-    role = rule.role or ("matrix" if rule.view else found.role)
+    role = rule.role if rule.role is not None else ("matrix" if rule.view else found.role)
     if role not in ROLES:
         raise ValueError(
             f"The override {pattern!r} asks for the role {role!r}. "

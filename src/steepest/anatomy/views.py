@@ -18,9 +18,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, NamedTuple, Self, cast, get_args
 
 from torch import Tensor
+
+from steepest.checks import check_fields, choice, flag, refusal, shown
+
+LARGEST = 2**63 - 1  # number that a dimension can have
 
 HeadsDim = Literal["out", "in"]
 Shape = tuple[int, ...]
@@ -93,17 +98,17 @@ class View:
         for option in ("split", "heads"):  # a list would not be hashable
             if isinstance(getattr(self, option), list):
                 object.__setattr__(self, option, tuple(getattr(self, option)))
+        check_fields(self, {"transposed": flag, "experts": flag, "heads_dim": choice(get_args(HeadsDim))})
         if not isinstance(cast(object, self.split), tuple):
-            raise TypeError(f"View split must be a tuple of fan-outs such as (64, 32, 32), got {self.split!r}.")
+            raise TypeError(refusal("View split", "a tuple of fan-outs such as (64, 32, 32)", self.split))
         heads = self._heads()
         counts = {"groups": (self.groups,), "split": self.split, "interleave": (self.interleave,), "heads": heads}
         for option, values in counts.items():
-            if not all(isinstance(cast(object, value), int) for value in values):
-                raise TypeError(f"View {option} must hold whole numbers, got {getattr(self, option)!r}.")
-            if any(value < 1 for value in values):
-                raise ValueError(f"View {option} must be positive, got {getattr(self, option)}. Leave it out for none.")
-        if self.heads_dim not in get_args(HeadsDim):
-            raise ValueError(f"View heads_dim must be 'out' or 'in', got {self.heads_dim!r}.")
+            given = getattr(self, option)
+            if any(isinstance(value, bool) or not isinstance(cast(object, value), Integral) for value in values):
+                raise TypeError(f"View {option} must hold whole numbers, got {shown(given)}.")
+            if any(not 1 <= value <= LARGEST for value in values):
+                raise ValueError(f"View {option} must be positive, got {shown(given)}. Leave it out for none.")
         if self.heads_dim == "in" and not heads:
             raise ValueError("View heads_dim='in' says where heads lie, but heads is None. Give heads as well.")
         if self.interleave > 1 and not self.split:

@@ -1,7 +1,7 @@
 """Norms on the weight of one layer, each with its dual norm and linear minimisation oracle."""
 
 from steepest.geometry.adaptive import Ada2, AdaInf
-from steepest.geometry.layer import NORMS, ColNorm, Frobenius, RowNorm, Sign, Spectral, get_norm
+from steepest.geometry.layer import NORMS, ColNorm, Frobenius, RowNorm, Sign, Spectral, check_norm, get_norm
 from steepest.geometry.norm import Norm
 from steepest.geometry.product import PRODUCTS, Combined, Euclid, Hybrid, Max, Product, Sum, get_product
 from steepest.geometry.scale import ScaleRule, scale_factor
@@ -29,6 +29,7 @@ __all__ = [
     "Sign",
     "Spectral",
     "Sum",
+    "check_norm",
     "get_norm",
     "get_product",
     "scale_factor",

@@ -1,21 +1,18 @@
 """Norms in which Adam is steepest descent; see `norm` for the notation. They adapt to the second moment V."""
 
-import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from steepest.checks import check_fields, number
 from steepest.geometry.norm import MATRIX, Printed, sized_one
 
 SMALL = 1e-15  # the square of a number below may have lost digits
 
 
-def _check_eps(name: str, eps: float) -> None:
-    if not isinstance(cast(object, eps), Real) or not 0 <= eps < math.inf:
-        raise ValueError(f"{name} takes a finite number eps >= 0, got eps={eps!r}.")
+CHECKS = {"eps": number()}
 
 
 def _root(name: str, v: Tensor | None, eps: float) -> Tensor:
@@ -36,7 +33,8 @@ class AdaInf(Printed):
         eps: Added to the root of the second moment, in units of the gradient.
 
     Raises:
-        ValueError: If `eps` is negative.
+        ValueError: If `eps` is not a finite number of at least 0.
+        TypeError: If it is no number.
 
     Source:
         Crawshaw, Modi, Liu and Gower, arXiv:2510.09827 (the norm ada-infinity); Kingma and Ba, arXiv:1412.6980.
@@ -48,7 +46,7 @@ class AdaInf(Printed):
     matrix = False
 
     def __post_init__(self) -> None:
-        _check_eps("AdaInf", self.eps)
+        check_fields(self, CHECKS)
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """max |w| (sqrt(v) + eps) / |m| over entries, 0/0 counting as 0: this norm depends on M too."""
@@ -77,6 +75,7 @@ class Ada2(Printed):
 
     Raises:
         ValueError: If `eps` is not a finite number of at least 0.
+        TypeError: If it is no number.
 
     Source:
         Crawshaw, Modi, Liu and Gower, arXiv:2510.09827 (the norm ada-2).
@@ -88,7 +87,7 @@ class Ada2(Printed):
     matrix = False
 
     def __post_init__(self) -> None:
-        _check_eps("Ada2", self.eps)
+        check_fields(self, CHECKS)
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Root of the sum of w² (sqrt(v) + eps)."""

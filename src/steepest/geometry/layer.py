@@ -1,18 +1,42 @@
 """Norms on the weight of one layer, and their names; see `norm` for the notation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor
 
+from steepest.checks import Check, check_fields, choice, refusal
 from steepest.geometry.adaptive import Ada2, AdaInf
 from steepest.geometry.norm import MATRIX, Norm, Printed, sized_one
 from steepest.geometry.scale import ScaleRule, scale_factor
 from steepest.geometry.spectrum import Nuclear, Schatten
-from steepest.linalg import MEMORY_CAP, Coefficients, PolarMethod, polar, polars
-from steepest.names import unknown_name
+from steepest.linalg import MEMORY_CAP, Coefficients, PolarMethod, get_coefficients, polar, polars
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_dtype(name: str, value: object) -> torch.dtype | None:
+    if value is None or (isinstance(value, torch.dtype) and value in DTYPES):
+        return value
+    raise TypeError(refusal(name, f"one of {', '.join(map(str, DTYPES))}, or None", value))
+
+
+def _check_coefficients(name: str, value: object) -> Any:
+    try:
+        get_coefficients(cast(Any, value), torch.float64)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name.rpartition(': ')[0]}: {error}") from error
+    return value
+
+
+CHECKS: Mapping[str, Check] = {
+    "scale": choice(get_args(ScaleRule)),
+    "polar": choice(get_args(PolarMethod)),
+    "coefficients": _check_coefficients,
+    "dtype": _check_dtype,
+}
 
 
 @dataclass(frozen=True)
@@ -42,9 +66,7 @@ class Spectral(Printed):
     matrix = True
 
     def __post_init__(self) -> None:
-        scale_factor(self.scale, 1, 1)
-        if self.dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise TypeError(f"Spectral takes a dtype such as torch.float32, or None, got dtype={self.dtype!r}.")
+        check_fields(self, CHECKS)
         polar(torch.zeros(0, 1, 1), method=self.polar, coefficients=self.coefficients, dtype=self.dtype)
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
@@ -208,10 +230,13 @@ def get_norm(norm: str | Norm) -> Norm:
         ValueError: If the name is not known.
         TypeError: If it is neither a name nor a norm.
     """
-    if isinstance(norm, str):
-        if norm not in NORMS:
-            raise ValueError(unknown_name("norm", norm, NORMS))
-        return NORMS[norm]()
-    if isinstance(norm, type) or not all(hasattr(norm, name) for name in ("lmo", "dual", "adapts", "matrix")):
-        raise TypeError(f"norm takes a name or an object such as Spectral(), got {norm!r}.")
-    return norm
+    return check_norm("norm", norm)
+
+
+def check_norm(name: str, value: object) -> Norm:
+    """Check of a norm: an object, or a name in `NORMS` for the norm with its default options."""
+    if isinstance(value, str):
+        return NORMS[choice(NORMS)(name, value)]()
+    if isinstance(value, type) or not all(hasattr(value, part) for part in ("lmo", "dual", "adapts", "matrix")):
+        raise TypeError(refusal(name, "a name or an object such as Spectral()", value))
+    return cast(Norm, value)

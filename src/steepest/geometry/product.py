@@ -19,6 +19,7 @@ from typing import ClassVar, Self, cast
 import torch
 from torch import Tensor
 
+from steepest.checks import choice, refusal, shown
 from steepest.names import unknown_name
 
 Label = str  # a role or the name of a parameter group
@@ -48,7 +49,7 @@ class Product(ABC):
 
     Raises:
         TypeError: If a child is neither a node nor a label.
-        ValueError: If a label appears twice in the tree.
+        ValueError: If a label is empty or appears twice in the tree.
     """
 
     children: tuple["Product | Label", ...]
@@ -57,7 +58,9 @@ class Product(ABC):
     def __init__(self, *children: "Product | Label") -> None:
         for child in children:
             if not isinstance(cast(object, child), Product | str):
-                raise TypeError(f"{type(self).__name__} takes nodes and labels such as 'matrix', got {child!r}.")
+                raise TypeError(f"{type(self).__name__} takes nodes and labels such as 'matrix', got {shown(child)}.")
+            if child == "":
+                raise ValueError(f"{type(self).__name__} takes nodes and labels such as 'matrix', got ''.")
         object.__setattr__(self, "children", children)
         labels = self.labels()
         for label in labels:
@@ -241,9 +244,7 @@ def get_product(product: str | Product) -> Product:
         TypeError: If it is neither.
     """
     if isinstance(product, str):
-        if product not in PRODUCTS:
-            raise ValueError(unknown_name("product", product, PRODUCTS))
-        return PRODUCTS[product]()
+        return PRODUCTS[choice(PRODUCTS)("product", product)]()
     if not isinstance(cast(object, product), Product):
-        raise TypeError(f"product takes a name or a tree such as Hybrid(), got {product!r}.")
+        raise TypeError(refusal("product", "a name or a tree such as Hybrid()", product))
     return product

@@ -1,9 +1,9 @@
 """How long the spectral step of an m x n matrix is: the four rules in use, under torch's names."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-from steepest.names import unknown_name
+from steepest.checks import choice
 
 ScaleRule = Literal["original", "match_rms_adamw", "spectral", "none"]
 
@@ -34,8 +34,8 @@ def scale_factor(rule: ScaleRule, fan_out: int, fan_in: int) -> float:
         >>> [scale_factor(rule, 100, 400) for rule in ("original", "match_rms_adamw", "spectral", "none")]
         [1.0, 4.0, 0.5, 1.0]
     """
-    if rule not in get_args(ScaleRule):
-        raise ValueError(unknown_name("scale", rule, get_args(ScaleRule)))
+    if not isinstance(cast(object, rule), str) or rule not in get_args(ScaleRule):
+        choice(get_args(ScaleRule))("scale", rule)
     if rule == "none" or fan_out == 0 or fan_in == 0:
         return 1.0
     if rule == "match_rms_adamw":

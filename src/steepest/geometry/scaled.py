@@ -2,15 +2,25 @@
 
 import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
+from steepest.checks import check_fields, choice, number, refusal
+from steepest.geometry.layer import check_norm
 from steepest.geometry.norm import Norm
-from steepest.names import unknown_name
 
 SizeRule = Literal["sqrt_fan_out", "inverse_fan_in", "sqrt_size"]
+
+
+def _check_factor(name: str, value: object) -> str | float:
+    if isinstance(value, str):
+        return choice(get_args(SizeRule))(f"{name}: rule", value)
+    try:
+        return number(above=True)(name, value)
+    except TypeError as error:
+        rules = ", ".join(map(repr, get_args(SizeRule)))
+        raise TypeError(refusal(name, f"a number above 0 or one of {rules}", value)) from error
 
 
 @dataclass(frozen=True)
@@ -21,12 +31,12 @@ class Scaled:
     `Scaled(ColNorm(), "sqrt_fan_out")`, `Scaled(Sign(), "inverse_fan_in")` and `Scaled(Frobenius(), "sqrt_size")`.
 
     Args:
-        norm: The norm.
+        norm: The norm, or its name.
         by: s, a number above 0 or a rule: "sqrt_fan_out": sqrt(m); "inverse_fan_in": 1/n; "sqrt_size": sqrt(m n).
 
     Raises:
-        ValueError: If s is not a finite number above 0, or the rule is not known.
-        TypeError: If it is neither a number nor a name.
+        ValueError: If s is not a finite number above 0, or the rule or the norm is not known.
+        TypeError: If s is neither a number nor a name, or the norm is none.
 
     Source:
         Pethick et al., arXiv:2502.07529 (the norms above).
@@ -36,13 +46,7 @@ class Scaled:
     by: SizeRule | float
 
     def __post_init__(self) -> None:
-        if isinstance(self.by, str):
-            if self.by not in get_args(SizeRule):
-                raise ValueError(unknown_name("rule", self.by, get_args(SizeRule)))
-        elif isinstance(self.by, bool) or not isinstance(cast(object, self.by), Real):
-            raise TypeError(f"Scaled takes a number or the name of a rule as factor, got by={self.by!r}.")
-        elif not 0 < self.by < math.inf:
-            raise ValueError(f"Scaled takes a finite factor above 0, got by={self.by!r}.")
+        check_fields(self, {"norm": check_norm, "by": _check_factor})
 
     @property
     def adapts(self) -> bool:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from steepest.checks import check_fields, number
 from steepest.geometry.norm import Printed
 
 
@@ -66,6 +67,7 @@ class Schatten(Printed):
 
     Raises:
         ValueError: If `p` is not.
+        TypeError: If it is no number.
     """
 
     p: float = 2.0
@@ -74,10 +76,10 @@ class Schatten(Printed):
     matrix = True
 
     def __post_init__(self) -> None:
-        if not 1 < self.p < torch.inf:
-            raise ValueError(
-                f"Schatten takes 1 < p < infinity, got p={self.p}; at the ends are Nuclear() and Spectral()."
-            )
+        try:
+            check_fields(self, {"p": number(1.0, above=True)})
+        except ValueError as error:
+            raise ValueError(f"{error} At the ends are Nuclear() and Spectral().") from error
 
     @property
     def q(self) -> float:

@@ -9,15 +9,15 @@ sampled.
 import functools
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
+from steepest.checks import check_fields, choice, instance, number, refusal, shown
 from steepest.linalg.odd_polynomial import Step, divided, image, smallest_gain
-from steepest.names import unknown_name
 
 # What a matrix is divided by: ‖X‖_F, or its Schatten 8-norm (Σ s⁸)^(1/8) = ‖(X Xᵀ)²‖_F^(1/4), which costs nothing more
 # where (X Xᵀ)² is computed anyway, is also at least the largest singular value, and seldom far above it.
@@ -69,6 +69,46 @@ class Certificate:
         return self.cancellation * torch.finfo(dtype).eps / 2 < 1
 
 
+def check_steps(name: str, value: object) -> tuple[Step, ...]:
+    """Check of the polynomials of a set: a sequence of (a, b, c) or (a, b, c, d, e), finite numbers.
+
+    Args:
+        name: Of the option.
+        value: What was given.
+
+    Returns:
+        Tuples of plain numbers.
+    """
+    expected = "a name, a Coefficients or a sequence of (a, b, c) or (a, b, c, d, e)"
+    if name.endswith("steps"):
+        expected = "a sequence of (a, b, c) or (a, b, c, d, e)"
+    if not _iterable(value):
+        raise TypeError(refusal(name, expected, value))
+    one = number(-math.inf)
+    found: list[Step] = []
+    for step in cast(Iterable[object], value):
+        if not _iterable(step):
+            raise TypeError(refusal(name, expected, value))
+        numbers = list(cast(Iterable[object], step))
+        try:
+            found.append(tuple(one(name, entry) for entry in numbers))
+        except (TypeError, ValueError) as error:
+            remedy = f"The step {shown(step)} must be three finite numbers, or five: each step is three finite numbers."
+            raise type(error)(refusal(name, expected, value, remedy)) from error
+        if len(numbers) not in TERMS:
+            remedy = f"Each step is three finite numbers (a, b, c), or five (a, b, c, d, e), not {shown(step)}."
+            raise ValueError(refusal(name, expected, value, remedy))
+    if not found:
+        raise ValueError(refusal(name, expected, value, "It has no steps; give at least one (a, b, c)."))
+    return tuple(found)
+
+
+def _iterable(value: object) -> bool:
+    if isinstance(value, str | bytes | Mapping | Set) or not isinstance(value, Iterable):
+        return False
+    return not (isinstance(value, Tensor) and value.ndim == 0)
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """A named sequence of odd polynomials x -> a x + b x³ + c x⁵ (+ d x⁷ + e x⁹), applied in turn.
@@ -90,17 +130,8 @@ class Coefficients:
     norm: Normaliser = "frobenius"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", tuple(tuple(step) for step in self.steps))
-        if not self.steps:
-            raise ValueError(f"Coefficients {self.name!r} has no steps; give at least one (a, b, c).")
-        if self.norm not in get_args(Normaliser):
-            raise ValueError(unknown_name("norm", self.norm, get_args(Normaliser)))
-        for step in self.steps:
-            if len(step) not in TERMS or not all(math.isfinite(number) for number in step):
-                raise ValueError(
-                    f"Coefficients {self.name!r} has the step {step}; each step is three finite numbers (a, b, c), or "
-                    "five (a, b, c, d, e)."
-                )
+        text = instance(str, "a text")
+        check_fields(self, {"name": text, "source": text, "norm": choice(get_args(Normaliser)), "steps": check_steps})
         certificate = self.certify()
         if not certificate.safe:
             raise ValueError(
@@ -121,8 +152,8 @@ class Coefficients:
         """
         for step in self.steps:
             square, gain = x * x, 0.0 * x
-            for number in reversed(step):
-                gain = gain * square + number
+            for coefficient in reversed(step):
+                gain = gain * square + coefficient
             x = x * gain
         return x
 
@@ -252,20 +283,13 @@ def get_coefficients(
         TypeError: If it is none of the three.
     """
     if isinstance(coefficients, str):
-        if coefficients not in ("auto", *COEFFICIENTS):
-            raise ValueError(unknown_name("coefficients", coefficients, ("auto", *COEFFICIENTS)))
+        choice(("auto", *COEFFICIENTS))("coefficients", coefficients)
         half = torch.finfo(dtype).bits < 32
         chosen = COEFFICIENTS[("polar_express" if half else "nonic") if coefficients == "auto" else coefficients]
     elif isinstance(coefficients, Coefficients):
         chosen = coefficients
     else:
-        try:
-            chosen = _custom(tuple(tuple(float(number) for number in step) for step in coefficients))
-        except TypeError as error:
-            raise TypeError(
-                "coefficients takes a name, a Coefficients or a sequence of (a, b, c) or (a, b, c, d, e), got "
-                f"{coefficients!r}."
-            ) from error
+        chosen = _custom(check_steps("coefficients", coefficients))
     if not bears(chosen, dtype):
         raise ValueError(
             f"Coefficients {chosen.name!r} need products in a wider type than {dtype}: their terms are up to "

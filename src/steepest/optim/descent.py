@@ -28,7 +28,7 @@ from steepest.optim.diagnostics import StepRecord
 from steepest.optim.global_step import DualMode, GlobalStep
 from steepest.optim.guard import Guard, OnNonFinite, dense_gradients
 from steepest.optim.load import Packing
-from steepest.optim.losses import MISSING, Loss, LossTap, check_loss, over_ranks
+from steepest.optim.losses import MISSING, Loss, LossTap, check_closure, check_loss, over_ranks
 from steepest.optim.momentum import FORGET_EVERY
 from steepest.optim.move import Move
 from steepest.optim.options import (
@@ -227,11 +227,12 @@ class SteepestDescent(SeesInputs):
         Raises:
             NonFiniteError: If a gradient or the loss is not finite and `on_nonfinite` is "raise".
             ValueError: If a gradient is sparse, the loss is not one number, or Momo misses it.
-            TypeError: If the loss is not real.
+            TypeError: If the loss is not real, or the closure is no function.
         """
         returned = None
         arrivals = self._witness.arrivals if self._witness else None
         if closure is not None:
+            check_closure(closure)
             if arrivals:
                 arrivals.enter()
             with torch.enable_grad():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import ROLES, InputMoment
+from steepest.checks import choice, flag
 from steepest.geometry import Product, get_product
 from steepest.names import unknown_name
 from steepest.notices import warn
@@ -65,13 +66,9 @@ class GlobalStep:
         self, product: str | Product, *, regularized: bool, step_size: StepSize | None, dual: DualMode
     ) -> None:
         self.product = get_product(product)
-        if not isinstance(cast(object, regularized), bool):
-            raise TypeError(f"regularized must be True or False, got {regularized!r}.")
-        self.regularized = regularized
+        self.regularized = flag("regularized", regularized)
         self.step_size = check_step_size(Fixed() if step_size is None else step_size)
-        if dual not in get_args(DualMode):
-            raise ValueError(unknown_name("dual", dual, get_args(DualMode)))
-        self.dual = dual
+        self.dual: DualMode = choice(get_args(DualMode))("dual", dual)
         self.model: LossModel | None = None
         self._changes = Changes()
         self._averaged: tuple[float, list[Tensor]] | None = None  # momentum and parameters of the last step

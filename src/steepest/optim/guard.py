@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from steepest.names import unknown_name
+from steepest.checks import choice
 
 OnNonFinite = Literal["skip", "raise"]
 # From the warning through this file, the step and torch's wrappers of it to the line that called step().
@@ -31,12 +31,11 @@ class Guard:
 
     Raises:
         ValueError: If `on_nonfinite` is neither.
+        TypeError: If it is no text.
     """
 
     def __init__(self, on_nonfinite: OnNonFinite) -> None:
-        if on_nonfinite not in get_args(OnNonFinite):
-            raise ValueError(unknown_name("on_nonfinite", on_nonfinite, get_args(OnNonFinite)))
-        self.on_nonfinite: OnNonFinite = on_nonfinite
+        self.on_nonfinite: OnNonFinite = choice(get_args(OnNonFinite))("on_nonfinite", on_nonfinite)
         self._warned = False
         self._skipped: int | Tensor = 0
 

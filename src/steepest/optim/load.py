@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import PlanRow, View
+from steepest.checks import optional, whole
 from steepest.optim.bucket import Bucket
 
 T = TypeVar("T")
@@ -150,12 +151,11 @@ class Packing:
 
     Raises:
         ValueError: If the cap is not positive.
+        TypeError: If it is no whole number.
     """
 
     def __init__(self, memory_cap: int | None) -> None:
-        if memory_cap is not None and (type(memory_cap) is not int or memory_cap <= 0):
-            raise ValueError(f"memory_cap takes a positive number of bytes, or None, got {memory_cap!r}.")
-        self.memory_cap = memory_cap
+        self.memory_cap: int | None = optional(whole(1))("memory_cap", memory_cap)
         self._key: object = None
         self._found: tuple[list[list[Load]], int | None] = ([], None)
 

@@ -7,6 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from steepest.checks import refusal
 from steepest.optim.ranks import world_size
 
 Loss = Tensor | float
@@ -112,6 +113,17 @@ class LossTap:
 
 def _receive(received: list[Tensor], factor: Tensor) -> None:
     received.append(factor.detach().sum())
+
+
+def check_closure(closure: object) -> None:
+    """Refuse what cannot be called, a loss most likely.
+
+    Raises:
+        TypeError: If so.
+    """
+    if not callable(closure):
+        remedy = "A loss is passed by name: write step(loss=loss)."
+        raise TypeError(refusal("closure", "a function that computes the loss", closure, remedy))
 
 
 def check_loss(caller: str, loss: object) -> Loss:

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from steepest.anatomy import ROLES, Role, View
-from steepest.checks import Check, flag, number, optional, pair, refusal, shown
-from steepest.geometry import AdaInf, Norm, Spectral, get_norm
-from steepest.names import unknown_name
+from steepest.checks import Check, choice, flag, number, optional, pair, refusal, shown
+from steepest.geometry import AdaInf, Norm, Spectral, check_norm
 from steepest.optim.elsewhere import ELSEWHERE
 from steepest.optim.step_size import MODEL_KEYS, Momo, StepSize
 
@@ -106,9 +105,8 @@ def for_role(option: str, value: object, role: Role) -> object:
     """
     if not isinstance(value, Mapping):
         return value
-    for key in value:
-        if key not in ROLES:
-            raise ValueError(f"{option}: {unknown_name('role', key, ROLES)}")
+    for key in cast(Mapping[object, object], value):
+        check_role(key, where=option)
     if role not in value:
         raise ValueError(f"{option}={dict(value)} has no entry for the role {role!r}, which this model has; add one.")
     return value[role]
@@ -133,7 +131,7 @@ def chosen_step_size(momo: bool, step_size: StepSize | None) -> StepSize | None:
         TypeError: If `momo` is no boolean.
     """
     if not isinstance(cast(object, momo), bool):
-        raise TypeError(f"momo must be True or False, got {momo!r}; options of Momo go into step_size=Momo(...).")
+        raise TypeError(refusal("momo", "True or False", momo, "Options of Momo go into step_size=Momo(...)."))
     if momo and step_size is not None:
         raise ValueError(f"momo=True and step_size={step_size!r} are two answers to one question; give one of them.")
     return Momo() if momo else step_size
@@ -161,7 +159,8 @@ def complete_group(group: dict[str, Any], where: str, defaults: Mapping[str, Any
     for key, value in group.items():  # NumPy's numbers do not come back from a checkpoint
         if isinstance(value, Number) and hasattr(value, "item"):
             group[key] = cast(Any, value).item()
-    norm = group["norm"] = _with_options(get_norm(group["norm"] if "norm" in group else default("norm")), group, where)
+    given = group["norm"] if "norm" in group else default("norm")
+    norm = group["norm"] = _with_options(check_norm(f"{where}: norm", given), group, where)
     if norm.adapts:
         given = "betas" in group
         betas = group.pop("betas") if given else default("betas")
@@ -207,14 +206,15 @@ def check_group(group: Mapping[str, object], *, where: str) -> None:
         OPTIONS[option](f"{where}: {option}", group[option])
     name = group.get("name")
     if name is not None and not isinstance(name, str):
-        raise TypeError(f"{where}: name must be a text, by which a product norm can call the group, got {name!r}.")
+        expected = "a text, by which a product norm can call the group"
+        raise TypeError(refusal(f"{where}: name", expected, name))
     if name in ROLES and name != group["role"]:
         raise ValueError(
             f"{where}: name {name!r} is a role, but the group's role is {group['role']!r}; choose another."
         )
     view = group.get("view")
     if view is not None and not isinstance(view, View):
-        raise TypeError(f"{where}: view must be a View, such as View(groups=4), or None, got {view!r}.")
+        raise TypeError(refusal(f"{where}: view", "a View, such as View(groups=4), or None", view))
 
 
 def check_norms(norms: object) -> Mapping[Role, Norm | str]:
@@ -237,8 +237,9 @@ def check_norms(norms: object) -> Mapping[Role, Norm | str]:
         raise TypeError(refusal("norms", example, norms))
     if not norms:
         raise ValueError(refusal("norms", f"a mapping from at least one of the roles {', '.join(ROLES)}", norms))
-    for role in norms:
+    for role, norm in cast(Mapping[object, object], norms).items():
         check_role(role, where="norms")
+        check_norm(f"norms[{role!r}]: norm", norm)
     return cast(Mapping[Role, Norm | str], norms)
 
 
@@ -309,9 +310,9 @@ def check_role(role: object, *, where: str) -> None:
 
     Raises:
         ValueError: If it is none.
+        TypeError: If it is no text.
     """
-    if role not in ROLES:
-        raise ValueError(f"{where}: {unknown_name('role', role, ROLES)}")
+    choice(ROLES)(f"{where}: role", role)
 
 
 def check_parameter(name: str, parameter: object) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import InputMoment, Reader
+from steepest.checks import refusal
 from steepest.optim.input_moments import INPUT_LEADER, INPUT_SUM, INPUT_SUM_MASS, UNSETTLED, InputMoments, States
 from steepest.optim.options import INPUT_OPTIONS, INPUT_STEPS
 from steepest.optim.refresh import INPUT_MASS, INPUT_MOMENT, INPUT_POWERS, Outcome, invert_
@@ -148,7 +149,8 @@ def precondition_options(precondition: InputMoment | str | None) -> InputMoment 
     if precondition is None or isinstance(cast(object, precondition), InputMoment):
         return cast(InputMoment | None, precondition)
     if isinstance(cast(object, precondition), str):
-        return InputMoment.preset(cast(str, precondition))
-    raise TypeError(
-        f"precondition must be InputMoment(...), the name of a preset or None, got {cast(Any, precondition)!r}."
-    )
+        try:
+            return InputMoment.preset(cast(str, precondition))
+        except ValueError as error:
+            raise ValueError(f"precondition: {error}") from error
+    raise TypeError(refusal("precondition", "InputMoment(...), the name of a preset or None", precondition))

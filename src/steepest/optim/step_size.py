@@ -18,13 +18,12 @@ the online lower bound); the recurrence and the clamp at 0 are derived here.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from steepest.names import unknown_name
+from steepest.checks import choice, number, refusal
 from steepest.optim.momentum import debias
 
 Bookkeeping = Literal["recurrent", "direct"]
@@ -62,9 +61,8 @@ class Momo:
     bookkeeping: Bookkeeping = "recurrent"
 
     def __post_init__(self) -> None:
-        if self.bookkeeping not in get_args(Bookkeeping):
-            raise ValueError(unknown_name("bookkeeping", self.bookkeeping, get_args(Bookkeeping)))
-        if self.lower_bound != "auto" and not callable(self.lower_bound):
+        choice(get_args(Bookkeeping))("Momo: bookkeeping", self.bookkeeping)
+        if not (isinstance(self.lower_bound, str) and self.lower_bound == "auto") and not callable(self.lower_bound):
             _checked_bound(self.lower_bound)
 
     @property
@@ -100,7 +98,7 @@ def check_step_size(step_size: object) -> StepSize:
         TypeError: If it is none.
     """
     if not isinstance(step_size, Fixed | Momo):
-        raise TypeError(f"step_size must be Fixed() or Momo(...), got {step_size!r}.")
+        raise TypeError(refusal("step_size", "Fixed() or Momo(...)", step_size))
     return step_size
 
 
@@ -285,9 +283,9 @@ def choose(
 
 
 def _checked_bound(bound: object) -> float:
-    if isinstance(bound, bool) or not isinstance(bound, Real):
-        raise TypeError(f"Momo takes a number, a function or 'auto' as lower_bound, got {bound!r}.")
-    value = float(cast(float, bound))
-    if math.isnan(value) or value == math.inf:
-        raise ValueError(f"Momo takes a lower_bound that is below the loss, got {value}.")
-    return value
+    try:
+        return number(-math.inf, infinite=True)("Momo: lower_bound", bound)
+    except TypeError as error:
+        raise TypeError(refusal("Momo: lower_bound", "a number, a function or 'auto'", bound)) from error
+    except ValueError as error:
+        raise ValueError(refusal("Momo: lower_bound", "below the loss, and not infinity", bound)) from error

@@ -1,0 +1,360 @@
+"""Every option of every constructor, given values of every kind: each is taken, or refused by name.
+
+The table is generated from signatures: an option that is added later is in it, and needs a line in `RIGHT`.
+"""
+
+import decimal
+import inspect
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import steepest
+from steepest import Frobenius, InputMoment, Momo, Sign, Spectral, View, route
+from steepest.linalg import COEFFICIENTS, Coefficients
+
+
+class Thing:
+    """Nothing that an option could be."""
+
+
+VALUES = {
+    "None": None,
+    "number as text": "1e-3",
+    "empty text": "",
+    "word": "nonsense",
+    "bytes": b"1",
+    "negative": -1,
+    "negative fraction": -0.5,
+    "nan": math.nan,
+    "inf": math.inf,
+    "-inf": -math.inf,
+    "nan of NumPy": np.float64("nan"),
+    "complex": 1j,
+    "huge": 10**400,
+    "huge negative": -(10**400),
+    "huge in a list": [10**5000],
+    "True": True,
+    "zero": 0,
+    "fraction": 0.5,
+    "three": 3,
+    "decimal": decimal.Decimal("0.1"),
+    "number of NumPy": np.float32(0.25),
+    "tensor of one": torch.tensor(0.5),
+    "tensor of two": torch.ones(2),
+    "array": np.ones(2),
+    "empty list": [],
+    "empty tuple": (),
+    "empty mapping": {},
+    "empty set": set(),
+    "mapping of a role": {"matrix": Thing()},
+    "mapping of no role": {"matrx": 0.5},
+    "two words": ("a", "b"),
+    "two nan": (math.nan, math.nan),
+    "two flags": (True, True),
+    "two huge": (10**400, 0.0),
+    "three numbers": (0.1, 0.2, 0.3),
+    "range": range(3),
+    "class": dict,
+    "object": Thing(),
+}
+NON_NEGATIVE = {"zero", "fraction", "three", "number of NumPy"}
+POSITIVE = NON_NEGATIVE - {"zero"}
+PART = NON_NEGATIVE - {"three"}
+RATE = NON_NEGATIVE | {"tensor of one"}
+FLAG = {"True"}
+COUNT = {"three", "huge"}
+# Which of the values an option takes, besides its default. None of them: any object of its own kind only.
+RIGHT = {
+    **dict.fromkeys(("lr", "adam_lr", "other_lr"), RATE),
+    **dict.fromkeys(("momentum", "beta2", "decay"), PART),
+    **dict.fromkeys(("weight_decay", "eps", "ridge", "ridge_floor", "init"), NON_NEGATIVE),
+    **dict.fromkeys(("radius", "head_radius"), POSITIVE),
+    **dict.fromkeys(("nesterov", "constrained", "regularized", "momo", "strict", "split_fused"), FLAG),
+    **dict.fromkeys(("bias_correction", "normalize", "stagger", "hooks", "transposed", "experts"), FLAG),
+    **dict.fromkeys(("every", "block_size", "tokens", "memory_cap"), COUNT),
+    **{option: set() for option in ("scale", "coefficients", "polar", "dtype", "step_size", "precondition", "dual")},
+    **{option: set() for option in ("on_nonfinite", "norms", "product", "ridge_unit", "on", "solver", "missing")},
+    **{option: set() for option in ("bookkeeping", "heads_dim", "source", "name", "role", "view", "norm", "steps")},
+    **{option: {"three"} for option in ("groups", "interleave", "heads")},
+    "first": COUNT | {"zero"},
+    "betas": {"None"},
+    "structure": {"empty mapping"},
+    "exponents": set(),
+    "anneal": set(),
+    "blend": {"zero"} | PART,
+    "lower_bound": NON_NEGATIVE | {"negative", "negative fraction", "-inf", "class"},
+    "p": {"three"},
+    "by": POSITIVE,
+    "split": {"empty list", "empty tuple"},
+    "overrides": {"None", "empty mapping"},
+}
+# Where an owner takes more or fewer than others do.
+OWN = {
+    ("Coefficients", "name"): {"number as text", "empty text", "word"},
+    ("Coefficients", "source"): {"number as text", "empty text", "word"},
+    ("group", "name"): {"None", "number as text", "empty text", "word"},
+    ("group", "role"): {"None"},
+    ("group", "view"): {"None"},
+    ("group", "dtype"): {"None"},
+    ("InputMoment", "blend"): PART,
+    ("View", "interleave"): set(),
+}
+
+
+def model():
+    return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 12), nn.Linear(12, 4), nn.Linear(4, 5))
+
+
+def group(**options):
+    role = {"role": "vector"} if {"betas", "eps"} & options.keys() else {}
+    return steepest.Muon([{"params": [nn.Parameter(torch.ones(3, 3))], **role, **options}])
+
+
+RECIPES = [
+    name
+    for name in steepest.__all__
+    if isinstance(made := getattr(steepest, name), type) and issubclass(made, torch.optim.Optimizer)
+]
+BASES = {
+    "Momo": (steepest.Momo, {}),
+    "InputMoment": (InputMoment, {"bias_correction": False}),
+    "Spectral": (Spectral, {}),
+    "AdaInf": (steepest.AdaInf, {}),
+    "Ada2": (steepest.Ada2, {}),
+    "Schatten": (steepest.Schatten, {}),
+    "Scaled": (steepest.Scaled, {"norm": Sign(), "by": 1.0}),
+    "View": (View, {}),
+    "Rule": (steepest.Rule, {}),
+    "Coefficients": (Coefficients, {"name": "x", "source": "y", "steps": COEFFICIENTS["jordan"].steps}),
+}
+CALLS = {
+    **{
+        (name, option): (lambda value, name=name, option=option: getattr(steepest, name)(model(), **{option: value}))
+        for name in RECIPES
+        for option in inspect.signature(getattr(steepest, name)).parameters
+        if option != "params"
+    },
+    **{
+        (name, option): (lambda value, make=make, base=base, option=option: make(**{**base, option: value}))
+        for name, (make, base) in BASES.items()
+        for option in inspect.signature(make).parameters
+    },
+    **{
+        ("group", option): (lambda value, option=option: group(**{option: value}))
+        for option in (
+            *("lr", "momentum", "nesterov", "weight_decay", "betas", "beta2", "role", "view", "norm", "name"),
+            *("eps", "scale", "coefficients", "polar", "dtype"),
+        )
+    },
+    **{
+        ("route", option): (lambda value, option=option: route(model(), **{option: value}))
+        for option in ("overrides", "strict", "split_fused")
+    },
+}
+SHOWN = {
+    "huge": "of 1329 bits",
+    "huge negative": "of 1329 bits",
+    "huge in a list": "an integer of 16610 bits",
+    "two huge": "(an integer of 1329 bits, 0.0)",
+    "tensor of two": "shape (2,)",
+}
+DEFAULTS = {
+    (name, option): parameter.default
+    for name in (*RECIPES, *BASES, "route")
+    for option, parameter in inspect.signature(
+        BASES[name][0] if name in BASES else getattr(steepest, name)
+    ).parameters.items()
+}
+
+
+def refused(owner, option, kind):
+    """Whether the table says that a value is wrong here."""
+    value = VALUES[kind]
+    default = DEFAULTS.get((owner, option), Thing)
+    if value is default or (type(value) is type(default) and value == default):
+        return False
+    return kind not in OWN.get((owner, option), RIGHT[option])
+
+
+def told(text, kind):
+    """Whether a message shows a value, or its type."""
+    value = VALUES[kind]
+    if kind in SHOWN:
+        return SHOWN[kind] in text
+    within = [repr(one) for one in (value.values() if isinstance(value, dict) else value)] if kind[:3] == "map" else []
+    plain = repr(value.item()) if isinstance(value, np.generic) else repr(value)
+    return any(part in text for part in (repr(value), plain, *within, *([repr("matrx")] if "no role" in kind else [])))
+
+
+@pytest.mark.parametrize(("owner", "option"), CALLS, ids=lambda part: part)
+def test_a_wrong_value_is_refused_with_name_value_and_expectation(owner, option):
+    for kind, value in VALUES.items():
+        if not refused(owner, option, kind):
+            continue
+        try:
+            CALLS[owner, option](value)
+        except (TypeError, ValueError) as error:
+            text = str(error)
+            assert option.replace("overrides", "override") in text, f"{kind} does not name {option}: {text}"
+            assert told(text, kind), f"{kind} is not shown: {text}"
+            assert re.search(r"must|takes|Valid:|Roles are|is no |has no|are for|Give|Leave", text), f"{kind}: {text}"
+            assert len(text) < 600, text
+        else:
+            pytest.fail(f"{owner}({option}={kind}) was accepted")
+
+
+@pytest.mark.filterwarnings("ignore:lr · weight_decay is")
+@pytest.mark.parametrize(("owner", "option"), CALLS, ids=lambda part: part)
+def test_a_right_value_is_taken(owner, option):
+    for kind, value in VALUES.items():
+        if not refused(owner, option, kind):
+            CALLS[owner, option](value)
+
+
+TAKEN = {
+    "lr": [torch.tensor(0.5), 0.5],
+    "scale": ["none", "spectral"],
+    "coefficients": ["jordan", COEFFICIENTS["cans"], [(2.0, -1.5, 0.5)], np.array([[2.0, -1.5, 0.5]] * 3)],
+    "polar": ["svd", "gram"],
+    "dtype": [torch.float32, torch.float64, None],
+    "step_size": [Momo(), steepest.Fixed()],
+    "precondition": [InputMoment(), "default", InputMoment(every=2)],
+    "dual": ["stale"],
+    "on_nonfinite": ["raise"],
+    "betas": [(0.5, 0.5), [0.5, 0], (np.float32(0.5), 0.5)],
+    "norms": [{"matrix": "frobenius"}, {"vector": Sign(), "head": Frobenius()}],
+    "product": ["euclid", steepest.Hybrid(), steepest.Max("matrix", "embedding", "head", "vector")],
+}
+OBJECTS = [
+    lambda: steepest.SteepestDescent(model(), lr={"matrix": 1, "embedding": 0.1, "head": 0.1, "vector": 0}),
+    lambda: InputMoment(exponents=[0.5, 0.5], anneal=[1, 5], structure={"*": "full"}, block_size=4),
+    lambda: steepest.Muon(model(), precondition=InputMoment(init=0.5, bias_correction=False, structure="full")),
+    lambda: View(split=[2, 2], heads=[1, 2], interleave=2),
+    lambda: steepest.Rule("head", View(heads=2)),
+    lambda: steepest.Scaled("sign", "inverse_fan_in"),
+    lambda: Momo(lower_bound="auto", bookkeeping="direct"),
+]
+
+
+@pytest.mark.parametrize("option", TAKEN)
+def test_each_option_takes_objects_of_its_kind(option):
+    for value in TAKEN[option]:
+        takers = [o for o in CALLS if o[1] == option and o[0] in RECIPES]
+        assert takers
+        for taker in takers[:3]:
+            CALLS[taker](value)
+
+
+@pytest.mark.parametrize("make", OBJECTS)
+def test_objects_take_their_options_together(make):
+    make()
+
+
+@pytest.mark.parametrize("kind", [kind for kind, value in VALUES.items() if not isinstance(value, str) or not value])
+def test_a_product_norm_refuses_what_is_no_child(kind):
+    for node in (steepest.Max, steepest.Sum, steepest.Euclid, steepest.Hybrid):
+        with pytest.raises((TypeError, ValueError), match=f"^{node.__name__} takes nodes and labels such as 'matrix'"):
+            node(VALUES[kind])
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_an_override_is_a_role_a_view_or_a_rule(kind):
+    with pytest.raises((TypeError, ValueError), match=r"The override '1\.weight' (must be a role|asks for the role)"):
+        route(model(), overrides={"1.weight": VALUES[kind]})
+
+
+@pytest.mark.parametrize("kind", [kind for kind in VALUES if "tensor" not in kind])
+def test_parameters_of_every_wrong_kind_are_refused(kind):
+    for make in (lambda value: steepest.Muon(value), lambda value: steepest.Muon([{"params": value}])):
+        with pytest.raises((TypeError, ValueError), match=r"must be a|must be in an order|empty parameter list"):
+            make(VALUES[kind])
+
+
+PEERS = {
+    "ns_steps": 5,
+    "adjust_lr_fn": "original",
+    "fused": True,
+    "foreach": True,
+    "capturable": True,
+    "maximize": True,
+    "amsgrad": True,
+    "differentiable": True,
+    "momentum_beta": 0.9,
+    "adamw_betas": (0.9, 0.95),
+    "adamw_eps": 1e-8,
+    "adamw_params": [],
+    "muon_params": [],
+    "wd": 0.1,
+    "mu": 0.9,
+    "ns_coefficients": (3.4445, -4.775, 2.0315),
+    "rank": 0,
+    "world_size": 1,
+    "use_muon": True,
+    "learning_rate": 0.1,
+    "lower_bound": 0.0,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_peers_arguments_are_answered_with_what_to_write(name):
+    make = getattr(steepest, name)
+    for option, value in PEERS.items():
+        with pytest.raises(TypeError, match=rf"^{name} has no option '{option}'\. (Write|Leave it out|Pass)"):
+            make(model(), **{option: value})
+    with pytest.raises(TypeError, match=rf"^{name} has no option 'stepsize'\. Did you mean 'step_size'\?"):
+        make(model(), stepsize=Momo())
+    with pytest.raises(TypeError, match=rf"^{name} takes params.* by position, got 4 values; write the others by name"):
+        make(model(), 0.1, 0.9, True)
+
+
+def test_rates_by_role_belong_to_steepest_descent():
+    message = r"^Muon: lr must be one value, got \{'matrix': 0\.1\}\. A mapping.*SteepestDescent.*adam_lr="
+    with pytest.raises(TypeError, match=message):
+        steepest.Muon(model(), lr={"matrix": 0.1})
+
+
+def test_subclasses_with_options_of_their_own_are_checked_where_ours_begin():
+    class Mine(steepest.Muon):
+        def __init__(self, params, scale, **options):
+            super().__init__(params, **options)
+            self.mine = scale
+
+    assert Mine(model(), scale=3.0).mine == 3.0
+    with pytest.raises(TypeError, match=r"^Mine: lr must be a number, got '1e-3'"):
+        Mine(model(), scale=3.0, lr="1e-3")
+
+
+def test_signatures_are_those_that_are_documented():
+    for name in RECIPES:
+        parameters = list(inspect.signature(getattr(steepest, name)).parameters.values())
+        assert [parameter.name for parameter in parameters[:2]] == ["params", "lr"]
+        assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[2:])
+
+
+@pytest.mark.parametrize("name", ["NewtonMuon", "NewtonMuonMax", "Muon", "MuonMax", "SteepestDescent"])
+@pytest.mark.parametrize("value", [False, True, 0])
+def test_preconditioning_is_not_switched_by_a_flag(name, value):
+    message = rf"precondition must be InputMoment\(\.\.\.\), the name of a preset or None, got {value}\."
+    with pytest.raises(TypeError, match=message):
+        getattr(steepest, name)(model(), precondition=value)
+
+
+def test_no_betas_are_those_of_the_recipe():
+    for name in ("Adam", "Muon", "MuonAdam", "MuonMax", "PolarGrad"):
+        make = getattr(steepest, name)
+        given, left = make(model(), betas=None), make(model())
+        for one, other in zip(given.param_groups, left.param_groups, strict=True):
+            assert (one["momentum"], one["beta2"]) == (other["momentum"], other["beta2"])
+    assert steepest.Adam(model(), betas=None).param_groups[0]["beta2"] == 0.999
+
+
+def test_a_loss_by_position_is_answered():
+    optimizer = steepest.Muon(model())
+    for loss in (torch.tensor(1.0), 1.0, "1"):
+        with pytest.raises(TypeError, match=r"^closure must be a function that computes the loss, got .*step\(loss="):
+            optimizer.step(loss)
