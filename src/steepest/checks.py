@@ -32,9 +32,10 @@ def shown(value: object) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, int) and value.bit_length() > WIDEST:
         return f"an integer of {value.bit_length()} bits"
-    if type(value) in (list, tuple) and any(isinstance(entry, int) for entry in cast(Sequence[object], value)):
-        entries = ", ".join(map(shown, cast(Sequence[object], value)[:LONGEST]))
-        text = f"[{entries}]" if isinstance(value, list) else f"({entries}{',' * (len(value) == 1)})"
+    if isinstance(value, list | tuple) and any(isinstance(entry, int) for entry in cast(Sequence[object], value)):
+        members = cast(Sequence[object], value)
+        entries = ", ".join(map(shown, members[:LONGEST]))
+        text = f"[{entries}]" if isinstance(value, list) else f"({entries}{',' * (len(members) == 1)})"
         return text if len(text) <= LONGEST else f"{text[:LONGEST]}... (of type {type(value).__name__})"
     try:
         text = " ".join(repr(value).split())
