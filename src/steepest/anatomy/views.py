@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple, Self, cast, get_args
 from torch import Tensor
 
 from steepest.checks import check_fields, choice, flag, refusal, shown
+from steepest.geometry.text import Textual
 
 LARGEST = 2**63 - 1  # number that a dimension can have
 
@@ -59,8 +60,8 @@ class _Part(NamedTuple):
         return (layout.stack, layout.groups, *heads, chunks, self.rows // self.row_heads, fan_in, layout.kernel)
 
 
-@dataclass(frozen=True)
-class View:
+@dataclass(frozen=True, eq=False)
+class View(Textual):
     """How one stored tensor is a set of matrices.
 
     Args:

@@ -98,7 +98,7 @@ def _norm_of(optimizer: Optimizer, group: Mapping[str, Any], given: Norm | None)
     if given is not None:
         return given
     if isinstance(optimizer, SteepestDescent):
-        return cast(Norm, group["norm"])
+        return optimizer.norm_of(group)
     name = type(optimizer).__name__
     if name == "Muon":  # torch's rules have the names of ours
         return Spectral(scale=group.get("adjust_lr_fn") or "original", polar="auto")
@@ -125,7 +125,7 @@ def second_moment(optimizer: Optimizer, layer: Layer) -> Tensor | None:
     if layer.norm is None or not layer.norm.adapts or SECOND not in state:
         return None
     groups = [g for g in optimizer.param_groups if any(p is layer.parameter for p in g["params"])]
-    weight = debias(groups[0]["beta2"], state[STEP])
+    weight = debias(groups[0]["beta2"], state[STEP].to(state[SECOND].dtype))
     return state[SECOND] / weight if bool(weight > 0) else None
 
 

@@ -23,7 +23,7 @@ def _root(name: str, v: Tensor | None, eps: float) -> Tensor:
     return root if eps > 0 else torch.where(root == 0, 1.0, root)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdaInf(Printed):
     """Adam's norm: max |w| (sqrt(v) + eps) / |m|, whose constrained step is Adam's -m / (sqrt(v) + eps).
 
@@ -64,7 +64,7 @@ class AdaInf(Printed):
         return m / -_root("AdaInf", v, self.eps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ada2(Printed):
     """Adam's other norm: root of the sum of w² (sqrt(v) + eps), whose regularised step is Adam's.
 

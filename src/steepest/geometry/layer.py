@@ -12,6 +12,7 @@ from steepest.geometry.adaptive import Ada2, AdaInf
 from steepest.geometry.norm import MATRIX, Norm, Printed, sized_one
 from steepest.geometry.scale import ScaleRule, scale_factor
 from steepest.geometry.spectrum import Nuclear, Schatten
+from steepest.geometry.text import built
 from steepest.linalg import MEMORY_CAP, Coefficients, PolarMethod, get_coefficients, polar, polars
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,7 +40,7 @@ CHECKS: Mapping[str, Check] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spectral(Printed):
     """Largest singular value, divided by a scale s that depends on the shape: ‖W‖ = σ_max(W) / s, lmo = -s U Vᵀ.
 
@@ -102,7 +103,7 @@ class Spectral(Printed):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frobenius(Printed):
     """Root of the sum of squares: lmo = -M / ‖M‖, normalised gradient descent."""
 
@@ -127,7 +128,7 @@ class Frobenius(Printed):
         return m / -torch.where(norm == 0, 1.0, norm)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sign(Printed):
     """Largest absolute entry: lmo = -sign(M), sign descent."""
 
@@ -158,7 +159,7 @@ def _scaled_lines(m: Tensor, dim: int) -> Tensor:
     return m / torch.where(length == 0, 1.0, length)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowNorm(Printed):
     """Longest row: the norm from the largest of outputs' sensitivities, lmo = each row over its length, negated.
 
@@ -185,7 +186,7 @@ class RowNorm(Printed):
         return -_scaled_lines(m, -1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ColNorm(Printed):
     """Longest column: lmo = each column over its length, negated.
 
@@ -217,11 +218,16 @@ NORMS: dict[str, type[Norm]] = {
 }
 
 
+# Classes that a norm's text may name; `scaled` adds its own.
+KINDS: dict[str, type] = {kind.__name__: kind for kind in (*NORMS.values(), Coefficients)}
+
+
 def get_norm(norm: str | Norm) -> Norm:
     """Turn an option value into a norm.
 
     Args:
-        norm: A norm, or a name in `NORMS` for the norm with its default options.
+        norm: A norm; a name in `NORMS` for the norm with its default options; or the text that a norm prints as in
+            the groups of an optimizer, such as "Spectral(scale='none')".
 
     Returns:
         The norm.
@@ -234,7 +240,9 @@ def get_norm(norm: str | Norm) -> Norm:
 
 
 def check_norm(name: str, value: object) -> Norm:
-    """Check of a norm: an object, or a name in `NORMS` for the norm with its default options."""
+    """Check of a norm: an object, or a name in `NORMS` for the norm with its default options, or the text that builds it."""
+    if isinstance(value, str) and "(" in value:
+        value = built(value, KINDS)
     if isinstance(value, str):
         return NORMS[choice(NORMS)(name, value)]()
     if isinstance(value, type) or not all(hasattr(value, part) for part in ("lmo", "dual", "adapts", "matrix")):

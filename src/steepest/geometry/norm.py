@@ -14,6 +14,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from steepest.geometry.text import Textual
+
 MATRIX = (-2, -1)
 
 
@@ -65,7 +67,7 @@ class Norm(Protocol):
         ...
 
 
-class Printed:
+class Printed(Textual):
     """A norm prints as its name and the options that are not the default, for plans and tables."""
 
     name: ClassVar[str]

@@ -7,8 +7,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from steepest.checks import check_fields, choice, number, refusal
-from steepest.geometry.layer import check_norm
+from steepest.geometry.layer import KINDS, check_norm
 from steepest.geometry.norm import Norm
+from steepest.geometry.text import Textual
 
 SizeRule = Literal["sqrt_fan_out", "inverse_fan_in", "sqrt_size"]
 
@@ -23,8 +24,8 @@ def _check_factor(name: str, value: object) -> str | float:
         raise TypeError(refusal(name, f"a number above 0 or one of {rules}", value)) from error
 
 
-@dataclass(frozen=True)
-class Scaled:
+@dataclass(frozen=True, eq=False)
+class Scaled(Textual):
     """‖W‖ / s in place of ‖W‖: lmo and dual are s times the norm's own.
 
     Between spaces measured by root mean square, the norms of embeddings, heads and biases are
@@ -81,3 +82,6 @@ class Scaled:
     def __str__(self) -> str:
         by = self.by if isinstance(self.by, str) else f"{self.by:g}"
         return f"{self.norm} × {by}"
+
+
+KINDS[Scaled.__name__] = Scaled

@@ -27,7 +27,7 @@ def _length(s: Tensor, order: float) -> Tensor:
     return largest * torch.linalg.vector_norm(s / torch.where(largest == 0, 1.0, largest), order, dim=-1, keepdim=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Nuclear(Printed):
     """Sum of singular values: lmo = -u vᵀ of the largest one, a step of rank one.
 
@@ -56,7 +56,7 @@ class Nuclear(Printed):
         return (-some.unsqueeze(-1) * u[..., :, :1] @ vh[..., :1, :]).to(m.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schatten(Printed):
     """p-norm of the singular values, between the nuclear (p = 1) and the spectral norm (p = ∞).
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import PlanRow
-from steepest.geometry import Spectral, scale_factor
+from steepest.geometry import Norm, Spectral, scale_factor
 from steepest.linalg import compute_dtype, overshoot, polar
 from steepest.optim.bucket import Bucket
 from steepest.optim.momentum import debias
@@ -59,20 +59,19 @@ def largest_singular_values(matrices: Tensor, *, iterations: int = ITERATIONS) -
 
 
 def weight_numbers(
-    groups: Iterable[Mapping[str, Any]],
+    groups: Iterable[tuple[Mapping[str, Any], Norm]],
     rows: Mapping[Tensor, PlanRow],
     states: Mapping[Tensor, Mapping[str, Tensor]],
 ) -> dict[str, float]:
     """Spectral norms, radii and Frank-Wolfe gaps, as `SteepestDescent.diagnostics(weights=True)` says.
 
     Args:
-        groups: Those whose directions have norm one.
+        groups: Those whose directions have norm one, and their norms.
         rows: Of the plan.
         states: Of the parameters, with momenta.
     """
     numbers: dict[str, float] = {}
-    for group in groups:
-        norm = group["norm"]
+    for group, norm in groups:
         if not isinstance(norm, Spectral):
             continue
         for parameter in cast(Sequence[Tensor], group["params"]):
@@ -88,7 +87,7 @@ def weight_numbers(
             if group["weight_decay"]:
                 numbers[f"{prefix}/ball_radius"] = max(lengths) / group["weight_decay"]
             if state := states.get(parameter):
-                mass = debias(group["momentum"], state[STEP])
+                mass = debias(group["momentum"], state[STEP].to(state[MOMENTUM].dtype))
                 averages = bucket.matrices([state[MOMENTUM] / torch.where(mass == 0, 1.0, mass)])
                 pulls = [group["weight_decay"] / length for length in lengths]
                 gaps = [_gap(m, w, pull) for m, w, pull in zip(averages, weights, pulls, strict=True)]

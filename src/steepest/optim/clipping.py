@@ -38,9 +38,7 @@ class Witness:
     """
 
     def __init__(self, groups: Sequence[Sequence[Tensor]]) -> None:
-        self.arrivals = Arrivals()
-        for group in groups:
-            self.arrivals.watch(group)
+        self.watch(groups)
         self._looks = 0
         self._warned = self._told = False
         self._scale: float | None = None
@@ -48,6 +46,12 @@ class Witness:
         self._unit: float | None = None  # what stands for an unclipped gradient
         self._before: float | None = None
         self._scattered: Tensor | bool = False  # on an accelerator: something was seen since the last reading
+
+    def watch(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        """Watch these groups in place of what was watched before."""
+        self.arrivals = Arrivals()
+        for group in groups:
+            self.arrivals.watch(group)
 
     def scaled(self, scaler: object) -> None:
         """Remember by how much a loss was scaled.

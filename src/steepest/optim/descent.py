@@ -26,6 +26,7 @@ from steepest.optim.ball import weight_numbers
 from steepest.optim.clipping import Witness
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.global_step import DualMode, GlobalStep
+from steepest.optim.groups import Group, Norms, make_plain, plain, view_of, view_text
 from steepest.optim.guard import Guard, OnNonFinite, dense_gradients
 from steepest.optim.load import Packing
 from steepest.optim.losses import MISSING, Loss, LossTap, check_closure, check_loss, over_ranks
@@ -35,21 +36,34 @@ from steepest.optim.options import (
     DEFAULT_NORMS,
     INPUT_OPTIONS,
     INPUT_STEPS,
+    METHOD,
     PER_ROLE,
     STEPS_TAKEN,
     check_group,
     check_norms,
     complete_group,
 )
-from steepest.optim.parameters import Parameters, check_view, collect, complete_row, name_groups, refuse_repeats
+from steepest.optim.parameters import (
+    Parameters,
+    check_view,
+    collect,
+    complete_row,
+    name_groups,
+    newcomer,
+    refuse_repeats,
+)
 from steepest.optim.precondition import Preconditioner, drop_moments, precondition_options
 from steepest.optim.rates import Rates
+from steepest.optim.saved import check_mapping, check_saved
 from steepest.optim.sees_inputs import SeesInputs
-from steepest.optim.state import DUAL, check_saved, restored
+from steepest.optim.state import DUAL, check_fits, restored
 from steepest.optim.step_size import MODEL_KEYS, StepSize
 
-Group = dict[str, Any]
 ByRole = Mapping[Role, Any]
+# What a group needs for a step; where one is missing, the group was not made by add_param_group.
+NEEDED = frozenset({"params", "role", "norm", "lr", "momentum", "nesterov", "weight_decay", "beta2"})
+# What stays this optimizer's when a state is loaded.
+OWN = ("norm", "view", "name", METHOD)
 
 
 class SteepestDescent(SeesInputs):
@@ -133,11 +147,11 @@ class SteepestDescent(SeesInputs):
         self._packing = Packing(memory_cap)
         self._witness: Witness | None = None
         self._rates = Rates()
-        self._rows: dict[Tensor, PlanRow] = {}
+        self._norms = Norms()
+        self._members: list[list[Tensor]] = []  # of each group, when they were last looked at
         rows, groups = self._collect(params)
         name_groups(groups, [])
-        self._preconditioner = None
-        self._rows.update(rows)
+        self._rows: dict[Tensor, PlanRow] = dict(rows)
         # torch's schedulers look for these names among the defaults; what counts is in the groups.
         defaults = {key: _any_role(self._defaults_per_role[key]) for key in ("lr", "momentum", "weight_decay")}
         super().__init__(groups, defaults)
@@ -147,15 +161,17 @@ class SteepestDescent(SeesInputs):
         options = precondition_options(precondition)
         if options is not None:
             self._global_step.check_precondition(options)
-            matrices = [rows[p] for g in self.param_groups if _preconditioned(g) for p in g["params"]]
+            matrices = [rows[p] for g in self.param_groups if self._preconditioned(g) for p in g["params"]]
             self._preconditioner = Preconditioner(options, [row for row in matrices if row.trainable])
         self._rows = {parameter: replace(row, sites=()) for parameter, row in self._rows.items()}
 
     @property
     def plan(self) -> Plan:
         """Routing of every parameter, with the norms, learning rates and moments of inputs of now."""
+        self._settle()
+        self._meet()
         rows = [
-            complete_row(self._rows[parameter], group)
+            complete_row(self._rows[parameter], group, self.norm_of(group))
             for group in self.param_groups
             for parameter in cast(list[Tensor], group["params"])
         ]
@@ -170,6 +186,14 @@ class SteepestDescent(SeesInputs):
     def memory_cap(self, number: int | None) -> None:
         self._packing = Packing(number)
 
+    def norm_of(self, group: Mapping[str, Any]) -> Norm:
+        """The norm of a group, in which its text stands.
+
+        Args:
+            group: One of `param_groups`.
+        """
+        return self._norms.settle(dict(group), "norm_of")
+
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters, with options of their own or the optimizer's.
 
@@ -183,14 +207,20 @@ class SteepestDescent(SeesInputs):
         """
         if not isinstance(cast(object, param_group), dict):
             raise TypeError(f"param_group must be a dict with 'params', got {shown(param_group)}.")
+        self._settle()
+        self._meet()
         where = f"parameter group {len(self.param_groups)}"
+        if param_group.get("norm") in self._norms:
+            param_group = {**param_group, "norm": self._norms.of(param_group)}
         rows, groups = self._collect([param_group], known=self._rows, where=where)
         refuse_repeats({p: self._rows[p] for p in self._parameters()}, rows)
         name_groups(groups, [group["name"] for group in self.param_groups])
         for group in groups:
+            make_plain(group, where, strict=False)
             complete_group(group, where, self._defaults_per_role, momo=self._global_step.momo is not None)
             group.update(self._global_step.saved([]))
-            group.update({INPUT_STEPS: 0, INPUT_OPTIONS: ""})
+            group.update({INPUT_STEPS: 0, INPUT_OPTIONS: "", METHOD: self._global_step.method})
+            make_plain(group, where, strict=False)
             check_group(group, where=where)
             self._global_step.label(group)
             for _, parameter in group["params"]:
@@ -198,7 +228,9 @@ class SteepestDescent(SeesInputs):
         self._global_step.check([*self.param_groups, *groups])
         for group in groups:
             group["params"] = [parameter for _, parameter in group["params"]]  # named apart: a group may be empty
+            group.update(norm=self._norms.text(group["norm"]), view=view_text(view_of(group, where)))
             super().add_param_group(group)
+            self._members.append(list(group["params"]))
             self._rates.add(group)
         self._rows.update(rows)
         if self._witness:
@@ -207,6 +239,77 @@ class SteepestDescent(SeesInputs):
     def _collect(self, params: Parameters, **options: Any) -> tuple[dict[Tensor, PlanRow], list[Group]]:
         defaults = self._defaults_per_role
         return collect(params, norms=defaults["norm"], rates=defaults["lr"], **options)
+
+    def _settle(self) -> None:
+        """Take over what users, schedulers and trainers wrote into the groups since the last look."""
+        for index, group in enumerate(self.param_groups):
+            where = f"parameter group {index}"
+            if missing := NEEDED - group.keys():
+                raise ValueError(
+                    f"{where} has no {sorted(missing)[0]!r}: it came into param_groups without add_param_group. Take "
+                    "it out and pass it to add_param_group, which fills in what is left open."
+                )
+            if type(group["params"]) is not list:
+                members = group["params"]
+                group["params"] = [members] if isinstance(members, Tensor) else list(members)
+            self._norms.settle(group, where)
+            if type(group.get("view")) not in (str, type(None)):
+                group["view"] = view_text(view_of(group, where))
+            make_plain(group, where)
+
+    def _meet(self, *, moving: bool = False) -> None:
+        """Know all parameters that stand in the groups, also those that came without `add_param_group`.
+
+        Args:
+            moving: Whether a step comes, for which shapes count; between steps hosts may fold parameters away.
+
+        Raises:
+            ValueError: If it is not clear how one can be optimised.
+            TypeError: If one is nothing that can be optimised.
+        """
+        found: dict[Tensor, PlanRow] = {}
+        gone: set[Tensor] = set()
+        for index, group in enumerate(self.param_groups):
+            where = f"parameter group {index}"
+            before = self._members[index] if index < len(self._members) else []
+            count = len(group["params"])
+            places = before if len(before) == count else [None] * count
+            names = [f"{where}[{place}]" for place in range(count)]
+            if len(group.get("param_names") or ()) == count:
+                names = list(map(str, group["param_names"]))
+            for parameter, there, name in zip(group["params"], places, names, strict=True):
+                row = self._rows.get(parameter) if isinstance(parameter, Tensor) else None
+                grown = moving and row is not None and parameter.numel() and row.shape != tuple(parameter.shape)
+                if row is None or row.role != group["role"] or grown:
+                    old = row or (self._rows.get(there) if there is not None else None)
+                    row = self._newcomer(parameter, name, group, old, where)
+                    gone |= {there} if there is not None else set()
+                if parameter in found:
+                    raise ValueError(f"{row.name!r} stands twice in param_groups, also in {where}; list it once.")
+                found[parameter] = row
+        changed = [parameter for parameter, row in found.items() if self._rows.get(parameter) is not row]
+        for parameter in changed:
+            check_fits(self.state.get(parameter, {}), parameter, found[parameter].name)
+        for parameter in gone - found.keys():  # another one stands in its place
+            self._rows.pop(parameter, None)
+            self.state.pop(parameter, None)
+        self._rows.update(found)
+        self._members = [list(group["params"]) for group in self.param_groups]
+        for group in self.param_groups if changed else ():
+            group["param_names"] = [found[parameter].name for parameter in group["params"]]
+        if changed:
+            self._global_step.replaced()
+            if self._witness:
+                self._witness.watch([group["params"] for group in self.param_groups])
+
+    def _newcomer(self, parameter: Any, name: str, group: Group, old: PlanRow | None, where: str) -> PlanRow:
+        if old is not None and self._preconditioner and self._preconditioner.reads(old.parameter):
+            raise ValueError(
+                f"{old.name!r} is preconditioned by what its layer reads, but in {where} a parameter of shape "
+                f"{tuple(parameter.shape)} took its place without add_param_group, and nobody looks at its inputs. "
+                "Build a new optimizer with the model as it is now."
+            )
+        return newcomer(parameter, name, group, self.norm_of(group), old, where)
 
     @overload
     def step(self, closure: None = None, *, loss: Loss | None = None) -> None: ...
@@ -237,11 +340,14 @@ class SteepestDescent(SeesInputs):
                 arrivals.enter()
             with torch.enable_grad():
                 returned = closure()
+        self._settle()
         present = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in self.param_groups]
         parameters = [parameter for _, members in present for parameter in members]
         known = self._loss(loss, returned)
         if not parameters:
             return returned
+        if not self._packing.fits(present):
+            self._meet(moving=True)
         names = partial(list[str], (self._rows[parameter].name for parameter in parameters))
         gradients = dense_gradients(parameters, names)
         if known is None and self._global_step.momo and not self._idle(gradients):
@@ -271,19 +377,21 @@ class SteepestDescent(SeesInputs):
 
     def _moves(self, present: Sequence[tuple[Group, list[Tensor]]], accept: Tensor | None) -> list[Move]:
         applied = self._preconditioner.applied(self.state) if self._preconditioner else None
-        packed, cap = self._packing.of(present, self._rows, bounded=self._global_step.streams)
+        norms = [self._norms.of(group) for group, _ in present]
+        packed, cap = self._packing.of(present, self._rows, norms, bounded=self._global_step.streams)
         return [
             Move(
                 group,
                 load,
                 states,
+                norm=norm,
                 label=label,
                 accept=accept,
                 applied=applied,
                 memory_cap=cap,
                 forgets=self._steps % FORGET_EVERY == 0,
             )
-            for (group, _), group_loads in zip(present, packed, strict=True)
+            for (group, _), norm, group_loads in zip(present, norms, packed, strict=True)
             for label in [self._global_step.label(group)]
             for load in group_loads
             for states in [[self.state[parameter] for parameter in load.parameters]]
@@ -357,7 +465,12 @@ class SteepestDescent(SeesInputs):
         """
         self._publish_skips()
         inputs = self._preconditioner.diagnostics() if self._preconditioner else {}
-        looked = weight_numbers(self.param_groups, self._rows, self.state) if weights else {}
+        looked: dict[str, float] = {}
+        if weights:
+            self._settle()
+            self._meet()
+            pairs = [(group, self._norms.of(group)) for group in self.param_groups]
+            looked = weight_numbers(pairs, self._rows, self.state)
         if self._global_step.regularized:  # steps of any length: there is no ball
             looked = {name: number for name, number in looked.items() if name.endswith("/spectral_norm")}
         return {"skipped_steps": float(self._guard.skipped_steps()), **self._record.read(), **inputs, **looked}
@@ -368,7 +481,15 @@ class SteepestDescent(SeesInputs):
             group["skipped_steps"] = skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """State and options; norms and views as text, so that `torch.load(weights_only=True)` reads it back."""
+        """State and options: text, numbers and tensors, so that `torch.load(weights_only=True)` reads it back.
+
+        State of parameters that stand in no group any more is left out.
+
+        Raises:
+            TypeError: If somebody put something else into a group or the state.
+        """
+        self._settle()
+        self._meet()
         self._publish_skips()
         for group in self.param_groups:
             group.update(self._global_step.saved(self._parameters()))
@@ -377,10 +498,14 @@ class SteepestDescent(SeesInputs):
                 group.update({INPUT_STEPS: self._preconditioner.steps, INPUT_OPTIONS: self._preconditioner.tag})
         if self._preconditioner:
             self._preconditioner.save_seen(self.state)
-        packed = super().state_dict()
-        for group in packed["param_groups"]:
-            group["norm"] = repr(group["norm"])
-            group["view"] = None if group["view"] is None else str(group["view"])
+        members = set(self._parameters())
+        aside = {p: self.state.pop(p) for p in [*self.state] if p not in members}
+        try:
+            packed = super().state_dict()
+        finally:
+            self.state.update(aside)
+        for index, state in packed["state"].items():
+            packed["state"][index] = {k: plain(v, f"state[{index}]: {k}") for k, v in state.items()}
         return packed
 
     @torch.no_grad()
@@ -391,41 +516,57 @@ class SteepestDescent(SeesInputs):
             state_dict: What `state_dict` returned, from this or another world.
 
         Raises:
-            ValueError: If groups, roles, kinds of norm or shapes do not match, or the state is of another optimizer.
-                Nothing is changed then.
+            ValueError: If groups, roles, kinds of norm, shapes or values do not match, or the state is of another
+                optimizer. Nothing is changed then.
+            TypeError: If something is of the wrong type. Nothing is changed then, either.
         """
+        check_mapping(state_dict)
+        self._settle()
+        self._meet()
         kept = [dict(group) for group in self.param_groups]
+        present = {"state": self.state, "param_groups": self.param_groups, "defaults": dict(self.defaults)}
         effective: dict[str, Any] = {}
+        restored: list[bool] = []
 
         def check(_: Optimizer, given: dict[str, Any]) -> None:
             known = self._preconditioner.known_shapes if self._preconditioner else lambda _: {}
-            check_saved(given, self.param_groups, [self._rows[p].name for p in self._parameters()], known)
+            names = [self._rows[p].name for p in self._parameters()]
+            check_saved(given, self.param_groups, list(map(self._norms.of, self.param_groups)), names, known)
             if self._preconditioner:
                 indices = [index for group in given["param_groups"] for index in group["params"]]
                 states = {p: given["state"].get(i, {}) for p, i in zip(self._parameters(), indices, strict=False)}
                 self._preconditioner.check(given["param_groups"], states)
             effective.update(given)
 
+        def restore(_: Optimizer) -> None:
+            self._restore(effective, kept)
+            restored.append(True)
+
         # Last before and first after: hooks of the user see, and may change, what they would see of any optimizer.
         before = self.register_load_state_dict_pre_hook(check)
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore(effective, kept), prepend=True)
+        after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            if not restored:  # refused, or out of memory
+                self.__dict__.update(present)
+            raise
         finally:
             before.remove()
             after.remove()
 
     def _restore(self, saved: dict[str, Any], kept: Sequence[Group]) -> None:
         """Put back what torch's loading has replaced or rounded."""
-        for group, old in zip(self.param_groups, kept, strict=True):
-            group.update({key: old[key] for key in old if key not in group or key in ("norm", "view", "name")})
+        indices = [index for group in saved["param_groups"] for index in group["params"]]
+        pairs = zip(indices, self._parameters(), strict=True)
+        states = {p: restored(saved["state"][i], p) for i, p in pairs if i in saved["state"]}  # needs memory, so first
+        for index, (group, old) in enumerate(zip(self.param_groups, kept, strict=True)):
+            group.update({key: old[key] for key in old if key not in group or key in OWN})
             for key in MODEL_KEYS:
                 if key not in old:
                     group.pop(key, None)
-        indices = [index for group in saved["param_groups"] for index in group["params"]]
-        for index, parameter in zip(indices, self._parameters(), strict=True):
-            if index in saved["state"]:
-                self.state[parameter] = restored(saved["state"][index], parameter)
+            make_plain(group, f"parameter group {index}")
+        self.state.update(states)
         self._tap.clear()
         self._rates.restart(self.param_groups)
         self._steps = max((int(group[STEPS_TAKEN]) for group in self.param_groups), default=0)
@@ -439,6 +580,10 @@ class SteepestDescent(SeesInputs):
         else:
             drop_moments(self.state)
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
+
+    def _preconditioned(self, group: Group) -> bool:
+        norm = self._norms.of(group)
+        return group["role"] == "matrix" and norm.matrix and not norm.adapts
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -459,13 +604,9 @@ class SteepestDescent(SeesInputs):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
-        own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps"]
+        own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps", "_norms", "_members"]
         own += ["_tap", "_global_step", "_packing", "_witness", "_rates", "_preconditioner"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-
-def _preconditioned(group: Group) -> bool:
-    return group["role"] == "matrix" and group["norm"].matrix and not group["norm"].adapts
 
 
 def _any_role(value: Any) -> Any:

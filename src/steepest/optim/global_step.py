@@ -84,6 +84,11 @@ class GlobalStep:
         return self.step_size if isinstance(self.step_size, Momo) else None
 
     @property
+    def method(self) -> str:
+        """What steps are, in words: what the learning rates in a state mean."""
+        return f"steepest {'regularised' if self.regularized else 'constrained'} descent, product={self.product!r}"
+
+    @property
     def streams(self) -> bool:
         """Whether every bucket can be finished before the next is begun."""
         return self.momo is None and self.product.separable(regularized=self.regularized)
@@ -343,6 +348,10 @@ class GlobalStep:
         self.model = LossModel.restored(saved, parameters[0].device)
         self._changes.load(parameters, saved["momo_weights"])
         self._resync = not saved["momo_direct"]  # then no intercept was kept
+
+    def replaced(self) -> None:
+        """Others stand where parameters stood, or some changed their shape: the model of the loss is not of them."""
+        self._changes.replaced()
 
     @property
     def keeps_duals(self) -> bool:

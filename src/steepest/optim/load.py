@@ -9,9 +9,11 @@ from torch import Tensor
 
 from steepest.anatomy import PlanRow, View
 from steepest.checks import optional, whole
+from steepest.geometry import Norm
 from steepest.optim.bucket import Bucket
 
 T = TypeVar("T")
+Present = Sequence[tuple[Mapping[str, Any], Sequence[Tensor]]]
 # Of the memory for temporaries, what a load's directions are computed from takes a quarter, these another, and what the
 # norm needs besides the rest.
 SHARES = 4
@@ -157,36 +159,47 @@ class Packing:
     def __init__(self, memory_cap: int | None) -> None:
         self.memory_cap: int | None = optional(whole(1))("memory_cap", memory_cap)
         self._key: object = None
+        self._asked: object = None
         self._found: tuple[list[list[Load]], int | None] = ([], None)
 
+    def fits(self, present: Present) -> bool:
+        """Whether the same parameters, of the same shapes, move as when they were packed.
+
+        Args:
+            present: Groups, and which of their parameters move.
+        """
+        self._asked = [
+            (group["norm"], [(id(p), p.shape, p.dtype, p.device) for p in members]) for group, members in present
+        ]
+        return self._asked == self._key
+
     def of(
-        self,
-        present: Sequence[tuple[Mapping[str, Any], Sequence[Tensor]]],
-        rows: Mapping[Tensor, PlanRow],
-        *,
-        bounded: bool,
+        self, present: Present, rows: Mapping[Tensor, PlanRow], norms: Sequence[Norm], *, bounded: bool
     ) -> tuple[list[list[Load]], int | None]:
         """Loads of each group, and the cap that they keep.
 
         Args:
-            present: Groups, and which of their parameters move.
+            present: What `fits` was last asked about.
             rows: Of the plan.
-            bounded: Whether loads are finished one after the other, so that small ones save memory.
+            norms: Of the groups.
+            bounded: Whether loads are finished one after the other, so that small ones save memory; the same always.
         """
-        # a parameter's view and shape do not change while it is the optimizer's
-        key = (bounded, [(group["norm"], [(id(p), p.dtype, p.device) for p in members]) for group, members in present])
-        if key != self._key:
-            found = [find_buckets(members, rows, matrix=group["norm"].matrix) for group, members in present]
+        if self._key is None or self._asked != self._key:
+            found = [
+                find_buckets(members, rows, matrix=norm.matrix)
+                for (_, members), norm in zip(present, norms, strict=True)
+            ]
             cap = (self.memory_cap or default_cap([one for own in found for one in own])) if bounded else None
-            kinds = [group["norm"].adapts for group, _ in present]
-            packed = [list(loads(own, memory_cap=cap, adapts=a)) for own, a in zip(found, kinds, strict=True)]
+            packed = [
+                list(loads(own, memory_cap=cap, adapts=norm.adapts)) for own, norm in zip(found, norms, strict=True)
+            ]
             self._found = packed, cap
-            self._key = key
+            self._key = self._asked
         return self._found
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle, whose parameters are others."""
-        return {"memory_cap": self.memory_cap, "_key": None, "_found": ([], None)}
+        return {"memory_cap": self.memory_cap, "_key": None, "_asked": None, "_found": ([], None)}
 
 
 def default_cap(buckets: Sequence[Bucket]) -> int:

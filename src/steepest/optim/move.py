@@ -42,6 +42,7 @@ class Move:
         group: Of the load's parameters.
         load: Parameters of one dtype and device.
         states: Of the parameters, in order; what is missing is allocated.
+        norm: Of the group.
         label: Place in the product norm.
         accept: A 0-d boolean by which every write is masked; None means True.
         applied: What gradients or momenta are multiplied with, as layer inputs say; None: nothing.
@@ -55,6 +56,7 @@ class Move:
         load: Load,
         states: list[dict[str, Tensor]],
         *,
+        norm: Norm,
         label: str,
         accept: Tensor | None,
         applied: Applied | None = None,
@@ -65,7 +67,7 @@ class Move:
         self.load = load
         self._cap = None if memory_cap is None else max(1, (SHARES - 2) * memory_cap // SHARES)
         self.label = label
-        self.norm = cast(Norm, group["norm"])
+        self.norm = norm
         self.ahead = bool(group["nesterov"]) and not self.norm.adapts
         self._states = states
         self._applied = applied if self.norm.matrix and not self.norm.adapts else None
@@ -91,9 +93,9 @@ class Move:
         gradients = self._gradients()
         accept = self._accept
         if accept is None:
-            torch._foreach_add_(self._of(STEP), 1.0)
+            torch._foreach_add_(self._of(STEP), 1)
         else:  # alpha chooses the overload that does not read the tensor
-            torch._foreach_add_(self._of(STEP), accept.to(self._dtype), alpha=1.0)
+            torch._foreach_add_(self._of(STEP), accept.to(torch.int64), alpha=1)
         average_(self._of(MOMENTUM), gradients, self.group["momentum"], accept=accept)
         if self._forgets:
             forget_(self._of(MOMENTUM), gradients, self.group["momentum"], accept=accept)
@@ -112,7 +114,7 @@ class Move:
         # A direction is that of the average times any number above 0, unless the norm adapts: what the weights of an
         # average sum to is divided out of numbers, not of tensors.
         beta, adapts = self.group["momentum"], self.norm.adapts
-        count = torch.stack(self._of(STEP)) if duals or slopes or adapts else None
+        count = self._counts() if duals or slopes or adapts else None
         averages = look_ahead(self._of(MOMENTUM), self._gradients(), beta) if self.ahead else self._of(MOMENTUM)
         moments: tuple[Tensor | None, ...] = (None,) * self.load.batches
         if adapts and count is not None:
@@ -157,7 +159,7 @@ class Move:
             Three 0-d tensors.
         """
         weights = [parameter.detach().to(self._dtype) for parameter in self.load.parameters]
-        count = torch.stack(self._of(STEP))
+        count = self._counts()
         beta = self.group["momentum"]
         plain = ahead = _products(_divided(self._of(MOMENTUM), debias(beta, count)), weights)
         if self.ahead:
@@ -235,6 +237,10 @@ class Move:
             gradients = self._applied.times(self.load.parameters, gradients, 0)
         self._taken = gradients
         return gradients
+
+    def _counts(self) -> Tensor:
+        """Gradients averaged so far, one number per parameter, in the type of the averages."""
+        return torch.stack(self._of(STEP)).to(self._dtype)
 
     def _of(self, key: str) -> list[Tensor]:
         return [state[key] for state in self._states]

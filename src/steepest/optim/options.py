@@ -3,14 +3,13 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from numbers import Number
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from steepest.anatomy import ROLES, Role, View
+from steepest.anatomy import ROLES, Role
 from steepest.checks import Check, choice, flag, number, optional, pair, refusal, shown
 from steepest.geometry import AdaInf, Norm, Spectral, check_norm
 from steepest.optim.elsewhere import ELSEWHERE
@@ -33,11 +32,13 @@ FOREIGN_KEYS = (
     "max_momentum",
     "skipped_steps",
     "steps_taken",
+    "optimizer",
     "input_options",
     "input_steps",
     *MODEL_KEYS,
 )
 T = TypeVar("T")
+METHOD = "optimizer"  # whose state it is, as a text
 ADAM_BETAS = (0.9, 0.95)
 STEPS_TAKEN = "steps_taken"  # by the optimizer, masked ones included
 INPUT_OPTIONS = "input_options"  # what the powers in the state were made with, where there are some
@@ -156,9 +157,6 @@ def complete_group(group: dict[str, Any], where: str, defaults: Mapping[str, Any
     def default(option: str) -> Any:
         return for_role(option, defaults[option], role)
 
-    for key, value in group.items():  # NumPy's numbers do not come back from a checkpoint
-        if isinstance(value, Number) and hasattr(value, "item"):
-            group[key] = cast(Any, value).item()
     given = group["norm"] if "norm" in group else default("norm")
     norm = group["norm"] = _with_options(check_norm(f"{where}: norm", given), group, where)
     if norm.adapts:
@@ -192,7 +190,7 @@ def check_group(group: Mapping[str, object], *, where: str) -> None:
     """Refuse a group with an option that is unknown or out of range.
 
     Args:
-        group: With every key of `GROUP_KEYS` but "view".
+        group: With every key of `GROUP_KEYS`.
         where: Which group, for the message.
 
     Raises:
@@ -212,9 +210,6 @@ def check_group(group: Mapping[str, object], *, where: str) -> None:
         raise ValueError(
             f"{where}: name {name!r} is a role, but the group's role is {group['role']!r}; choose another."
         )
-    view = group.get("view")
-    if view is not None and not isinstance(view, View):
-        raise TypeError(refusal(f"{where}: view", "a View, such as View(groups=4), or None", view))
 
 
 def check_norms(norms: object) -> Mapping[Role, Norm | str]:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -11,10 +11,10 @@ from steepest.anatomy import LINEAR, ROLES, Plan, PlanRow, Role, View, route
 from steepest.checks import shown
 from steepest.geometry import Norm, get_norm
 from steepest.notices import warn
+from steepest.optim.groups import Group, view_of
 from steepest.optim.guesses import doubt, guessed_role
 from steepest.optim.options import DTYPES, NORM_OPTIONS, check_parameter, check_rate, check_role, has_option
 
-Group = dict[str, Any]
 Parameters = nn.Module | Plan | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 Rows = dict[Tensor, PlanRow]
 EMPTY = (
@@ -91,10 +91,9 @@ def name_groups(groups: Sequence[Group], taken: Iterable[str]) -> None:
             names.add(group["name"])
 
 
-def complete_row(row: PlanRow, group: Group) -> PlanRow:
+def complete_row(row: PlanRow, group: Group, norm: Norm) -> PlanRow:
     """The row with the norm and learning rate of its group."""
-    lr = group["lr"]
-    return replace(row, norm=str(group["norm"]), lr=float(lr))
+    return replace(row, norm=str(norm), lr=float(group["lr"]))
 
 
 def _from_plan(plan: Plan) -> tuple[Rows, list[Group]]:
@@ -175,7 +174,7 @@ def _norm_of(group: Group, norms: Mapping[Role, Norm | str]) -> Norm:
 
 
 def _rows_of(group: Group, known: Mapping[Tensor, PlanRow], where: str, *, matrix: bool) -> Rows:
-    role, view = cast(Role, group["role"]), cast(View | None, group.get("view"))
+    role, view = cast(Role, group["role"]), view_of(group, where)
     bare = "two or more dimensions" if role == "matrix" else "fewer than two dimensions"
     reason = bare if where == "params" else f"role of {where}"
     rows: Rows = {}
@@ -210,7 +209,7 @@ def _named(entries: Sequence[object], where: str) -> list[tuple[str, Tensor]]:
             name, parameter = entry
         else:
             name, parameter = f"{where}[{index}]", entry
-        named.append((name, check_parameter(name, parameter)))
+        named.append(("".join(name), check_parameter(name, parameter)))
     return named
 
 
@@ -232,6 +231,43 @@ def _row(name: str, parameter: Tensor, role: Role, view: View | None, reason: st
         trainable=parameter.requires_grad,
         parameter=parameter,
     )
+
+
+def newcomer(parameter: object, name: str, group: Group, norm: Norm, old: PlanRow | None, where: str) -> PlanRow:
+    """The row of a parameter that was put into a group without `add_param_group`.
+
+    Args:
+        parameter: What stands among the group's "params".
+        name: Its name, if it has none yet.
+        group: Of the optimizer.
+        norm: Of the group.
+        old: Row of the parameter in whose place it stands, or its own before it changed its shape; None if unknown.
+        where: Which group, for the message.
+
+    Returns:
+        The row: the old one's view if that fits, else the group's.
+
+    Raises:
+        TypeError: If it is nothing that can be optimised.
+        ValueError: If it cannot be known how its entries form matrices.
+    """
+    if old is not None and old.role == group["role"]:
+        name = old.name
+    parameter = check_parameter(name, parameter)
+    shape = tuple(parameter.shape)
+    try:
+        if old is not None and old.role == group["role"] and len(old.shape) == len(shape):
+            row = replace(old, parameter=parameter, shape=shape, trainable=parameter.requires_grad)
+        else:
+            view, role = view_of(group, where), cast(Role, group["role"])
+            row = _row(name, parameter, role, view, f"role of {where}", matrix=norm.matrix)
+        check_view(row, norm)
+    except ValueError as problem:
+        raise ValueError(
+            f"{name!r} of shape {shape} came into {where} without add_param_group. Take the old one out and use "
+            f"add_param_group, or build a new optimizer. {problem}"
+        ) from problem
+    return row
 
 
 def refuse_repeats(rows: Rows, added: Rows) -> None:

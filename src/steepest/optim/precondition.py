@@ -44,6 +44,10 @@ class Preconditioner(InputMoments):
                 "which its momenta are of another kind. Use the same, or start with fresh state."
             )
 
+    def reads(self, parameter: Tensor) -> bool:
+        """Whether a parameter is preconditioned by what its layer reads."""
+        return parameter in self._numbers
+
     def known_shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
         """Entries that a parameter's saved state may have, with their shapes."""
         number = self._numbers.get(parameter)

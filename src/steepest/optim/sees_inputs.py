@@ -12,7 +12,7 @@ from steepest.optim.precondition import Preconditioner
 class SeesInputs(Optimizer):
     """An optimizer that may look at layer inputs."""
 
-    _preconditioner: Preconditioner | None
+    _preconditioner: Preconditioner | None = None
 
     def record_input(self, parameter: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
         """Show inputs of a layer that hooks do not see, in each micro-batch; ignored in steps that look at none.

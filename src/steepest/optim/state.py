@@ -1,6 +1,6 @@
 """What the optimizer keeps per parameter: names, shapes and types, in one place.
 
-step              0-d, number of gradients averaged so far
+step              0-d, int64, number of gradients averaged so far: float32 would stop at 2^24
 momentum_buffer   like the parameter, float32 or wider: average of gradients
 second_moment     like the parameter, float32 or wider: average of squared gradients, for norms that adapt
 dual_norm         one number per matrix, float32 or wider: of the last step, where duals are stale
@@ -9,14 +9,11 @@ Moments of layer inputs have keys of their own, see `refresh` and `input_moments
 the same tensors.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from steepest.optim.step_size import MODEL_KEYS
 
 STEP, MOMENTUM, SECOND, DUAL = "step", "momentum_buffer", "second_moment", "dual_norm"
 
@@ -24,6 +21,11 @@ STEP, MOMENTUM, SECOND, DUAL = "step", "momentum_buffer", "second_moment", "dual
 def state_dtype(parameter: Tensor) -> torch.dtype:
     """float64 for float64 parameters, else float32: an average in half precision stops moving."""
     return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def input_entry(key: str) -> bool:
+    """Whether an entry is of the moments of layer inputs."""
+    return key.startswith("input_")
 
 
 def ensure_state(state: dict[str, Tensor], parameter: Tensor, *, adapts: bool) -> None:
@@ -46,86 +48,60 @@ def ensure_state(state: dict[str, Tensor], parameter: Tensor, *, adapts: bool) -
     if MOMENTUM in state and adapts and SECOND not in state:
         raise ValueError("A norm that adapts cannot replace another one after a step; build a new optimizer.")
     if STEP not in state:
-        state[STEP] = torch.zeros((), dtype=dtype, device=parameter.device)
+        state[STEP] = torch.zeros((), dtype=torch.int64, device=parameter.device)
         state[MOMENTUM] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         if adapts:
             state[SECOND] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
 
 
-def check_saved(
-    saved: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
-    names: Sequence[str],
-    others: Callable[[Tensor], Mapping[str, torch.Size]],
-) -> None:
-    """Refuse a state dict that does not belong to these groups, before anything of it is used.
+def check_fits(state: dict[str, Tensor], parameter: Tensor, name: str) -> None:
+    """Refuse a state that was made for another shape, where a parameter was replaced or has grown.
 
     Args:
-        saved: The state dict.
-        groups: Of the optimizer.
-        names: Of its parameters, in order.
-        others: Entries that a parameter may have besides those above, with their shapes.
+        state: Of the parameter; a count that is a number becomes a tensor.
+        parameter: Any shape.
+        name: Of the parameter, for the message.
 
     Raises:
-        ValueError: If a role, a kind of norm, a key or a shape does not match. Numbers of groups and parameters are
-            left to torch, which compares them.
+        ValueError: If an entry has another shape, or the count is missing.
     """
-    for index, (old, group) in enumerate(zip(saved["param_groups"], groups, strict=False)):
-        kind = type(group["norm"]).__name__
-        for what, there, here in (
-            ("role", old.get("role"), group["role"]),
-            ("norm", str(old.get("norm", kind)).partition("(")[0], kind),
-        ):
-            if there not in (None, here):
-                raise ValueError(
-                    f"Parameter group {index} was saved with the {what} {there!r} but has {here!r} here. Build the "
-                    "optimizer as it was built when the state was saved."
-                )
-        for key in MODEL_KEYS:
-            number = old.get(key, 0.0)
-            if (
-                not isinstance(number, float | int)
-                or not math.isfinite(number)
-                or (key in old) != (MODEL_KEYS[0] in old)
-            ):
-                raise ValueError(
-                    f"Parameter group {index} was saved with {key}={old.get(key)!r}, but a finite number is needed: "
-                    "the checkpoint is damaged. Start with fresh state instead."
-                )
-    indices = [index for group in saved["param_groups"] for index in group["params"]]
-    members = [parameter for group in groups for parameter in group["params"]]
-    for index, parameter, name in zip(indices, members, names, strict=False):
-        more = others(parameter)
-        for key, value in saved["state"].get(index, {}).items():
-            if key.startswith("input_") and not more:
-                continue  # moments that nobody reads here; they are dropped
-            if key not in (STEP, MOMENTUM, SECOND, DUAL, *more):
-                known = ", ".join((STEP, MOMENTUM, SECOND, DUAL, *more))
-                raise ValueError(
-                    f"The state of {name!r} has the entry {key!r}, which is of another optimizer; {known} are known "
-                    "here. Start with fresh state instead."
-                )
-            plain = torch.Size(()) if key == STEP else value.shape[:1] if key == DUAL else parameter.shape
-            expected = more.get(key, plain)
-            if value.shape != expected:
-                raise ValueError(
-                    f"The state {key!r} of {name!r} has shape {tuple(value.shape)}, but {tuple(expected)} is needed. "
-                    "The checkpoint is of another model or of another order of parameters."
-                )
+    for key in (MOMENTUM, SECOND):
+        if key in state and state[key].shape != parameter.shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(parameter.shape)}, but its state {key!r} has {tuple(state[key].shape)}: it "
+                "was replaced or changed without add_param_group. Change the state alike, or delete "
+                "optimizer.state[parameter] for a fresh one."
+            )
+    if MOMENTUM in state and STEP not in state:
+        raise ValueError(
+            f"{name!r} came without add_param_group and with a state that has no {STEP!r}, the number of gradients "
+            "averaged so far. Set it, or delete optimizer.state[parameter] for a fresh one."
+        )
+    if STEP in state:
+        state[STEP] = torch.as_tensor(state[STEP], dtype=torch.int64, device=parameter.device)
+    state.pop(DUAL, None)  # of another parameter's last step
 
 
-def restored(saved: Mapping[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+def restored(saved: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     """State of one parameter as it was saved, in its own precision on the parameter's device.
 
     torch's own loading casts every floating-point tensor to the parameter's dtype, which would round float32 moments
     of a bfloat16 model.
 
     Args:
-        saved: Entries of a state dict for this parameter.
+        saved: Entries of a state dict for this parameter; the count may be a number.
         parameter: The parameter.
 
     Returns:
         New tensors.
     """
     device, dtype = parameter.device, state_dtype(parameter)
-    return {key: value.detach().to(device=device, dtype=dtype, copy=True) for key, value in saved.items()}
+    state: dict[str, Any] = {}
+    for key, value in saved.items():
+        if key == STEP:
+            state[key] = torch.as_tensor(value).detach().to(device=device, dtype=torch.int64, copy=True)
+        elif key in (MOMENTUM, SECOND, DUAL) or input_entry(key):
+            state[key] = value.detach().to(device=device, dtype=dtype, copy=True)
+        else:  # somebody's own
+            state[key] = value.detach().to(device=device, copy=True) if isinstance(value, Tensor) else value
+    return state

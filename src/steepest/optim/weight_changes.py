@@ -45,6 +45,11 @@ class Changes:
         self._sums = _sizes(parameters) if self._written else []
         self._expected = None
 
+    def replaced(self) -> None:
+        """Others stand where parameters stood that the last step moved, which is a change of weights."""
+        if self._parameters:
+            self._expected = (self._parameters, NEVER)
+
     def found(self, *, warn: bool) -> bool | Tensor:
         """Whether somebody else wrote other values to the weights.
 

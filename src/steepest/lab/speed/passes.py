@@ -103,7 +103,10 @@ def loads_of(parameters: list[Tensor]) -> list[Load]:
     optimizer = steepest.Muon(parameters)
     rows = {row.parameter: row for row in optimizer.plan}
     present = [(group, group["params"]) for group in optimizer.param_groups]
-    packed, _ = Packing(None).of(present, rows, bounded=True)
+    norms = [optimizer.norm_of(group) for group in optimizer.param_groups]
+    packing = Packing(None)
+    packing.fits(present)
+    packed, _ = packing.of(present, rows, norms, bounded=True)
     return [load for own in packed for load in own]
 
 
