@@ -173,7 +173,7 @@ def test_a_norm_may_be_written_into_a_group_later_as_object_name_or_text():
     with pytest.raises(ValueError, match=r"parameter group 0: norm is 'frobenous'.*did you mean 'frobenius'"):
         optimizer.step()
     optimizer.param_groups[0]["norm"] = Own
-    with pytest.raises(TypeError, match=r"parameter group 0: norm is <class .*norm takes a name or an object"):
+    with pytest.raises(TypeError, match=r"parameter group 0: norm is <class .*norm must be a name or an object"):
         optimizer.step()
 
 

@@ -240,7 +240,7 @@ def get_norm(norm: str | Norm) -> Norm:
 
 
 def check_norm(name: str, value: object) -> Norm:
-    """Check of a norm: an object, or a name in `NORMS` for the norm with its default options, or the text that builds it."""
+    """Check of a norm: an object, a name in `NORMS` for one with default options, or the text that builds it."""
     if isinstance(value, str) and "(" in value:
         value = built(value, KINDS)
     if isinstance(value, str):
