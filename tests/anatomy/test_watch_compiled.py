@@ -1,6 +1,7 @@
 """Compiled models are seen as eager ones are, and compiled once: refreshes change no graph."""
 
 import copy
+import gc
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from steepest import InputMoment, MissingInputsError
+from steepest import InputMoment
 from tests.anatomy.watched import assert_kept, backward, data, kept, moments, net, newton
 
 # Of torch's compilers, about themselves.
@@ -157,6 +158,57 @@ def test_clearing_gradients_between_forward_and_backward():
     assert_kept(model, optimizer, expected)
 
 
+def attack(call, model):
+    x = data(seed=2).requires_grad_()
+    call(x).sum().backward(inputs=[x])
+
+
+def saliency(call, model):
+    x = data(seed=2).requires_grad_()
+    torch.autograd.grad(call(x).sum(), x)
+
+
+def thrown_away(call, model):
+    backward(call, data(seed=2))
+    model.zero_grad()
+
+
+def zeroed(call, model):
+    backward(call, data(seed=2))
+    model.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize("discard", [attack, saliency, thrown_away, zeroed])
+def test_gradients_that_are_thrown_away_take_their_inputs_along(discard):
+    model, x = net(), data()
+    optimizer, expected = newton(model), moments(model, [x])
+    compiled = torch.compile(model, backend="aot_eager")
+    discard(compiled, model)
+    for part in x.split(4):
+        backward(compiled, part)
+    optimizer.step()
+    assert_kept(model, optimizer, expected)
+
+
+def test_a_model_that_is_converted_after_the_optimizer_was_built():
+    model = net(torch.float32)
+    optimizer, x = newton(model), data()
+    model.double()
+    expected = moments(model, [x])
+    backward(torch.compile(model, backend="aot_eager"), x)
+    optimizer.step()
+    assert_kept(model, optimizer, expected)
+
+
+def test_compiled_autograd_sees_the_same():
+    model, x = net(), data()
+    optimizer, expected = newton(model), moments(model, [x])
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(backward, backend="eager")(model, x)
+    optimizer.step()
+    assert_kept(model, optimizer, expected)
+
+
 def test_shapes_that_vary_are_seen_too():
     model, sizes = net(), (8, 3, 5, 6)
     optimizer, expected = newton(model), moments(model, [data(size=size) for size in sizes])
@@ -195,12 +247,48 @@ def test_a_mask_must_be_in_force_in_the_backward_pass():
     assert_kept(model, optimizer, expected)
 
 
-def test_a_model_compiled_before_the_optimizer_was_built_says_so():
+def test_a_model_compiled_before_the_optimizer_was_built_is_compiled_anew():
+    model, x = net(), data()
+    compiled = torch.compile(model, backend="aot_eager")
+    backward(compiled, data(seed=2))
+    optimizer, expected = newton(model), moments(model, [x])
+    optimizer.zero_grad()
+    backward(compiled, x)
+    optimizer.step()
+    assert_kept(model, optimizer, expected)
+
+
+def test_models_of_one_class_with_and_without_hooks_in_turns():
+    """What compilers made of one is not taken for another; each is compiled once."""
+    counter = CompileCounterWithBackend("aot_eager")
+    models = [net() for _ in range(4)]
+    plain, *others = (list(model.parameters()) for model in models[::2])
+    optimizers = [torch.optim.SGD(plain), newton(models[1]), torch.optim.SGD(others[0]), newton(models[3])]
+    compiled = [torch.compile(model, backend=counter) for model in models]
+    for step in range(3):
+        for model, optimizer, call in zip(models, optimizers, compiled, strict=True):
+            x = data(seed=step)
+            optimizer.zero_grad()
+            expected = moments(model, [x])
+            backward(call, x)
+            optimizer.step()
+            if model in models[1::2]:
+                assert_kept(model, optimizer, expected)
+    assert counter.frame_count == 2
+
+
+def test_a_model_compiled_for_an_optimizer_that_is_gone_is_seen_by_the_next():
     model = net()
     compiled = torch.compile(model, backend="aot_eager")
-    backward(compiled, data())
-    optimizer = newton(model)
-    optimizer.zero_grad()
-    backward(compiled, data())
-    with pytest.raises(MissingInputsError, match="or the model was compiled before this optimizer was built"):
+    for step in range(3):
+        x = data(seed=step)
+        backward(compiled, x)  # without an optimizer
+        optimizer = newton(model)
+        optimizer.zero_grad()
+        expected = moments(model, [x])
+        backward(compiled, x)
         optimizer.step()
+        assert_kept(model, optimizer, expected)
+        del optimizer
+        gc.collect()
+        model.zero_grad()

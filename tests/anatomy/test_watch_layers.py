@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from steepest import InputMoment, MissingInputsError
 from steepest.anatomy import EXPERTS, route
@@ -229,6 +230,24 @@ def test_inputs_by_hand_only_with_weights():
         optimizer.record_input(model.get_parameter(name), rows[name], weights)
     optimizer.step()
     expected = {name: (z * weights[:, None]).T @ z / weights.sum() for name, z in rows.items()}
+    assert_kept(model, optimizer, expected)
+
+
+def test_inputs_recorded_inside_a_checkpoint_count_once():
+    model, x, y = net(), data(), data(seed=2)
+    optimizer = newton(model, InputMoment(every=1, first=0, decay=0.0, structure="full", hooks=False))
+    expected = moments(model, [x, y])
+
+    def run(x):
+        for name in NAMES:
+            module = getattr(model, name.removesuffix(".weight"))
+            optimizer.record_input(module.weight, x)
+            x = torch.tanh(module(x)) if name == "second.weight" else torch.relu(module(x))
+        return model.head(x)
+
+    checkpoint(run, x, use_reentrant=False).square().mean().backward()  # which runs it twice
+    run(y).square().mean().backward()
+    optimizer.step()
     assert_kept(model, optimizer, expected)
 
 

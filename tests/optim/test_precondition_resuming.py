@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -242,10 +243,15 @@ def run_ranked(rank, world):
         for step in range(2 * EVERY + 1):
             optimizer.zero_grad()
             x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-            wrapped(x.chunk(world)[rank]).square().mean().backward()
+            wrapped(10 * x[rank : rank + 1]).sum().backward()
+            wrapped.zero_grad(set_to_none=step % 2 == 0)
+            first, second = x.chunk(world)[rank].chunk(2)
+            with wrapped.no_sync() if world > 1 else nullcontext():
+                wrapped(first).square().mean().backward()
+            wrapped(second).square().mean().backward()
             optimizer.step()
         report = optimizer.diagnostics()
-        assert report["input_missing"] == report["input_parted"] == 0
+        assert report["input_missing"] == report["input_parted"] == report["input_partial"] == 0
         results.append([p.detach().clone() for p in model.parameters()])
     return results
 

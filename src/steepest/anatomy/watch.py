@@ -2,7 +2,8 @@
 
 A hook before each module puts an identity with a derivative between the inputs and the module. Its backward pass runs
 exactly once for every call whose gradient is taken, whatever recomputes activations, and never for a call that is only
-evaluated; that is where the inputs are summed. Nothing is put there while nobody watches.
+evaluated; that is where the inputs are summed. They count as long as that gradient does, see `arrivals`. Nothing is put
+there while nobody watches.
 
 In a compiled graph hooks cannot change with time. There the identity is always present, and its backward pass is an
 operation that asks this registry at run time whether anybody watches.
@@ -10,40 +11,23 @@ operation that asks this registry at run time whether anybody watches.
 
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, library, nn
-from torch.utils.hooks import RemovableHandle
+from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
 
+from steepest.anatomy.arrivals import Arrivals, Print, Sighting
 from steepest.anatomy.feeds import Feed, Rows
+from steepest.anatomy.hooks import Attached
 from steepest.anatomy.readers import Reader
 
 SAMPLE = 64  # entries by which two tensors at one address are told apart
-
-Print = tuple[int, tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass
-class Sighting:
-    """What was seen of one parameter's inputs since the last step.
-
-    Args:
-        total: Sum of z zᵀ, as its layout keeps it; None if only prints were asked for.
-        mass: Sum of the tokens' weights, per matrix.
-        prints: Of the tensors, to tell whether two parameters read the same.
-    """
-
-    total: Tensor | None = None
-    mass: Tensor | None = None
-    prints: list[Print] = field(default_factory=list[Print])
-
-    def add(self, total: Tensor, mass: Tensor) -> None:
-        """Add sums over tokens."""
-        self.total = total if self.total is None else self.total + total
-        self.mass = mass if self.mass is None else self.mass + mass
 
 
 class InputWatch:
@@ -61,8 +45,8 @@ class InputWatch:
         self._weighted = False
         self.summing: frozenset[int] = frozenset()
         self.comparing: frozenset[int] = frozenset()
-        self.seen: dict[int, Sighting] = {}
         self.given: dict[int, Sighting] = {}  # by hand, which clearing gradients does not take back
+        self._arrivals = [Arrivals(reader.parameter) for reader in self.readers]
         self._attach()
 
     @property
@@ -86,6 +70,14 @@ class InputWatch:
         self._weighted = self._weights is not None
         self.given = {}
         self.forget()
+        self._listen()
+
+    def _listen(self) -> None:
+        for number, arrivals in enumerate(self._arrivals):
+            if self.looks_at(number):
+                arrivals.listen(_Heard(self._key, number))
+            else:
+                arrivals.deafen()
 
     def looks_at(self, number: int) -> bool:
         """Whether somebody asked for a reader's inputs."""
@@ -93,7 +85,38 @@ class InputWatch:
 
     def forget(self) -> None:
         """Drop what hooks saw since the last step."""
-        self.seen = {}
+        for arrivals in self._arrivals:
+            arrivals.forget()
+
+    def settle(self) -> None:
+        """Drop what was seen of the inputs of gradients that were thrown away, by setting them to None or zero."""
+        with torch.no_grad():
+            for number in self.summing | self.comparing:
+                self._arrivals[number].settle()
+
+    @property
+    def seen(self) -> dict[int, Sighting]:
+        """What hooks saw of the inputs that made the gradients, by number."""
+        known = [(number, arrivals.known()) for number, arrivals in enumerate(self._arrivals) if self.looks_at(number)]
+        return {number: sighting for number, sighting in known if sighting is not None}
+
+    def unseen(self, number: int) -> bool:
+        """Whether a part of a reader's gradient came without its inputs being seen, or given; may wait for the device.
+
+        Args:
+            number: Of the reader.
+        """
+        return number not in self.given and self._arrivals[number].unseen()
+
+    def arrived(self, number: int, gradient: Tensor) -> None:
+        """Take note of a gradient that is about to be added.
+
+        Args:
+            number: Of the reader.
+            gradient: What is added.
+        """
+        with torch.no_grad():
+            self._arrivals[number].arrived(gradient)
 
     def sums(self, number: int) -> tuple[Tensor, Tensor] | None:
         """Sum of z zᵀ and mass of a reader since the last step, seen and given; None if there was nothing.
@@ -101,8 +124,8 @@ class InputWatch:
         Args:
             number: Of the reader.
         """
-        both = [own[number] for own in (self.seen, self.given) if number in own]
-        known = [(one.total, one.mass) for one in both if one.total is not None and one.mass is not None]
+        both = [self._arrivals[number].known(), self.given.get(number)]
+        known = [(one.total, one.mass) for one in both if one and one.total is not None and one.mass is not None]
         if not known:
             return None
         total, mass = known[0]
@@ -129,24 +152,24 @@ class InputWatch:
             total: Its sum.
             mass: Its sum of weights.
         """
-        self.seen[number] = Sighting(total, mass)
+        self._arrivals[number].seed(Sighting(total, mass))
 
-    def see(self, number: int, rows: Rows, weights: Tensor | None, source: Tensor) -> None:
-        """Take note of inputs.
+    def see(self, number: int, feed: Feed, tensors: tuple[Tensor, ...], weights: Callable[[], Tensor | None]) -> None:
+        """Take note of inputs, if the backward pass that runs makes a gradient with them.
 
         Args:
             number: Of the reader.
-            rows: The inputs.
-            weights: Of the tokens, over the first of their dimensions.
-            source: The tensor they are from.
+            feed: Of its call.
+            tensors: That the feed picked.
+            weights: Tells those of the tokens, over the first of their dimensions.
         """
-        if not self.looks_at(number):
+        sighting = self._arrivals[number].sighting() if self.looks_at(number) else None
+        if sighting is None:
             return
-        sighting = self.seen.setdefault(number, Sighting())
-        with torch.no_grad(), torch.autocast(rows.values.device.type, enabled=False):
-            sighting.prints.append(_print_of(source))
+        with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            sighting.prints.append(_print_of(tensors[0]))
             if number in self.summing:
-                sighting.add(*self._sums(number, rows, weights))
+                sighting.add(*self._sums(number, feed.rows(tensors), weights()))
 
     def _sums(self, number: int, rows: Rows, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         layout, parameter = self.readers[number].layout, self.readers[number].parameter
@@ -188,11 +211,11 @@ class InputWatch:
     def _attach(self) -> None:
         self._key = next(_KEYS)
         _WATCHES[self._key] = self
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Attached] = []
         for number, reader in enumerate(self.readers):
             for which, (module, feed) in enumerate(reader.feeds):
                 hook = _Hook(self._key, number, which, feed, reader.parameter)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._handles.append(Attached(module, reader.parameter, hook))
         weakref.finalize(self, _remove, self._handles)
 
     def detach(self) -> None:
@@ -200,69 +223,129 @@ class InputWatch:
         _remove(self._handles)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_handles", "_key")}
+        own = ("_handles", "_key", "_arrivals")
+        return {**{key: value for key, value in self.__dict__.items() if key not in own}, "kept": self.seen}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """A copy has hooks of its own, on the copied modules."""
-        self.__dict__.update(state)
+        kept = state["kept"]
+        self.__dict__.update({key: value for key, value in state.items() if key != "kept"})
+        self._arrivals = [Arrivals(reader.parameter) for reader in self.readers]
+        for number, sighting in kept.items():
+            self._arrivals[number].seed(sighting)
         self._attach()
+        self._listen()
 
 
-def _remove(handles: Sequence[RemovableHandle]) -> None:
+def _remove(handles: Sequence[Attached]) -> None:
     for handle in handles:
         handle.remove()
 
 
 class _Hook:
-    """Stands before one module for one parameter; a copy of the module takes an idle one along."""
+    """Stands before one module for one parameter."""
 
     def __init__(self, key: int, number: int, which: int, feed: Feed, parameter: Tensor) -> None:
         self.key, self.number = key, number
         self.feed = feed
         self.parameter = parameter
         # Inputs that are data have no gradient of their own, and without one there is no backward pass to see them in.
-        self.anchor: Tensor | None = torch.zeros((), requires_grad=True)
-        self.address = torch.tensor([key, number, which])  # a tensor, so that layers alike share one compiled graph
+        self.anchor = torch.zeros((), requires_grad=True, device="cpu")
+        # a tensor, so that layers alike share one compiled graph
+        self.address = torch.tensor([key, number, which], device="cpu")
 
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if self.anchor is None or not torch.is_grad_enabled() or not self.parameter.requires_grad:
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any] | None = None) -> Any:
+        if not torch.is_grad_enabled() or not self.parameter.requires_grad:
             return None
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return None  # what is made of the model takes no optimizer along
         compiling = torch.compiler.is_compiling()
         watch = None if compiling else _WATCHES.get(self.key)
         if not compiling and (watch is None or not watch.looks_at(self.number) or _transformed()):
             return None
-        tensors = self.feed.pick(arguments, options)
-        if tensors is None:
+        tensors = self.feed.pick(arguments, options or {})
+        if tensors is None or (not compiling and _imagined(tensors[0])):
             return None
         if watch is None:
             watched = _WatchedCompiled.apply(self.anchor, self.address, *tensors)
         else:
-            watched = _Watched.apply(self.anchor, watch, self.number, self.feed, *tensors)
+            call = _Call(watch, self.number, self.feed, watch.weights, _in_backward())
+            watched = _Watched.apply(self.anchor, call, *tensors)
 
         def replaced(value: object) -> object:
             return watched if value is tensors[0] else value
 
-        return tuple(map(replaced, arguments)), {name: replaced(value) for name, value in options.items()}
+        given = tuple(map(replaced, arguments))
+        if options is None:  # torch's quantisation registers hooks anew, and forgets that they take options
+            return given
+        return given, {name: replaced(value) for name, value in options.items()}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"anchor": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a copy takes along, if it must, does nothing and is known without this library."""
+        return getattr, (nullcontext(), "__exit__")
+
+
+@dataclass
+class _Call:
+    """One call of a module."""
+
+    watch: InputWatch
+    number: int
+    feed: Feed
+    weights: Tensor | None
+    late: bool
+    seen: int = -1  # the last backward pass that saw it
+
+    def see(self, tensors: tuple[Tensor, ...]) -> None:
+        """Take note of the inputs, once in a backward pass."""
+        task = torch._C._current_graph_task_id()
+        if task != self.seen:
+            self.watch.see(self.number, self.feed, tensors, self._in_force)
+            self.seen = task
+
+    def _in_force(self) -> Tensor | None:
+        return self.watch.late_weights(self.number) if self.late else self.weights
 
 
 class _Watched(torch.autograd.Function):
-    """The identity on the inputs, seen when the gradient comes back; what it keeps is what the layer keeps anyway."""
+    """The identity, and inputs that are seen when the gradient comes back; they are what the layer keeps anyway.
+
+    A gradient that is differentiated itself (create_graph) is watched again, with the same inputs: the parameter's
+    gradient may come by that way only.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, watch: InputWatch, number: int, feed: Feed, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(_as_multiplied(tensors[0]), *tensors[1:])  # recomputed by checkpointing, not kept
-        ctx.call = (watch, number, feed, watch.weights, _in_backward())
-        return tensors[0].view_as(tensors[0])
+    def forward(ctx: Any, anchor: Tensor | None, call: _Call, through: Tensor, *tensors: Tensor) -> Tensor:
+        kept = tensors if anchor is None else (_as_multiplied(through), *tensors)
+        ctx.save_for_backward(*kept)  # recomputed by checkpointing, not kept
+        ctx.call = call
+        return through.view_as(through)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        watch, number, feed, weights, late = ctx.call
-        tensors = cast(tuple[Tensor, ...], ctx.saved_tensors)
-        watch.see(number, feed.rows(tensors), watch.late_weights(number) if late else weights, tensors[0])
-        return (None, None, None, None, gradients[0], *(None for _ in tensors[1:]))
+        call, tensors = cast(_Call, ctx.call), cast(tuple[Tensor, ...], ctx.saved_tensors)
+        call.see(tensors)
+        (gradient,) = gradients
+        if torch.is_grad_enabled():
+            gradient = _Watched.apply(None, call, gradient, *tensors)
+        return (None, None, gradient, *(None for _ in ctx.needs_input_grad[3:]))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """The identity's."""
+        return tangents[2].view_as(tangents[2])
+
+
+class _Heard:
+    """Stands where autograd adds to a parameter's gradient."""
+
+    def __init__(self, key: int, number: int) -> None:
+        self.key, self.number = key, number
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        watch = _WATCHES.get(self.key)
+        if watch is not None and gradients[0] is not None:
+            watch.arrived(self.number, gradients[0])
 
 
 class _WatchedCompiled(torch.autograd.Function):
@@ -292,7 +375,7 @@ def _see_compiled(tensors: list[Tensor], address: Tensor) -> None:
     watch = _WATCHES.get(key)
     if watch is not None and watch.looks_at(number):
         feed = watch.readers[number].feeds[which][1]
-        watch.see(number, feed.rows(tuple(tensors)), watch.late_weights(number), tensors[0])
+        watch.see(number, feed, tuple(tensors), partial(watch.late_weights, number))
 
 
 @_see_compiled.register_fake
@@ -303,6 +386,12 @@ def _(tensors: list[Tensor], address: Tensor) -> None:
 def _transformed() -> bool:
     """Whether this is inside `torch.func`, whose gradients are not those that a step takes."""
     return torch._C._are_functorch_transforms_active()
+
+
+def _imagined(x: Tensor) -> bool:
+    """Whether numbers cannot be looked at, or derivatives are of many directions at once, as no step takes them."""
+    tangent = forward_ad.unpack_dual(x).tangent if forward_ad._current_level >= 0 else None
+    return is_fake(x) or (tangent is not None and cast(Any, torch._C)._functorch.is_legacy_batchedtensor(tangent))
 
 
 def _in_backward() -> bool:

@@ -460,8 +460,9 @@ class SteepestDescent(SeesInputs):
             Q of each shape; 0 for an exact one, whatever its rank. Where layers are looked at together: "dual_norm",
             N; with Momo, "t", the part of the step that was taken, "gap" and "lower_bound". With `precondition`,
             counts of matrices and layers: "input_ridge_raised", "input_kept_powers" (not finite, so the old ones serve
-            on), "input_missing", "input_parted" (layers that ceased to read what another reads); and
-            "input_moment_age", steps since the oldest moment was refreshed.
+            on), "input_missing", "input_partial" (parts of the gradient came from inputs that were not seen),
+            "input_parted" (layers that ceased to read what another reads); and "input_moment_age", steps since the
+            oldest moment was refreshed.
         """
         self._publish_skips()
         inputs = self._preconditioner.diagnostics() if self._preconditioner else {}

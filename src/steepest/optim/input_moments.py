@@ -71,7 +71,8 @@ class InputMoments:
         self.watch = InputWatch(readers, options.tokens)
         self.readers = self.watch.readers
         self.steps = 0
-        self.counts = {"input_ridge_raised": 0, "input_kept_powers": 0, "input_missing": 0, "input_parted": 0}
+        names = ("input_ridge_raised", "input_kept_powers", "input_missing", "input_partial", "input_parted")
+        self.counts = dict.fromkeys(names, 0)
         self._numbers = {reader.parameter: number for number, reader in enumerate(readers)}
         self._leaders = [self._first_of(reader.group) for reader in readers]
         self._settled: set[int] = set()  # readers whose leader was told by what they read
@@ -146,6 +147,7 @@ class InputMoments:
         due = sorted(self.watch.summing)
         if not due:
             return
+        self.watch.settle()
         totals, masses = self._over_ranks(due)
         seen = [bool((mass > 0).any()) for mass in masses]
         unseen = {n for n, found in zip(due, seen, strict=True) if not found and n not in self.watch.seen}
@@ -153,6 +155,7 @@ class InputMoments:
         missing = [n for n in sorted(unseen & numbers.keys()) if bool(cast(Tensor, numbers[n].grad).any())]
         if missing and not idle():
             self._miss(missing)
+        self._note_partial([n for n, found in zip(due, seen, strict=True) if found and self.watch.unseen(n)])
         self._settle(states, [number for number, found in zip(due, seen, strict=True) if found])
         self._part(states)
         taken = [
@@ -208,7 +211,8 @@ class InputMoments:
         if self.options.missing == "muon":
             return
         reader = self.readers[missing[0]]
-        why = "no call of its module had a backward pass, or the model was compiled before this optimizer was built"
+        why = "no call of its module had a backward pass that adds to the gradient, or the model runs from a graph "
+        why += "compiled without this optimizer, which torch._dynamo.reset() forgets"
         if reader.unseen:
             why = f"hooks cannot see them: {reader.unseen}"
         self.watch.forget()
@@ -217,6 +221,18 @@ class InputMoments:
             f"opt.record_input(parameter, inputs) before step(), give it InputMoment(structure={{{reader.row.name!r}: "
             "'none'}), or take Muon's step for such layers with InputMoment(missing='muon')."
         )
+
+    def _note_partial(self, partial: Sequence[int]) -> None:
+        if partial and not self.counts["input_partial"]:
+            warnings.warn(
+                f"{self.readers[partial[0]].row.name!r} has a gradient from more backward passes than its inputs were "
+                "seen in: its weight is also used without calling its module. Only the inputs that were seen count. "
+                "Show the others with opt.record_input(parameter, inputs); for a penalty on the weight nothing is "
+                "missing. Further ones are counted in diagnostics()['input_partial'].",
+                UserWarning,
+                stacklevel=CALLER,
+            )
+        self.counts["input_partial"] += len(partial)
 
     def _settle(self, states: States, seen: Sequence[int]) -> None:
         """At its first refresh a reader joins the first one that read the same tensors, or stands alone."""
@@ -241,7 +257,7 @@ class InputMoments:
         self._leaders[number] = leader
 
     def _number(self, reader: Reader, value: float) -> Tensor:
-        return torch.tensor(float(value), dtype=state_dtype(reader.parameter))
+        return torch.tensor(float(value), dtype=state_dtype(reader.parameter), device="cpu")
 
     def _part(self, states: States) -> None:
         """A reader that no longer reads what its leader reads goes on alone, with a copy of the moment."""

@@ -60,6 +60,7 @@ class Preconditioner(InputMoments):
 
     def save_seen(self, states: States) -> None:
         """Put what was seen since the last step into the state, for a checkpoint between two micro-batches."""
+        self.watch.settle()
         for number, reader in enumerate(self.readers):
             state, sums = states[reader.parameter], self.watch.sums(number)
             if sums is not None:

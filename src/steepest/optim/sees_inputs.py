@@ -17,6 +17,9 @@ class SeesInputs(Optimizer):
     def record_input(self, parameter: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
         """Show inputs of a layer that hooks do not see, in each micro-batch; ignored in steps that look at none.
 
+        Inside an activation checkpoint it counts once; one with use_reentrant=True runs first without gradients, and
+        hides the call.
+
         Args:
             parameter: Of the layer.
             x: (*tokens, n), what the layer multiplies with; (S, *tokens, n) for a stack of S matrices.
