@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from steepest.batch_size.noise_collect import MicroBatchError, MicroBatches, Ranks, Store
-from steepest.batch_size.noise_layers import Kind, check_kinds, columns, find_layers, measure_layer, second_moment
+from steepest.batch_size.noise_layers import (
+    Kind,
+    check_kinds,
+    columns,
+    find_layers,
+    measure_layer,
+    second_moment,
+    stepping,
+)
 from steepest.batch_size.noise_report import NoiseReport, Record, make_report
 from steepest.geometry import Norm
 from steepest.linalg import PolarMethod
@@ -32,7 +40,8 @@ class NoiseScale:
 
     Args:
         model: Whose layers to name and to see as matrices.
-        optimizer: Any; its parameters are measured, and its steps counted.
+        optimizer: Any; its parameters are measured, and its steps counted. Of one in a wrapper, such as accelerate's
+            and Lightning's, the steps inside count.
         every: Of so many steps the last is measured.
         kinds: "euclidean", "l1", "nuclear" and "alignment"; see `estimators`.
         level: Of the intervals.
@@ -50,6 +59,7 @@ class NoiseScale:
 
     Raises:
         ValueError: If an option is unknown or out of range, or a layer cannot be measured.
+        TypeError: If the optimizer's steps cannot be heard of.
 
     Example:
         >>> model = nn.Linear(4, 1)
@@ -81,7 +91,7 @@ class NoiseScale:
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         _check(every, level, samples, losses, store, polar)
-        self._optimizer = optimizer
+        self._optimizer = optimizer = stepping(optimizer)
         self._every = every
         self._kinds = check_kinds(kinds)
         self._level = level
@@ -282,6 +292,7 @@ class NoiseScale:
         rates = torch.tensor(
             [float(group["lr"]) for group in self._optimizer.param_groups for _ in group["params"]],
             dtype=torch.float64,
+            device="cpu",
         )
         most = rates.max()
         return rates / most if most > 0 else torch.ones_like(rates)

@@ -28,6 +28,9 @@ TORCH_NORMS: dict[str, Norm] = {
 }
 
 
+_INSIDE = ("optimizer", "_optimizer", "optim", "base_optimizer", "_base_optimizer")  # as wrappers call it
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """One parameter of the optimizer.
@@ -45,6 +48,34 @@ class Layer:
     view: View | None
     matrix: bool
     norm: Norm | None
+
+
+def stepping(optimizer: object) -> Optimizer:
+    """The optimizer that takes the steps, and calls the hooks of steps: the one inside of wrappers that do not.
+
+    Args:
+        optimizer: An optimizer, or a wrapper of one.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    found = optimizer
+    while not _calls_hooks(found):
+        inner = [own for name in _INSIDE if (own := getattr(found, name, None)) is not None and own is not found]
+        if not inner:
+            raise TypeError(
+                f"NoiseScale takes the torch.optim.Optimizer whose steps it counts, got {type(optimizer).__name__}, "
+                "which calls no hooks when it steps. If it wraps an optimizer, pass the one inside: NoiseScale(model, "
+                "wrapper.optimizer)."
+            )
+        found = inner[0]
+    return cast(Optimizer, found)
+
+
+def _calls_hooks(optimizer: object) -> bool:
+    """Whether torch.optim.Optimizer's constructor ran, which wraps `step` of the class."""
+    own = hasattr(optimizer, "_optimizer_step_pre_hooks")
+    return isinstance(optimizer, Optimizer) and own and hasattr(type(optimizer).step, "hooked")
 
 
 def find_layers(model: nn.Module, optimizer: Optimizer, kinds: Sequence[Kind], norm: Norm | str | None) -> list[Layer]:
