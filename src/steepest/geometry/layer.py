@@ -68,7 +68,7 @@ class Spectral(Printed):
 
     def __post_init__(self) -> None:
         check_fields(self, CHECKS)
-        polar(torch.zeros(0, 1, 1), method=self.polar, coefficients=self.coefficients, dtype=self.dtype)
+        polar(torch.zeros(0, 1, 1, device="cpu"), method=self.polar, coefficients=self.coefficients, dtype=self.dtype)
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """σ_max(W) / s, by a singular value decomposition."""

@@ -185,9 +185,9 @@ class Coefficients:
 
 
 def _cancellation(step: Step, high: float) -> float:
-    squares = torch.linspace(0, high * high, 4001, dtype=torch.float64)
+    squares = torch.linspace(0, high * high, 4001, dtype=torch.float64, device="cpu")
     powers = torch.stack([squares**index for index in range(len(step))])
-    numbers = torch.tensor(step, dtype=torch.float64)
+    numbers = torch.tensor(step, dtype=torch.float64, device="cpu")
     sums = numbers @ powers
     return float((numbers.abs() @ powers / torch.where(sums > 0, sums, 0.0)).max())
 

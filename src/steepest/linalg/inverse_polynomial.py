@@ -42,14 +42,14 @@ class InversePlan:
     steps: tuple[Triple, ...]
 
     def __post_init__(self) -> None:
-        largest = float(self(torch.linspace(self.smallest, 1, 4001, dtype=torch.float64)).abs().max())
+        largest = float(self(torch.linspace(self.smallest, 1, 4001, dtype=torch.float64, device="cpu")).abs().max())
         if not 0 < self.smallest < 1 or not largest <= self.residual < 1:
             raise ValueError(
                 "InversePlan takes smallest in (0, 1) and a residual below 1 that its steps keep on [smallest, 1]; got "
                 f"smallest={self.smallest}, residual={self.residual}, and steps that leave {largest:.4g}. Raise "
                 "smallest or residual, or add steps."
             )
-        if bool((self(torch.linspace(-1, -1e-6, 4001, dtype=torch.float64)) < 1).any()):
+        if bool((self(torch.linspace(-1, -1e-6, 4001, dtype=torch.float64, device="cpu")) < 1).any()):
             raise ValueError(
                 f"InversePlan got steps that invert some negative eigenvalues as if they were positive: {self.steps}. "
                 "Choose q(r) = a + b r + c r² that are positive for r in [1, 2]."

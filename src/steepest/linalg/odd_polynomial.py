@@ -56,8 +56,10 @@ def real_roots(numbers: list[float]) -> list[float]:
         return [-numbers[0] / numbers[1]]
     if degree == 2:
         return _quadratic_roots(*numbers)
-    companion = torch.diag(torch.ones(degree - 1, dtype=torch.float64), -1)
-    companion[:, -1] = torch.tensor([-number / numbers[-1] for number in numbers[:-1]], dtype=torch.float64)
+    companion = torch.diag(torch.ones(degree - 1, dtype=torch.float64, device="cpu"), -1)
+    companion[:, -1] = torch.tensor(
+        [-number / numbers[-1] for number in numbers[:-1]], dtype=torch.float64, device="cpu"
+    )
     # a double zero comes out as a pair a little off the real line; its real part is close enough to look at
     return [root.real for root in torch.linalg.eigvals(companion).tolist() if abs(root.imag) <= 1e-6 * abs(root)]
 
@@ -85,10 +87,12 @@ def best_fit(low: float, high: float, terms: int) -> Step:
     error, previous = 0.0, None
     step: Step = ()
     for _ in range(200):
-        points = torch.tensor([low, *inner, high], dtype=torch.float64) / high
+        points = torch.tensor([low, *inner, high], dtype=torch.float64, device="cpu") / high
         columns = [points ** (2 * index + 1) for index in range(terms)]
-        signs = torch.tensor([(-1.0) ** index for index in range(terms + 1)], dtype=torch.float64)
-        solution = torch.linalg.solve(torch.stack([*columns, signs], dim=1), torch.ones(terms + 1, dtype=torch.float64))
+        signs = torch.tensor([(-1.0) ** index for index in range(terms + 1)], dtype=torch.float64, device="cpu")
+        solution = torch.linalg.solve(
+            torch.stack([*columns, signs], dim=1), torch.ones(terms + 1, dtype=torch.float64, device="cpu")
+        )
         *numbers, error = solution.tolist()
         step = divided(tuple(numbers), high)
         inner = [x for x in stationary(step) if low < x < high]
@@ -100,7 +104,7 @@ def best_fit(low: float, high: float, terms: int) -> Step:
 
 def _first_guess(low: float, high: float, terms: int) -> list[float]:
     """Extremes of a Chebyshev polynomial, moved to where an odd polynomial's lie."""
-    cosines = torch.cos(torch.arange(1, terms, dtype=torch.float64) * torch.pi / terms)
+    cosines = torch.cos(torch.arange(1, terms, dtype=torch.float64, device="cpu") * torch.pi / terms)
     return ((low + high) / 2 - (high - low) / 2 * cosines).tolist()
 
 

@@ -149,8 +149,8 @@ def has_onednn() -> bool:
     """Whether oneDNN's float32 product is here, is expected to be fast, and agrees with torch.matmul."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, 192, generator=generator) for size in (160, 224))
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    a, b = (torch.randn(size, 192, generator=generator, device="cpu") for size in (160, 224))
     try:
         found = _onednn(a, b)
     except (AttributeError, RuntimeError, TypeError):  # a build of torch without it, or with another signature

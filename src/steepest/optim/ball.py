@@ -46,8 +46,9 @@ def largest_singular_values(matrices: Tensor, *, iterations: int = ITERATIONS) -
         (B,), in units of the weights, in float32 or wider.
     """
     wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
-    generator = torch.Generator().manual_seed(0)  # the same start each time, so that numbers can be compared
-    start = torch.randn(wide.size(-1), STARTS, generator=generator, dtype=torch.float64)
+    # the same start each time, so that numbers can be compared
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    start = torch.randn(wide.size(-1), STARTS, generator=generator, dtype=torch.float64, device="cpu")
     vectors = start.to(wide).expand(len(wide), -1, -1)
     lengths = wide.new_zeros(len(wide), STARTS)
     for _ in range(iterations):

@@ -201,7 +201,7 @@ class GlobalStep:
         chosen = None
         if momo and loss is not None:
             inner = self._inner(moves, momo, total)
-            own = torch.as_tensor(loss, dtype=total.dtype).to(total.device)
+            own = torch.as_tensor(loss, dtype=total.dtype, device=total.device)
             if clipping is not None:
                 clipping = clipping.to(total) if isinstance(clipping, Tensor) else clipping
                 own = clipped(own, clipping, model.bound if momo.lower_bound == "auto" else lower_bound)

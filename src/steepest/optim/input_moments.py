@@ -224,13 +224,11 @@ class InputMoments:
 
     def _note_partial(self, partial: Sequence[int]) -> None:
         if partial and not self.counts["input_partial"]:
-            warnings.warn(
+            warn(
                 f"{self.readers[partial[0]].row.name!r} has a gradient from more backward passes than its inputs were "
                 "seen in: its weight is also used without calling its module. Only the inputs that were seen count. "
                 "Show the others with opt.record_input(parameter, inputs); for a penalty on the weight nothing is "
-                "missing. Further ones are counted in diagnostics()['input_partial'].",
-                UserWarning,
-                stacklevel=CALLER,
+                "missing. Further ones are counted in diagnostics()['input_partial']."
             )
         self.counts["input_partial"] += len(partial)
 

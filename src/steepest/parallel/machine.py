@@ -75,7 +75,7 @@ def calibrate(*, dtype: torch.dtype = torch.float32, clock: Clock = time.perf_co
         dtype: Of the matrix products; passes are over float32.
         clock: Tells seconds.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     tiny = _tiny_seconds(clock)
     products = tuple((side, _product_rate(side, dtype, tiny, generator, clock)) for side in SIDES)
     return Machine(
@@ -125,7 +125,7 @@ def _product_rate(side: int, dtype: torch.dtype, tiny: float, generator: torch.G
     together = isinstance(products, Together)
     each = flops(side, side, dtype=dtype)
     count = max(1, min(MOST_FLOPS // each, max(MATRICES, LEAST_FLOPS // each)))
-    x = torch.randn(count, side, side, generator=generator)
+    x = torch.randn(count, side, side, generator=generator, device="cpu")
     seconds = _median(lambda: polars([x], dtype=dtype, times=[-1.0]), clock)
     # at least half: a machine that is disturbed may take as long for a tiny one
     return count * each / (max(seconds - tiny, seconds / 2) if together else seconds)
@@ -133,28 +133,28 @@ def _product_rate(side: int, dtype: torch.dtype, tiny: float, generator: torch.G
 
 def _pass_rate(size: int, clock: Clock) -> float:
     """Bytes per second of a += b, two tensors read and one written."""
-    a = torch.zeros(size // 4)
-    b = torch.ones(size // 4)
+    a = torch.zeros(size // 4, device="cpu")
+    b = torch.ones(size // 4, device="cpu")
     return 3 * size / _median(lambda: a.add_(b), clock)
 
 
 def _fresh_rate(size: int, clock: Clock) -> float:
     """Bytes per second of a + b, two tensors read and a new one written."""
-    a = torch.ones(size // 4)
-    b = torch.ones(size // 4)
+    a = torch.ones(size // 4, device="cpu")
+    b = torch.ones(size // 4, device="cpu")
     return 3 * size / _median(lambda: a + b, clock)
 
 
 def _transposed_rate(size: int, clock: Clock) -> float:
     """Bytes per second of a copy of a tall matrix to a wide one, and of a product written back."""
     short = math.isqrt(size // (4 * TALL))
-    tall = torch.ones(TALL * short, short)
+    tall = torch.ones(TALL * short, short, device="cpu")
     return 4 * size / _median(lambda: torch.mul(tall.mT.contiguous(), 2.0, out=tall.mT), clock)
 
 
 def _tiny_seconds(clock: Clock) -> float:
     """Seconds of the polar factor of a matrix so small that only calls count."""
-    x = torch.ones(1, 4, 4)
+    x = torch.ones(1, 4, 4, device="cpu")
 
     def several() -> None:
         for _ in range(CHAINS):

@@ -163,7 +163,9 @@ class _InputMoment:
     """Mean of z zᵀ over all inputs of a layer, by a hook before its forward."""
 
     def __init__(self, module: nn.Linear) -> None:
-        self.total = torch.zeros(module.in_features, module.in_features, dtype=torch.float64)
+        self.total = torch.zeros(
+            module.in_features, module.in_features, dtype=torch.float64, device=module.weight.device
+        )
         self.tokens = 0
         self.handle = module.register_forward_pre_hook(self._collect)
 

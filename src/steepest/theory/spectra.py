@@ -78,7 +78,7 @@ def simulate(case: str | Case, *, simulations: int, seed: int = 0, size: int = 5
         raise ValueError(
             f"{case.tokens} tokens leave the moment of {size} inputs singular. Take at least {size} tokens."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     eigenvalues = curvature_spectrum(size, decay=case.decay)
     rows = [_scores(case, eigenvalues, generator) for _ in range(simulations)]
     return {name: torch.stack([row[name] for row in rows]) for name in DIRECTIONS}
@@ -94,14 +94,14 @@ def curvature_spectrum(size: int, *, decay: float) -> Tensor:
     Returns:
         (size,), falling from 1.
     """
-    places = torch.linspace(0, 1, size, dtype=torch.float64)
+    places = torch.linspace(0, 1, size, dtype=torch.float64, device="cpu")
     return torch.exp(math.log(SMALLEST) * places**decay)
 
 
 def _scores(case: Case, eigenvalues: Tensor, generator: torch.Generator) -> dict[Direction, Tensor]:
     size = len(eigenvalues)
-    displacement = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    inputs = torch.randn(size, case.tokens, generator=generator, dtype=torch.float64)
+    displacement = torch.randn(size, size, generator=generator, dtype=torch.float64, device="cpu")
+    inputs = torch.randn(size, case.tokens, generator=generator, dtype=torch.float64, device="cpu")
     inputs[0] *= math.sqrt(case.spike)
     moment = inputs @ inputs.mT / case.tokens
     gradient = eigenvalues.unsqueeze(-1) * displacement @ moment

@@ -125,7 +125,10 @@ def path(method: SpikeMethod, kappa: float, *, eps: float = 1e-3, start: Coeffic
     while bounds[-1] > eps:
         coefficients.append(step(coefficients[-1], factor * bounds[-1]))
         bounds.append(factor * bounds[-1])
-    return SpikePath(torch.tensor(coefficients, dtype=torch.float64), torch.tensor(bounds, dtype=torch.float64))
+    return SpikePath(
+        torch.tensor(coefficients, dtype=torch.float64, device="cpu"),
+        torch.tensor(bounds, dtype=torch.float64, device="cpu"),
+    )
 
 
 def iterations(kappa: float, *, eps: float = 1e-3) -> dict[SpikeMethod, Steps]:

@@ -55,7 +55,7 @@ def sampled(shapes: Sequence[Shape]) -> list[Shape]:
 
 def gaussian(shape: Shape, generator: torch.Generator) -> Tensor:
     """Independent normal entries."""
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def decaying(shape: Shape, generator: torch.Generator) -> Tensor:
@@ -63,9 +63,10 @@ def decaying(shape: Shape, generator: torch.Generator) -> Tensor:
     rows, columns = matrix_shape(shape)
     k = min(rows, columns)
     left, right = (
-        torch.linalg.qr(torch.randn(side, k, generator=generator, dtype=torch.float64)).Q for side in (rows, columns)
+        torch.linalg.qr(torch.randn(side, k, generator=generator, dtype=torch.float64, device="cpu")).Q
+        for side in (rows, columns)
     )
-    values = torch.logspace(0, math.log10(SMALLEST), k, dtype=torch.float64)
+    values = torch.logspace(0, math.log10(SMALLEST), k, dtype=torch.float64, device="cpu")
     return ((left * values) @ right.mT).float().reshape(shape)
 
 
@@ -81,7 +82,10 @@ def draw_oracles(
         device: Theirs, too.
         seed: Of the gradients.
     """
-    generator, draw = torch.Generator().manual_seed(seed), {"gaussian": gaussian, "decaying": decaying}[spectrum]
+    generator, draw = (
+        torch.Generator(device="cpu").manual_seed(seed),
+        {"gaussian": gaussian, "decaying": decaying}[spectrum],
+    )
     return [consult(draw(shape, generator).to(device, dtype)) for shape in sampled(shapes)]
 
 

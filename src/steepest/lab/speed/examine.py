@@ -47,9 +47,9 @@ def make_workload(
     shapes: Sequence[Shape], *, dtype: torch.dtype, device: str, seed: int, settings: Settings
 ) -> Workload:
     """Seeded normal weights and gradients of the given shapes."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     weights, gradients = (
-        [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes] for _ in range(2)
+        [torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes] for _ in range(2)
     )
     oracles: dict[Spectrum, list[Oracle]] = {
         one: draw_oracles(one, shapes, dtype=dtype, device=device, seed=seed) for one in SPECTRA

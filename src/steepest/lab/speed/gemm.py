@@ -41,12 +41,13 @@ def gemm_works(
         By `key`: multiply, and return the seconds per product.
     """
     works: dict[str, Callable[[], float]] = {}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     for (rows, columns), count in Counter(map(short_and_long, shapes)).items():
         for dtype in dtypes:
             size = max(1, min(count, MOST_BYTES // (rows * columns * dtype.itemsize)))
             left, right = (
-                torch.randn(size, rows, side, generator=generator).to(device, dtype) for side in (rows, columns)
+                torch.randn(size, rows, side, generator=generator, device="cpu").to(device, dtype)
+                for side in (rows, columns)
             )
             works[key("bmm", rows, columns, dtype)] = _together(left, right, device)
             works[key("mm", rows, columns, dtype)] = _one_by_one(torch.mm, left, right, device)

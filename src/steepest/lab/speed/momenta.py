@@ -138,8 +138,8 @@ def momenta_of(optimizer: SteepestDescent) -> list[Tensor]:
 
 def normal_like(matrices: Sequence[Tensor], *, seed: int) -> list[Tensor]:
     """Matrices of the same shapes with independent normal entries."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(matrix.shape, generator=generator) for matrix in matrices]
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return [torch.randn(matrix.shape, generator=generator, device="cpu") for matrix in matrices]
 
 
 def know(matrix: Tensor) -> Known:
@@ -151,7 +151,7 @@ def look_at_spectra(source: str, known: Sequence[Known]) -> Spectra:
     """Of at least one matrix."""
     relative = [one.values / one.values[0] for one in known]
     norms = {order: [float(torch.linalg.vector_norm(s, order)) for s in relative] for order in (2, 8)}
-    tenth, median = torch.cat(relative).quantile(torch.tensor([0.1, 0.5], dtype=torch.float64)).tolist()
+    tenth, median = torch.cat(relative).quantile(torch.tensor([0.1, 0.5], dtype=torch.float64, device="cpu")).tolist()
     means = {order: statistics.fmean(own) for order, own in norms.items()}
     return Spectra(source, len(known), means[2], means[8], median, tenth)
 

@@ -83,10 +83,10 @@ def make_passes(shapes: Sequence[Shape], *, seed: int) -> list[Pass]:
     Returns:
         One for each load, in the optimizer's order; moves lie in memory as its directions do.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def draw(shape: Sequence[int]) -> Tensor:
-        return torch.randn(tuple(shape), generator=generator)
+        return torch.randn(tuple(shape), generator=generator, device="cpu")
 
     parameters = [draw(shape).requires_grad_() for shape in shapes]
     found: list[Pass] = []

@@ -162,10 +162,10 @@ def predict(point: Point, machine: Machine) -> float:
 
 
 def _subject(point: Point) -> Subject:
-    generator = torch.Generator().manual_seed(0)
-    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in point.shapes]
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, generator=generator, device="cpu")) for shape in point.shapes]
     for weight in weights:
-        weight.grad = torch.randn(weight.shape, generator=generator)
+        weight.grad = torch.randn(weight.shape, generator=generator, device="cpu")
     return Subject(point, Muon(weights, weight_decay=0.1))
 
 

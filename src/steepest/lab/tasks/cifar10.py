@@ -175,7 +175,7 @@ def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, (3, 1, 1) each, from its counts of the 256 levels: exact."""
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]).double()
-    shares, levels = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64)
+    shares, levels = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64, device="cpu")
     mean = shares @ levels
     std = (shares * (levels - mean[:, None]).square()).sum(1).sqrt()
     if (std == 0).any():

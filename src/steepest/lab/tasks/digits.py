@@ -50,7 +50,9 @@ class DigitsTask:
         self.size = PRESETS[preset]
         self.budget = self.size.budget
         images, labels, self._identity = _load()
-        shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(derive_seed("digits split")))
+        shuffled = torch.randperm(
+            len(images), generator=torch.Generator(device="cpu").manual_seed(derive_seed("digits split")), device="cpu"
+        )
         train, held_out = shuffled.tensor_split([int(TRAIN_SHARE * len(images))])
         self.train_images, self.train_labels = images[train], labels[train]
         self.held_out_images, self.held_out_labels = images[held_out], labels[held_out]
@@ -99,8 +101,8 @@ def _load() -> tuple[Tensor, Tensor, DataIdentity]:
             "The task 'digits' needs scikit-learn, which is not installed: pip install 'steepest[lab]'."
         ) from error
     pixels, classes = load_digits(return_X_y=True)
-    levels = torch.tensor(pixels).to(torch.uint8)  # whole numbers from 0 to 16
-    labels = torch.tensor(classes, dtype=torch.int64)
+    levels = torch.tensor(pixels, device="cpu").to(torch.uint8)  # whole numbers from 0 to 16
+    labels = torch.tensor(classes, dtype=torch.int64, device="cpu")
     content = levels.numpy().tobytes() + labels.to(torch.uint8).numpy().tobytes()
     identity = DataIdentity("scikit-learn digits", hashlib.sha256(content).hexdigest(), len(content))
     return levels.float().view(-1, 1, 8, 8) / 8 - 1, labels, identity

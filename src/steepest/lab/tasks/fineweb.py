@@ -183,7 +183,7 @@ class Windows:
             problem = f"No {part} shard fills one window of {self._length} tokens; the longest has {longest}"
             raise ValueError(f"{problem}. {_REMEDY}")
         self._shards = filled
-        self._ends = torch.tensor([shard.tokens // self._length for shard in filled]).cumsum(0)
+        self._ends = torch.tensor([shard.tokens // self._length for shard in filled], device="cpu").cumsum(0)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

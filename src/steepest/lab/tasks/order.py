@@ -64,5 +64,5 @@ class ExampleOrder:
         self._permutation = self._draw()
 
     def _draw(self) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
-        return torch.randperm(self.size, generator=generator)
+        generator = torch.Generator(device="cpu").manual_seed(derive_seed("order", self.seed, self.epoch))
+        return torch.randperm(self.size, generator=generator, device="cpu")

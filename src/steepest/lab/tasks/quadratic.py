@@ -42,7 +42,7 @@ class QuadraticTask:
     def __init__(self, preset: PresetName) -> None:
         self.preset: PresetName = preset
         self.budget = PRESETS[preset]
-        self.curvature = torch.linspace(0.1, 1, ROWS)[:, None]  # the diagonal of H, as a column
+        self.curvature = torch.linspace(0.1, 1, ROWS, device="cpu")[:, None]  # the diagonal of H, as a column
         data = _draw_once()
         self.target, self.noise_table, self._identity = data.target, data.noise, data.identity
 
@@ -64,7 +64,7 @@ class QuadraticTask:
     @property
     def f0(self) -> float:
         """f at the start, W = 0."""
-        return self.value(torch.zeros(ROWS, COLUMNS)).item()
+        return self.value(torch.zeros(ROWS, COLUMNS, device="cpu")).item()
 
     def data_identity(self) -> DataIdentity:
         """Name, SHA-256 and size of minimum and noise."""
@@ -73,7 +73,7 @@ class QuadraticTask:
     def build_model(self, seed: int) -> nn.Module:
         """W = 0 as the weight of a linear layer, whatever the seed."""
         model = nn.utils.skip_init(nn.Linear, COLUMNS, ROWS, bias=False)  # draws nothing
-        model.load_state_dict({"weight": torch.zeros(ROWS, COLUMNS)})
+        model.load_state_dict({"weight": torch.zeros(ROWS, COLUMNS, device="cpu")})
         return model
 
     def value(self, weight: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class _Data:
 
 def _weight(model: nn.Module) -> Tensor:
     """W (m, n), read by sending the unit vectors through the layer: so methods that look at its inputs see some."""
-    return model(torch.eye(COLUMNS)).T
+    return model(torch.eye(COLUMNS, device="cpu")).T
 
 
 @functools.cache
@@ -120,6 +120,6 @@ def _draw_once() -> _Data:
 
 def _normal(purpose: str, count: int) -> Tensor:
     """Draws (count, m, n) from N(0, 1), in float32 but made in float64 and rounded: the same on every machine."""
-    generator = torch.Generator().manual_seed(derive_seed(purpose))
-    drawn = torch.randn(count, ROWS, COLUMNS, generator=generator, dtype=torch.float64)
+    generator = torch.Generator(device="cpu").manual_seed(derive_seed(purpose))
+    drawn = torch.randn(count, ROWS, COLUMNS, generator=generator, dtype=torch.float64, device="cpu")
     return drawn.mul_(_GRID).round_().div_(_GRID).float()
