@@ -57,4 +57,4 @@ class Attached:
         """Take it off; more than once does no harm."""
         self._handle.remove()
         for mark in ("_dynamo_static_indices", "_has_dynamo_dim_marking"):
-            self._parameter.__dict__.pop(mark, None)
+            vars(self._parameter).pop(mark, None)
