@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steepest.anatomy import LINEAR, View
 from steepest.geometry import Norm, Spectral
+from steepest.optim.group_numbers import masked
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def apply_(
         accept: A 0-d boolean on the device; where it is False nothing decays, and the moves must be zero. None means
             True.
     """
+    decay, length = masked(decay, accept), masked(length, accept)
     shrink = 1 - (decay if accept is None else decay * accept.to(moves[0].dtype))
     direct = parameters[0].dtype == moves[0].dtype
     wide = list(parameters) if direct else [p.to(moves[0].dtype) for p in parameters]
@@ -156,3 +158,31 @@ def apply_(
         torch._foreach_add_(wide, list(moves), alpha=length)
     if not direct:  # half precision: decay and move together, else both would be lost to rounding one by one
         torch._foreach_copy_(list(parameters), wide)
+
+
+def stay_finite(
+    parameters: Sequence[Tensor],
+    moves: Sequence[Tensor],
+    *,
+    length: float | Tensor,
+    decay: float | Tensor,
+    pull: bool,
+) -> Tensor:
+    """Whether `apply_` or `pull_` would leave only finite weights; takes what they take, and memory for one parameter.
+
+    Args:
+        parameters: Read only.
+        moves: One per parameter.
+        length: As for `apply_`, in the range of their type.
+        decay: As for `apply_`, likewise; `by` of `pull_`.
+        pull: Whether it would be `pull_`.
+
+    Returns:
+        0-d boolean on their device.
+    """
+    finite: list[Tensor] = []
+    for parameter, move in zip(parameters, moves, strict=True):
+        wide = parameter.detach().to(move.dtype)
+        after = torch.lerp(wide, move, decay) if pull else wide * (1 - decay) + move * length
+        finite.append(after.to(parameter.dtype).isfinite().all())
+    return torch.stack(finite).all()

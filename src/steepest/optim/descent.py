@@ -9,7 +9,8 @@ Everything between the gradient and the move is a pure function of tensors in it
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast, overload
@@ -26,6 +27,7 @@ from steepest.optim.ball import weight_numbers
 from steepest.optim.clipping import Witness
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.global_step import DualMode, GlobalStep
+from steepest.optim.group_numbers import check_numbers
 from steepest.optim.groups import Group, Norms, make_plain, plain, view_of, view_text
 from steepest.optim.guard import Guard, OnNonFinite, dense_gradients
 from steepest.optim.load import Packing
@@ -56,7 +58,7 @@ from steepest.optim.precondition import Preconditioner, drop_moments, preconditi
 from steepest.optim.rates import Rates
 from steepest.optim.saved import check_mapping, check_saved
 from steepest.optim.sees_inputs import SeesInputs
-from steepest.optim.state import DUAL, check_fits, restored
+from steepest.optim.state import DUAL, check_fits, check_state, ensure_state, restored
 from steepest.optim.step_size import MODEL_KEYS, StepSize
 
 ByRole = Mapping[Role, Any]
@@ -328,9 +330,10 @@ class SteepestDescent(SeesInputs):
             What the closure returned, or None.
 
         Raises:
-            NonFiniteError: If a gradient or the loss is not finite and `on_nonfinite` is "raise".
-            ValueError: If a gradient is sparse, the loss is not one number, or Momo misses it.
-            TypeError: If the loss is not real, or the closure is no function.
+            NonFiniteError: If a gradient, the loss or the step is not finite and `on_nonfinite` is "raise".
+            ValueError: If a gradient is sparse or does not fit, a number of a group is out of its range, the loss is
+                not one number, or Momo misses it.
+            TypeError: If the loss, a gradient or a number of a group is not real, or the closure is no function.
         """
         returned = None
         arrivals = self._witness.arrivals if self._witness else None
@@ -343,6 +346,7 @@ class SteepestDescent(SeesInputs):
         self._settle()
         present = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in self.param_groups]
         parameters = [parameter for _, members in present for parameter in members]
+        unread = check_numbers([(place, group) for place, (group, members) in enumerate(present) if members])
         known = self._loss(loss, returned)
         if not parameters:
             return returned
@@ -353,8 +357,10 @@ class SteepestDescent(SeesInputs):
         if known is None and self._global_step.momo and not self._idle(gradients):
             raise ValueError(MISSING)
         self._global_step.check([group for group, members in present if members])
+        self._check_states(present)
+        lower_bound = self._global_step.bound(known)
         self._rates.check(self.param_groups)
-        admitted = self._guard.admit(names, gradients, known)
+        admitted = self._guard.restrict(self._guard.admit(names, gradients, known), unread)
         if admitted is False:
             self._publish_skips()
         else:
@@ -366,19 +372,52 @@ class SteepestDescent(SeesInputs):
                 self._preconditioner.refresh(self.state, parameters, accept, idle=partial(self._idle, gradients))
             self._record.clear()
             self._steps += 1
-            self._global_step.take(
-                self._moves(present, accept), known, accept, self._record, clipping, parts=self._parts()
-            )
+            moves = self._moves(present, accept)
+            with self._told(moves):
+                fine = self._global_step.take(
+                    moves, known, accept, self._record, clipping, lower_bound, parts=self._parts()
+                )
+            if self._guard.made(partial(self._names, moves), fine, accept):
+                self._publish_skips()
         if self._preconditioner:
             self._preconditioner.passed(skipped=admitted is False, idle=partial(self._idle, gradients))
         if arrivals:
             arrivals.stepped()
         return returned
 
+    def _check_states(self, present: Sequence[tuple[Group, list[Tensor]]]) -> None:
+        """Everything that may be wrong with a parameter, before the first is written to."""
+        for group, members in present:
+            for parameter in members:
+                adapts = self._norms.of(group).adapts
+                check_state(self.state.get(parameter, {}), parameter, adapts=adapts, row=self._rows[parameter])
+
+    @contextmanager
+    def _told(self, moves: Sequence[Move]) -> Generator[None]:
+        """An error that comes when averages are written already says which."""
+        try:
+            yield
+        except BaseException as error:
+            names = self._names(moves)
+            averaged = [name for own, move in zip(names, moves, strict=True) if move.averaged for name in own]
+            moved = [name for own, move in zip(names, moves, strict=True) if move.moved for name in own]
+            if averaged:
+                error.add_note(
+                    f"The step ended halfway: averages and counts of {', '.join(averaged)} hold the gradients of this "
+                    f"step, weights of {', '.join(moved) or 'none'} have moved. Go on from a checkpoint to undo that."
+                )
+            raise
+
+    def _names(self, moves: Sequence[Move]) -> list[list[str]]:
+        return [[self._rows[parameter].name for parameter in move.load.parameters] for move in moves]
+
     def _moves(self, present: Sequence[tuple[Group, list[Tensor]]], accept: Tensor | None) -> list[Move]:
         applied = self._preconditioner.applied(self.state) if self._preconditioner else None
         norms = [self._norms.of(group) for group, _ in present]
         packed, cap = self._packing.of(present, self._rows, norms, bounded=self._global_step.streams)
+        for norm, (_, members) in zip(norms, present, strict=True):
+            for parameter in members:
+                ensure_state(self.state[parameter], parameter, adapts=norm.adapts)
         return [
             Move(
                 group,
@@ -437,9 +476,7 @@ class SteepestDescent(SeesInputs):
         else:
             return None
         parameters = self._parameters()
-        # ranks skip alike, or wait for ever
-        together = self._global_step.momo is not None or self._preconditioner is not None
-        return over_ranks(loss, parameters[0].device) if together and parameters else loss
+        return over_ranks(loss, parameters[0].device) if parameters else loss  # else ranks would not skip alike
 
     def _idle(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the step changes no weight, as when torch's distributed checkpoints take one to make the state."""

@@ -56,7 +56,8 @@ class StepRecord:
         *,
         length: float | Tensor,
         sample: Sequence[tuple[Tensor, float]],
-    ) -> None:
+        accept: Tensor | None = None,
+    ) -> Tensor:
         """Note how far a load moves.
 
         Args:
@@ -64,11 +65,17 @@ class StepRecord:
             batches: What moves it, (B, m, n) each.
             length: Multiplies them.
             sample: What `sample` returned.
+            accept: A 0-d boolean; where it is False, nothing moves. None means True.
+
+        Returns:
+            Sum of the squares of what moves it, 0-d.
         """
         size = torch.stack(torch._foreach_norm(list(batches))).square().sum()
         if isinstance(length, Tensor):  # a scheduler may overwrite it before it is read
             length = length.clone()
-        self.entries.append(_Entry(role, size, length, sum(batch.numel() for batch in batches), list(sample)))
+        noted = size if accept is None else torch.where(accept, size, 0.0)
+        self.entries.append(_Entry(role, noted, length, sum(batch.numel() for batch in batches), list(sample)))
+        return size
 
     def note(self, **scalars: Tensor) -> None:
         """Note numbers of the whole step, 0-d each."""
@@ -79,7 +86,7 @@ class StepRecord:
         result = {name: float(number) for name, number in self.scalars.items()}
         for role in dict.fromkeys(entry.role for entry in self.entries):
             of_role = [entry for entry in self.entries if entry.role == role]
-            squares = sum(float(entry.size) * float(entry.length) ** 2 for entry in of_role)
+            squares = sum(float(entry.size) * (float(entry.length) * float(entry.length)) for entry in of_role)
             result[f"{role}/update_rms"] = (squares / sum(entry.entries for entry in of_role)) ** 0.5
             residuals = [float(_residual(move / factor)) for entry in of_role for move, factor in entry.factors]
             if residuals:

@@ -172,10 +172,14 @@ class GlobalStep:
         accept: Tensor | None,
         record: StepRecord,
         clipping: Tensor | float | None = None,
+        lower_bound: float = 0.0,
         *,
         parts: int = 1,
-    ) -> None:
+    ) -> list[bool | Tensor]:
         """Make the moves.
+
+        A move that would leave weights that are not finite is not made, though its averages go on; where all
+        directions are known before the first weight moves, none is made then.
 
         Args:
             moves: Of this step, at least one.
@@ -184,13 +188,15 @@ class GlobalStep:
             parts: Number of micro-batches.
             accept: A 0-d boolean by which every write is masked; None means True.
             record: Takes note.
+            lower_bound: What `bound` said.
+
+        Returns:
+            Of each move, whether it is finite; a 0-d boolean where that is not waited for.
         """
         if self.streams:
-            self._stream(moves, record)
-            return
+            return self._stream(moves, record)
         momo = self.momo if loss is not None else None
         model = self.model or LossModel.new(moves[0].device)
-        lower_bound = momo.bound(model.calls) if momo else 0.0  # may raise, so before anything is written
         for move in moves:
             move.advance()
         duals = [self._duals(move, momo) for move in moves]
@@ -198,7 +204,7 @@ class GlobalStep:
         record.note(dual_norm=total)
         parameters = [parameter for move in moves for parameter in move.load.parameters]
         gained = torch.zeros_like(total)
-        chosen = None
+        chosen = inner = None
         if momo and loss is not None:
             inner = self._inner(moves, momo, total)
             own = torch.as_tensor(loss, dtype=total.dtype, device=total.device)
@@ -221,25 +227,80 @@ class GlobalStep:
             factors = [factor * t for factor in factors]
             gained += inner.decay
             self._report(chosen, loss, record, parts)
-        for move, factor in zip(moves, factors, strict=True):
-            aim = move.aimed or move.aim(duals=True, slopes=momo is not None)
-            if aim.slopes is not None:
-                gained += (_wide(aim.slopes) * self._scale(move)).to(total.device).mul(factor).sum()
-            if self.dual == "stale" and move.norm.matrix:
-                move.remember_duals()
-            move.write(self._scale(move), factor, record)
-        if chosen is not None:
-            self.model = model.after(chosen, gained, accept)
+        solid = self._solid(total, inner, chosen, read=accept is None)
+        fine = self._write(moves, factors, solid, gained, record, slopes=momo is not None)
+        if chosen is not None and solid is not False:
+            self.model = model.after(chosen, gained, _known(accept, solid))
         if self.momo:
             self._changes.note(parameters)
+        return fine
 
-    def _stream(self, moves: Sequence[Move], record: StepRecord) -> None:
+    def _write(
+        self,
+        moves: Sequence[Move],
+        factors: Sequence[Tensor],
+        solid: bool | Tensor,
+        gained: Tensor,
+        record: StepRecord,
+        *,
+        slopes: bool,
+    ) -> list[bool | Tensor]:
+        """Move the weights, and add to `gained` what that is predicted to gain."""
+        together = all(move.aimed for move in moves)
+        parts: list[Tensor | None] = []
+        fine: list[bool | Tensor] = []
+        for move, factor in zip(moves, factors, strict=True):
+            aim = move.aimed or move.aim(duals=True, slopes=slopes)
+            part = None
+            flags = [solid]
+            if aim.slopes is not None:
+                part = (_wide(aim.slopes) * self._scale(move)).to(gained.device).mul(factor).sum()
+                flags.append(part.isfinite() if isinstance(solid, Tensor) else math.isfinite(float(part)))
+            parts.append(part)
+            fine.append(every([*flags, move.prepare(self._scale(move), factor, record)]))
+            if self.dual == "stale" and move.norm.matrix and fine[-1] is not False:
+                move.remember_duals(cast(Tensor, aim.duals), fine[-1])
+            if not together:
+                move.write(fine[-1])
+        if together:
+            fine = [every(fine)] * len(moves)
+            for move, own in zip(moves, fine, strict=True):
+                move.write(own)
+            gained.copy_(_where(fine[0], gained))
+        for part, own in zip(parts, fine, strict=True):
+            if part is not None:
+                gained += _where(own, part)
+        return fine
+
+    def _solid(self, total: Tensor, inner: Inner | None, chosen: Chosen | None, *, read: bool) -> bool | Tensor:
+        """Whether the numbers of the whole step are finite; the device is not waited for."""
+        own: list[Tensor] = []
+        if inner and chosen:  # the bound may be given as minus infinity
+            own = [inner.decay, inner.decay_ahead, chosen.value, chosen.intercept]
+            own += [chosen.next_bound] if self.momo and self.momo.lower_bound == "auto" else []
+        solid = torch.stack([total.square() if self.regularized else total, *own]).isfinite().all()
+        return bool(solid) if read and solid.device.type == "cpu" else solid
+
+    def bound(self, loss: Loss | None) -> float:
+        """Momo's lower bound for a step with this loss; asked for before anything is written, as it may raise.
+
+        Args:
+            loss: Of the step; None if it is not known.
+        """
+        if self.momo is None or loss is None:
+            return 0.0
+        return self.momo.bound(self.model.calls if self.model else 0)
+
+    def _stream(self, moves: Sequence[Move], record: StepRecord) -> list[bool | Tensor]:
         """One load after the other, none waiting for another."""
+        fine: list[bool | Tensor] = []
         for move in moves:
             move.advance()
             duals = move.aim(duals=self.regularized).duals
             factors = None if duals is None else _wide(duals) * self._scale(move)
-            move.write(self._scale(move), factors, record)
+            fine.append(move.prepare(self._scale(move), factors, record))
+            move.write(fine[-1])
+        return fine
 
     def _set_changed(self, parameters: list[Tensor], beta: float) -> bool:
         """Whether averages are of other parameters, or with another momentum, than in the last step."""
@@ -357,6 +418,27 @@ class GlobalStep:
     def keeps_duals(self) -> bool:
         """Whether dual norms of the last step are used."""
         return self.dual == "stale" and not self.streams
+
+
+def every(flags: Sequence[bool | Tensor]) -> bool | Tensor:
+    """Whether all hold; a 0-d boolean where one of them is not waited for."""
+    unread = [flag for flag in flags if isinstance(flag, Tensor)]
+    if any(flag is False for flag in flags) or not unread:
+        return all(flag is True for flag in flags)
+    return torch.stack([flag.to(unread[0].device) for flag in unread]).all()
+
+
+def _known(accept: Tensor | None, solid: bool | Tensor) -> Tensor | None:
+    """Where both hold; None: everywhere."""
+    both = every([True if accept is None else accept, solid])
+    return both if isinstance(both, Tensor) else None
+
+
+def _where(flag: bool | Tensor, number: Tensor) -> Tensor:
+    """The number, or 0 where the flag is not set."""
+    if isinstance(flag, Tensor):
+        return torch.where(flag.to(number.device), number, 0.0)
+    return number if flag else torch.zeros_like(number)
 
 
 def _wide(numbers: Tensor) -> Tensor:

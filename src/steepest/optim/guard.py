@@ -1,7 +1,6 @@
 """A step with a gradient or loss that is not finite must leave no trace."""
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal, cast, get_args
 
@@ -9,10 +8,14 @@ import torch
 from torch import Tensor
 
 from steepest.checks import choice
+from steepest.notices import warn
+from steepest.optim.ranks import agree, local
 
 OnNonFinite = Literal["skip", "raise"]
-# From the warning through this file, the step and torch's wrappers of it to the line that called step().
-CALLER = 6
+REMEDY = (
+    "Look for an overflow, a division by zero or a too large learning rate, or build the optimizer with "
+    "on_nonfinite='skip' to pass over such steps."
+)
 
 
 class NonFiniteError(ArithmeticError):
@@ -55,35 +58,109 @@ class Guard:
         Raises:
             NonFiniteError: If something is not finite and `on_nonfinite` is "raise".
         """
-        device = gradients[0].device
-        if device.type == "cpu" and bool(_finite(loss, device)) and _surely_finite(gradients):
+        own, sharded = local(gradients)
+        device = own[0].device if own else gradients[0].device
+        quick = device.type == "cpu" and bool(_finite(loss, device)) and _surely_finite(own)
+        if quick and not sharded:
             return True
         # The largest absolute entry is finite exactly if all are; the factor leaves room for a difference of two.
-        peaks = torch._foreach_norm(list(gradients), ord=torch.inf)
+        peaks = torch._foreach_norm(own, ord=torch.inf) if own and not quick else ()
         wide = [peak.to(device, torch.promote_types(peak.dtype, torch.float32)) for peak in peaks]
-        finite = torch.stack([(4 * peak).isfinite() for peak in wide])
+        finite = torch.stack([(4 * peak).isfinite() for peak in wide]) if wide else torch.ones(1, dtype=torch.bool)
         loss_finite = _finite(loss, device)
-        admitted = finite.all() & loss_finite
+        here = finite.to(device).all() & loss_finite
+        admitted = agree(here, sharded)
         if device.type != "cpu" and self.on_nonfinite == "skip":
             self._skipped = self._skipped + (~admitted).long()
             return admitted
         if bool(admitted):
             return True
-        culprit = "the loss" if not bool(loss_finite) else f"the gradient of {names()[int(finite.int().argmin())]!r}"
+        if not bool(loss_finite):
+            culprit = "the loss is not finite"
+        elif bool(here):
+            culprit = "a gradient is not finite on another rank"
+        else:
+            worst = int(finite.int().argmin())
+            name = [name for name, g in zip(names(), gradients, strict=True) if local([g])[0]][worst]
+            most = torch.finfo(wide[worst].dtype).max
+            large = bool(wide[worst].isfinite())
+            culprit = f"the gradient of {name!r} is " + (f"above {most / 4:.2g}, too large" if large else "not finite")
         if self.on_nonfinite == "raise":
-            raise NonFiniteError(
-                f"{culprit} is not finite; nothing was changed. Look for an overflow, a division by zero or a too "
-                "large learning rate, or build the optimizer with on_nonfinite='skip' to pass over such steps."
-            )
+            raise NonFiniteError(f"{culprit}; nothing was changed. {REMEDY}")
         self._skipped = self._skipped + 1
-        self._warn(culprit)
+        self._warn(f"{culprit}: this step is skipped, parameters and state stay as they are")
         return False
+
+    def restrict(self, admitted: bool | Tensor, rates: Sequence[Tensor]) -> bool | Tensor:
+        """Take back what was admitted where a learning rate or the like on an accelerator is out of its range.
+
+        Args:
+            admitted: What `admit` returned.
+            rates: Whether each of them is in its range, 0-d.
+
+        Returns:
+            As `admit`.
+
+        Raises:
+            NonFiniteError: If one is not and `on_nonfinite` is "raise".
+        """
+        if not rates or admitted is False:
+            return admitted
+        device = admitted.device if isinstance(admitted, Tensor) else rates[0].device
+        allowed = torch.stack([rate.to(device) for rate in rates]).all()
+        if self.on_nonfinite == "raise" and not bool(allowed):
+            raise NonFiniteError(
+                "A learning rate, a momentum or a decay that is a tensor is not finite, negative or too large; nothing "
+                "was changed. Look at what writes into the parameter groups."
+            )
+        self._skipped = self._skipped + (~allowed & admitted).long()
+        return allowed & admitted
+
+    def made(
+        self, names: Callable[[], Sequence[Sequence[str]]], fine: Sequence[bool | Tensor], accept: Tensor | None
+    ) -> bool:
+        """Count a step with a move that was not made because weights would not have stayed finite.
+
+        Args:
+            names: Tells the parameters' names of each move, for the message.
+            fine: Whether each move was made.
+            accept: A 0-d boolean; where it is False nothing was to be made. None means True.
+
+        Returns:
+            Whether one was seen not to be.
+
+        Raises:
+            NonFiniteError: If one was not made and `on_nonfinite` is "raise".
+        """
+        unread = [flag for flag in fine if isinstance(flag, Tensor)]
+        refused = [place for place, flag in enumerate(fine) if flag is False]
+        if self.on_nonfinite == "skip" and (unread or accept is not None):
+            flags = [flag.to(unread[0].device) for flag in unread]
+            bad = ~torch.stack(flags).all() if flags and not refused else torch.tensor(bool(refused))
+            self._skipped = self._skipped + (bad if accept is None else bad.to(accept.device) & accept).long()
+            return False
+        refused += [place for place, flag in enumerate(fine) if isinstance(flag, Tensor) and not bool(flag)]
+        if not refused:
+            return False
+        own = names()
+        left = [name for place in refused for name in own[place]]
+        which = ", ".join(map(repr, left[:3])) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        told = (
+            f"the step for {which} is not finite though the gradients are: "
+            f"{'no weight was' if len(refused) == len(fine) else 'these weights were not'} changed, and averages hold "
+            "the gradients of this step"
+        )
+        if self.on_nonfinite == "raise":
+            raise NonFiniteError(f"{told}. {REMEDY}")
+        self._skipped = self._skipped + 1
+        self._warn(told)
+        return True
 
     def skipped_steps(self) -> int:
         """Number of steps that were not taken; waits for the device, and warns if it was the first to know."""
         count = int(self._skipped)
         if count:
-            self._warn("a gradient or the loss")
+            self._warn("a gradient, the loss or the step itself is not finite: the step is skipped")
         return count
 
     def restore(self, skipped: int) -> None:
@@ -91,14 +168,12 @@ class Guard:
         self._skipped = skipped
         self._warned = skipped > 0
 
-    def _warn(self, culprit: str) -> None:
+    def _warn(self, told: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"{culprit} is not finite: this step is skipped, parameters and state stay as they are. Further ones "
-                "are counted in diagnostics()['skipped_steps'] without a warning.",
+            warn(
+                f"{told}. Further ones are counted in diagnostics()['skipped_steps'] without a warning.",
                 RuntimeWarning,
-                stacklevel=CALLER,
             )
 
 
@@ -123,14 +198,26 @@ def dense_gradients(parameters: Sequence[Tensor], names: Callable[[], Sequence[s
         names: Tells their names, for the message.
 
     Raises:
-        ValueError: If a gradient is sparse.
+        ValueError: If a gradient is sparse, or not of its parameter's shape or device.
+        TypeError: If a gradient is not of real floating point.
     """
     gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
-    for index, gradient in enumerate(gradients):
+    for index, (gradient, parameter) in enumerate(zip(gradients, parameters, strict=True)):
         if gradient.layout is not torch.strided:
             raise ValueError(
                 f"The gradient of {names()[index]!r} has layout {gradient.layout}, but a dense one is needed. "
                 "Build the embedding with sparse=False."
+            )
+        if gradient.shape != parameter.shape or gradient.device != parameter.device:
+            raise ValueError(
+                f"The gradient of {names()[index]!r} has shape {tuple(gradient.shape)} on {gradient.device}, but the "
+                f"parameter has shape {tuple(parameter.shape)} on {parameter.device}. Clear it with zero_grad() and "
+                "run backward() again after changing a parameter."
+            )
+        if not gradient.is_floating_point():
+            raise TypeError(
+                f"The gradient of {names()[index]!r} must be of real floating point, got {gradient.dtype}. Write "
+                "gradients of the parameter's own type."
             )
     return gradients
 

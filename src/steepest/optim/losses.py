@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steepest.checks import refusal
-from steepest.optim.ranks import world_size
+from steepest.optim.ranks import exchange_device, world_size
 
 Loss = Tensor | float
 OFF = 1.4  # times: less may be another term of the loss, twice is a part that was divided twice
@@ -168,6 +168,7 @@ def over_ranks(loss: Loss, device: torch.device) -> Loss:
     if ranks == 1:
         return loss
     given = loss.dtype if isinstance(loss, Tensor) else torch.float32
-    mean = torch.as_tensor(loss, dtype=torch.promote_types(given, torch.float32), device=device).clone()
+    wide = torch.promote_types(given, torch.float32)
+    mean = torch.as_tensor(loss, dtype=wide, device=exchange_device(device)).clone()
     torch.distributed.all_reduce(mean)
-    return mean / ranks
+    return (mean / ranks).to(device)

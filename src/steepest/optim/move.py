@@ -1,6 +1,7 @@
 """One load's way through a step: average the gradients, aim, and move the weights."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,15 +10,19 @@ from torch import Tensor
 
 from steepest.geometry import Norm
 from steepest.optim.applied import Applied
-from steepest.optim.bucket import apply_, directions, gains, is_spectral, pull_
+from steepest.optim.bucket import apply_, directions, gains, is_spectral, pull_, stay_finite
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.load import SHARES, Load
 from steepest.optim.momentum import average_, debias, forget_, look_ahead
-from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, ensure_state, state_dtype
+from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, state_dtype
 
 Group = dict[str, Any]
 # Below, the point that decay pulls toward would be too far away for float32; above one over it, too near.
 SMALLEST_DECAY = 1e-12
+# A step of at most this times a direction whose sum of squares is finite is below half the distance of the largest
+# floating-point number from the one before it: added to whatever is finite it stays so. Not in half precision.
+LONGEST = 2.0**38
+HALF_STEP = 8.0  # in float16 half of that distance is 16
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Move:
     Args:
         group: Of the load's parameters.
         load: Parameters of one dtype and device.
-        states: Of the parameters, in order; what is missing is allocated.
+        states: Of the parameters, in order, complete.
         norm: Of the group.
         label: Place in the product norm.
         accept: A 0-d boolean by which every write is masked; None means True.
@@ -76,15 +81,14 @@ class Move:
         self.device = first.device
         self._dtype = state_dtype(first)
         self._accept = None if accept is None else accept.to(self.device)
-        needed = SECOND if self.norm.adapts else MOMENTUM
-        if not all(STEP in state and needed in state and state[MOMENTUM].dtype == self._dtype for state in states):
-            for state, parameter in zip(states, load.parameters, strict=True):
-                ensure_state(state, parameter, adapts=self.norm.adapts)
         lr = group["lr"]
         # A number that is here already need not be waited for on an accelerator.
         elsewhere = isinstance(lr, Tensor) and lr.device.type == "cpu" != self.device.type
         self.lr: float | Tensor = float(lr) if elsewhere else lr.to(self.device) if isinstance(lr, Tensor) else lr
         self.aimed: Aim | None = None
+        self.averaged = self.moved = False
+        self._moves: list[Tensor] = []
+        self._length: float | Tensor = 0.0
         self._radius = 1.0
         self._forgets = forgets
 
@@ -92,6 +96,9 @@ class Move:
         """Average the gradients into the momenta."""
         gradients = self._gradients()
         accept = self._accept
+        if self.norm.adapts:  # an infinite square would stay for ever, and a bounded one needs a bounded average
+            gradients = _bounded(gradients, self._dtype)
+        self.averaged = True
         if accept is None:
             torch._foreach_add_(self._of(STEP), 1)
         else:  # alpha chooses the overload that does not read the tensor
@@ -100,9 +107,8 @@ class Move:
         if self._forgets:
             forget_(self._of(MOMENTUM), gradients, self.group["momentum"], accept=accept)
         if self.norm.adapts:
-            squared = torch._foreach_mul(gradients, gradients)
-            torch._foreach_clamp_max_(squared, torch.finfo(self._dtype).max)  # an infinite square would stay for ever
-            average_(self._of(SECOND), squared, self.group["beta2"], accept=accept)
+            torch._foreach_mul_(gradients, gradients)
+            average_(self._of(SECOND), gradients, self.group["beta2"], accept=accept)
 
     def aim(self, *, duals: bool, slopes: bool = False) -> Aim:
         """Find the steepest directions.
@@ -141,12 +147,18 @@ class Move:
             return None
         return self.load.numbers_of_batches([state[DUAL] for state in self._states])
 
-    def remember_duals(self) -> None:
-        """Keep the dual norms for the next step, parameter by parameter."""
-        duals = cast(Tensor, cast(Aim, self.aimed).duals)
+    def remember_duals(self, duals: Tensor, fine: bool | Tensor) -> None:
+        """Keep the dual norms for the next step, parameter by parameter.
+
+        Args:
+            duals: Of this step.
+            fine: Whether the step is taken.
+        """
+        accept = self._both(fine)
         for state, new in zip(self._states, self.load.numbers_of_parameters(duals), strict=True):
-            if self._accept is not None:
-                new = torch.where(self._accept, new, state.get(DUAL, torch.zeros_like(new)))
+            new = new.clamp(max=torch.finfo(self._dtype).max).to(self._dtype)
+            if accept is not None:
+                new = torch.where(accept, new, state.get(DUAL, torch.zeros_like(new)))
             state[DUAL] = new
 
     def against_weights(self, *, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,19 +180,20 @@ class Move:
         own = _products(self._gradients(), weights) if gradients else torch.zeros_like(plain)
         return plain, ahead, own
 
-    def write(self, length: float | Tensor, factors: Tensor | None, record: StepRecord) -> None:
-        """Decay and move the weights.
+    def prepare(self, length: float | Tensor, factors: Tensor | None, record: StepRecord) -> bool | Tensor:
+        """Make of the directions what is added to the weights.
 
         Args:
             length: Of every direction.
             factors: What each matrix' direction is multiplied by besides: 0-d, or one number for each; None: 1.
             record: Takes note.
+
+        Returns:
+            Whether the weights stay finite; a 0-d boolean where that is not waited for.
         """
         found, radius = cast(Aim, self.aimed).directions, self._radius
         bent = self._applied is not None and self._applied.bends_directions
         sample = [] if bent else record.sample(self.group["role"], self.norm, found, radius)
-        if self._accept is not None:
-            found = tuple(torch.where(self._accept, direction, 0.0) for direction in found)
         if factors is not None and factors.ndim == 0 and factors.device.type == "cpu":
             length = length * float(factors)  # one pass over the directions less
         elif factors is not None:
@@ -188,19 +201,79 @@ class Move:
             self.aimed = None  # a norm may have returned what it was given, so nothing is written to
             parts = factors.split([len(batch) for batch in found])
             found = tuple(batch * own.view(-1, 1, 1) for batch, own in zip(found, parts, strict=True))
-        record.add(self.group["role"], found, length=length / radius, sample=sample)
-        moves = self.load.parameter_shaped(found)
-        decay = self.lr * self.group["weight_decay"]
-        if radius != 1:
-            pull_(self.load.parameters, moves, by=cast(float, decay))
-        else:
-            apply_(self.load.parameters, moves, length=length, decay=decay, accept=self._accept)
+        size = record.add(self.group["role"], found, length=length / radius, sample=sample, accept=self._accept)
+        self._moves, self._length = self.load.parameter_shaped(found), length
         self.aimed = self._taken = None
+        return self._stays_finite(size)
+
+    def write(self, fine: bool | Tensor = True) -> None:
+        """Decay and move the weights, as prepared.
+
+        Args:
+            fine: Whether to do it at all; a 0-d boolean masks the writing.
+        """
+        moves, self._moves = self._moves, []
+        if fine is False:
+            return
+        self.moved = True
+        accept = self._both(fine)
+        if accept is not None:
+            moves = [torch.where(accept, move, 0.0) for move in moves]
+        if self._radius != 1:
+            pull_(self.load.parameters, moves, by=cast(float, self._decay))
+        else:
+            apply_(self.load.parameters, moves, length=self._length, decay=self._decay, accept=accept)
+
+    @property
+    def _decay(self) -> float | Tensor:
+        return self.lr * self.group["weight_decay"]
+
+    def _both(self, fine: bool | Tensor) -> Tensor | None:
+        """Where the step is both accepted and fine; None: everywhere."""
+        if not isinstance(fine, Tensor):
+            return self._accept
+        fine = fine.to(self.device)
+        return fine if self._accept is None else self._accept & fine
+
+    def _stays_finite(self, size: Tensor) -> bool | Tensor:
+        """Whether what is prepared leaves only finite weights; beyond doubt without a look at them, or by one.
+
+        Args:
+            size: Sum of the squares of the moves.
+        """
+        bounds = ((self._length, LONGEST), (self._decay, 2.0))
+        half = self.load.parameters[0].dtype == torch.float16
+        largest = torch.finfo(self._dtype).max
+        if any(not isinstance(number, Tensor) and not abs(number) <= largest for number, _ in bounds):
+            return False
+        if self.device.type == "cpu" and self._accept is None:
+            length, total = abs(float(self._length)), float(size)
+            small = math.isfinite(total) and all(abs(float(number)) <= bound for number, bound in bounds)
+            beyond_doubt = small and not (half and math.sqrt(total) * length > HALF_STEP)
+            return beyond_doubt or bool(self._looked_at())
+        fine = size.isfinite()
+        doubts = half
+        for number, bound in bounds:
+            if isinstance(number, Tensor):
+                fine = fine & (number.abs() <= bound)
+            else:
+                doubts = doubts or not abs(number) <= bound
+        return fine & self._looked_at() if doubts else fine
+
+    def _looked_at(self) -> Tensor:
+        pull = self._radius != 1
+        return stay_finite(self.load.parameters, self._moves, length=self._length, decay=self._decay, pull=pull)
 
     def _gains(self, batches: tuple[Tensor, ...], found: tuple[Tensor, ...], mass: Tensor | None) -> Tensor:
         """What directions gain on averages whose weights sum to the mass of each parameter; None: to one."""
         gained = gains(batches, found)
-        return gained if mass is None else gained / self.load.per_matrix(torch.where(mass == 0, 1.0, mass))
+        if mass is not None:
+            gained = gained / self.load.per_matrix(torch.where(mass == 0, 1.0, mass))
+        # Sums of large numbers leave the range of float32; elsewhere than here, looking would mean to wait.
+        if gained.dtype != torch.float64 and gained.device.type == "cpu" and not bool(gained.isfinite().all()):
+            m, d = (tuple(batch.double() for batch in own) for own in (batches, found))
+            return self._gains(m, d, mass)
+        return gained
 
     def _ball(self) -> float:
         """Radius of the ball that decay pulls the weights into, where a step can be one pull toward its surface."""
@@ -246,8 +319,21 @@ class Move:
         return [state[key] for state in self._states]
 
 
-def _products(one: Iterable[Tensor], other: Iterable[Tensor]) -> Tensor:
-    return torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
+def _products(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    total = torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
+    if total.dtype != torch.float64 and total.device.type == "cpu" and not math.isfinite(float(total)):
+        return _products([a.double() for a in one], [b.double() for b in other])
+    return total
+
+
+def _bounded(gradients: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """New tensors, whose squares are finite."""
+    most = 2.0 ** (math.frexp(torch.finfo(dtype).max)[1] // 2 - 1)
+    if gradients[0].device.type == "cpu":
+        return [gradient.clamp(-most, most) for gradient in gradients]
+    bounded = torch._foreach_clamp_max(list(gradients), most)
+    torch._foreach_clamp_min_(bounded, -most)
+    return list(bounded)
 
 
 def _divided(averages: Iterable[Tensor], weights: Tensor) -> list[Tensor]:

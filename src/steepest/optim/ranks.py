@@ -1,9 +1,10 @@
 """Numbers that all data-parallel ranks must agree on; without a process group every function returns what it was given.
 
-The group is torch's default one.
+The group is torch's default one, and that of a sharded tensor's mesh where there is one.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,55 @@ def world_size() -> int:
     """Ranks of the default group; 1 without one."""
     available = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if available else 1
+
+
+def exchange_device(preferred: torch.device) -> torch.device:
+    """Where ranks can exchange numbers: a device that the default group has a backend for.
+
+    Args:
+        preferred: Taken if there is one for it.
+    """
+    backends = [entry.partition(":")[0] for entry in torch.distributed.get_backend_config().split(",")]
+    return preferred if preferred.type in backends else torch.device(backends[0])
+
+
+def local(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
+    """What this rank has of tensors: whole ones, and shards that are not empty.
+
+    Args:
+        tensors: Plain or sharded.
+
+    Returns:
+        Plain tensors, and those of the given ones that are sharded.
+    """
+    sharded: list[Any] = [tensor for tensor in tensors if _is_sharded(tensor)]
+    if not sharded:
+        return list(tensors), []
+    parts: Sequence[Any] = tensors
+    own: list[Tensor] = [part.to_local() if _is_sharded(part) else part for part in parts]
+    return [tensor for tensor in own if tensor.numel()], sharded
+
+
+def agree(flag: Tensor, sharded: Sequence[Any]) -> Tensor:
+    """Whether a flag is set on all ranks that keep a part of one of some tensors.
+
+    Args:
+        flag: 0-d boolean, of this rank.
+        sharded: The tensors, alike on all these ranks; none: nobody is asked.
+    """
+    meshes = list(dict.fromkeys(tensor.device_mesh for tensor in sharded))
+    groups = [mesh.get_group(dimension) for mesh in meshes for dimension in range(mesh.ndim)]
+    if not groups:
+        return flag
+    number = flag.to(torch.int32)
+    for group in groups * len(meshes):  # so that an answer passes from one mesh to another
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MIN, group=group)
+    return number.bool()
+
+
+def _is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, whose module is not there in every build of torch."""
+    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:

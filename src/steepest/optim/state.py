@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steepest.anatomy import PlanRow
+
 STEP, MOMENTUM, SECOND, DUAL = "step", "momentum_buffer", "second_moment", "dual_norm"
 
 
@@ -28,6 +30,41 @@ def input_entry(key: str) -> bool:
     return key.startswith("input_")
 
 
+def check_state(state: Mapping[str, Tensor], parameter: Tensor, *, adapts: bool, row: PlanRow) -> None:
+    """Refuse a parameter that is not what it was when its state was made, or, before that, when it was routed.
+
+    Args:
+        state: Of the parameter.
+        parameter: Any shape.
+        adapts: Whether the group's norm needs the second moment.
+        row: Of the plan.
+
+    Raises:
+        ValueError: If the parameter has another shape, dtype or device, or the norm did not adapt then.
+    """
+    momentum = state.get(MOMENTUM)
+    if momentum is None:
+        if parameter.shape != torch.Size(row.shape):
+            raise ValueError(
+                f"{row.name!r} had shape {tuple(row.shape)} when the optimizer was built and has "
+                f"{tuple(parameter.shape)} now; build the optimizer after the model has its final shape."
+            )
+        return
+    if momentum.dtype != state_dtype(parameter):
+        raise ValueError(
+            f"{row.name!r} of shape {tuple(parameter.shape)} became {parameter.dtype} after its state was made. "
+            "Convert the model first, then build the optimizer and load its state dict."
+        )
+    if adapts and SECOND not in state:
+        raise ValueError("A norm that adapts cannot replace another one after a step; build a new optimizer.")
+    if momentum.shape != parameter.shape or momentum.device != parameter.device:
+        raise ValueError(
+            f"{row.name!r} has shape {tuple(parameter.shape)} on {parameter.device}, and its state was made for "
+            f"{tuple(momentum.shape)} on {momentum.device}. Change the model first, then build the optimizer and load "
+            "its state dict."
+        )
+
+
 def ensure_state(state: dict[str, Tensor], parameter: Tensor, *, adapts: bool) -> None:
     """Allocate what is missing, as zeros.
 
@@ -35,19 +72,11 @@ def ensure_state(state: dict[str, Tensor], parameter: Tensor, *, adapts: bool) -
         state: Of the parameter, written to.
         parameter: Any shape.
         adapts: Whether the group's norm needs the second moment.
-
-    Raises:
-        ValueError: If the parameter has another dtype than when its state was made, or the norm did not adapt then.
     """
     dtype = state_dtype(parameter)
-    if MOMENTUM in state and state[MOMENTUM].dtype != dtype:
-        raise ValueError(
-            f"A parameter of shape {tuple(parameter.shape)} became {parameter.dtype} after its state was made. Convert "
-            "the model first, then build the optimizer and load its state dict."
-        )
-    if MOMENTUM in state and adapts and SECOND not in state:
-        raise ValueError("A norm that adapts cannot replace another one after a step; build a new optimizer.")
-    if STEP not in state:
+    if STEP in state and MOMENTUM in state:
+        return
+    with torch.inference_mode(False):  # else no later step could write to it
         state[STEP] = torch.zeros((), dtype=torch.int64, device=parameter.device)
         state[MOMENTUM] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         if adapts:

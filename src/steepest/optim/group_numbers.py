@@ -1,0 +1,56 @@
+"""Numbers of the groups, looked at before every step: schedulers and users may write them at any time."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steepest.optim.options import OPTIONS
+
+BELOW = {"lr": math.inf, "momentum": 1.0, "weight_decay": math.inf, "beta2": 1.0}
+
+
+def check_numbers(groups: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Tensor]:
+    """Refuse numbers with which weights would not stay numbers.
+
+    Args:
+        groups: Those that move in this step, and their places.
+
+    Returns:
+        For each number that is a tensor on an accelerator, and so stays unread, whether it is in its range: 0-d.
+
+    Raises:
+        ValueError: If a number is out of its range, or not finite.
+        TypeError: If it is no number.
+    """
+    unread: list[Tensor] = []
+    for place, group in groups:
+        for option, below in BELOW.items():
+            value = group[option]
+            if type(value) is float and 0.0 <= value < below:
+                continue
+            name = f"parameter group {place} (role {group['role']!r}), as this step finds it: {option}"
+            if isinstance(value, Tensor):
+                if value.ndim:
+                    raise TypeError(
+                        f"{name} as a tensor must be 0-d, got shape {tuple(value.shape)}; write .squeeze()."
+                    )
+                OPTIONS["lr"](name, value)  # type, and what is here is finite and at least 0
+                if value.device.type != "cpu":
+                    unread.append((value >= 0) & (value < below))
+                    continue
+                value = float(value)
+            OPTIONS[option](name, value)
+    return unread
+
+
+def masked(value: float | Tensor, accept: Tensor | None) -> float | Tensor:
+    """A rate by which nothing happens where a step is not taken: 0 times what is not finite would be NaN.
+
+    Args:
+        value: A number, or a 0-d tensor.
+        accept: A 0-d boolean on the device. None means True.
+    """
+    return value if accept is None or not isinstance(value, Tensor) else torch.where(accept, value, 0.0)
