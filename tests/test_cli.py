@@ -182,7 +182,8 @@ def test_a_database_that_does_not_answer_is_a_failure(capsys, tmp_path):
     code, _, err = run(capsys, *words, "--storage", f"sqlite:///{tmp_path}/broken.db")
     assert code == 1
     assert re.fullmatch(
-        r"error: The storage sqlite:////.*broken.db does not answer: file is not a database\. .*\n", err
+        r"error: The storage sqlite:////.*broken.db is damaged: file is not a database\. Delete .*broken.db and .*\n",
+        err,
     )
 
 

@@ -136,6 +136,9 @@ class Broken:
     def fill(self):
         return 0
 
+    def complete(self):
+        return False
+
 
 def test_a_database_may_be_away_for_a_while(monkeypatch):
     monkeypatch.setattr(engine, "IDLE_S", 0.0)

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import socket
+import sqlite3
 import subprocess
 import threading
 import time
@@ -10,9 +12,10 @@ import time
 import optuna
 import pytest
 from optuna.trial import TrialState
+from sqlalchemy import event
 
 from steepest.lab.fields import RecordError
-from steepest.lab.queue import open_queue
+from steepest.lab.queue import MOST_WAITING, open_queue
 from steepest.lab.race import Race
 from steepest.lab.result import Result
 from steepest.lab.storage import StorageError, default_url
@@ -266,7 +269,7 @@ def test_a_database_that_is_gone_is_told_and_loses_no_result(out):
 
     with opened(out) as queue:
         queue.fill()
-        with pytest.raises(StorageError, match=r"optuna.db does not answer: .*\. Check that the file is an Optuna"):
+        with pytest.raises(StorageError, match=r"optuna.db is damaged: .*\. Delete .*optuna.db and repeat the command"):
             queue.take(train)
     (out / "optuna.db").unlink()
     with opened(out) as queue:
@@ -316,3 +319,112 @@ def test_huge_seeds_and_rates_of_zero_can_be_shown(task, tmp_path):
         drain(queue, Training())
         assert queue.study.trials[0].params.keys() == {"method", "seed"}
         assert optuna.study.get_all_study_names(queue.study._storage) == [queue.study.study_name]
+
+
+DAMAGE = [
+    "DROP TABLE studies",
+    "DELETE FROM studies",
+    "DROP TABLE trials",
+    "DELETE FROM alembic_version",
+    "DELETE FROM version_info",
+    "ALTER TABLE trials DROP COLUMN datetime_start",
+    "UPDATE study_directions SET direction = 'nonsense'",
+    "UPDATE trials SET number = NULL",
+    "UPDATE trials SET number = 'nonsense'",
+    "UPDATE trials SET state = 'nonsense'",
+    "UPDATE trials SET state = x'ff00'",
+    "UPDATE trials SET datetime_start = 'nonsense'",
+    "UPDATE trials SET datetime_complete = 1e400",
+    "UPDATE trial_user_attributes SET value_json = NULL",
+    "UPDATE trial_user_attributes SET value_json = '{'",
+    "UPDATE trial_user_attributes SET value_json = '[]'",
+    "UPDATE trial_user_attributes SET value_json = CAST(x'ff' AS TEXT)",
+    "UPDATE trial_params SET distribution_json = '{}'",
+    "UPDATE trial_params SET distribution_json = '{'",
+    "UPDATE trial_params SET param_value = 'nonsense'",
+    "UPDATE trial_heartbeats SET heartbeat = 'nonsense'",
+    "UPDATE trial_values SET value = 'nonsense'",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_database_is_named_with_the_remedy_and_the_remedy_helps(out, damage):
+    train = Training()
+    with opened(out) as queue:
+        queue.fill()
+        queue.take(train)
+    with sqlite3.connect(out / "optuna.db") as database:
+        database.execute(damage)
+    database.close()
+    told = ""
+    try:
+        with opened(out) as queue:
+            queue.fill(retry=True)
+            drain(queue, train)
+            queue.failures()
+    except StorageError as error:
+        told = str(error) if error.lasting else "would be waited for"
+        (out / "optuna.db").unlink()
+    assert re.search(rf"^The storage sqlite:///{out}/optuna.db is .*Delete (it|{out}/optuna.db)|^$", told)
+    with opened(out) as queue:
+        queue.fill(retry=True)
+        drain(queue, train)
+    assert len(list(out.glob("runs/*/result.json"))) == 4
+    assert len(train.runs) == len(set(train.runs)) == 4
+
+
+def test_many_runs_are_handed_out_a_few_at_a_time_and_each_once(task, tmp_path):
+    many = Race(task=task, methods=("sgd",), seeds=tuple(range(50)), options={}, baseline="sgd", steps=20)
+    write_study(tmp_path, many, many.configs(), command="")
+    train = Training()
+    with opened(tmp_path) as queue:
+        while queue.fill():
+            assert 0 < len(queue.study.get_trials(states=(TrialState.WAITING,))) <= MOST_WAITING
+            drain(queue, train)
+        assert states(queue) == ["COMPLETE"] * 50
+    assert train.runs == [run_directory(tmp_path, config).name for config in many.configs()]
+
+
+def test_handing_out_a_run_asks_no_more_questions_of_a_larger_study(task, tmp_path):
+    asked = []
+    for runs in (20, 200):
+        out = tmp_path / str(runs)
+        race = Race(task=task, methods=("sgd",), seeds=tuple(range(runs)), options={}, baseline="sgd", steps=20)
+        write_study(out, race, race.configs(), command="")
+        with opened(out) as queue:
+            queue.fill()
+            storage, rows = queue.study._storage._backend, []
+            event.listen(storage.engine, "after_cursor_execute", lambda *_, rows=rows: rows.append(1))
+            queue.take(Training())
+            asked.append(len(rows))
+    assert asked[1] <= asked[0] + 2
+
+
+def test_failed_runs_beyond_the_first_few_are_tried_again_too(task, tmp_path):
+    many = Race(task=task, methods=("sgd",), seeds=tuple(range(40)), options={}, baseline="sgd", steps=20)
+    write_study(tmp_path, many, many.configs(), command="")
+    with opened(tmp_path) as queue:
+        while queue.fill():
+            drain(queue, Training(outcome="failed"))
+        assert len(queue.failures()) == 40
+    train = Training()
+    with opened(tmp_path) as queue:
+        left = queue.fill(retry=True)
+        while left:
+            drain(queue, train)
+            left = queue.fill()
+        assert len(set(train.runs)) == 40
+        assert queue.failures() == []
+
+
+def test_a_run_whose_beat_is_of_a_clock_that_was_ahead_is_taken_over(out):
+    with opened(out, grace_s=1) as queue:
+        queue.fill()
+        abandon(queue, "elsewhere:1")
+        with queue.study._storage._backend.engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE trial_heartbeats SET heartbeat = '2999-01-01 00:00:00'")
+        queue.fill()
+        assert states(queue) == ["RUNNING"] + ["WAITING"] * 3
+        time.sleep(1.2)
+        queue.fill()
+        assert states(queue) == ["FAIL"] + ["WAITING"] * 4

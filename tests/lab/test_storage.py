@@ -86,7 +86,9 @@ def test_a_missing_driver_names_what_to_install(monkeypatch):
 
 def test_a_file_that_is_no_database_is_told(tmp_path):
     (tmp_path / "optuna.db").write_text("not a database, but long enough to look at")
-    with pytest.raises(StorageError, match=r"optuna.db does not answer: .*not a database\. .* it may be deleted"):
+    with pytest.raises(
+        StorageError, match=r"optuna.db is damaged: .*not a database\. Delete .*optuna.db and repeat the"
+    ):
         connected(default_url(tmp_path), create=True).__enter__()
 
 

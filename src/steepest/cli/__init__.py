@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 a run, a file or a database failed, 2 wrong usage, 130 int
 from __future__ import annotations
 
 import argparse
+import errno
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -37,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options)
     except KeyboardInterrupt:
-        print("\nInterrupted. Everything so far is saved; the same command goes on from there.", file=sys.stderr)
+        if arguments is None:  # nobody needs a traceback of how this process ends
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        saved = " Everything so far is saved; the same command goes on from there." if options.parser.saves else ""
+        print(f"\nInterrupted.{saved}", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as missing:
         if (missing.name or "").startswith("steepest"):
@@ -48,8 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as wrong:
         print(f"error: {without_passwords(str(wrong), words)}", file=sys.stderr)
         return USAGE
-    except (OSError, RecordError, DataError) as failure:
+    except (RecordError, DataError) as failure:
         return failed(failure)
+    except OSError as failure:
+        print(f"error: {without_passwords(_with_remedy(failure), words)}", file=sys.stderr)
+        return FAILED
+
+
+def _with_remedy(failure: OSError) -> str:
+    """What the system says, the path, and what one does about it."""
+    if failure.errno is None:
+        return str(failure)
+    where = "" if failure.filename is None else f"{failure.filename}: "
+    what = f"{where}{failure.strerror}"
+    if failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{what}. The disk is full: free some space and repeat the command; what was saved before is not lost."
+    if failure.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{what}. Make it writable and readable for you, or choose another directory, as with --out."
+    return f"{what}." if where else str(failure)
 
 
 def _parser() -> Parser:

@@ -54,6 +54,8 @@ def add_command(
     run: Callable[[argparse.Namespace], int],
     summary: str,
     examples: str,
+    *,
+    saves: bool = False,
 ) -> Parser:
     """Declare a command.
 
@@ -64,6 +66,7 @@ def add_command(
         summary: What it does, in a line.
         examples: Shown at the end of its help. The first one of this command, with what stands before it, is shown
             when words are missing or wrong: it runs as it stands, and soon ends.
+        saves: Whether what it has done so far outlives an interruption, and the same command goes on from there.
     """
     parser = commands.add_parser(
         name,
@@ -74,6 +77,7 @@ def add_command(
         allow_abbrev=False,
     )
     parser.example = first_example(examples, of=parser.prog)
+    parser.saves = saves
     parser.set_defaults(command=run, parser=parser)
     return parser
 

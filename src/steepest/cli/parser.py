@@ -14,6 +14,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, with an example at the end of each error: the first of the command's own."""
 
     example = ""
+    saves = False  # whether what it has done so far outlives an interruption
     _words: Sequence[str] = ()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]

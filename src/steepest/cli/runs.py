@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -38,7 +37,7 @@ PLAN_EXAMPLES = """examples:
 
 def add_commands(commands: Commands) -> None:
     """Declare train and plan."""
-    train = add_command(commands, "train", _train, "train one run", TRAIN_EXAMPLES)
+    train = add_command(commands, "train", _train, "train one run", TRAIN_EXAMPLES, saves=True)
     train.add_argument("--method", required=True, help=f"one of {METHODS}")
     train.add_argument("--seed", type=seed, default=0, help="of weights and data order; default: %(default)s")
     add_task(train)
@@ -68,15 +67,14 @@ def _train(options: argparse.Namespace) -> int:
     from steepest.lab.display import StudyDisplay
     from steepest.lab.fields import RecordError
     from steepest.lab.ledger import RunBusyError
+    from steepest.lab.stopping import counting_signals
     from steepest.lab.train import Interrupted, RunMismatchError, train_run
 
     config = _config(options)
-    stopped: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: stopped.append(received))
+    finished = (options.out / "result.json").exists()
     display = StudyDisplay({config.method: [options.out]}, steps=config.steps, console=Console(stderr=True))
     try:
-        with display:
+        with counting_signals() as stopped, display:
             result = train_run(
                 config,
                 options.out,
@@ -93,6 +91,8 @@ def _train(options: argparse.Namespace) -> int:
         raise UsageError(str(wrong)) from wrong
     except (CheckpointError, RecordError, RunBusyError) as failure:
         return failed(failure)
+    if finished:
+        _check_kept(options)
     if options.json:
         print(result.to_json(), end="")
     elif result.final_loss is None:
@@ -100,6 +100,19 @@ def _train(options: argparse.Namespace) -> int:
     else:
         print(f"Final loss {result.final_loss:.4f} after {result.steps} steps in {result.train_s:.1f} s: {options.out}")
     return DONE
+
+
+def _check_kept(options: argparse.Namespace) -> None:
+    """Of a run that was finished before, refuse what only training can give."""
+    for option, there in (
+        ("keep-checkpoint", (options.out / "checkpoint.pt").exists()),
+        ("diagnostics", b'"kind": "diagnostics"' in (options.out / "metrics.jsonl").read_bytes()),
+    ):
+        if getattr(options, option.replace("-", "_")) and not there:
+            raise UsageError(
+                f"--{option}: the run in {options.out} is finished, and was trained without it. Train it into another "
+                f"directory with --{option}, or leave the option out."
+            )
 
 
 def _config(options: argparse.Namespace) -> RunConfig:

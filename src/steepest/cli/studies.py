@@ -59,11 +59,15 @@ REPORT_EXAMPLES = """examples:
 
 def add_commands(commands: Commands) -> None:
     """Declare race, sweep, work and report."""
-    race = add_command(commands, "race", _race, "train several methods alike and report who wins", RACE_EXAMPLES)
+    race = add_command(
+        commands, "race", _race, "train several methods alike and report who wins", RACE_EXAMPLES, saves=True
+    )
     race.add_argument("--baseline", metavar="METHOD", help="what others are compared with; default: the first method")
     _add_study(race, seeds=3, out="out/TASK-PRESET")
 
-    sweep = add_command(commands, "sweep", _sweep, "train several methods at many learning rates", SWEEP_EXAMPLES)
+    sweep = add_command(
+        commands, "sweep", _sweep, "train several methods at many learning rates", SWEEP_EXAMPLES, saves=True
+    )
     sweep.add_argument(
         "--lrs",
         action="append",
@@ -73,7 +77,9 @@ def add_commands(commands: Commands) -> None:
     )
     _add_study(sweep, seeds=2, out="out/sweep-TASK-PRESET")
 
-    work = add_command(commands, "work", _work, "help with a race or sweep that was started elsewhere", WORK_EXAMPLES)
+    work = add_command(
+        commands, "work", _work, "help with a race or sweep that was started elsewhere", WORK_EXAMPLES, saves=True
+    )
     work.add_argument("storage", metavar="STORAGE", help="what it was given as --storage, or else as --out")
     work.add_argument("--runs", type=path, metavar="DIR", help="what it was given as --out, as this machine sees it")
     work.add_argument("--workers", type=few, metavar="N", help="runs at once; default: one per core")

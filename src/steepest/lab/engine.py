@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -17,15 +19,17 @@ from steepest.lab.display import StudyDisplay
 from steepest.lab.files import check_regular, exists, make_directory, one_line
 from steepest.lab.ledger import RunBusyError, locked
 from steepest.lab.ours import refusal
-from steepest.lab.pool import POLL_S, Pool, last_words
-from steepest.lab.queue import Queue, open_queue
+from steepest.lab.pool import STOP_S, Pool, last_words
+from steepest.lab.queue import Queue, damaged_runs, missing_runs, open_queue
 from steepest.lab.report import write_report
-from steepest.lab.storage import StorageError, default_url, parse_url
+from steepest.lab.stopping import attend
+from steepest.lab.storage import GRACE_S, StorageError, default_url, parse_url
 from steepest.lab.study import StudyMismatchError, StudyPlan, read_config, read_listing, write_study
 from steepest.lab.tasks import make_task
 from steepest.lab.version import code_version
 
 IDLE_S = 1.0  # until a worker without a run looks again: another one may have died
+QUIET_S = 5.0  # without a run of its own, until a command says what it waits for
 PATIENCE_S = 120.0  # a database that does not answer for so long is given up; runs go on meanwhile
 
 
@@ -73,7 +77,8 @@ def run_study(
     Raises:
         KeyboardInterrupt: If the user stopped it; every run is saved and goes on with the same command.
         FailedRunsError: If a run ended with an error. The report is written first, from what there is.
-        StorageError: If the database does not answer; every run is saved, too.
+        StorageError: If the database does not answer though runs are missing; every run is saved, too, and the report
+            is written from those that have ended.
         StudyMismatchError: If `out` holds another study, or lies inside of `data`.
         RecordError: If a file in `out` is damaged.
         RunBusyError: If another study is going on in `out`.
@@ -82,7 +87,7 @@ def run_study(
         OSError: If `out` cannot be written.
         ModuleNotFoundError: If the driver of the database is not installed.
     """
-    pool = _pool(workers, threads, data)
+    pool, console = _pool(workers, threads, data), console or Console()
     if data is not None and data.is_dir() and out.resolve().is_relative_to(data.resolve()):
         raise StudyMismatchError(
             f"--out {out} lies inside --data {data}, which would change while it is read; choose another."
@@ -96,9 +101,15 @@ def run_study(
         known, failed = 0, list[Path]()
         while len(configs) > known:
             write_study(out, plan, configs, command=command)
-            with open_queue(out, url, create=True) as queue:
-                queue.fill(retry=known == 0)
-                failed = _train(queue, pool, console or Console(), steps=max(config.steps for config in configs))
+            try:
+                with open_queue(out, url, create=True) as queue:
+                    queue.fill(retry=known == 0)
+                    failed = _train(queue, pool, console, steps=max(config.steps for config in configs))
+            except StorageError as error:
+                if missing_runs(out):
+                    raise _with_report(error, out, len(configs)) from None
+                failed = damaged_runs(out)
+                _say(console, f"{error} All runs have ended without it.")
             known, configs = len(configs), plan.grown(out)
         report = write_report(out)
     if failed:
@@ -172,6 +183,17 @@ def _database(out: Path, storage: str | None) -> URL:
     return url
 
 
+def _with_report(error: StorageError, out: Path, number: int) -> StorageError:
+    """The error, and where what there is can be read."""
+    ended = number - len(missing_runs(out))
+    if not ended:
+        return error
+    with contextlib.suppress(OSError):  # as on a disk that is full
+        report = write_report(out)
+        return StorageError(f"{error}\nThe report at {report} has the {ended} of {number} runs that have ended.")
+    return error
+
+
 def _led(out: Path) -> bool:
     """Whether the process that started the study is still there."""
     try:
@@ -209,41 +231,72 @@ def _check_same(out: Path, names: Iterable[str], data: Path | None) -> None:
 
 def _train(queue: Queue, pool: Pool, console: Console, *, steps: int) -> list[Path]:
     """Bring every run to its end; returns the directories of those that failed."""
-    pool = replace(pool, stop=threading.Event())  # of this round
     runs: dict[str, list[Path]] = {}
-    for name, method in read_listing(queue.out).runs.items():
+    for name, method in (listed := read_listing(queue.out).runs).items():
         runs.setdefault(method, []).append(queue.out / "runs" / name)
+    workers = min(pool.workers, max(1, len(listed)))
+    pool = replace(pool, workers=workers, stop=threading.Event())  # of this round
+    waiting = _Waiting(pool, queue, console)
     with StudyDisplay(runs, steps=steps, console=console) as display:
-        with ThreadPoolExecutor(pool.workers) as threads:
-            slots = [threads.submit(_work, queue, pool) for _ in range(pool.workers)]
-            try:
-                while (now := wait(slots, POLL_S, FIRST_EXCEPTION)).not_done and not _broken(now.done):
-                    display.update()
-            finally:
-                pool.stop.set()
+
+        def update() -> None:
+            display.update()
+            waiting.update()
+
+        with ThreadPoolExecutor(workers) as threads:
+            slots = [threads.submit(_work, queue, pool) for _ in range(workers)]
+            attend(slots, pool, update=update, tell=partial(_say, console), patience_s=STOP_S)
         display.update()
     for slot in slots:
         slot.result()
     return queue.failures()
 
 
-def _broken(slots: Iterable[Future[None]]) -> bool:
-    return any(slot.exception() for slot in slots)
+class _Waiting:
+    """Says once what a command waits for that has no run of its own."""
+
+    def __init__(self, pool: Pool, queue: Queue, console: Console) -> None:
+        self._pool, self._queue, self._console = pool, queue, console
+        self._since = time.monotonic()
+        self._told = False
+
+    def update(self) -> None:
+        if self._pool.under_way:
+            self._since = time.monotonic()
+        elif not self._told and not self._pool.stop.is_set() and time.monotonic() - self._since > QUIET_S:
+            self._told = True
+            if number := len(missing_runs(self._queue.out)):
+                _say(
+                    self._console,
+                    f"Waiting for {number} runs: other processes train them, or are gone; a run whose process shows no "
+                    f"sign of life is taken over after {GRACE_S} s.",
+                )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _work(queue: Queue, pool: Pool) -> None:
     """One worker: trains whatever waits, until every run of the study has come to an end."""
     silent_since: float | None = None
+    filled = False
     while not pool.stop.is_set():
         try:
             if queue.take(pool.train):
+                filled = False
                 continue
             if queue.fill() == 0:
                 return
             silent_since = None
-        except StorageError:
+            if not filled:  # what was put there just now is taken at once
+                filled = True
+                continue
+        except StorageError as error:
+            if queue.complete():
+                return  # by the directories, which need no database
             silent_since = silent_since or time.monotonic()
-            if time.monotonic() - silent_since > PATIENCE_S:
+            if error.lasting or time.monotonic() - silent_since > PATIENCE_S:
                 raise
         pool.stop.wait(IDLE_S)
 

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +18,23 @@ import steepest
 from steepest.lab.environment import WORKERS
 from steepest.lab.fields import parse_object
 from steepest.lab.files import RecordError, append_line, exists, one_line, open_to_append, read_tail
-from steepest.lab.worker import BUSY, INTERRUPTED
+from steepest.lab.stopping import POLL_S
+from steepest.lab.worker import BUSY, FULL, INTERRUPTED
 
-POLL_S = 0.25
 BUSY_S = 5.0  # until a run that another process holds is given back, to be asked for again
 STOP_S = 60.0  # a worker saves a checkpoint when it is told to stop; afterwards it is killed, which loses little
 KILLS = 3  # a run whose worker was killed goes on from its checkpoint, but not for ever
+
+
+class DiskFullError(OSError):
+    """A worker found no space to save its run; nothing that was saved before is lost."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(
+            f"The disk of {run} is full, and its run has stopped. Free some space and repeat the command: every run "
+            "goes on from its last checkpoint."
+        )
+
 
 Outcome = Literal["finished", "failed", "busy", "stopped"]
 
@@ -44,12 +56,16 @@ class Pool:
         threads: CPU threads of each.
         data: Data of the user, passed on.
         stop: Set it to end all runs; they are saved first.
+        kill: Set it, too, to end those that still save.
+        under_way: Directories of the runs that are trained now.
     """
 
     workers: int
     threads: int
     data: Path | None
     stop: threading.Event
+    kill: threading.Event = field(default_factory=threading.Event)
+    under_way: set[Path] = field(default_factory=set[Path])
 
     def train(self, run: Path) -> Outcome:
         """Bring a run to its end, from its checkpoint if there is one.
@@ -59,12 +75,24 @@ class Pool:
 
         Returns:
             "finished"; "failed", with the reason in `worker.log`; "busy" if another process has the run; "stopped".
+
+        Raises:
+            DiskFullError: If the worker could not write; every other run would end like this one.
         """
+        self.under_way.add(run)
+        try:
+            return self._train(run)
+        finally:
+            self.under_way.discard(run)
+
+    def _train(self, run: Path) -> Outcome:
         kills = 0
         while not self.stop.is_set():
             code = self._wait(self._start(run))
             if code == 0:
                 return "finished"
+            if code == FULL:
+                raise DiskFullError(run)
             if code == BUSY:
                 self.stop.wait(BUSY_S)
                 return "busy"
@@ -106,7 +134,13 @@ class Pool:
                 except subprocess.TimeoutExpired:
                     continue
             process.send_signal(signal.SIGTERM)
-            return process.wait(STOP_S)
+            deadline = time.monotonic() + STOP_S
+            while time.monotonic() < deadline and not self.kill.is_set():
+                try:
+                    return process.wait(POLL_S)
+                except subprocess.TimeoutExpired:
+                    continue
+            return process.wait(0)
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()

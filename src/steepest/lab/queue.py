@@ -12,7 +12,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +25,14 @@ from sqlalchemy.engine import URL
 from steepest.lab.fields import LARGEST, RecordError
 from steepest.lab.files import append_line, exists
 from steepest.lab.methods import METHODS
-from steepest.lab.pool import Outcome, last_words
+from steepest.lab.pool import DiskFullError, Outcome, last_words
 from steepest.lab.result import Result, read_result
 from steepest.lab.storage import BEAT_S, GRACE_S, StorageError, answering, connected, public_url
 from steepest.lab.study import Listing, read_config, read_listing
 
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
+MOST_WAITING = 16  # trials at a time: whoever takes one reads all that wait
+MOST_SHOWN = 32  # finished runs that get a trial at a time, only to be seen in Optuna's own tools
 _DISTRIBUTIONS: Mapping[str, BaseDistribution] = {
     "method": CategoricalDistribution(sorted(METHODS)),
     "lr": FloatDistribution(sys.float_info.min, sys.float_info.max, log=True),
@@ -56,6 +58,7 @@ class Queue:
     study: optuna.Study
     url: URL
     _asking: threading.Lock = field(default_factory=threading.Lock)
+    _forgiven: dict[str, int] = field(default_factory=dict[str, int])  # by run, the number of a trial that had failed
 
     def take(self, train: Callable[[Path], Outcome]) -> bool:
         """Train one run that waits.
@@ -71,19 +74,27 @@ class Queue:
             RecordError: If `study.json` is damaged.
         """
         ended = False
+        own: list[Exception] = []
+
+        def trained(run: Path) -> Outcome:
+            try:
+                return train(run)
+            except Exception as error:
+                own.append(error)
+                raise
 
         def objective(trial: Trial) -> float:
             nonlocal ended
             asking.close()
             try:
-                value = self._objective(trial, train)
+                value = self._objective(trial, trained)
             except (NotFinished, optuna.TrialPruned):
                 ended = True
                 raise
             ended = True
             return value
 
-        with answering(self.url), contextlib.ExitStack() as asking:
+        with self._answering(own), contextlib.ExitStack() as asking:
             asking.enter_context(self._asking)  # one thread asks, while the others train
             if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 return False
@@ -97,11 +108,26 @@ class Queue:
                     raise cause or error from None
             return True
 
+    @contextlib.contextmanager
+    def _answering(self, own: Sequence[Exception]) -> Generator[None]:
+        """As `answering`; but an error of the training stays what it is."""
+        try:
+            with answering(self.url):
+                yield
+        except StorageError:
+            if own:
+                raise own[0] from None
+            raise
+
+    def complete(self) -> bool:
+        """Whether every run has ended with a result, by the directories alone."""
+        return not missing_runs(self.out)
+
     def fill(self, *, retry: bool = False) -> int:
-        """Make sure that every unfinished run has a trial.
+        """Make sure that unfinished runs wait to be taken, the first ones in the study's order.
 
         Args:
-            retry: Whether runs that failed are tried again.
+            retry: Whether runs that have failed so far are tried again.
 
         Returns:
             Number of runs that neither finished nor failed.
@@ -114,17 +140,21 @@ class Queue:
             optuna.storages.fail_stale_trials(self.study)
             self._fail_dead()
             listing, trials = read_listing(self.out), self._last_trials()
-            unfinished = 0
+            if retry:
+                self._forgiven = {name: trial.number for name, trial in trials.items() if _failed(trial)}
+            shown, unfinished, waiting = 0, 0, sum(trial.state == TrialState.WAITING for trial in trials.values())
             for name in listing.runs:
                 run, trial = self.out / "runs" / name, trials.get(name)
                 finished = exists(run / "result.json")
-                if finished and (trial is None or trial.state == TrialState.FAIL):
+                if finished and (trial is None or trial.state == TrialState.FAIL) and shown < MOST_SHOWN:
+                    shown += 1
                     with contextlib.suppress(RecordError):  # the report says what is wrong with it
                         self._add(run, result=read_result(run / "result.json"))
-                elif not finished and (trial is None or retry or not _failed(trial)):
+                elif not finished and (trial is None or not _failed(trial) or self._forgiven.get(name) == trial.number):
                     unfinished += 1
-                    if trial is None or trial.state not in OPEN:
+                    if (trial is None or trial.state not in OPEN) and waiting < MOST_WAITING:
                         self._add(run)
+                        waiting += 1
             return unfinished
 
     def failures(self) -> list[Path]:
@@ -132,15 +162,13 @@ class Queue:
         with answering(self.url), self._asking:
             trials = self._last_trials()
         runs = [self.out / "runs" / name for name in read_listing(self.out).runs if _failed(trials.get(name))]
-        return [run for run in runs if not exists(run / "result.json")] + [
-            self.out / "runs" / name for name in read_listing(self.out).runs if _damaged(self.out / "runs" / name)
-        ]
+        return [run for run in runs if not exists(run / "result.json")] + damaged_runs(self.out)
 
     def _objective(self, trial: Trial, train: Callable[[Path], Outcome]) -> float:
         name = trial.user_attrs.get("run")
-        if name not in read_listing(self.out).runs:
+        if not isinstance(name, str) or name not in read_listing(self.out).runs:
             raise NotFinished("nothing waits any more, or the study was changed")
-        run = self.out / "runs" / str(name)
+        run = self.out / "runs" / name
         _note(trial, "worker", f"{socket.gethostname()}:{os.getpid()}")
         try:
             if not exists(run / "result.json") and (outcome := train(run)) != "finished":
@@ -148,6 +176,8 @@ class Queue:
                     _note(trial, "error", last_words(run)[:1000])
                 raise NotFinished(outcome)
             result = read_result(run / "result.json")
+        except DiskFullError:
+            raise
         except (RecordError, OSError) as problem:  # of this run's directory: the others can go on
             _note(trial, "error", str(problem)[:1000])
             raise NotFinished("failed") from problem
@@ -189,6 +219,17 @@ class Queue:
             host, _, pid = str(trial.user_attrs.get("worker", "")).rpartition(":")
             if host == socket.gethostname() and re.fullmatch("[1-9][0-9]{0,6}", pid) and not _alive(int(pid)):
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+
+def missing_runs(out: Path) -> list[Path]:
+    """Directories of the runs of a study that have no result, whatever a database says."""
+    runs = [out / "runs" / name for name in read_listing(out).runs]
+    return [run for run in runs if not exists(run / "result.json")]
+
+
+def damaged_runs(out: Path) -> list[Path]:
+    """Directories of the runs of a study whose result cannot be read."""
+    return [run for name in read_listing(out).runs if _damaged(run := out / "runs" / name)]
 
 
 @contextlib.contextmanager

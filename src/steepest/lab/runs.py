@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +13,8 @@ from steepest.lab.config import RunConfig
 from steepest.lab.display import StudyDisplay
 from steepest.lab.files import exists, make_directory, write_whole
 from steepest.lab.ours import refusal
-from steepest.lab.pool import POLL_S, Pool, last_words
+from steepest.lab.pool import STOP_S, Pool, last_words
+from steepest.lab.stopping import attend
 from steepest.lab.study import StudyMismatchError, run_directory
 
 
@@ -42,12 +43,9 @@ def train_runs(runs: Mapping[str, Sequence[RunConfig]], out: Path, *, workers: i
     missing = [run for config in configs if not exists((run := run_directory(out, config)) / "result.json")]
     pool = Pool(workers, threads=1, data=None, stop=threading.Event())
     steps = max(config.steps for config in configs)
-    with StudyDisplay(shown, steps=steps, console=Console()) as display, ThreadPoolExecutor(workers) as threads:
+    console = Console()
+    with StudyDisplay(shown, steps=steps, console=console) as display, ThreadPoolExecutor(workers) as threads:
         outcomes = {run: threads.submit(pool.train, run) for run in missing}
-        try:
-            while wait(outcomes.values(), POLL_S).not_done:
-                display.update()
-        finally:
-            pool.stop.set()
+        attend(list(outcomes.values()), pool, update=display.update, tell=console.print, patience_s=STOP_S)
     if failed := [run for run, outcome in outcomes.items() if outcome.result() != "finished"]:
         raise RuntimeError("Not finished: " + "; ".join(f"{run}: {last_words(run)}" for run in failed))

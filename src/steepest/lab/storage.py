@@ -6,19 +6,25 @@ It only says who takes which run next. What is finished, the run directories say
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
+import sqlite3
+import time
 import warnings
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy import text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError, TimeoutError
 
+from steepest.lab.fields import RecordError
 from steepest.lab.files import exists
 
 BEAT_S = 10
@@ -30,11 +36,24 @@ CONNECTION = {"connect_timeout": CONNECT_S, "tcp_user_timeout": 1000 * LOCK_S}
 OPTIONS = {"application_name", "connect_timeout", "password", "passfile", "sslcert", "sslkey", "sslmode", "sslrootcert"}
 SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 OTHERS = ("mysql", "mariadb", "oracle", "mssql", "postgresql", "postgres", "sqlite")  # whose names are no secret
+_BEATS = text(
+    "SELECT trials.trial_id, trial_heartbeats.heartbeat FROM trials JOIN trial_heartbeats"
+    " ON trial_heartbeats.trial_id = trials.trial_id WHERE trials.state = 'RUNNING' AND trials.study_id = :study"
+)
 FORM = "postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE"
 
 
 class StorageError(RuntimeError):
-    """The database cannot be used; the text repeats nothing of a server's URL: any part of it may be a password."""
+    """The database cannot be used; the text repeats nothing of a server's URL: any part of it may be a password.
+
+    Args:
+        text: What is wrong, and the remedy.
+        lasting: Whether it stays so until somebody does something; a server may come back by itself.
+    """
+
+    def __init__(self, text: str, *, lasting: bool = False) -> None:
+        super().__init__(text)
+        self.lasting = lasting
 
 
 def default_url(out: Path) -> URL:
@@ -42,24 +61,24 @@ def default_url(out: Path) -> URL:
     return URL.create("sqlite", database=str(out.resolve() / "optuna.db"))
 
 
-def parse_url(text: str) -> URL:
+def parse_url(given: str) -> URL:
     """Read what was given as storage.
 
     Args:
-        text: sqlite:///PATH, or postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE; the password may be left out,
+        given: sqlite:///PATH, or postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE; the password may be left out,
             PostgreSQL's client then looks for it in PGPASSWORD and in ~/.pgpass.
 
     Raises:
         ValueError: If it is anything else. The text is not repeated: it may hold a password.
     """
-    scheme, colon, rest = text.partition(":")
+    scheme, colon, rest = given.partition(":")
     try:
         url = make_url(f"{scheme.lower()}{colon}{rest}")
     except (ArgumentError, ValueError):
         raise ValueError(f"The storage is not a URL of a database; write {FORM} or sqlite:///PATH.") from None
     if url.drivername == "sqlite":
         return _checked_file(url)
-    if text.count("@") > 1 or "@" in f"{url.host}{url.database}":
+    if given.count("@") > 1 or "@" in f"{url.host}{url.database}":
         raise ValueError("The storage has more than one '@'; write one that belongs to the password as %40.")
     if url.drivername in SCHEMES:
         if url.host == "HOST":
@@ -84,6 +103,14 @@ def public_url(url: URL) -> str:
     return f"sqlite:///{url.database}" if url.drivername == "sqlite" else FORM
 
 
+class _Hasty(sqlite3.Connection):
+    """To a file that may be lost at any time: nobody waits until it is on the disk."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.execute("PRAGMA synchronous = OFF")
+
+
 class BeatingStorage(RDBStorage):
     """Optuna's storage, with a heartbeat that has no gaps.
 
@@ -96,9 +123,11 @@ class BeatingStorage(RDBStorage):
 
     def __init__(self, url: URL, *, create: bool, beat_s: int, grace_s: int) -> None:
         sqlite = url.drivername == "sqlite"
+        self._grace_s = grace_s
+        self._since: dict[int, tuple[object, float]] = {}  # by trial that runs: its last beat, and when we saw it first
         super().__init__(
             url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),  # Optuna fills a template
-            {"connect_args": {"timeout": LOCK_S}}
+            {"connect_args": {"timeout": LOCK_S, "factory": _Hasty}}
             if sqlite
             else {
                 "pool_pre_ping": True,
@@ -114,6 +143,16 @@ class BeatingStorage(RDBStorage):
         if state == TrialState.RUNNING:
             super().record_heartbeat(trial_id)
         return super().set_trial_state_values(trial_id, state, values)
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        """As in Optuna, and those whose beat stands still by our own clock: it may be of a clock that was ahead."""
+        stale = super()._get_stale_trial_ids(study_id)
+        with self.engine.connect() as connection:
+            beats = {int(row[0]): row[1] for row in connection.execute(_BEATS, {"study": study_id})}
+        now, since = time.monotonic(), self._since
+        self._since = {i: since[i] if i in since and since[i][0] == beat else (beat, now) for i, beat in beats.items()}
+        still = [i for i, (_, seen) in self._since.items() if now - seen > self._grace_s]
+        return sorted({*stale, *still})
 
     def record_heartbeat(self, trial_id: int) -> None:
         """As in Optuna, but a beat that does not get through is not worth a run: the next one may."""
@@ -137,6 +176,9 @@ def connected(url: URL, *, create: bool, beat_s: int = BEAT_S, grace_s: int = GR
     """
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    pool = logging.getLogger("sqlalchemy.pool")  # which writes tracebacks when a connection breaks
+    level = pool.level
+    pool.setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         try:
@@ -147,6 +189,7 @@ def connected(url: URL, *, create: bool, beat_s: int = BEAT_S, grace_s: int = GR
                 storage.remove_session()
                 storage.engine.dispose()
         finally:
+            pool.setLevel(level)
             optuna.logging.set_verbosity(verbosity)
 
 
@@ -154,13 +197,21 @@ def connected(url: URL, *, create: bool, beat_s: int = BEAT_S, grace_s: int = GR
 def answering(url: URL) -> Generator[None]:
     """Around everything that asks the database: what goes wrong is told in one line, without a password.
 
+    A damaged database shows as any kind of error in the layers below: a text that is no JSON, a date that is none, a
+    row that is missing.
+
     Raises:
         StorageError: In place of the errors of the layers below.
+        RecordError: As it is, and so are an OSError and a missing module.
     """
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
-        raise StorageError(_one_line(url, error)) from None
+        raise _told(url, error) from None
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, RecordError | StorageError):
+            raise
+        raise _damaged(url, f"{type(error).__name__}: {error}") from None
 
 
 def _of_this_version(url: URL, *, create: bool, beat_s: int, grace_s: int) -> BeatingStorage:
@@ -189,16 +240,43 @@ def _open(url: URL, *, create: bool, beat_s: int, grace_s: int) -> BeatingStorag
         raise ModuleNotFoundError(remedy, name="psycopg") from missing
 
 
-def _one_line(url: URL, error: Exception) -> str:
+def _told(url: URL, error: Exception) -> StorageError:
     cause = error.__cause__ or error
     driver = cause.orig if isinstance(cause, DBAPIError) else None
     reason = " ".join(str(driver or cause).split()).rstrip(".?")
-    if url.drivername != "sqlite":
-        reason = _by_names(url, reason)
-    remedy = "Check that the server runs, and host, port, user, password and database of the URL."
     if url.drivername == "sqlite":
-        remedy = "Check that the file is an Optuna database on a disk that can be written; it may be deleted."
-    return f"The storage {public_url(url)} does not answer: {reason}. {remedy}"
+        return _told_of_file(url, reason, of_driver=driver is not None)
+    silent = (OperationalError, InterfaceError, TimeoutError)
+    if error.__cause__ is not None and not isinstance(error, silent) and not isinstance(cause, silent):
+        return _damaged(url, reason)
+    remedy = "Check that the server runs, and host, port, user, password and database of the URL."
+    return StorageError(f"The storage {public_url(url)} does not answer: {_by_names(url, reason)}. {remedy}")
+
+
+def _told_of_file(url: URL, reason: str, *, of_driver: bool) -> StorageError:
+    storage = public_url(url)
+    if re.search("disk is full|disk I/O error", reason):
+        free = "Free some space and repeat the command: no run is lost, each goes on from its last checkpoint."
+        return StorageError(f"The disk of the storage {storage} is full ({reason}). {free}", lasting=True)
+    if re.search("readonly|read-only|unable to open", reason):
+        remedy = "Make file and directory writable, or choose another directory."
+        return StorageError(f"The storage {storage} cannot be written: {reason}. {remedy}", lasting=True)
+    if re.search("locked|busy", reason):
+        remedy = f"Another process has held it for more than {LOCK_S} s; wait, or stop that process."
+        return StorageError(f"The storage {storage} does not answer: {reason}. {remedy}")
+    return _damaged(url, reason)
+
+
+def _damaged(url: URL, reason: str) -> StorageError:
+    """What the directories of the runs make good: the database is theirs, and not the other way round."""
+    plain = " ".join(reason.split()).rstrip(".?")[:300]
+    if url.drivername == "sqlite":
+        remedy = f"Delete {url.database} and repeat the command that started the study: it is made anew from the runs"
+        return StorageError(
+            f"The storage {public_url(url)} is damaged: {plain}. {remedy}, none of which is lost.", lasting=True
+        )
+    remedy = "Take another database: it is filled anew from the runs, none of which is lost."
+    return StorageError(f"The storage {public_url(url)} is damaged: {_by_names(url, plain)}. {remedy}", lasting=True)
 
 
 def _by_names(url: URL, reason: str) -> str:

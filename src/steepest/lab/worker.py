@@ -7,9 +7,13 @@ next goes on from there.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +26,9 @@ from steepest.lab.train import Interrupted, train_run
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 BUSY = 75  # EX_TEMPFAIL: another process has the run; try again
+FULL = 74  # EX_IOERR: no space to write
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ORPHAN_S = 60.0  # a worker whose parent is gone has so long to come to the end of a step and to save
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Command line without the program; None takes the process's own.
 
     Returns:
-        Exit code: 0 finished, INTERRUPTED, BUSY; anything else comes with an exception.
+        Exit code: 0 finished, INTERRUPTED, BUSY, FULL; anything else comes with an exception.
     """
     parser = argparse.ArgumentParser(prog="python -m steepest.lab.worker")
     parser.add_argument("run_dir", type=Path)
@@ -45,8 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         nonlocal stopped
         stopped = True
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
+    threading.Thread(target=_end_without, args=(options.parent,), daemon=True).start()
     path = options.run_dir / "config.json"
     config = RunConfig.from_json(
         read_text(path, remedy="Repeat the race's command: it writes the file anew."), path=path
@@ -64,7 +72,21 @@ def main(arguments: list[str] | None = None) -> int:
     except RunBusyError as busy:
         print(busy, file=sys.stderr)  # noqa: T201 - the race keeps this in the run's log
         return BUSY
+    except OSError as failure:
+        if failure.errno not in NO_SPACE:
+            raise
+        with contextlib.suppress(OSError):  # the log is on the same disk
+            print(f"{type(failure).__name__}: {failure}", file=sys.stderr)  # noqa: T201
+        return FULL
     return 0
+
+
+def _end_without(parent: int) -> None:
+    """End this process, in the middle of a step if need be, when its parent is gone and it does not end by itself."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(ORPHAN_S)
+    os._exit(INTERRUPTED)
 
 
 def _report(_: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -25,7 +25,7 @@ EXAMPLES = """examples:
 def add_command(commands: Commands) -> None:
     """Declare branch."""
     summary = "fork a checkpoint at several batch sizes: its local critical batch size"
-    parser = declare(commands, "branch", _branch, summary, EXAMPLES)
+    parser = declare(commands, "branch", _branch, summary, EXAMPLES, saves=True)
     parser.add_argument("run", type=path, metavar="RUN", help="directory of a run with a checkpoint")
     parser.add_argument("--batches", required=True, metavar="SIZES", help="LOW:HIGH:xF or a list with commas")
     parser.add_argument("--samples", type=count, required=True, metavar="N", help="examples that each fork sees")

@@ -37,7 +37,9 @@ STEPS, SAMPLES = 10, 10  # of the preset's, at most
 
 def add_command(commands: Commands) -> None:
     """Declare measure."""
-    parser = declare(commands, "measure", _measure, "count the steps to a loss at many batch sizes", EXAMPLES)
+    parser = declare(
+        commands, "measure", _measure, "count the steps to a loss at many batch sizes", EXAMPLES, saves=True
+    )
     parser.add_argument(
         "--methods", type=names, metavar="A,B,...", help=f"of {METHODS}; default: {','.join(DEFAULT_METHODS)}"
     )
