@@ -39,7 +39,9 @@ SECONDS = {"forward_backward_s", "optimizer_s", "train_s"}
 
 
 def short(method: str = "adamw", *, steps: int = 12, **options) -> RunConfig:
-    return configure(make_task("digits"), method=method, seed=1, steps=steps, batch_size=4, eval_every=5, options=options)
+    return configure(
+        make_task("digits"), method=method, seed=1, steps=steps, batch_size=4, eval_every=5, options=options
+    )
 
 
 def rows(run_dir: Path) -> list[dict[str, object]]:

@@ -49,19 +49,18 @@ class Contestant:
     fixed: Mapping[str, str]
 
 
-def _muon(method: str = "muon", **fixed: str) -> Contestant:
+def _muon(**fixed: str) -> Contestant:
     start = {"momentum": 0.95, "lr": 0.04, "other_lr": 0.02, "beta2": 0.95, "beta1": 0.9}
-    return Contestant(method, start, fixed)
+    return Contestant("muon", start, fixed)
 
 
 CONTESTANTS = {
     "text": {
         "adamw": Contestant("adamw", {"beta1": 0.9, "lr": 0.004, "other_lr": 0.008, "beta2": 0.95}, {}),
         "muon": _muon(),
-        "torch-muon": _muon("torch-muon"),
         "muonadam": Contestant("muonadam", {"momentum": 0.95, "lr": 0.04, "other_lr": 0.02, "beta2": 0.95}, {}),
-        "muon jordan": _muon(coefficients="jordan"),
-        "muon polar_express": _muon(coefficients="polar_express"),
+        "muon-jordan": _muon(coefficients="jordan"),
+        "muon-polar-express": _muon(coefficients="polar_express"),
     },
     "digits": {
         "adamw": Contestant("adamw", {"beta1": 0.9, "lr": 0.01, "other_lr": 0.02, "beta2": 0.95}, {}),
@@ -78,9 +77,9 @@ def ladder(name: str, start: float) -> tuple[float, ...]:
     return SECOND_BETAS if name == "beta2" else BETAS
 
 
-def tune(task: Task, contestant: Contestant, out: Path, pool: Pool) -> list[tuple[RunConfig, Tried]]:
+def tune(task: Task, contestant: Contestant, out: Path, pool: Pool, budget: int) -> list[tuple[RunConfig, Tried]]:
     """Search for the options of one method; finished runs are not trained again."""
-    walk = search({n: ladder(n, v) for n, v in contestant.start.items()}, contestant.start, budget=BUDGET)
+    walk = search({n: ladder(n, v) for n, v in contestant.start.items()}, contestant.start, budget=budget)
     configs: list[RunConfig] = []
     options = next(walk)
     while True:
@@ -108,6 +107,9 @@ def main() -> None:
     """Train what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/tuning"))
+    parser.add_argument(
+        "--budget", type=int, default=BUDGET, help="tried settings of each method (default: %(default)s)"
+    )
     parser.add_argument("--tasks", nargs="+", default=["text"], choices=list(CONTESTANTS))
     options = parser.parse_args()
     for name in options.tasks:
@@ -115,7 +117,8 @@ def main() -> None:
         pool = Pool(default_workers(), threads=1, data=None, stop=threading.Event())
         with ThreadPoolExecutor(pool.workers) as threads:
             walks = {
-                label: threads.submit(tune, task, one, options.out, pool) for label, one in CONTESTANTS[name].items()
+                label: threads.submit(tune, task, one, options.out, pool, options.budget)
+                for label, one in CONTESTANTS[name].items()
             }
             try:
                 found = {label: walk.result() for label, walk in walks.items()}

@@ -33,29 +33,27 @@ class Tuned:
     tuning: Tuning | None = None
 
 
-def _demo(lr: float, other_lr: float) -> Tuned:
-    """Best of a 3 x 4 grid over the two learning rates, inside of its edges, for every method alike."""
-    return Tuned(
-        {"lr": lr, "other_lr": other_lr}, Tuning(trials=12, source="docs/results/tuning/README.md", edge=False)
-    )
+def _found(*, edge: bool = False, **options: OptionValue) -> Tuned:
+    """Best of as many tried settings for every method, over both learning rates and all momenta."""
+    return Tuned(options, Tuning(trials=16, source="docs/results/tuning/README.md", edge=edge))
 
 
-# Twelve settings are recorded, the learning rate of the matrices times which layers are looked at and the exponent. The
-# runs that came before, and Muon's search whose best it began at, are not counted.
-_NEWTON_TUNING = Tuning(trials=None, source="docs/results/newton_muon/README.md", edge=False)
-_NEWTON = Tuned({"lr": 0.04, "other_lr": 0.02}, _NEWTON_TUNING)
+_JORDAN = _found(lr=0.04, other_lr=0.02, momentum=0.9, beta1=0.8, beta2=0.999, edge=True)
 
 TUNED: Mapping[tuple[str, str], Mapping[str, Tuned]] = {
     ("text", "demo"): {
-        "adamw": _demo(0.004, 0.008),
-        "torch-muon": _demo(0.04, 0.02),
-        "muon": _demo(0.04, 0.02),
-        "muonadam": _demo(0.04, 0.02),
-        "newton-muon": _NEWTON,
+        "adamw": _found(lr=0.004, other_lr=0.016, beta1=0.6, beta2=0.95),
+        "muon": _found(lr=0.08, other_lr=0.02, momentum=0.8, beta1=0.9, beta2=0.95),
+        "muon-jordan": _JORDAN,
+        "muon-polar-express": _found(lr=0.08, other_lr=0.02, momentum=0.75, beta1=0.9, beta2=0.99),
+        "torch-muon": _JORDAN,  # the same step in bfloat16
+        "muonadam": _found(lr=0.08, other_lr=0.02, momentum=0.75, beta2=0.99),
+        # of an older search over the learning rates alone, whose record no longer holds
+        "newton-muon": Tuned({"lr": 0.04, "other_lr": 0.02}),
     },
     ("digits", "demo"): {
-        "adamw": _demo(0.01, 0.02),
-        "muon": _demo(0.04, 0.01),
-        "muonadam": _demo(0.02, 0.02),
+        "adamw": Tuned({"lr": 0.01, "other_lr": 0.02}),
+        "muon": Tuned({"lr": 0.04, "other_lr": 0.01}),
+        "muonadam": Tuned({"lr": 0.02, "other_lr": 0.02}),
     },
 }
