@@ -185,7 +185,7 @@ def test_schedulers_with_arguments_of_their_own_work():
         one_cycle.step()
     assert len(momenta) > 2  # what the step reads is what the scheduler cycles, in every group
     optimizer = Muon(model, lr=0.02)
-    cyclic = torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=1e-3, max_lr=2e-2)
+    cyclic = torch.optim.lr_scheduler.CyclicLR(optimizer, [1e-3, 1e-4, 1e-4], [2e-2, 2e-3, 2e-3])
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
     for step in range(4):
         train(model, optimizer, [step])

@@ -65,7 +65,7 @@ def test_what_can_be_seen_before_is_refused_before(recipe, fault, first):
     optimizer = recipe(model)
     if not first:
         train(model, optimizer, range(2))
-    if fault == "kind" and first:
+    if fault in ("kind", "swapped") and first:
         return  # the state is made for what is there then
     backward(model, 2)
     change(model, optimizer)

@@ -9,7 +9,6 @@ where N and c_l come from the tree at the dual norms s_l a_l. Doubling every lea
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -40,7 +39,6 @@ from steepest.optim.step_size import (
 from steepest.optim.weight_changes import Changes
 
 DualMode = Literal["cached", "stale"]
-CALLER = 6  # from the warning through this file, the step and torch's wrappers of it to the line that called step()
 RECENT = 10  # losses
 BELOW = 20  # a batch may do better than the bound by chance, so many in a row do not
 
@@ -157,12 +155,10 @@ class GlobalStep:
         for group in () if self._warned else groups:
             if (product := beyond_ball(group)) is not None:
                 self._warned = True
-                warnings.warn(
+                warn(
                     f"lr · weight_decay is {product:.3g} for the role {group['role']!r}: above 1, weights are no "
                     "longer kept within norm 1 / weight_decay, and from 2 on they may grow without bound. Lower lr or "
                     "weight_decay.",
-                    UserWarning,
-                    stacklevel=CALLER,
                 )
 
     def take(
@@ -319,12 +315,10 @@ class GlobalStep:
         self._below = self._below + 1 if float(loss) < float(chosen.bound) else 0
         if self._below != BELOW:
             return
-        warnings.warn(
+        warn(
             f"The loss was below Momo's lower_bound for {BELOW} steps, now {float(loss):.6g} below "
             f"{float(chosen.bound):.6g}: steps shrink to nothing there. Give a lower_bound below what can be reached; "
             "losses that can be negative need a negative one.",
-            UserWarning,
-            stacklevel=CALLER,
         )
 
     def _ask_about_division(self, loss: float, bound: float, parts: int) -> None:

@@ -1,6 +1,5 @@
 """What a checkpoint must hold of layer inputs, and how training goes on from it."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -9,11 +8,11 @@ from torch import Tensor
 
 from steepest.anatomy import InputMoment, Reader
 from steepest.checks import refusal
+from steepest.notices import warn
 from steepest.optim.input_moments import INPUT_LEADER, INPUT_SUM, INPUT_SUM_MASS, UNSETTLED, InputMoments, States
 from steepest.optim.options import INPUT_OPTIONS, INPUT_STEPS
 from steepest.optim.refresh import INPUT_MASS, INPUT_MOMENT, INPUT_POWERS, Outcome, invert_
 
-CALLER = 6  # from the warning through loading and torch's wrapper of it to the line that loads
 INPUT_KEYS = (INPUT_MOMENT, INPUT_MASS, INPUT_POWERS, INPUT_LEADER, INPUT_SUM, INPUT_SUM_MASS)
 
 
@@ -136,11 +135,9 @@ def drop_moments(states: States) -> None:
     """
     dropped = [key for state in states.values() for key in INPUT_KEYS if state.pop(key, None) is not None]
     if dropped:
-        warnings.warn(
+        warn(
             "The state holds moments of layer inputs, which this optimizer does not use: they are dropped. Build it "
             "with precondition=InputMoment() to go on with them.",
-            UserWarning,
-            stacklevel=CALLER,
         )
 
 

@@ -67,7 +67,7 @@ class Race:
     Args:
         study: What was read.
         chosen: The runs the numbers come from.
-        target: Loss to reach: the study's own, else the baseline's mean final loss; None while that is unknown.
+        target: Loss to reach: the study's own, else where the baseline's curves end in the mean; None while unknown.
         methods: Results in the study's order.
         ranked: Whether the methods may be ranked; if not, there are no verdicts and no ratios.
         verdicts: One for each pair of methods that have runs.
@@ -94,9 +94,9 @@ def read_race(study: Study) -> Race:
     """Compute all numbers of the report from the stored runs."""
     chosen = comparable(study)
     ranked = chosen.equally_tuned
-    finals = {name: _finals(runs) for name, runs in chosen.runs.items()}
-    target = study.target if study.target is not None else _mean(finals[study.baseline])
     base = chosen.runs[study.baseline]
+    ends = {run.config.seed: _end_of_curve(run) for run in _ended(base)}
+    target = study.target if study.target is not None else _mean(ends)
     methods = tuple(
         _method_result(
             name,
@@ -179,18 +179,23 @@ def _crossing(run: Run, target: float) -> float | None:
     return first_crossing([row.step for row in run.evals], [row.loss for row in run.evals], target)
 
 
+def _end_of_curve(run: Run) -> float | None:
+    """The last loss of the curve, which is measured on fewer examples than the final loss; None if it diverged."""
+    return run.evals[-1].loss if run.status == "finished" and run.evals else None
+
+
 def _own_steps(run: Run, study: Study, target: float) -> float | None:
-    """Steps of one run to the target; for a baseline whose own mean is the target, to its own final loss.
+    """Steps of one run to the target; for a baseline whose own mean is the target, to the end of its own curve.
 
     About half of the baseline's runs end above their mean, so that one cannot ask when they come down to it.
     """
     own = study.target is None and run.config.method == study.baseline
-    final = run.result.final_loss if own and run.result is not None else None
-    return _crossing(run, target if final is None else final)
+    end = _end_of_curve(run) if own else None
+    return _crossing(run, target if end is None else end)
 
 
 def _ratio(runs: Iterable[Run], base: Iterable[Run], target: float | None) -> Ratio | None:
-    """Steps over the baseline's to the study's target, or else to the loss the baseline ended at with that seed.
+    """Steps over the baseline's to the study's target, or else to where the baseline's curve ended with that seed.
 
     With the baseline's final loss taken seed by seed, its spread is part of the interval. None if a baseline run does
     not reach the target itself: there is then nothing to divide by.
@@ -201,7 +206,7 @@ def _ratio(runs: Iterable[Run], base: Iterable[Run], target: float | None) -> Ra
         other = others.get(run.config.seed)
         if other is None or other.result is None:
             continue
-        goal = target if target is not None else other.result.final_loss
+        goal = target if target is not None else _end_of_curve(other)
         base_steps = None if goal is None else _crossing(other, goal)
         if goal is None or base_steps is None:
             return None

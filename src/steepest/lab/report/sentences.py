@@ -190,8 +190,10 @@ def methodology(race: Race) -> tuple[str, ...]:
     """How the numbers were computed, a sentence or two each."""
     base = plain(race.study.baseline)
     if race.study.target is None:
-        target = f"The target is the mean final loss of {base}; {base} itself is timed to its own final loss."
-        ratio = f"to the final loss of {base} with the same seed"
+        target = (
+            f"The target is where {wording.possessive(base)} curves end in the mean; for {base} itself, its own end."
+        )
+        ratio = f"to the end of the curve of {base} with the same seed"
     else:
         target = "The target was set by the study."
         ratio = "to the target"

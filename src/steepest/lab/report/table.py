@@ -37,10 +37,10 @@ def columns(race: Race) -> tuple[Column[MethodResult, Race], ...]:
     """The columns for which the study has data."""
     goal = "target" if race.target is None else f"target {wording.loss(race.target)}"
     base, own = wording.shortened(race.study.baseline), race.study.target is None
-    mean = f"the mean final loss of {base}; for {base} its own"
+    mean = f"where the curves of {base} end in the mean; for {base} its own"
     chosen = [Column("Final loss", _final), Column(f"Steps to {goal}", _steps, mean if own else "set by the study")]
     if race.ranked and len(race.methods) > 1:
-        seeds = "to its final loss with the same seed" if own else "to the same target"
+        seeds = "to the end of its curve with the same seed" if own else "to the same target"
         chosen.append(Column(f"Steps against {base}", _ratio, seeds))
     if any(method.accuracy for method in race.methods):
         chosen.append(Column("Final accuracy", _accuracy))
