@@ -44,7 +44,7 @@ def run_bypassed(optimizer_of, *, steps=4, record=False):
 def test_a_layer_whose_inputs_were_not_seen_is_an_error_that_says_what_to_do():
     expected = (
         r"'hidden\.weight' has a gradient, but its inputs since the last step are missing \(no call of its module had "
-        r"a backward pass that adds to the gradient, .*\)\. Call opt\.record_input\(parameter, inputs\) before step\(\), "
+        r"a backward pass that adds .*\)\. Call opt\.record_input\(parameter, inputs\) before step\(\), "
         r"give it InputMoment\(structure=\{'hidden\.weight': 'none'\}\), or .*InputMoment\(missing='muon'\)"
     )
     with pytest.raises(MissingInputsError, match=expected):

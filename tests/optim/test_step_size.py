@@ -304,10 +304,14 @@ def test_momo_needs_one_momentum():
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"lower_bound": "automatic"}, TypeError, "a number, a function or 'auto' as lower_bound, got 'automatic'"),
-        ({"lower_bound": True}, TypeError, "as lower_bound, got True"),
-        ({"lower_bound": math.nan}, ValueError, "below the loss, got nan"),
-        ({"lower_bound": math.inf}, ValueError, "below the loss, got inf"),
+        (
+            {"lower_bound": "automatic"},
+            TypeError,
+            "lower_bound must be a number, a function or 'auto', got 'automatic'",
+        ),
+        ({"lower_bound": True}, TypeError, "lower_bound must be a number, a function or 'auto', got True"),
+        ({"lower_bound": math.nan}, ValueError, "lower_bound must be below the loss, and not infinity, got nan"),
+        ({"lower_bound": math.inf}, ValueError, "lower_bound must be below the loss, and not infinity, got inf"),
         ({"bookkeeping": "recurent"}, ValueError, "Unknown bookkeeping 'recurent': did you mean 'recurrent'"),
     ],
 )
@@ -320,7 +324,7 @@ def test_a_schedule_that_returns_nonsense_is_refused():
     model = network()
     optimizer = MuonAdam(model, step_size=Momo(lambda step: None))
     loss = backward(model, 0)
-    with pytest.raises(TypeError, match="as lower_bound, got None"):
+    with pytest.raises(TypeError, match="lower_bound must be a number, a function or 'auto', got None"):
         optimizer.step(loss=loss)
 
 
