@@ -276,7 +276,9 @@ def test_blocks_and_single_matrices_are_the_scalar_map(method, dtype, shape, rng
     """Sizes on both sides of every threshold, divisible by the number of blocks or not."""
     g = torch.randn(shape, generator=rng, dtype=dtype)
     expected = spectral_oracle(g, "nonic").to(dtype)
-    atol = 2e-4 if dtype == torch.float32 else 1e-10
+    # what float32 may lose where terms cancel, on any processor: the set's certificate tells
+    lost = get_coefficients("nonic").certify().cancellation * torch.finfo(dtype).eps
+    atol = lost if dtype == torch.float32 else 1e-10
     torch.testing.assert_close(polar(g, method=method), expected, rtol=0, atol=atol)
     torch.testing.assert_close(polars([g.mT], method=method, times=[-2.0])[0], -2 * expected.mT, rtol=0, atol=2 * atol)
 

@@ -66,12 +66,13 @@ def _train(options: argparse.Namespace) -> int:
     from steepest.lab.checkpoint import CheckpointError
     from steepest.lab.display import StudyDisplay
     from steepest.lab.fields import RecordError
+    from steepest.lab.files import exists
     from steepest.lab.ledger import RunBusyError
     from steepest.lab.stopping import counting_signals
     from steepest.lab.train import Interrupted, RunMismatchError, train_run
 
     config = _config(options)
-    finished = (options.out / "result.json").exists()
+    finished = exists(options.out / "result.json")
     display = StudyDisplay({config.method: [options.out]}, steps=config.steps, console=Console(stderr=True))
     try:
         with counting_signals() as stopped, display:
@@ -104,9 +105,11 @@ def _train(options: argparse.Namespace) -> int:
 
 def _check_kept(options: argparse.Namespace) -> None:
     """Of a run that was finished before, refuse what only training can give."""
+    from steepest.lab.files import exists, read_lines
+
     for option, there in (
-        ("keep-checkpoint", (options.out / "checkpoint.pt").exists()),
-        ("diagnostics", b'"kind": "diagnostics"' in (options.out / "metrics.jsonl").read_bytes()),
+        ("keep-checkpoint", exists(options.out / "checkpoint.pt")),
+        ("diagnostics", any('"kind": "diagnostics"' in row for row in read_lines(options.out / "metrics.jsonl"))),
     ):
         if getattr(options, option.replace("-", "_")) and not there:
             raise UsageError(

@@ -66,7 +66,11 @@ class Guard:
         # The largest absolute entry is finite exactly if all are; the factor leaves room for a difference of two.
         peaks = torch._foreach_norm(own, ord=torch.inf) if own and not quick else ()
         wide = [peak.to(device, torch.promote_types(peak.dtype, torch.float32)) for peak in peaks]
-        finite = torch.stack([(4 * peak).isfinite() for peak in wide]) if wide else torch.ones(1, dtype=torch.bool)
+        finite = (
+            torch.stack([(4 * peak).isfinite() for peak in wide])
+            if wide
+            else torch.ones(1, dtype=torch.bool, device=device)
+        )
         loss_finite = _finite(loss, device)
         here = finite.to(device).all() & loss_finite
         admitted = agree(here, sharded)
@@ -136,7 +140,7 @@ class Guard:
         refused = [place for place, flag in enumerate(fine) if flag is False]
         if self.on_nonfinite == "skip" and (unread or accept is not None):
             flags = [flag.to(unread[0].device) for flag in unread]
-            bad = ~torch.stack(flags).all() if flags and not refused else torch.tensor(bool(refused))
+            bad = ~torch.stack(flags).all() if flags and not refused else torch.tensor(bool(refused), device="cpu")
             self._skipped = self._skipped + (bad if accept is None else bad.to(accept.device) & accept).long()
             return False
         refused += [place for place, flag in enumerate(fine) if isinstance(flag, Tensor) and not bool(flag)]

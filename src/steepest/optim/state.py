@@ -128,7 +128,8 @@ def restored(saved: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for key, value in saved.items():
         if key == STEP:
-            state[key] = torch.as_tensor(value).detach().to(device=device, dtype=torch.int64, copy=True)
+            count = value if isinstance(value, Tensor) else torch.tensor(value, device=device)
+            state[key] = count.detach().to(device=device, dtype=torch.int64, copy=True)
         elif key in (MOMENTUM, SECOND, DUAL) or input_entry(key):
             state[key] = value.detach().to(device=device, dtype=dtype, copy=True)
         else:  # somebody's own
