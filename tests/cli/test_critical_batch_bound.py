@@ -139,7 +139,7 @@ def test_the_scale_rules_are_the_library_s():
 
 def test_the_page_shows_what_the_command_prints(capsys):
     page = (Path(__file__).parents[2] / "docs" / "critical_batch_bounds.md").read_text()
-    shown = re.findall(r"```\n\$ steepest critical-batch bound ((?:.*\\\n)*.*)\n((?:.*\n)*?)```", page)
+    shown = re.findall(r"```(?:console)?\n\$ steepest critical-batch bound ((?:.*\\\n)*.*)\n((?:.*\n)*?)```", page)
     assert shown
     for words, expected in shown:
         assert run(capsys, words.replace("\\\n", " "))[1] == expected
