@@ -1,5 +1,6 @@
 """Sweeps in real processes, several dispatchers at once, killed at any moment: nothing is lost or done twice."""
 
+import errno
 import io
 import json
 import re
@@ -15,11 +16,15 @@ from rich.console import Console
 from steepest.lab import engine
 from steepest.lab.engine import FailedRunsError, join_study, run_study
 from steepest.lab.fields import RecordError
-from steepest.lab.pool import KILLS, Pool, last_words
+from steepest.lab.pool import KILLS, DiskFullError, Pool, last_words
+from steepest.lab.queue import Queue
+from steepest.lab.result import Result
 from steepest.lab.storage import StorageError
 from steepest.lab.study import StudyMismatchError, run_directory, write_study
 from steepest.lab.sweep import Sweep
 from steepest.lab.tasks import make_task
+from steepest.lab.worker import FULL
+from steepest.lab.worker import main as worker_main
 from tests.lab.processes import ended, modified, rows_of, sessions, steepest, wait_for, workers_of
 
 STEPS = 80
@@ -242,3 +247,93 @@ def test_nobody_joins_what_was_not_started(task, tmp_path):
 def test_numbers_below_one_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         join_study(tmp_path, **{"workers": 1, "threads": 1, name: 0})
+
+
+def finishing(monkeypatch, *, then=lambda _: None):
+    """Runs end at once, and then something happens."""
+    done = []
+
+    def train(_, run):
+        result = Result("finished", STEPS, 0.5, None, 1.0, 0.5, 0.5, 1000, "2026-01-01T00:00:00+00:00")
+        (run / "result.json").write_text(result.to_json())
+        done.append(run)
+        then(len(done))
+        return "finished"
+
+    monkeypatch.setattr(Pool, "train", train)
+    return done
+
+
+def test_a_database_that_breaks_when_all_runs_have_ended_costs_nothing(task, tmp_path, monkeypatch):
+    def breaks(number):
+        if number == 2:
+            (tmp_path / "optuna.db").write_text("overwritten, and no database any more")
+
+    finishing(monkeypatch, then=breaks)
+    screen, start = io.StringIO(), time.monotonic()
+    report = run_study(sweep(task), tmp_path, command=ASK, workers=1, console=Console(file=screen, width=1000))
+    assert report.exists()
+    assert time.monotonic() - start < 60
+    assert re.search(r"optuna\.db is damaged: .*All runs have ended without it\.", screen.getvalue())
+
+
+def test_a_server_that_stops_when_all_runs_have_ended_costs_nothing(task, tmp_path, monkeypatch):
+    """It might come back; but nobody waits for what is not needed."""
+    done = finishing(monkeypatch)
+
+    def silent(*_, **__):
+        raise StorageError("down")
+
+    monkeypatch.setattr(Queue, "failures", silent)
+    take = Queue.take
+    monkeypatch.setattr(Queue, "take", lambda self, train: take(self, train) if len(done) < 2 else silent())
+    start = time.monotonic()
+    assert run_study(sweep(task), tmp_path, command=ASK, workers=1, console=quiet()).exists()
+    assert time.monotonic() - start < 60
+
+
+def test_a_database_that_breaks_before_leaves_a_report_of_what_there_is(task, tmp_path, monkeypatch):
+    finishing(monkeypatch, then=lambda _: (tmp_path / "optuna.db").write_text("overwritten, and no database any more"))
+    start = time.monotonic()
+    with pytest.raises(StorageError, match=r"is damaged: .*\nThe report at .*report\.html has the 1 of 2 runs that"):
+        run_study(sweep(task), tmp_path, command=ASK, workers=1, console=quiet())
+    assert time.monotonic() - start < 60
+    (tmp_path / "optuna.db").unlink()  # as the message says
+    assert run_study(sweep(task), tmp_path, command=ASK, workers=1, console=quiet()).exists()
+
+
+def test_a_full_disk_is_told_at_once_with_path_and_remedy(task, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(Pool, "_start", lambda _, run: started.append(run))
+    monkeypatch.setattr(Pool, "_wait", lambda *_: FULL)
+    with pytest.raises(DiskFullError, match=rf"The disk of {tmp_path}/runs/\w+ is full.*Free some space and repeat"):
+        run_study(sweep(task), tmp_path, command=ASK, workers=1, console=quiet())
+    assert len(started) == 1
+
+
+def test_a_worker_tells_a_full_disk_by_its_exit_code(task, tmp_path, monkeypatch, capsys):
+    asked = sweep(task)
+    write_study(tmp_path, asked, asked.configs(), command=ASK)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr("steepest.lab.worker.train_run", full)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert worker_main([str(run_directory(tmp_path, asked.configs()[0]))]) == FULL
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_there_are_no_more_workers_than_runs(task, tmp_path, monkeypatch):
+    pools = []
+    monkeypatch.setattr(engine, "_work", lambda _, pool: pools.append(pool))
+    run_study(sweep(task), tmp_path, command=ASK, workers=500, console=quiet())
+    assert [pool.workers for pool in pools] == [2, 2]
+
+
+def test_whoever_waits_for_others_says_so(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "QUIET_S", 0.1)
+    monkeypatch.setattr(engine, "_work", lambda *_: time.sleep(1.5))
+    screen = io.StringIO()
+    run_study(sweep(task), tmp_path, command=ASK, workers=1, console=Console(file=screen, width=1000))
+    assert screen.getvalue().count("Waiting for 2 runs: other processes train them, or are gone; a run whose") == 1

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -325,21 +326,15 @@ DAMAGE = [
     "DROP TABLE studies",
     "DELETE FROM studies",
     "DROP TABLE trials",
-    "DELETE FROM alembic_version",
-    "DELETE FROM version_info",
     "ALTER TABLE trials DROP COLUMN datetime_start",
     "UPDATE study_directions SET direction = 'nonsense'",
     "UPDATE trials SET number = NULL",
-    "UPDATE trials SET number = 'nonsense'",
     "UPDATE trials SET state = 'nonsense'",
-    "UPDATE trials SET state = x'ff00'",
     "UPDATE trials SET datetime_start = 'nonsense'",
     "UPDATE trials SET datetime_complete = 1e400",
-    "UPDATE trial_user_attributes SET value_json = NULL",
     "UPDATE trial_user_attributes SET value_json = '{'",
     "UPDATE trial_user_attributes SET value_json = '[]'",
     "UPDATE trial_user_attributes SET value_json = CAST(x'ff' AS TEXT)",
-    "UPDATE trial_params SET distribution_json = '{}'",
     "UPDATE trial_params SET distribution_json = '{'",
     "UPDATE trial_params SET param_value = 'nonsense'",
     "UPDATE trial_heartbeats SET heartbeat = 'nonsense'",
@@ -347,12 +342,22 @@ DAMAGE = [
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_database_is_named_with_the_remedy_and_the_remedy_helps(out, damage):
-    train = Training()
+@pytest.fixture(scope="module")
+def begun(task, tmp_path_factory):
+    """A study of which one run has ended."""
+    out = tmp_path_factory.mktemp("begun") / "out"
+    race = Race(task=task, methods=("adamw", "sgd"), seeds=(0, 1), options={}, baseline="adamw", steps=20)
+    write_study(out, race, race.configs(), command="")
     with opened(out) as queue:
         queue.fill()
-        queue.take(train)
+        queue.take(Training())
+    return out
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_database_is_named_with_the_remedy_and_the_remedy_helps(begun, tmp_path, damage):
+    out, train = tmp_path / "out", Training()
+    shutil.copytree(begun, out)
     with sqlite3.connect(out / "optuna.db") as database:
         database.execute(damage)
     database.close()
@@ -370,18 +375,18 @@ def test_a_damaged_database_is_named_with_the_remedy_and_the_remedy_helps(out, d
         queue.fill(retry=True)
         drain(queue, train)
     assert len(list(out.glob("runs/*/result.json"))) == 4
-    assert len(train.runs) == len(set(train.runs)) == 4
+    assert len(train.runs) == len(set(train.runs)) == 3
 
 
 def test_many_runs_are_handed_out_a_few_at_a_time_and_each_once(task, tmp_path):
-    many = Race(task=task, methods=("sgd",), seeds=tuple(range(50)), options={}, baseline="sgd", steps=20)
+    many = Race(task=task, methods=("sgd",), seeds=tuple(range(24)), options={}, baseline="sgd", steps=20)
     write_study(tmp_path, many, many.configs(), command="")
     train = Training()
     with opened(tmp_path) as queue:
         while queue.fill():
             assert 0 < len(queue.study.get_trials(states=(TrialState.WAITING,))) <= MOST_WAITING
             drain(queue, train)
-        assert states(queue) == ["COMPLETE"] * 50
+        assert states(queue) == ["COMPLETE"] * 24
     assert train.runs == [run_directory(tmp_path, config).name for config in many.configs()]
 
 
@@ -401,19 +406,19 @@ def test_handing_out_a_run_asks_no_more_questions_of_a_larger_study(task, tmp_pa
 
 
 def test_failed_runs_beyond_the_first_few_are_tried_again_too(task, tmp_path):
-    many = Race(task=task, methods=("sgd",), seeds=tuple(range(40)), options={}, baseline="sgd", steps=20)
+    many = Race(task=task, methods=("sgd",), seeds=tuple(range(20)), options={}, baseline="sgd", steps=20)
     write_study(tmp_path, many, many.configs(), command="")
     with opened(tmp_path) as queue:
         while queue.fill():
             drain(queue, Training(outcome="failed"))
-        assert len(queue.failures()) == 40
+        assert len(queue.failures()) == 20
     train = Training()
     with opened(tmp_path) as queue:
         left = queue.fill(retry=True)
         while left:
             drain(queue, train)
             left = queue.fill()
-        assert len(set(train.runs)) == 40
+        assert len(set(train.runs)) == 20
         assert queue.failures() == []
 
 

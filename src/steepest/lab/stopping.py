@@ -52,14 +52,16 @@ def attend(
         finally:
             pool.stop.set()
         told = 0
-        while wait(slots, POLL_S).not_done:
+        while True:
             with contextlib.suppress(OSError):  # of a terminal that is gone
-                if len(received) > told:
-                    told = len(received)
+                while told < min(len(received), 3):
+                    told += 1
                     tell(_answer(told, patience_s))
                 update()
             if len(received) > 2:
                 pool.kill.set()
+            if not wait(slots, POLL_S).not_done:
+                break
     if received:
         raise KeyboardInterrupt
 
