@@ -1,14 +1,22 @@
 """How commands end: what is finished is not pretended to be done again, and the system's errors come with a remedy."""
 
+import ast
 import errno
+import importlib
 import resource
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+import steepest
 from steepest.cli import main
 from steepest.cli.outcome import INTERRUPTED
+from tests.lab.processes import ended
+from tests.lab.processes import steepest as start
 
 TRAIN = ("train", "--task", "digits", "--method", "muon", "--steps", "4", "--out")
 
@@ -72,3 +80,30 @@ def test_an_interrupted_command_says_what_is_so(monkeypatch, capsys, tmp_path, w
     told = capsys.readouterr().err
     assert "Interrupted." in told
     assert ("Everything so far is saved" in told) == saves
+
+
+@pytest.mark.parametrize("after_s", [0.3, 0.8, 1.5, 2.5])
+def test_an_interruption_while_libraries_are_imported_is_quiet(tmp_path, after_s):
+    words = ("race", "--task", "digits", "--methods", "sgd", "--seeds", "1", "--steps", "100000")
+    process = start(*words, "--out", tmp_path / "out")
+    time.sleep(after_s)
+    process.send_signal(signal.SIGINT)
+    told = ended(process, code=INTERRUPTED)
+    assert "Traceback" not in told
+    assert "Error" not in told
+
+
+def test_help_needs_no_torch():
+    code = "import sys, steepest.cli; steepest.cli._parser(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
+
+
+def test_the_names_of_the_library_are_where_they_are_said_to_be():
+    for node in ast.walk(ast.parse(Path(steepest.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("steepest."):
+            for alias in node.names:
+                assert getattr(steepest, alias.name) is getattr(importlib.import_module(node.module), alias.name)
+    assert set(steepest.__all__) <= set(dir(steepest))
+    assert steepest.optim is importlib.import_module("steepest.optim")
+    with pytest.raises(AttributeError, match="has no attribute 'muon'"):
+        _ = steepest.muon

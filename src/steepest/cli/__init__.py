@@ -10,6 +10,7 @@ import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 import steepest
 from steepest.cli import bench, critical_batch, runs, studies, theory
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    received = _noted_interrupts() if arguments is None else []
     options, unknown = _parser().parse_known_args(words)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -39,11 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options)
     except KeyboardInterrupt:
-        if arguments is None:  # nobody needs a traceback of how this process ends
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        saved = " Everything so far is saved; the same command goes on from there." if options.parser.saves else ""
-        print(f"\nInterrupted.{saved}", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted(options, ends=arguments is None)
     except ModuleNotFoundError as missing:
         if (missing.name or "").startswith("steepest"):
             raise
@@ -58,6 +56,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as failure:
         print(f"error: {without_passwords(_with_remedy(failure), words)}", file=sys.stderr)
         return FAILED
+    except Exception:
+        if received:  # which some libraries turn into errors of their own while they are imported
+            return _interrupted(options, ends=True)
+        raise
+
+
+def _noted_interrupts() -> list[int]:
+    """Ctrl-C raises KeyboardInterrupt as always, and is noted, too."""
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, note)
+    return received
+
+
+def _interrupted(options: argparse.Namespace, *, ends: bool) -> int:
+    if ends:  # nobody needs a traceback of how this process ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    saved = " Everything so far is saved; the same command goes on from there." if options.parser.saves else ""
+    print(f"\nInterrupted.{saved}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _with_remedy(failure: OSError) -> str:
