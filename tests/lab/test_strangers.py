@@ -1,13 +1,17 @@
 """Directories from strangers: what stands in the place of a file of a study or a run, met by every command."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from steepest.cli import main
 from steepest.lab.config import configure
+from steepest.lab.study import run_directory
 from steepest.lab.tasks import make_task
 from steepest.lab.train import Interrupted, train_run
 from tests.lab.synthetic import Pace, run_dir, write_study
@@ -70,6 +74,28 @@ def intact(tmp_path):
     return not outside.exists() or outside.read_text() == SECRET
 
 
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("studies") / "study", {"adamw": Pace(), "muon": Pace(1.7)}, seeds=(0,))
+
+
+@pytest.mark.parametrize("thing", ALL)
+@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl", "environment.json"])
+def test_a_report_shows_what_is_wrong_with_a_run_and_nothing_of_what_a_link_points_to(
+    study, tmp_path, capsys, monkeypatch, name, thing
+):
+    monkeypatch.setattr("steepest.lab.report.page.to_png", lambda _: b"")
+    shutil.copytree(study, tmp_path / "study")
+    run = sorted((tmp_path / "study" / "runs").iterdir())[0]
+    (tmp_path / "study" / "runs" / "outside").write_text(SECRET)
+    put(run / name, thing)
+    told(capsys, ["report", tmp_path / "study"], code=0, mentions=[])
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert SECRET not in page
+    assert f"{run.name}/{name}" in page
+    assert (tmp_path / "study" / "runs" / "outside").read_text() == SECRET
+
+
 @pytest.mark.parametrize("thing", ALL)
 @pytest.mark.parametrize("command", ["report", "critical-batch fit", "critical-batch plot", "work", "race"])
 def test_a_study_that_is_none_is_named_by_every_command(tmp_path, capsys, command, thing):
@@ -81,6 +107,29 @@ def test_a_study_that_is_none_is_named_by_every_command(tmp_path, capsys, comman
     assert os.listdir(tmp_path / "study") in (["study.json"], ["lock", "study.json"], ["study.json", "lock"])
 
 
+@pytest.mark.parametrize("thing", THINGS)
+@pytest.mark.parametrize("name", ["report.html", "plots/loss-steps.png", "plots"])
+def test_a_report_is_written_to_regular_files(study, tmp_path, capsys, monkeypatch, name, thing):
+    if (name, thing) == ("plots", "a directory"):
+        return
+    monkeypatch.setattr("steepest.lab.report.page.to_png", lambda _: b"")
+    shutil.copytree(study, tmp_path / "study")
+    (tmp_path / "study" / name).parent.mkdir(exist_ok=True)
+    if "/" in name:
+        name = next(f"plots/{key}.png" for key in keys_of(study))
+    put(tmp_path / "study" / name, thing)
+    told(capsys, ["report", tmp_path / "study"], code=1, mentions=[name])
+    assert intact(tmp_path)
+    if (tmp_path / "study" / "outside").exists():
+        assert (tmp_path / "study" / "outside").read_text() == SECRET
+
+
+def keys_of(study):
+    from steepest.lab.report import cb_figures, figures
+
+    return (figures if json.loads((study / "study.json").read_text())["kind"] == "race" else cb_figures).KEYS
+
+
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     """A run that was interrupted in the middle."""
@@ -90,6 +139,29 @@ def begun(tmp_path_factory):
     with pytest.raises(Interrupted):
         train_run(config, path, stop=lambda: next(steps) == 3)
     return path
+
+
+@pytest.mark.parametrize("thing", ALL)
+@pytest.mark.parametrize(
+    "name", ["lock", "config.json", "metrics.jsonl", "environment.json", "checkpoint.pt", "result.json"]
+)
+def test_a_run_does_not_go_on_from_what_is_not_its_own(begun, tmp_path, capsys, name, thing):
+    if name == "lock" and thing not in THINGS:
+        return  # what a lock holds is for the eye
+    if (name, thing) == ("environment.json", "control characters"):
+        return  # any object describes a machine; it is escaped where it is shown
+    shutil.copytree(begun, tmp_path / "run")
+    put(tmp_path / "run" / name, thing)
+    told(capsys, [*TRAIN, "--out", tmp_path / "run"], code=1, mentions=[f"{name}: "])
+    assert intact(tmp_path)
+
+
+@pytest.mark.parametrize("thing", THINGS)
+def test_a_run_whose_result_is_no_file_leaves_it_alone(begun, tmp_path, capsys, thing):
+    shutil.copytree(begun, tmp_path / "run")
+    put(tmp_path / "run" / "result.json", thing)
+    told(capsys, [*TRAIN, "--out", tmp_path / "run"], code=1, mentions=["result.json: "])
+    assert intact(tmp_path)
 
 
 def sorted_tree(directory):
@@ -160,3 +232,32 @@ def test_what_the_lab_has_left_is_not_somebody_else_s(tmp_path):
 
 
 PLANTED = ("random", "torch", "steepest", "numpy", "json", "optuna", "sitecustomize_", "encodings_")
+
+
+def test_no_code_of_the_current_directory_runs_in_a_worker(tmp_path):
+    """Somebody has modules of these names here; the race is started as the installed command is."""
+    here = tmp_path / "here"
+    for name in PLANTED:
+        (here / name).mkdir(parents=True)
+        (here / name / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
+    start = "import sys; sys.path = [p for p in sys.path if p]; from steepest.cli import main; sys.exit(main())"
+    words = ["race", "--task", "digits", "--methods", "adamw", "--seeds", "1", "--steps", "2", "--workers", "1"]
+    command = [sys.executable, "-P", "-c", start, *words, "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_config_s_text_begins_no_line_of_a_log(tmp_path):
+    config = configure(make_task("digits"), method="adamw", seed=0, steps=2)
+    from dataclasses import replace
+
+    config = replace(config, code="0.1\nssh-ed25519 AAAA evil@example\n")
+    run = run_directory(tmp_path, config)
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(config.to_json())
+    command = [sys.executable, "-Pm", "steepest.lab.worker", str(run)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "0.1\\nssh-ed25519 AAAA evil@example\\n" in ended.stderr.splitlines()[-1]
+    assert not any(line.startswith("ssh-ed25519") for line in ended.stderr.splitlines())
