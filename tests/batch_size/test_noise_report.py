@@ -118,6 +118,58 @@ def test_resuming_with_other_units_is_refused(other, message):
         NoiseScale(model, sgd(model), **{"samples": PER, "kinds": ALL, **other}).load_state_dict(saved)
 
 
+WRONG = [
+    *(({"step": value}, "saved noise scale: step must be") for value in (-1, 1.5, "7", None, True)),
+    *(({key: -1}, f"saved noise scale: {key} must be at least 0, got -1") for key in ("discarded", "skipped")),
+    *(({key: 1}, f"saved noise scale: {key} must be True or False, got 1") for key in ("told", "owed")),
+    ({"records": None}, "records must be a list, got None"),
+    ({"records": [3]}, "Measurement 0 of the saved noise scale must be a dictionary, got 3"),
+    ({"records": [{}]}, "Measurement 0 of the saved noise scale has no 'step'. The checkpoint is damaged"),
+]
+WRONG_RECORDS = [
+    ({"step": -1}, "step must be at least 0"),
+    ({"count": 1}, "count must be at least 2"),
+    ({"count": 64}, r"values must be finite float64 of shape \(7, 17\), got torch.float64 of shape \(7, 13\)"),
+    ({"samples": math.nan}, "samples must be"),
+    ({"values": torch.zeros(2)}, "values must be finite float64 of shape"),
+    ({"values": None}, "values must be a tensor, got None"),
+    ({"weights": torch.full((7,), math.nan, dtype=F64)}, r"weights must be finite .* not all finite. The checkpoint"),
+    ({"weights": torch.ones(3)}, "weights must be finite float64 of shape"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_a_damaged_state_is_refused_and_nothing_changes(change, message):
+    refused({**measured().state_dict(), **change}, message)
+
+
+@pytest.mark.parametrize("key", measured().state_dict())
+def test_a_state_without_an_entry_is_refused(key):
+    saved = measured().state_dict()
+    del saved[key]
+    refused(saved, f"{key}")
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_RECORDS)
+def test_a_damaged_measurement_is_refused_and_nothing_changes(change, message):
+    saved = measured().state_dict()
+    saved["records"][-1] = {**saved["records"][-1], **change}
+    refused(saved, f"Measurement {len(saved['records']) - 1} of the saved noise scale: {message}")
+
+
+def test_what_is_no_state_is_refused():
+    refused(None, r"must be what state_dict\(\) returned, a dictionary, got None")
+
+
+def refused(saved, message):
+    live = measured(every=2)
+    before = live.state_dict()
+    with pytest.raises((ValueError, TypeError), match=message):
+        live.load_state_dict(saved)
+    after = live.state_dict()
+    assert str(after) == str(before)
+
+
 def test_resuming_micro_batches_with_samples_told_is_refused():
     model = network()
     told = NoiseScale(model, sgd(model), kinds=ALL)

@@ -21,12 +21,22 @@ from steepest.batch_size.noise_layers import (
     stepping,
 )
 from steepest.batch_size.noise_report import NoiseReport, Record, make_report
+from steepest.checks import Check, flag, instance, number, shown, whole
 from steepest.geometry import Norm
 from steepest.linalg import PolarMethod
 from steepest.names import unknown_name
 
 Losses = Literal["divided", "whole", "weighted"]
 FORMAT = 2
+DAMAGED = "The checkpoint is damaged: use another one, or measure anew."
+_SAVED = {"step": whole(0), "discarded": whole(0), "skipped": whole(0), "told": flag, "owed": flag}
+_RECORD = {
+    "step": whole(0),
+    "count": whole(2),
+    "samples": number(above=True),
+    "values": instance(Tensor, "a tensor"),
+    "weights": instance(Tensor, "a tensor"),
+}
 
 
 class NoiseScale:
@@ -313,31 +323,51 @@ class NoiseScale:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from saved measurements.
+        """Continue from saved measurements; all of them are looked at before anything changes.
 
         Args:
             state_dict: Of the same model, optimizer and options.
 
         Raises:
-            ValueError: If layers, options that numbers depend on, or the format differ.
+            ValueError: If layers, options that numbers depend on, or the format differ, an entry is missing, or a
+                number or a shape cannot be.
+            TypeError: If an entry is of the wrong type.
         """
+        instance(dict, "what state_dict() returned, a dictionary")("The saved noise scale", state_dict)
         for key, expected in self._meaning().items():
-            if state_dict.get(key) != expected:
+            if key not in state_dict or state_dict[key] != expected:
                 raise ValueError(
-                    f"The saved noise scale has {key}={state_dict.get(key)!r}, but {expected!r} is needed. Build it "
-                    "with the model, optimizer and options that were saved."
+                    f"The saved noise scale has {key}={shown(state_dict.get(key))}, but {expected!r} is needed. Build "
+                    "it with the model, optimizer and options that were saved."
                 )
-        if state_dict["records"] and self._told and not state_dict["told"]:
+        saved = _entries("The saved noise scale", state_dict, {**_SAVED, "records": instance(list, "a list")})
+        records = [self._restored(place, record) for place, record in enumerate(saved["records"])]
+        if records and self._told and not saved["told"]:
             raise ValueError(
                 "The saved noise scale counts in micro-batches, but micro_batch was called on this one. Load before "
                 "the first call, and do without it, or measure anew."
             )
-        self._records = [Record(**record) for record in state_dict["records"]]
-        self._step, self._discarded = int(state_dict["step"]), int(state_dict["discarded"])
-        self._skipped = int(state_dict["skipped"])
-        self._told = self._told or bool(state_dict["told"])
+        self._records = records
+        self._step, self._discarded, self._skipped = saved["step"], saved["discarded"], saved["skipped"]
+        self._told = self._told or saved["told"]
         self._record.forget()
-        self._due((self._step + 1) % self._every == 0 or bool(state_dict["owed"]))
+        self._due((self._step + 1) % self._every == 0 or saved["owed"])
+
+    def _restored(self, place: int, saved: object) -> Record:
+        who = f"Measurement {place} of the saved noise scale"
+        record = Record(**_entries(who, instance(dict, "a dictionary")(who, saved), _RECORD))
+        shapes = {
+            "values": (len(self._layers), len(columns(self._kinds, record.count))),
+            "weights": (len(self._layers),),
+        }
+        for key, shape in shapes.items():
+            tensor: Tensor = getattr(record, key)
+            if tensor.dtype != torch.float64 or tuple(tensor.shape) != shape or not bool(tensor.isfinite().all()):
+                raise ValueError(
+                    f"{who}: {key} must be finite float64 of shape {shape}, got {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)}{'' if bool(tensor.isfinite().all()) else ', not all finite'}. {DAMAGED}"
+                )
+        return record
 
     def _meaning(self) -> dict[str, Any]:
         """What saved numbers have to agree in."""
@@ -364,6 +394,13 @@ class NoiseScale:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _entries(who: str, saved: Mapping[str, object], checks: Mapping[str, Check]) -> dict[str, Any]:
+    """What was saved, every entry checked."""
+    if missing := [key for key in checks if key not in saved]:
+        raise ValueError(f"{who} has no {missing[0]!r}. {DAMAGED}")
+    return {key: check(f"{who}: {key}", saved[key]) for key, check in checks.items()}
 
 
 def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
