@@ -373,6 +373,91 @@ def test_a_checkpoint_that_does_not_fit_is_refused(interrupted, key, value):
         train_run(short(), interrupted)
 
 
+def optimizer_parts(state):
+    return state["optimizer"].get("parts", [state["optimizer"]])
+
+
+def in_groups(key, value):
+    def change(state):
+        for part in optimizer_parts(state):
+            for group in part["param_groups"]:
+                if key in group:
+                    group[key] = value
+
+    return change
+
+
+def averages(change):
+    def of_every_average(state):
+        for part in optimizer_parts(state):
+            for entries in part["state"].values():
+                for key, value in entries.items():
+                    if isinstance(value, torch.Tensor) and value.ndim:
+                        entries[key] = change(value)
+
+    return of_every_average
+
+
+def weights(change):
+    def of_the_first(state):
+        name = next(iter(state["model"]))
+        state["model"][name] = change(state["model"][name])
+
+    return of_the_first
+
+
+def at(*path, value):
+    def change(state):
+        for key in path[:-1]:
+            state = state[key]
+        state[path[-1]] = value
+
+    return change
+
+
+# what somebody may have put in the place of a checkpoint, with all its checksums right
+PUT_THERE = {
+    "a rate": in_groups("lr", 99.0),
+    "a rate of the schedule": in_groups("initial_lr", 99.0),
+    "a momentum": in_groups("momentum", 0.1),
+    "both momenta": in_groups("betas", (0.1, 0.95)),
+    "a decay": in_groups("weight_decay", 0.5),
+    "a norm": in_groups("norm", "Sign()"),
+    "averages of doubles": averages(lambda average: average.double()),
+    "averages of another shape": averages(lambda average: average.flatten()[:1]),
+    "weights of doubles": weights(lambda weight: weight.double()),
+    "a smaller weight": weights(lambda weight: weight[:1]),
+    "weights that are not numbers": weights(lambda weight: weight * math.nan),
+    "no first weight": lambda state: state["model"].pop(next(iter(state["model"]))),
+    "a step": at("counters", "step", value=7),
+    "a step below zero": at("counters", "step", value=-1),
+    "a step of the schedule": at("scheduler", "last_epoch", value=7),
+    "rates of the schedule": at("scheduler", "base_lrs", value=[99.0]),
+    "losses": at("losses", value=["1.0"]),
+    "threads": at("threads", value=10**9),
+    "a place in the data": at("order", "position", value=3),
+    "another epoch": at("order", "epoch", value=5),
+}
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+@pytest.mark.parametrize("thing", PUT_THERE)
+def test_a_checkpoint_put_in_place_of_ours_is_refused(tmp_path, method, thing):
+    with pytest.raises(Interrupted):
+        train_run(short(method), tmp_path, stop=stop_after(3))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    before = str(state)
+    PUT_THERE[thing](state)
+    if str(state) == before:
+        assert (method, thing) in {("adamw", "a momentum"), ("adamw", "a norm"), ("muon", "both momenta")}
+        return  # it has none
+    torch.save(state, tmp_path / "checkpoint.pt")
+    content = (tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="its content does not fit the run"):
+        train_run(short(method), tmp_path)
+    assert content == ((tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "metrics.jsonl").read_bytes())
+
+
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [

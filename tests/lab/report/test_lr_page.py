@@ -54,6 +54,19 @@ def test_nothing_comes_from_elsewhere(pages: dict[str, Path], name: str) -> None
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
 
 
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20"])
+def test_no_name_in_a_table_is_a_formula(tmp_path: Path, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steepest.lab.report.page.to_png", lambda _: b"")
+    name = f"{start}HYPERLINK(1)"
+    study = write_sweep(tmp_path, {"adamw": Valley(0.1, [0.1]), name: Valley(0.1, [0.1])}, seeds=(0,))
+    write_report(study)
+    for table in study.glob("*.csv"):
+        with table.open(newline="") as file:
+            cells = [cell for row in csv.reader(file) for cell in row if "HYPERLINK" in cell]
+        assert cells, table.name
+        assert not [cell for cell in cells if cell.strip().startswith(start.strip() or name)], table.name
+
+
 def test_hostile_names_are_text(pages: dict[str, Path]) -> None:
     page = Page(pages["sweep-hostile"])
     assert HOSTILE[0] in page.text

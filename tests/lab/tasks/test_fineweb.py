@@ -1,13 +1,19 @@
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from steepest.lab.files import DataError
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.fineweb import HASHED, HEADER, FinewebTask
 from steepest.lab.tasks.order import ExampleOrder
 from tests.lab.tasks.fake_data import shard, write_fineweb
+from tests.lab.test_files import THINGS
 
 
 @pytest.fixture
@@ -146,3 +152,50 @@ def test_a_token_outside_of_the_vocabulary_is_refused_when_it_is_read(folder):
     assert len(task.batch(torch.tensor([23]))[0]) == 1
     with pytest.raises(ValueError, match=r"fineweb_train_000002\.bin has the token 50257; .* ends at 50256"):
         task.batch(torch.tensor([24]))
+
+
+def trained_by(folder, out):
+    """In a process of its own, which a shard could end or make hang."""
+    command = [sys.executable, "-Pm", "steepest", "train", "--task", "fineweb", "--method", "adamw", "--steps", "4"]
+    return subprocess.run(
+        [*command, "--data", str(folder), "--out", str(out)], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.mark.parametrize("size", [0, HEADER, HEADER + 2 * 200])
+def test_a_shard_that_shrinks_while_the_task_uses_it_is_named(folder, size):
+    task = make_task("fineweb", data=folder)
+    path = folder / "fineweb_train_000001.bin"
+    full = path.stat().st_size
+    os.truncate(path, size)
+    with pytest.raises(
+        DataError, match=rf"000001\.bin had {full} bytes when the run began, and has {size} now\. Bring"
+    ):
+        task.batch(torch.tensor([0]))
+
+
+def test_a_shard_that_is_gone_is_named(folder):
+    task = make_task("fineweb", data=folder)
+    (folder / "fineweb_train_000001.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"fineweb_train_000001\.bin"):
+        task.batch(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("kind", ["train", "val"])
+@pytest.mark.parametrize("thing", THINGS)
+def test_what_is_no_regular_file_among_shards_is_refused_at_once(folder, thing, kind):
+    path = next(folder.glob(f"*_{kind}_*.bin"))
+    path.unlink()
+    THINGS[thing](path)
+    with pytest.raises((ValueError, OSError), match=path.name):
+        make_task("fineweb", data=folder)
+
+
+def test_foreign_tokens_end_a_command_with_one_line(folder, tmp_path):
+    tokens = np.full(3000, 65535, dtype=np.uint16)
+    for path in folder.glob("*_train_*.bin"):
+        path.write_bytes(shard(tokens))
+    ended = trained_by(folder, tmp_path / "run")
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert re.search(r"error: .*\.bin has the token 65535; GPT-2's vocabulary ends at 50256", ended.stderr)
