@@ -229,12 +229,12 @@ def test_the_gap_is_zero_at_a_stationary_point_on_the_edge(rng):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Ball(lr=0.0, weight_decay=0.1), "Ball takes a finite lr above 0, got 0.0."),
-        (lambda: Ball(lr=0.1, weight_decay=0.1, scale=math.inf), "Ball takes a finite scale above 0, got inf."),
-        (lambda: Ball(lr=0.1, weight_decay=-1.0), "Ball takes a finite weight_decay of at least 0, got -1.0."),
+        (lambda: Ball(lr=0.0, weight_decay=0.1), "Ball: lr must be finite and above 0, got 0.0."),
+        (lambda: Ball(lr=0.1, weight_decay=0.1, scale=math.inf), "Ball: scale must be finite and above 0, got inf."),
+        (lambda: Ball(lr=0.1, weight_decay=-1.0), "Ball: weight_decay must be finite and at least 0, got -1.0."),
         (
             lambda: Ball(lr=0.1, weight_decay=0.1, overshoot=0.5),
-            "Ball takes a finite overshoot of at least 1, got 0.5.",
+            "Ball: overshoot must be finite and at least 1, got 0.5.",
         ),
         (
             lambda: frank_wolfe_gap(torch.zeros(2, 3), torch.zeros(3, 2), weight_decay=0.1),

@@ -227,12 +227,12 @@ def test_a_start_that_is_good_enough_is_said_to_be():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Setting(0.0), "Setting takes lr and scale above 0, got 0.0 and 1.0"),
-        (lambda: Setting(math.nan), "Setting takes a finite lr of at least 0, got nan"),
-        (lambda: Setting(0.1, weight_decay=-1.0), "Setting takes a finite weight_decay of at least 0, got -1.0"),
+        (lambda: Setting(0.0), "Setting: lr must be finite and above 0, got 0.0"),
+        (lambda: Setting(math.nan), "Setting: lr must be finite and above 0, got nan"),
+        (lambda: Setting(0.1, weight_decay=-1.0), "Setting: weight_decay must be finite and at least 0, got -1.0"),
         (lambda: Setting(0.1, momentum=1.0), "momentum must be in [0, 1), got 1.0"),
-        (lambda: Problem(1.0, 1.0, -1.0, 1.0), "Problem takes a finite gap of at least 0, got -1.0"),
-        (lambda: Bound(1.0, math.inf, 0.0), "Bound takes a finite Y of at least 0, got inf"),
+        (lambda: Problem(1.0, 1.0, -1.0, 1.0), "Problem: gap must be finite and at least 0, got -1.0"),
+        (lambda: Bound(1.0, math.inf, 0.0), "Bound: Y must be finite and at least 0, got inf"),
         (lambda: Bound(1.0, 1.0, 0.0, "1/sqrt"), "Unknown shape '1/sqrt': did you mean '1/sqrt(b)'?"),
         (lambda: Bound(1.0, 1.0, 0.0, "geometric"), "rate in (0, 1] with shape='geometric' only, got 0.0"),
         (lambda: Bound(1.0, 1.0, 0.0, rate=0.1), "rate in (0, 1] with shape='geometric' only, got 0.1"),
@@ -244,7 +244,10 @@ def test_a_start_that_is_good_enough_is_said_to_be():
             "There is no bound for lr * weight_decay = 1.5 above 1; lower lr to at most 1 / weight_decay = 2.",
         ),
         (lambda: bound(Setting(0.1), PROBLEM, star_convex=True), "star-convex bound needs weight_decay above 0"),
-        (lambda: inverse_batch_noise(Setting(0.1), sigma=-1.0), "takes a finite sigma of at least 0, got -1.0"),
+        (
+            lambda: inverse_batch_noise(Setting(0.1), sigma=-1.0),
+            "sigma must be finite and at least 0, got -1.0",
+        ),
     ],
 )
 def test_wrong_input_is_refused(call, message):

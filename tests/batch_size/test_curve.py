@@ -157,9 +157,9 @@ def test_lack_of_fit():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"overhead": 0.0}, "estimate takes overhead above 0"),
-        ({"level": 1.0}, "got overhead=0.2, level=1 and"),
-        ({"resamples": 10}, "100 or more resamples"),
+        ({"overhead": 0.0}, "estimate: overhead must be finite and above 0, got 0.0"),
+        ({"level": 1.0}, r"estimate: level must be in \(0, 1\), got 1.0"),
+        ({"resamples": 10}, "estimate: resamples must be at least 100, got 10"),
         ({"families": ["H", "h"]}, "Unknown family 'h'"),
     ],
 )

@@ -15,6 +15,8 @@ from torch import nn
 
 import steepest
 from steepest import Frobenius, InputMoment, Momo, Sign, Spectral, View, route
+from steepest.batch_size import Ball, Bound, NoiseScale, Problem, Setting
+from steepest.batch_size.curve_fit import Point
 from steepest.linalg import COEFFICIENTS, Coefficients
 
 
@@ -81,7 +83,18 @@ RIGHT = {
     **{option: set() for option in ("on_nonfinite", "norms", "product", "ridge_unit", "on", "solver", "missing")},
     **{option: set() for option in ("bookkeeping", "heads_dim", "source", "name", "role", "view", "norm", "steps")},
     **{option: {"three"} for option in ("groups", "interleave", "heads")},
+    **dict.fromkeys(("smoothness", "noise", "gap", "gradient", "X", "Y", "Z"), NON_NEGATIVE),
     "first": COUNT | {"zero"},
+    "batch_size": COUNT,
+    "seed": COUNT | {"zero"},
+    "censored": FLAG,
+    "overshoot": {"three"},
+    "rate": {"zero"},
+    "level": PART - {"zero"},
+    "samples": POSITIVE | {"None"},
+    "unit": {"None", "number as text", "empty text", "word"},
+    **{option: set() for option in ("shape", "measure", "losses")},
+    "store": {"None"},
     "betas": {"None"},
     "structure": {"empty mapping"},
     "exponents": set(),
@@ -103,6 +116,9 @@ OWN = {
     ("group", "dtype"): {"None"},
     ("InputMoment", "blend"): PART,
     ("View", "interleave"): set(),
+    **{(owner, option): POSITIVE for owner in ("Ball", "Setting") for option in ("lr", "scale")},
+    ("Point", "steps"): POSITIVE,
+    ("NoiseScale", "losses"): set(),
 }
 
 
@@ -113,6 +129,11 @@ def model():
 def group(**options):
     role = {"role": "vector"} if {"betas", "eps"} & options.keys() else {}
     return steepest.Muon([{"params": [nn.Parameter(torch.ones(3, 3))], **role, **options}])
+
+
+def noise_scale(**options):
+    watched = nn.Linear(2, 2)
+    NoiseScale(watched, torch.optim.SGD(watched.parameters()), **options).close()
 
 
 RECIPES = [
@@ -130,6 +151,11 @@ BASES = {
     "Scaled": (steepest.Scaled, {"norm": Sign(), "by": 1.0}),
     "View": (View, {}),
     "Rule": (steepest.Rule, {}),
+    "Ball": (Ball, {"lr": 1.0, "weight_decay": 0.1}),
+    "Setting": (Setting, {"lr": 1.0}),
+    "Problem": (Problem, dict.fromkeys(("smoothness", "noise", "gap", "gradient"), 1.0)),
+    "Bound": (Bound, {"X": 1.0, "Y": 1.0, "Z": 1.0}),
+    "Point": (Point, {"batch_size": 8, "seed": 0, "steps": 9.0}),
     "Coefficients": (Coefficients, {"name": "x", "source": "y", "steps": COEFFICIENTS["jordan"].steps}),
 }
 CALLS = {
@@ -150,6 +176,10 @@ CALLS = {
             *("lr", "momentum", "nesterov", "weight_decay", "betas", "beta2", "role", "view", "norm", "name"),
             *("eps", "scale", "coefficients", "polar", "dtype"),
         )
+    },
+    **{
+        ("NoiseScale", option): (lambda value, option=option: noise_scale(**{option: value}))
+        for option in ("every", "level", "samples", "unit", "losses", "store", "polar")
     },
     **{
         ("route", option): (lambda value, option=option: route(model(), **{option: value}))

@@ -23,7 +23,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from steepest.checks import check_fields, number
+
 Regime = Literal["no decay", "ball holds", "bounded", "may diverge"]
+
+
+_CHECKS = {"lr": number(above=True), "weight_decay": number(), "scale": number(above=True), "overshoot": number(1)}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Ball:
 
     Raises:
         ValueError: If a number is out of range.
+        TypeError: If one is none.
 
     Examples:
         >>> Ball(lr=0.02, weight_decay=0.1).radius
@@ -52,12 +58,7 @@ class Ball:
     overshoot: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, value in (("lr", self.lr), ("scale", self.scale)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"Ball takes a finite {name} above 0, got {value!r}.")
-        for name, value, least in (("weight_decay", self.weight_decay, 0), ("overshoot", self.overshoot, 1)):
-            if not least <= value < math.inf:
-                raise ValueError(f"Ball takes a finite {name} of at least {least}, got {value!r}.")
+        check_fields(self, _CHECKS)
 
     @property
     def regime(self) -> Regime:

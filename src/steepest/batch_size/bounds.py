@@ -34,11 +34,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from steepest.batch_size.bound_shapes import LogCurve, PowerCurve
-from steepest.names import unknown_name
+from steepest.checks import check_fields, choice, flag, number
 
 Shape = Literal["1/sqrt(b)", "1/b", "geometric"]
 Measure = Literal["gradient", "gap", "suboptimality"]
 Status = Literal["reachable", "below the floor", "already there"]
+
+_AT_LEAST_0, _ABOVE_0, _MOMENTUM = number(), number(above=True), number(0, 1)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Setting:
 
     Raises:
         ValueError: If a number is out of range.
+        TypeError: If one is none.
     """
 
     lr: float
@@ -63,10 +66,8 @@ class Setting:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _check("Setting", lr=self.lr, weight_decay=self.weight_decay, scale=self.scale)
-        if not self.lr or not self.scale:
-            raise ValueError(f"Setting takes lr and scale above 0, got {self.lr!r} and {self.scale!r}.")
-        noise_factor(self.momentum, nesterov=self.nesterov)
+        checks = {"lr": _ABOVE_0, "momentum": _MOMENTUM, "nesterov": flag, "weight_decay": _AT_LEAST_0}
+        check_fields(self, {**checks, "scale": _ABOVE_0})
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Problem:
 
     Raises:
         ValueError: If a number is negative or not finite.
+        TypeError: If one is none.
     """
 
     smoothness: float
@@ -90,7 +92,7 @@ class Problem:
     gradient: float
 
     def __post_init__(self) -> None:
-        _check("Problem", **vars(self))
+        check_fields(self, dict.fromkeys(vars(self), _AT_LEAST_0))
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class Bound:
 
     Raises:
         ValueError: If a number is out of range or the shape unknown.
+        TypeError: If one is of the wrong type.
     """
 
     X: float
@@ -142,9 +145,8 @@ class Bound:
     rate: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("Bound", X=self.X, Y=self.Y, Z=self.Z)
-        if self.shape not in get_args(Shape):
-            raise ValueError(unknown_name("shape", self.shape, get_args(Shape)))
+        words = {"shape": choice(get_args(Shape)), "measure": choice(get_args(Measure))}
+        check_fields(self, {**dict.fromkeys(("X", "Y", "Z", "rate"), _AT_LEAST_0), **words})
         if not (0 < self.rate <= 1 if self.shape == "geometric" else self.rate == 0):
             raise ValueError(f"A bound takes a rate in (0, 1] with shape='geometric' only, got {self.rate!r}.")
 
@@ -246,14 +248,13 @@ def noise_factor(momentum: float, *, nesterov: bool) -> float:
 
     Raises:
         ValueError: If β is out of range.
+        TypeError: If it is no number.
 
     Examples:
         >>> round(noise_factor(0.9, nesterov=False) ** 2, 5), round(noise_factor(0.9, nesterov=True) ** 2, 5)
         (0.05263, 0.07063)
     """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
-    beta = momentum
+    beta = _MOMENTUM("noise_factor: momentum", momentum)
     squared = (1 - beta) / (1 + beta)
     return math.sqrt(squared * ((1 - beta) * (1 + beta) ** 3 + beta**4) if nesterov else squared)
 
@@ -270,10 +271,9 @@ def lag(momentum: float, *, nesterov: bool) -> float:
 
     Raises:
         ValueError: If β is not in [0, 1).
+        TypeError: If it is no number.
     """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}.")
-    return momentum ** (2 if nesterov else 1) / (1 - momentum)
+    return _MOMENTUM("lag: momentum", momentum) ** (2 if nesterov else 1) / (1 - momentum)
 
 
 def bound(setting: Setting, problem: Problem, *, star_convex: bool = False) -> Bound:
@@ -325,16 +325,10 @@ def inverse_batch_noise(setting: Setting, *, sigma: float) -> float:
 
     Raises:
         ValueError: If σ is negative or not finite.
+        TypeError: If it is no number.
 
     Source:
         Cesista, leloykun.github.io/ponder/steepest-descent-crit-bz (2025, first version), after arXiv:2507.01598v3-v4.
     """
-    _check("inverse_batch_noise", sigma=sigma)
-    beta = setting.momentum
+    sigma, beta = _AT_LEAST_0("inverse_batch_noise: sigma", sigma), setting.momentum
     return ((2 * beta + 1) * (1 - beta) + setting.weight_decay) * sigma**2 / 2
-
-
-def _check(caller: str, **numbers: float) -> None:
-    for name, number in numbers.items():
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{caller} takes a finite {name} of at least 0, got {number!r}.")

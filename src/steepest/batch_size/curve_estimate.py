@@ -19,6 +19,7 @@ from steepest.batch_size.curve_answers import Answer, best_answer, levels, scale
 from steepest.batch_size.curve_families import family
 from steepest.batch_size.curve_fit import ALL_FAMILIES, Choice, Fit, Point, as_runs, choose, fit_runs, lacking
 from steepest.batch_size.curve_intervals import averaged, bootstrap
+from steepest.checks import number, whole
 
 REJECTED = 4.0  # AICc above the lowest from which on the hyperbola is called rejected
 CLOSE = 2.0  # AICc within which two families are both credible
@@ -89,9 +90,9 @@ def estimate(
     Raises:
         ValueError: If an option is out of range, a family is unknown, or none can be fitted.
     """
-    if not overhead > 0 or not 0 < level < 1 or resamples < 100:
-        problem = "estimate takes overhead above 0, level between 0 and 1 and 100 or more resamples"
-        raise ValueError(f"{problem}, got overhead={overhead:g}, level={level:g} and resamples={resamples}.")
+    overhead = number(above=True)("estimate: overhead", overhead)
+    level = number(0, 1, above=True)("estimate: level", level)
+    resamples = whole(100)("estimate: resamples", resamples)
     choice = choose(points, families)
     chosen, runs = choice.chosen, choice.chosen.runs
     refits = averaged(choice, resamples=resamples, seed=seed)

@@ -9,6 +9,7 @@ import numpy as np
 
 from steepest.batch_size.curve_families import FAMILIES, Array, Family, Mask, family
 from steepest.batch_size.curve_likelihood import LEAST_SIGMA, best_of_starts
+from steepest.checks import check_fields, flag, number, whole
 
 ALL_FAMILIES = tuple(FAMILIES)
 
@@ -30,9 +31,7 @@ class Point:
     censored: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or not 0 < self.steps < math.inf:
-            problem = "A point takes a batch size of at least 1 and a finite number of steps above 0"
-            raise ValueError(f"{problem}, got batch_size={self.batch_size} and steps={self.steps:g}.")
+        check_fields(self, {"batch_size": whole(1), "seed": whole(0), "steps": number(above=True), "censored": flag})
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,5 @@
 """Noise scales of a training run: what watches somebody's loop, and keeps what it saw."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, cast, get_args
@@ -21,14 +20,22 @@ from steepest.batch_size.noise_layers import (
     stepping,
 )
 from steepest.batch_size.noise_report import NoiseReport, Record, make_report
-from steepest.checks import Check, flag, instance, number, shown, whole
+from steepest.checks import Check, choice, flag, instance, number, optional, shown, whole
 from steepest.geometry import Norm
 from steepest.linalg import PolarMethod
-from steepest.names import unknown_name
 
 Losses = Literal["divided", "whole", "weighted"]
 FORMAT = 2
 DAMAGED = "The checkpoint is damaged: use another one, or measure anew."
+_OPTIONS = {
+    "every": whole(1),
+    "level": number(0, 1, above=True),
+    "samples": optional(number(above=True)),
+    "unit": optional(instance(str, "a text")),
+    "losses": choice(get_args(Losses)),
+    "store": optional(choice(get_args(Store))),
+    "polar": choice(get_args(PolarMethod)),
+}
 _SAVED = {"step": whole(0), "discarded": whole(0), "skipped": whole(0), "told": flag, "owed": flag}
 _RECORD = {
     "step": whole(0),
@@ -69,7 +76,7 @@ class NoiseScale:
 
     Raises:
         ValueError: If an option is unknown or out of range, or a layer cannot be measured.
-        TypeError: If the optimizer's steps cannot be heard of.
+        TypeError: If an option is of the wrong type, or the optimizer's steps cannot be heard of.
 
     Example:
         >>> model = nn.Linear(4, 1)
@@ -100,7 +107,10 @@ class NoiseScale:
         polar: PolarMethod = "svd",
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
-        _check(every, level, samples, losses, store, polar)
+        options = {"every": every, "level": level, "samples": samples, "unit": unit}
+        options |= {"losses": losses, "store": store, "polar": polar}
+        checked = {name: _OPTIONS[name](f"NoiseScale: {name}", value) for name, value in options.items()}
+        every, level, samples = checked["every"], checked["level"], checked["samples"]
         self._optimizer = optimizer = stepping(optimizer)
         self._every = every
         self._kinds = check_kinds(kinds)
@@ -141,8 +151,7 @@ class NoiseScale:
         Raises:
             ValueError: If the number is not positive, or steps were measured without it, in micro-batches.
         """
-        if not 0 < samples < math.inf:
-            raise ValueError(f"micro_batch takes a positive number of samples, got {samples!r}.")
+        samples = number(above=True)("micro_batch: samples", samples)
         if self._records and not self._told:
             raise ValueError(
                 f"micro_batch was called for the first time after {len(self._records)} measurements, whose unit is the "
@@ -150,7 +159,7 @@ class NoiseScale:
             )
         self._told = True
         if self._listening:
-            self._record.samples.append(float(samples))
+            self._record.samples.append(samples)
 
     def forget(self) -> None:
         """Forget micro-batches whose gradients you threw away by setting them to zero, without a step."""
@@ -169,8 +178,7 @@ class NoiseScale:
         Raises:
             ValueError: If nothing was measured yet, or an option is out of range.
         """
-        if last is not None and last < 1:
-            raise ValueError(f"read takes last >= 1, or None for all measurements, got {last}.")
+        last = optional(whole(1))("NoiseScale.read: last", last)
         if not self._records:
             raise ValueError(
                 f"Nothing was measured in {self._step} steps; the last of every {self._every} is, unless a gradient is "
@@ -407,16 +415,3 @@ def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
     """What a step was given; torch's hooks get the optimizer as the first argument."""
     given = args[1:] if args and isinstance(args[0], Optimizer) else args
     return kwargs.get("closure", given[0] if given else None)
-
-
-def _check(every: int, level: float, samples: float | None, losses: str, store: object, polar: str) -> None:
-    if not isinstance(cast(object, every), int) or every < 1:
-        raise ValueError(f"NoiseScale takes a whole number every >= 1, got {every!r}.")
-    if not 0 < level < 1:
-        raise ValueError(f"NoiseScale takes a level in (0, 1), got {level}.")
-    if samples is not None and not 0 < samples < math.inf:
-        raise ValueError(f"NoiseScale takes a positive number of samples per micro-batch, got samples={samples!r}.")
-    for option, value, known in (("losses", losses, Losses), ("polar", polar, PolarMethod), ("store", store, Store)):
-        names = cast(tuple[str, ...], get_args(known))
-        if value not in names and not (option == "store" and value is None):
-            raise ValueError(unknown_name(f"{option} of NoiseScale", value, names))

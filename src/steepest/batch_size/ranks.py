@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from steepest.checks import number, whole
+
 
 def effective_rank(matrix: Tensor) -> Tensor:
     """(‖A‖_* / ‖A‖_F)²: how many equal singular values would have the same two norms.
@@ -65,9 +67,8 @@ def noise_of_variance(sigma: float, rank: float) -> float:
     Raises:
         ValueError: If σ is negative or r below 1, or one is not finite.
     """
-    if not 0 <= sigma < math.inf or not 1 <= rank < math.inf:
-        raise ValueError(f"Noise takes a finite sigma of at least 0 and a rank of at least 1, got {sigma} and {rank}.")
-    return math.sqrt(rank) * sigma
+    sigma = number()("noise_of_variance: sigma", sigma)
+    return math.sqrt(number(1)("noise_of_variance: rank", rank)) * sigma
 
 
 def noise_of_entries(fan_out: int, fan_in: int, sigma: float) -> float:
@@ -84,6 +85,8 @@ def noise_of_entries(fan_out: int, fan_in: int, sigma: float) -> float:
     Raises:
         ValueError: If a side is below 1, or σ negative or not finite.
     """
-    if fan_out < 1 or fan_in < 1 or not 0 <= sigma < math.inf:
-        raise ValueError(f"Noise takes sides of at least 1 and a finite sigma >= 0, got {fan_out}, {fan_in}, {sigma}.")
+    fan_out, fan_in = (
+        whole(1)(f"noise_of_entries: {n}", side) for n, side in (("fan_out", fan_out), ("fan_in", fan_in))
+    )
+    sigma = number()("noise_of_entries: sigma", sigma)
     return sigma * min(fan_out, fan_in) * math.sqrt(max(fan_out, fan_in))
