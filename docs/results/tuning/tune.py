@@ -60,7 +60,7 @@ CONTESTANTS = {
         "muon": _muon(),
         "muonadam": Contestant("muonadam", {"momentum": 0.95, "lr": 0.04, "other_lr": 0.02, "beta2": 0.95}, {}),
         "muon-jordan": _muon(coefficients="jordan"),
-        "muon-polar-express": _muon(coefficients="polar_express"),
+        "muon-nonic": _muon(coefficients="nonic"),
     },
     "digits": {
         "adamw": Contestant("adamw", {"beta1": 0.9, "lr": 0.01, "other_lr": 0.02, "beta2": 0.95}, {}),

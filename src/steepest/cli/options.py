@@ -21,7 +21,7 @@ _ANYWHERE = ("adamw", "muon", "muonadam")
 
 # spelled out, so that --help does not wait for the lab; a test compares it with the registry
 METHODS = (
-    "adam, adamw, muon, muon-jordan, muon-plain, muon-plain-wd, muon-polar-express, muon-wd, muonadam, muonadam-momo, "
+    "adam, adamw, muon, muon-jordan, muon-nonic, muon-plain, muon-plain-wd, muon-wd, muonadam, muonadam-momo, "
     "muonmax, muonmax-momo, newton-muon, polargrad, polargrad-momo, scion, scion-momo, sgd, torch-muon"
 )
 

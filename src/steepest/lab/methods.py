@@ -260,7 +260,7 @@ METHODS: Mapping[str, Callable[..., Optimizer]] = {
     "muon": muon,
     "muon-plain": partial(muon, nesterov=False),
     "muon-jordan": partial(muon, coefficients="jordan"),
-    "muon-polar-express": partial(muon, coefficients="polar_express"),
+    "muon-nonic": partial(muon, coefficients="nonic"),
     "muon-wd": partial(muon, weight_decay=0.1),
     "muon-plain-wd": partial(muon, nesterov=False, weight_decay=0.1),
     "adam": adam,

@@ -7,8 +7,10 @@ of the examples, S seeds and K blocks,
 
     variance of the mean = var_s(mean_k d) / S + var_k(mean_s d) / K,
 
-which counts what seeds and blocks do together twice, and so errs on the safe side; degrees of freedom are those of
-Satterthwaite (1946). Evaluations along one run are not independent and count once.
+which counts what seeds and blocks do together twice, and so errs on the safe side. Degrees of freedom are those of the
+source that has fewer, in practice S - 1: Satterthwaite's (1946) weigh them by variances that few seeds tell badly, and
+at three seeds found three times as many differences as the level allows where there were none. Evaluations along one
+run are not independent and count once.
 """
 
 from __future__ import annotations
@@ -107,11 +109,11 @@ class Precision:
 
     Args:
         error: Standard error.
-        freedom: Degrees of freedom; infinite if there is no spread at all.
+        freedom: Degrees of freedom, of the source that has fewer.
     """
 
     error: float
-    freedom: float
+    freedom: int
 
 
 def precision(values: Sequence[float], blocks: Sequence[float] = ()) -> Precision | None:
@@ -123,10 +125,9 @@ def precision(values: Sequence[float], blocks: Sequence[float] = ()) -> Precisio
     """
     if len(values) < 2:
         return None
-    parts = [(stdev(own) ** 2 / len(own), len(own) - 1) for own in (values, blocks) if len(own) > 1]
-    variance = sum(part for part, _ in parts)
-    spread = sum(part**2 / freedom for part, freedom in parts)
-    return Precision(math.sqrt(variance), variance**2 / spread if spread > 0 else math.inf)
+    sources = [own for own in (values, blocks) if len(own) > 1]
+    error = math.sqrt(sum(stdev(own) ** 2 / len(own) for own in sources))
+    return Precision(error, min(map(len, sources)) - 1)
 
 
 def t_interval(
@@ -142,7 +143,7 @@ def t_interval(
     around = precision(values, blocks)
     if around is None:
         return None
-    half = _quantile((1 + confidence) / 2, around.freedom) * around.error
+    half = float(special.stdtrit(around.freedom, (1 + confidence) / 2)) * around.error
     return Interval(fmean(values) - half, fmean(values) + half)
 
 
@@ -205,10 +206,6 @@ def paired_p(differences: Sequence[float], blocks: Sequence[float] = ()) -> floa
     return float(2 * special.stdtr(around.freedom, -abs(mean) / around.error))
 
 
-def _quantile(probability: float, freedom: float) -> float:
-    return float(special.stdtrit(freedom, probability) if math.isfinite(freedom) else special.ndtri(probability))
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment: rejecting where the result is at most alpha keeps the family-wise error at alpha.
 
@@ -240,11 +237,9 @@ def seeds_needed(
     """
 
     def enough(n: int) -> bool:
-        seeds, examples = 1 / n, sampling**2
-        both = seeds**2 / (n - 1) + (examples**2 / (blocks - 1) if examples else 0.0)
-        freedom = (seeds + examples) ** 2 / both
+        freedom = min(n, blocks or n) - 1
         critical = float(special.stdtrit(freedom, 1 - alpha / 2))
-        return float(stats.nct.sf(critical, freedom, abs(effect) / math.sqrt(seeds + examples))) >= power
+        return float(stats.nct.sf(critical, freedom, abs(effect) / math.sqrt(1 / n + sampling**2))) >= power
 
     low, high = 1, MOST_SEEDS
     if not enough(high):

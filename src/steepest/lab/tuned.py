@@ -43,9 +43,9 @@ _JORDAN = _found(lr=0.04, other_lr=0.02, momentum=0.9, beta1=0.8, beta2=0.999, e
 TUNED: Mapping[tuple[str, str], Mapping[str, Tuned]] = {
     ("text", "demo"): {
         "adamw": _found(lr=0.004, other_lr=0.016, beta1=0.6, beta2=0.95),
-        "muon": _found(lr=0.08, other_lr=0.02, momentum=0.8, beta1=0.9, beta2=0.95),
+        "muon": _found(lr=0.08, other_lr=0.02, momentum=0.75, beta1=0.9, beta2=0.99),
         "muon-jordan": _JORDAN,
-        "muon-polar-express": _found(lr=0.08, other_lr=0.02, momentum=0.75, beta1=0.9, beta2=0.99),
+        "muon-nonic": _found(lr=0.08, other_lr=0.02, momentum=0.8, beta1=0.9, beta2=0.95),
         "torch-muon": _JORDAN,  # the same step in bfloat16
         "muonadam": _found(lr=0.08, other_lr=0.02, momentum=0.75, beta2=0.99),
         # of an older search over the learning rates alone, whose record no longer holds

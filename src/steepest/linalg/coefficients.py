@@ -226,6 +226,7 @@ _NONIC: tuple[Step, ...] = (
     (6.485643710860185, -15.026984723586338, 12.434311891773154, -4.018626187240139, 0.44149751149682903),
     (3.9008284569228437, -7.770215841888038, 6.949685233633108, -2.5907970226993577, 0.33737127162587016),
 )
+DEFAULT = "polar_express"  # trains best for its time: docs/results/coefficients
 _PAPER = "arXiv:2505.16932, appendix G (lower 1e-3, cushion 0.024)"
 
 COEFFICIENTS: dict[str, Coefficients] = {
@@ -269,9 +270,8 @@ def get_coefficients(
     """Turn an option value into a certified set.
 
     Args:
-        coefficients: "auto" for "nonic", or "polar_express" where products are in half precision; a name in
-            `COEFFICIENTS`; a `Coefficients`; or a sequence of (a, b, c) or (a, b, c, d, e), for matrices divided by
-            their Frobenius norm.
+        coefficients: "auto" for `DEFAULT`; a name in `COEFFICIENTS`; a `Coefficients`; or a sequence of (a, b, c) or
+            (a, b, c, d, e), for matrices divided by their Frobenius norm.
         dtype: Of the products.
 
     Returns:
@@ -284,8 +284,7 @@ def get_coefficients(
     """
     if isinstance(coefficients, str):
         choice(("auto", *COEFFICIENTS))("coefficients", coefficients)
-        half = torch.finfo(dtype).bits < 32
-        chosen = COEFFICIENTS[("polar_express" if half else "nonic") if coefficients == "auto" else coefficients]
+        chosen = COEFFICIENTS[DEFAULT if coefficients == "auto" else coefficients]
     elif isinstance(coefficients, Coefficients):
         chosen = coefficients
     else:
@@ -294,7 +293,7 @@ def get_coefficients(
         raise ValueError(
             f"Coefficients {chosen.name!r} need products in a wider type than {dtype}: their terms are up to "
             f"{chosen.certify().cancellation:.3g} times as large as their sum, whose sign rounding could turn. Use "
-            "'polar_express', or dtype=torch.float32."
+            f"{DEFAULT!r}, or dtype=torch.float32."
         )
     return chosen
 

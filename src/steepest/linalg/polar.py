@@ -182,7 +182,7 @@ def compute_dtype(x: Tensor, coefficients: str | Coefficients | Sequence[Sequenc
     """
     if x.dtype == torch.float64:
         return torch.float64
-    half = x.is_cuda and (coefficients == "auto" or bears(get_coefficients(coefficients), torch.bfloat16))
+    half = x.is_cuda and bears(get_coefficients(coefficients), torch.bfloat16)
     return torch.bfloat16 if half else torch.float32
 
 

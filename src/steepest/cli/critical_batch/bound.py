@@ -62,7 +62,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="default: on")
     parser.add_argument("--wd", type=number, default=0.0, help="decoupled weight decay; default: %(default)s")
     parser.add_argument("--scale", choices=SCALES, default="original", help="of the step; default: %(default)s")
-    parser.add_argument("--coefficients", default="nonic", help="for the ball; default: %(default)s; or exact")
+    parser.add_argument("--coefficients", default="polar_express", help="for the ball; default: %(default)s; or exact")
     parser.add_argument("--star-convex", action="store_true", help="with --wd: bound the loss in place of the gap")
     parser.add_argument("--eps", type=number, required=True, help="target, in units of what is bounded")
     parser.add_argument("--gap", type=number, required=True, help="loss at the start above its infimum")

@@ -14,6 +14,7 @@ HELD_OUT_SHARE = 0.05
 MOST_BYTES = 2**34  # of a file; all of them are held in memory
 ONE_FILE_IN = 20  # is held out
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_NOT_LIBRARY |= {"encodings"}  # tables that repeat each other: what is held out of them would also be trained on
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def read_corpus(path: Path | None = None) -> Corpus:
     where there are several, and the rest to report on.
 
     Args:
-        path: A file or a folder; None for the `.py` files of the running Python's standard library, without tests.
+        path: A file or a folder; None for the `.py` files of the running Python's standard library, without tests and encodings.
 
     Raises:
         FileNotFoundError: If there is nothing there to read.
@@ -54,7 +55,7 @@ def read_corpus(path: Path | None = None) -> Corpus:
 
 
 def read_standard_library(root: Path) -> dict[str, bytes]:
-    """The `.py` files below `root` by relative POSIX path, without tests and installed packages.
+    """The `.py` files below `root` by relative POSIX path, without tests, encodings and installed packages.
 
     Raises:
         FileNotFoundError: If there is none, as in a Python that keeps its library in an archive.
