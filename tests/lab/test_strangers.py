@@ -107,7 +107,9 @@ def test_a_study_that_is_none_is_named_by_every_command(tmp_path, capsys, comman
     (tmp_path / "study").mkdir()
     put(tmp_path / "study" / "study.json", thing)
     directory = ["--task", "digits", "--out"] if command == "race" else []
-    told(capsys, [*command.split(), *directory, tmp_path / "study"], code=1, mentions=["study.json: "])
+    foreign = (command, thing) == ("race", "control characters")  # a document, and none of ours
+    said = "study holds a study.json that the lab did not write" if foreign else "study.json: "
+    told(capsys, [*command.split(), *directory, tmp_path / "study"], code=2 if foreign else 1, mentions=[said])
     assert intact(tmp_path)
     assert os.listdir(tmp_path / "study") in (["study.json"], ["lock", "study.json"], ["study.json", "lock"])
 
@@ -151,14 +153,19 @@ def begun(tmp_path_factory):
     "name", ["lock", "config.json", "metrics.jsonl", "environment.json", "checkpoint.pt", "result.json"]
 )
 def test_a_run_does_not_go_on_from_what_is_not_its_own(begun, tmp_path, capsys, name, thing):
-    if name == "lock" and thing not in THINGS:
-        return  # what a lock holds is for the eye
+    if (name, thing) == ("lock", "empty"):
+        return  # as the kernel leaves it
     if (name, thing) == ("environment.json", "control characters"):
         return  # any object describes a machine; it is escaped where it is shown
     shutil.copytree(begun, tmp_path / "run")
     put(tmp_path / "run" / name, thing)
-    told(capsys, [*TRAIN, "--out", tmp_path / "run"], code=1, mentions=[f"{name}: "])
+    foreign = (name == "lock" and thing not in THINGS) or (name, thing) == ("config.json", "control characters")
+    before = sorted_tree(tmp_path / "run") if foreign and thing != "giant" else None
+    said = f"run holds a {name} that the lab did not write" if foreign else f"{name}: "
+    told(capsys, [*TRAIN, "--out", tmp_path / "run"], code=2 if foreign else 1, mentions=[said])
     assert intact(tmp_path)
+    if before is not None:
+        assert sorted_tree(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("thing", THINGS)
@@ -174,6 +181,8 @@ def sorted_tree(directory):
 
 
 FOREIGN = {
+    "model": {"config.json": '{"model_type": "bert"}', "model.safetensors": "mine"},
+    "studies": {"study.json": '{"my": "study"}', "lock": "notes of mine"},
     "notes": {"notes.txt": "mine"},
     "metrics": {"metrics.jsonl": "mine", "result.json": "mine", "environment.json": "mine"},
     "lock": {"lock": "mine\n"},
@@ -203,7 +212,9 @@ def test_a_folder_of_somebody_else_is_refused_before_anything_is_written(tmp_pat
         (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "theirs" / name).write_text(content)
     before = sorted_tree(tmp_path)
-    told(capsys, [*COMMANDS[command], "--out", tmp_path / "theirs"], code=2, mentions=["theirs is not empty", "Choose"])
+    told(
+        capsys, [*COMMANDS[command], "--out", tmp_path / "theirs"], code=2, mentions=["theirs ", "Choose another --out"]
+    )
     assert sorted_tree(tmp_path) == before
 
 
@@ -214,7 +225,7 @@ def test_branches_are_refused_a_folder_of_somebody_else(begun, tmp_path, capsys,
         (tmp_path / "theirs" / name).write_text(content)
     before = sorted_tree(tmp_path)
     words = ["critical-batch", "branch", begun, "--batches", "16,32", "--samples", "32", "--out", tmp_path / "theirs"]
-    told(capsys, words, code=2, mentions=["theirs is not empty", "Choose"])
+    told(capsys, words, code=2, mentions=["theirs ", "Choose another --out"])
     assert sorted_tree(tmp_path) == before
 
 

@@ -21,7 +21,10 @@ from steepest.lab.version import code_version
 from steepest.names import unknown_name
 
 FORMAT = 1
-_REMEDY = "Delete the run's directory and repeat the command: only this run is trained again."
+_REMEDY = (
+    "Delete the run's directory, if it is one, and repeat the command: only this run is trained again. Or choose another "
+    "--out."
+)
 
 
 @dataclass(frozen=True)

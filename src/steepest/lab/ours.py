@@ -12,7 +12,8 @@ from steepest.lab.files import RecordError, exists, is_unfinished, read_bytes, r
 
 Content = Literal["run", "study", "branches", "bench"]
 _REMEDY = "Choose another --out: nothing of somebody else's is overwritten."
-_MARKS = {"run": "config.json", "study": "study.json"}  # whoever reads them sees whether they are ours
+# What tells a directory of ours, and what every version of it has.
+_MARKS = {"run": ("config.json", {"format", "method", "code"}), "study": ("study.json", {"format", "kind", "runs"})}
 _DATABASE = r"optuna\.db(-journal|-wal|-shm)?"
 _REPORT = r"report\.html|plots|(rows|lr_sweep|basins|crossings|estimates|learning_rates|token_ratio)\.csv"
 _BRANCH = r"[0-9a-f]{16}-[0-9a-f]{12}-[0-9]+-[0-9]+-[a-z]+-[0-9]+\.json"
@@ -28,8 +29,13 @@ def refusal(directory: Path, content: Content) -> str | None:
     """
     if not directory.is_dir() or not (names := set(os.listdir(directory))):
         return None
-    mark = _MARKS.get(content)
-    if (mark is not None and mark in names) or _is_begun(directory, content, names):
+    mark, keys = _MARKS.get(content, (None, set[str]()))
+    if "lock" in names and not _is_lock(directory / "lock"):
+        return f"{directory} holds a lock that the lab did not write. {_REMEDY}"
+    if mark is not None and mark in names:
+        foreign = _is_foreign(directory / mark, keys)
+        return f"{directory} holds a {mark} that the lab did not write. {_REMEDY}" if foreign else None
+    if _is_begun(directory, content, names):
         return None
     shown = sorted(names)[:3]
     among = f"{', '.join(map(repr, shown))}{' and more' if len(names) > len(shown) else ''}"
@@ -41,9 +47,7 @@ def _is_begun(directory: Path, content: Content, names: set[str]) -> bool:
     """Whether everything in a directory without its mark is what the lab writes there."""
     if content == "bench":
         return any(_is_bench(directory / f"{name}.json") for name in _BENCH)
-    rest = {name for name in names if not is_unfinished(name)}
-    if "lock" in rest and _is_lock(directory / "lock"):
-        rest.remove("lock")
+    rest = {name for name in names if not is_unfinished(name)} - {"lock"}
     if content == "run":
         return rest <= {"worker.log"}
     if content == "branches":
@@ -55,12 +59,20 @@ def _is_begun(directory: Path, content: Content, names: set[str]) -> bool:
     return all(re.fullmatch(known, name) for name in rest)
 
 
-def _is_lock(path: Path) -> bool:
-    """Whether a lock holds what ours do; one that cannot be read is refused by who takes it."""
+def _is_foreign(path: Path, keys: set[str]) -> bool:
+    """Whether a file is readable, and not ours; what is wrong with others says who reads them."""
     try:
-        return re.fullmatch(rb"([0-9]{1,10}\n)?", read_bytes(path, most=64)) is not None
+        return not keys <= parse_object(read_text(path), path, remedy=_REMEDY).values.keys()
     except RecordError:
-        return not path.is_file()
+        return False
+
+
+def _is_lock(path: Path) -> bool:
+    """Whether a lock holds what ours do; links, pipes and the like are refused by whoever takes it."""
+    try:
+        return re.fullmatch(rb"[0-9]{0,10}\n?", read_bytes(path, most=64)) is not None
+    except RecordError:
+        return not path.is_file() or path.is_symlink()
 
 
 def _is_bench(path: Path) -> bool:

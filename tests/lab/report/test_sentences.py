@@ -245,5 +245,10 @@ def test_a_winner_by_seeds_alone_is_none_where_the_examples_leave_it_open(tmp_pa
     assert sentences.headline(old) == "Undecided: how far the losses themselves may be off is not recorded"
     assert "[warning] Not all sources of error are counted" in noticed(old)
     assert "what the examples leave open not counted" in told(old)
+    assert sentences.pairs(old, first=True)[0].claim == "muon is better than adamw by the seeds alone:"
+    assert "by which options may have been chosen, too" in sentences.summary(old)
+    assert "that served for nothing else" in sentences.summary(read)
+    alike = race(tmp_path / "alike", {"adamw": Pace(blocks=None), "muon": Pace(speed=1.001, blocks=None)})
+    assert "would tell" not in told(alike)
     assert sentences.winner(old) is None
     assert sentences.facts(old) == ()

@@ -151,7 +151,8 @@ def _uncounted(race: Race) -> Notice | None:
         return None
     lines = (
         "These runs did not record how far a loss may be off for the examples that it is a mean over.",
-        "The p-values count the seeds only, so no winner is named. Repeat the study's command to train them anew.",
+        "The p-values count the seeds only, so no winner is named, whatever the number of seeds. Repeat the study's "
+        "command to train them anew.",
     )
     return Notice("warning", "Not all sources of error are counted", lines)
 

@@ -103,12 +103,15 @@ def summary(race: Race) -> str:
     if run is None:
         return f"{opening}, {seeds}. No run has been started."
     data, last = run.config.data, run.evals[-1] if run.evals else None
+    ended = [one.result for method in race.methods for one in method.runs if one.result is not None]
+    fresh = all(result.tuning_loss is not None for result in ended)
+    examples = "that served for nothing else" if fresh else "by which options may have been chosen, too"
     per_step = f" of {last.tokens // last.step:,} {data_unit(study)}" if last is not None and last.step else ""
     return (
         f"{opening}: {wording.counted(run.config.steps, 'step')}{per_step}, {seeds}. "
         "Runs with the same seed start from the same weights and see the data in the same order. "
         f"Data: {plain(data.name)}, {wording.size(data.bytes)}, SHA-256 {data.sha256[:12]}\N{HORIZONTAL ELLIPSIS} "
-        "Lower loss is better; it is measured after the last step, on held-out data that served for nothing else."
+        f"Lower loss is better; it is measured after the last step, on held-out data {examples}."
     )
 
 
@@ -181,9 +184,10 @@ def _comparison(verdict: Verdict, race: Race) -> Comparison:
     change = f"final loss {_change(verdict.difference, like=wording.scale(verdict.interval))}"
     if verdict.outcome == "undecided":
         change = f"{change} on average {numbers}"
-        return Comparison(undecided, f"{change}. {_more_seeds(verdict)}")
+        return Comparison(undecided, f"{change}. {'' if verdict.sampling is None else _more_seeds(verdict)}".rstrip())
     constant = " The difference is the same with every seed." if verdict.interval.low == verdict.interval.high else ""
-    return Comparison(f"{first} is {verdict.outcome} than {second}:", f"{change} {numbers}.{constant}")
+    alone = " by the seeds alone" if verdict.sampling is None else ""
+    return Comparison(f"{first} is {verdict.outcome} than {second}{alone}:", f"{change} {numbers}.{constant}")
 
 
 def methodology(race: Race) -> tuple[str, ...]:
