@@ -22,8 +22,8 @@ from steepest.names import unknown_name
 
 FORMAT = 1
 _REMEDY = (
-    "Delete the run's directory, if it is one, and repeat the command: only this run is trained again. Or choose another "
-    "--out."
+    "Delete the run's directory, if it is one, and repeat the command: only this run is trained again. Or choose "
+    "another --out."
 )
 
 

@@ -36,7 +36,8 @@ def read_corpus(path: Path | None = None) -> Corpus:
     where there are several, and the rest to report on.
 
     Args:
-        path: A file or a folder; None for the `.py` files of the running Python's standard library, without tests and encodings.
+        path: A file or a folder; None for the `.py` files of the running Python's standard library, without tests and
+            encodings.
 
     Raises:
         FileNotFoundError: If there is nothing there to read.
