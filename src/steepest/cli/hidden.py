@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
@@ -11,18 +12,28 @@ FORM = "postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE"  # the lab's; a t
 _SCHEMES = r"\s*(postgres|mysql|mariadb|oracle|mssql|mongodb|redis|cockroach)[\w+]*:"
 _LINK = re.compile(r"https?://[^@]*")
 _PATH = re.compile(r"/(?!/)|\.{1,2}/|~/")
-_TOKEN = re.compile(r"[^\s'\"()]*(?:@|://|%40|%3a%2f|:/)[^\s'\"()]*", re.IGNORECASE)
+_NAMED = re.compile(r"(password|passwd|pwd)\s*=", re.IGNORECASE)  # as PostgreSQL's client and its variable have it
+_THREE = re.compile(r"\s*\w+:\w+:")  # a scheme, a user and what follows
+_TOKEN = re.compile(
+    r"[^\s'\"()]*(?:@|://|%40|%3a%2f|:/|\uff20|\uff1a|(?:password|passwd|pwd)=|\w:\w+:)[^\s'\"()]*", re.IGNORECASE
+)
+QUOTED = 3  # how often a URL is taken for percent-encoded
 
 
 def may_hold_password(word: str) -> bool:
     """Whether a word is, or was meant to be, the URL of a database; a path that begins with / or ./ is none."""
-    plain = unquote(word)
+    plain = unicodedata.normalize("NFKC", word)
+    for _ in range(QUOTED):
+        plain = unquote(plain)
+    if _NAMED.search(plain):
+        return True
     if re.match("sqlite:///", plain, re.IGNORECASE):
         plain = plain[len("sqlite:///") :]
         return not _PATH.match(plain) and any(sign in plain for sign in ("@", "://", "?"))
     if _PATH.match(plain):
-        return False
-    return "@" in plain or "://" in plain or plain.startswith("//") or re.match(_SCHEMES, plain, re.I) is not None
+        return "://" in plain
+    known = plain.startswith("//") or _THREE.match(plain) or re.match(_SCHEMES, plain, re.IGNORECASE)
+    return "@" in plain or "://" in plain or bool(known)
 
 
 def without_passwords(text: str, words: Sequence[str] = ()) -> str:

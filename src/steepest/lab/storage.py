@@ -86,7 +86,8 @@ def parse_url(given: str) -> URL:
         if not url.query.keys() <= OPTIONS:  # which are not repeated: part of a password may have become one
             raise ValueError(f"The storage has an option that is not known; these are: {', '.join(sorted(OPTIONS))}.")
         return url.set(drivername="postgresql+psycopg")
-    kind = f" of the kind {url.drivername!r}" if url.drivername.partition("+")[0] in OTHERS else ""
+    named = url.drivername.partition("+")[0]  # what stands behind the sign may be anything
+    kind = f" of the kind {named!r}" if named in OTHERS else ""
     raise ValueError(f"A storage{kind} is not supported; write {FORM} or sqlite:///PATH.")
 
 
