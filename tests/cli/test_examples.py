@@ -30,6 +30,13 @@ def test_every_command_shows_an_example_when_a_word_is_wrong(capsys, name):
     assert all(line.startswith("  steepest ") for line in before)
 
 
+@pytest.mark.parametrize("words", ["", "theory", "critical-batch", "bench", "critical-batch noise", "--no"])
+def test_what_is_no_command_yet_shows_an_example_of_its_first(capsys, words):
+    [own] = shown(capsys, words.split())
+    group = words.split()[0] if words[:1].isalpha() else "race"
+    assert own.startswith(f"  steepest {group} ")
+
+
 @pytest.mark.parametrize("name", INCOMPLETE)
 def test_the_example_is_complete(capsys, monkeypatch, tmp_path, name):
     """Training itself is left out, so that commands that need a trained run say that it is missing, and no more."""

@@ -19,6 +19,7 @@ from steepest.cli.options import METHODS, RACERS, UsageError
 from steepest.cli.outcome import FAILED, INTERRUPTED, USAGE, failed
 from steepest.cli.parser import Parser
 from steepest.lab.files import DataError, RecordError
+from steepest.lab.stopping import SIGNALS
 
 __all__ = ["METHODS", "RACERS", "main"]
 
@@ -63,21 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _noted_interrupts() -> list[int]:
-    """Ctrl-C raises KeyboardInterrupt as always, and is noted, too."""
+    """Ctrl-C raises KeyboardInterrupt as always, and so do SIGTERM and SIGHUP; they are noted, too."""
     received: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(number)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, note)
+    for number in SIGNALS:  # one that is ignored, as under nohup, stays so
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, note)
     return received
 
 
 def _interrupted(options: argparse.Namespace, *, ends: bool) -> int:
     if ends:  # nobody needs a traceback of how this process ends
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
     saved = " Everything so far is saved; the same command goes on from there." if options.parser.saves else ""
     print(f"\nInterrupted.{saved}", file=sys.stderr)
     return INTERRUPTED
