@@ -5,7 +5,8 @@ above the same lower bound F. So a factor that is known does no harm: `step_size
 
 What multiplies gradients by the same number at every step is no clipping but scaling, of a sum to a mean, or of the
 loss against underflow. A factor that is seen first is taken for that if it is one over a whole number, or a power of
-two, and any factor that comes twice in a row is; else it is clipping.
+two, and any factor that comes twice in a row is; else it is clipping. In half precision every factor is near such a
+number, and factors come twice by chance: there what is below 1 is clipping.
 """
 
 import math
@@ -24,6 +25,7 @@ from steepest.optim.sample import ENTRIES, spaced
 from steepest.optim.step_size import scalar_type
 
 WHOLE = 4096  # above, every number is near one over a whole number
+FINE = 1e-5  # relative, of gradients' rounding; with more, factors are alike that have nothing to do with each other
 REMEDY = (
     "Leave it out (max_grad_norm=0 in Trainer, gradient_clip_val=None in Lightning), as Momo's step size bounds the "
     "step; or clip all gradients together by their norm, as clip_grad_norm_ does."
@@ -83,32 +85,36 @@ class Witness:
         if not pairs:
             return None
         device = pairs[0][1].device
-        tolerance = 8 * max(torch.finfo(now.dtype).eps for _, now in pairs)
-        ratio, common = compared(pairs, device, tolerance)
+        rounding = max(torch.finfo(now.dtype).eps for _, now in pairs)
+        ratio, common = compared(pairs, device, 8 * rounding)
+        tolerance = _tolerance(rounding, sum(len(seen) for seen, _ in pairs))
+        known = rounding <= FINE
         self._looks += 1
         if device.type != "cpu":
             self._scattered = self._scattered | ~common
             common = ~self._scattered
             if self._looks & (self._looks - 1):
-                return _unread(ratio * (scale / (self._unit or 1.0)), tolerance, scaled=scaled)
+                return _unread(ratio * (scale / (self._unit or 1.0)), tolerance, told=scaled, known=known)
         if not bool(common):
             return self._refuse_scattered()
         factor = float(ratio) * scale
         if not math.isfinite(factor):
             return factor
-        clipping = self._read(factor, tolerance, scaled=scaled)
+        clipping = self._read(factor, tolerance, told=scaled or (factor < 1 and not known))
         self.undone = cast(float, self._unit) / scale
         return clipping
 
-    def _read(self, factor: float, tolerance: float, *, scaled: bool) -> float:
-        """The part of a factor that is clipping."""
+    def _read(self, factor: float, tolerance: float, *, told: bool) -> float:
+        """The part of a factor that is clipping; told: whatever else there is in it is known."""
         before, self._before = self._before, factor
         if self._unit is None:
-            self._unit = factor if not scaled and _plain(factor, tolerance) else 1.0
+            self._unit = factor if not told and _plain(factor, tolerance) else 1.0
         repeated = before is not None and before != 1.0 and math.isclose(before, factor, rel_tol=tolerance)
         octaves = math.log2(factor / self._unit)
-        if not scaled and (repeated or abs(octaves - round(octaves)) <= 2 * tolerance):
+        if not told and (repeated or abs(octaves - round(octaves)) <= 2 * tolerance):
             self._unit = factor
+        if self._unit < factor <= 1:  # so the unit was clipping
+            self._unit = factor if not told and _plain(factor, tolerance) else 1.0
         clipped = factor / self._unit
         if abs(clipped - 1) <= tolerance:
             return 1.0
@@ -169,10 +175,19 @@ def compared(pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device, toler
     return torch.where(usable, ratio, 1.0), common | ~usable
 
 
-def _unread(factor: Tensor, tolerance: float, *, scaled: bool) -> Tensor:
+def _tolerance(rounding: float, entries: int) -> float:
+    """How far a factor may be off: it is rounded itself, in float32 most often, and each entry in its own type."""
+    return 8 * max(rounding / math.sqrt(entries), min(rounding, torch.finfo(torch.float32).eps))
+
+
+def _unread(factor: Tensor, tolerance: float, *, told: bool, known: bool) -> Tensor:
     """As `Witness._read` would say, as far as that can be said without waiting for the device."""
     octaves = factor.log2()
-    away = factor - 1 if scaled else octaves - octaves.round()
+    away = octaves - octaves.round()
+    if told:
+        away = factor - 1
+    elif not known:
+        away = torch.where(factor < 1, factor - 1, away)
     return torch.where(away.abs() <= 2 * tolerance, 1.0, factor.clamp(max=1.0))
 
 

@@ -26,7 +26,7 @@ class LossTap:
 
     def __init__(self) -> None:
         self._entries: list[tuple[Tensor | float, float]] = []
-        self._received: list[list[Tensor]] = []  # what backward multiplied each entry by, where it has a graph
+        self._received: list[list[Tensor]] = []  # what each pass multiplied an entry by, where it has a graph
         self._taken: list[tuple[float, list[Tensor]]] = []
         self._cleared = False
 
@@ -87,6 +87,9 @@ class LossTap:
     def check_weights(self, undone: float) -> None:
         """Refuse losses that backward did not multiply with the weights that were told; reads what it did.
 
+        Passes may be of some parameters each, or may leave no gradients, as of a penalty on them: one of them, or all
+        together, must fit.
+
         Args:
             undone: What gradients were multiplied by since, clipping not counted: one over the scale of a GradScaler.
 
@@ -94,10 +97,13 @@ class LossTap:
             ValueError: If one was multiplied by something else.
         """
         for weight, received in self._taken:
-            factor = math.fsum(map(float, received)) * undone
-            if received and math.isfinite(factor) and not weight / OFF < factor < weight * OFF:
+            factors = [float(factor) * undone for factor in received]
+            total = math.fsum(factors)
+            if not factors or not math.isfinite(total):
+                continue
+            if not any(weight / OFF < factor < weight * OFF for factor in (*factors, total)):
                 raise ValueError(
-                    f"record_loss was told weight={weight:g}, but backward multiplied this loss by {factor:g}. Record "
+                    f"record_loss was told weight={weight:g}, but backward multiplied this loss by {total:g}. Record "
                     "the loss as it is before it is divided by the number of micro-batches or scaled: "
                     "record_loss(loss, weight=1 / micro_batches); (loss / micro_batches).backward()."
                 )
