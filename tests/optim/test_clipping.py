@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steepest import Adam, Momo, Muon, MuonAdam, MuonMax, PolarGrad, Scion
-from steepest.optim.clipping import compared
+from steepest.optim.clipping import _unread, compared
 from steepest.optim.sample import ENTRIES, spaced
 from tests.optim.training import backward, batch, network
 from tests.ranks import join_ranks, leave_ranks
@@ -186,13 +186,28 @@ def test_what_is_not_one_factor_is_refused_before_anything_changes(change, befor
 def test_a_factor_that_contradicts_the_first_is_refused():
     model = network()
     optimizer = MuonAdam(model, step_size=Momo())
+    for step, factor in enumerate((1 / 3, 1.7)):
+        optimizer.zero_grad()
+        loss = backward(model, step)
+        for parameter in model.parameters():
+            parameter.grad.mul_(factor)
+        if step:
+            with pytest.raises(ValueError, match=r"multiplied by 1\.7 between backward and step, and by 0\.33333"):
+                optimizer.step(loss=loss)
+        else:
+            optimizer.step(loss=loss)
+
+
+def test_a_first_factor_that_was_clipping_by_chance_is_not_held_against_the_next():
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo())
     for step, factor in enumerate((1 / 3, 0.77)):
         optimizer.zero_grad()
         loss = backward(model, step)
         for parameter in model.parameters():
             parameter.grad.mul_(factor)
         if step:
-            with pytest.raises(ValueError, match=r"multiplied by 0\.77 between backward and step, and by 0\.33333"):
+            with pytest.warns(UserWarning, match=r"by a factor of about 0\.77"):
                 optimizer.step(loss=loss)
         else:
             optimizer.step(loss=loss)
@@ -222,6 +237,41 @@ def test_half_precision_is_one_factor_too(dtype):
         loss = backward(model, step, dtype)
         nn.utils.clip_grad_norm_(model.parameters(), limit)
         optimizer.step(loss=loss)
+
+
+@TOLD
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [0.5, 0.3, 1 / 8, 0.1, 0.0147])
+def test_in_half_precision_a_first_factor_below_one_is_clipping(dtype, factor):
+    model = network(dtype)
+    optimizer = MuonAdam(model, 1e-3, step_size=Momo(BOUND))
+    loss = backward(model, 0, dtype)
+    for parameter in model.parameters():
+        parameter.grad.mul_(factor)
+    optimizer.step(loss=loss)
+    assert optimizer.diagnostics()["gap"] == pytest.approx(factor * (loss.item() - BOUND), rel=1e-2)
+
+
+@TOLD
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("limit", [0.02, 0.05, 0.3])
+def test_clipping_at_every_step_of_a_training_is_taken(dtype, limit):
+    model = network(dtype)
+    optimizer = Muon(model, momo=True)
+    for step in range(40):
+        optimizer.zero_grad()
+        loss = backward(model, step % 7, dtype)
+        nn.utils.clip_grad_norm_(model.parameters(), limit)
+        optimizer.step(loss=loss)
+
+
+def test_on_an_accelerator_half_precision_is_clipped_too():
+    factors = {0.0147: 0.0147, 0.26: 0.26, 0.5: 0.5, 1.0: 1.0, 2.0: 1.0}
+    for factor, clipping in factors.items():
+        given = torch.tensor(factor, dtype=WIDE)
+        assert float(_unread(given, 4e-3, told=False, known=False)) == clipping
+    assert float(_unread(torch.tensor(0.25, dtype=WIDE), 1e-6, told=False, known=True)) == 1
+    assert float(_unread(torch.tensor(0.25, dtype=WIDE), 1e-6, told=True, known=True)) == 0.25
 
 
 def test_where_nothing_is_finite_nothing_is_said():

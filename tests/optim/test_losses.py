@@ -313,6 +313,55 @@ def test_parts_that_are_recorded_as_they_are_are_taken(count, scaled):
         assert optimizer.diagnostics()["skipped_steps"] == 0
 
 
+def in_two_passes(loss, parameters):
+    loss.backward(inputs=parameters[:2], retain_graph=True)
+    loss.backward(inputs=parameters[2:])
+
+
+def with_a_penalty(loss, parameters):
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    (loss + 0.01 * sum(g.square().sum() for g in gradients)).backward()
+
+
+def after_a_look(loss, parameters):
+    torch.autograd.grad(loss, parameters, retain_graph=True)
+    loss.backward()
+
+
+def in_halves(loss, parameters):
+    (loss / 2).backward(retain_graph=True)
+    (loss / 2).backward()
+
+
+PASSES = [in_two_passes, with_a_penalty, after_a_look, in_halves]
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_loss_may_have_several_backward_passes(passes, count):
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo(0.5))
+    for step in range(2):
+        optimizer.zero_grad()
+        for loss in parts_of(model, step, count):
+            optimizer.record_loss(loss, weight=1 / count)
+            passes(loss / count, list(model.parameters()))
+        optimizer.step()
+    assert optimizer.diagnostics()["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("passes", [in_two_passes, with_a_penalty, after_a_look])
+def test_a_part_that_was_divided_is_refused_whatever_its_passes(passes):
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo())
+    for loss in parts_of(model, 0):
+        divided = loss / 4
+        optimizer.record_loss(divided, weight=1 / 4)
+        passes(divided, list(model.parameters()))
+    with pytest.raises(ValueError, match=r"told weight=0\.25, but backward multiplied this loss by 2"):
+        optimizer.step()
+
+
 def test_parts_may_be_divided_in_their_gradients():
     model = network()
     optimizer = MuonAdam(model, step_size=Momo(0.5))

@@ -9,7 +9,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from steepest import Adam, Momo, Muon, MuonMax, NonFiniteError, Scion, SignDescent
+from steepest import (
+    Adam,
+    InputMoment,
+    MissingInputsError,
+    Momo,
+    Muon,
+    MuonMax,
+    NewtonMuon,
+    NonFiniteError,
+    Scion,
+    SignDescent,
+    SteepestDescent,
+)
 from tests.ranks import join_ranks, leave_ranks
 
 WORLD = 2
@@ -51,7 +63,7 @@ def loss_main(rank, folder):
                 model = network()
                 optimizer = make(model)
                 for step in range(3):
-                    loss = bad if rank == 1 and step == 1 else 1.0
+                    loss = bad if rank == 1 and step == 1 else 100.0  # so high that Momo does not stand still
                     before = [p.detach().clone() for p in model.parameters()]
                     give(model, step)
                     if how == "recorded":
@@ -61,7 +73,7 @@ def loss_main(rank, folder):
                         **({"loss": loss} if how == "explicit" else {}),
                     )
                     moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-                    assert moved is (step != 1) or (moved is False and step == 2)  # Momo may stand still
+                    assert moved is (step != 1)
                     assert all(alike(p.detach()) for p in model.parameters())
                 assert optimizer.diagnostics()["skipped_steps"] == 1
         model = network()
@@ -74,6 +86,122 @@ def loss_main(rank, folder):
 
 def test_a_loss_that_is_not_finite_on_one_rank_counts_on_all(tmp_path):
     mp.spawn(loss_main, args=(str(tmp_path),), nprocs=WORLD)
+
+
+def none(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def spoil(model, optimizer):
+    model[0].weight.grad[0, 0] = torch.nan
+
+
+def rate(model, optimizer):
+    optimizer.param_groups[0]["lr"] = -1.0
+
+
+def shape(model, optimizer):
+    model[0].bias.grad.resize_(1)
+
+
+def forget(model, optimizer):
+    optimizer.record_loss(1.0, weight=0.5)
+
+
+def divide(model, optimizer):
+    """Recorded after it was divided, as `check_weights` finds."""
+    optimizer.zero_grad()
+    loss = model(torch.ones(3, 6)).square().mean() / 4
+    optimizer.record_loss(loss)
+    (4 * loss).backward()
+
+
+def factor(model, optimizer):
+    model(torch.ones(3, 6)).square().mean().backward()
+    for parameter in model.parameters():
+        parameter.grad.mul_(1.7)
+
+
+STRAYS = {
+    none: None,
+    spoil: None,
+    rate: (ValueError, "lr"),
+    shape: (ValueError, "has shape"),
+    forget: (ValueError, "weights that sum to 0.5"),
+    divide: (ValueError, "told weight=1"),
+    factor: (ValueError, r"multiplied by 1\.7"),
+}
+
+
+def stray_main(rank, folder):
+    join_ranks(rank, WORLD, folder)
+    warnings.simplefilter("ignore")
+    exchanges, plain = [], dist.all_reduce
+
+    def counted(*args, **options):
+        exchanges.append(args)
+        return plain(*args, **options)
+
+    dist.all_reduce = counted
+    for stray, error in STRAYS.items():
+        for on_nonfinite in ("skip", "raise"):
+            model = network()
+            optimizer = Muon(model, momo=True, on_nonfinite=on_nonfinite)
+            for step in range(3):
+                optimizer.zero_grad()
+                give(model, step)
+                rates = [group["lr"] for group in optimizer.param_groups]
+                here = step == 1 and rank == 1
+                if here:
+                    stray(model, optimizer)
+                before, exchanges[:] = [p.detach().clone() for p in model.parameters()], []
+                expected = None
+                if step == 1 and stray is not none and (on_nonfinite == "raise" or (here and error)):
+                    own = error if here else (NonFiniteError, "on another rank, or the step was refused there")
+                    expected = own or (NonFiniteError, "the gradient of")
+                told = {} if here and stray in (forget, divide) else {"loss": 100.0 + rank}
+                if expected:
+                    with pytest.raises(expected[0], match=expected[1]):
+                        optimizer.step(**told)
+                else:
+                    optimizer.step(**told)
+                assert len(exchanges) == 1, (stray, step)
+                moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+                assert moved is (step != 1 or (stray is none and rank == 0)), (stray, step)
+                if stray is not none:
+                    assert all(alike(p.detach()) for p in model.parameters())
+                    assert not moved or alike(torch.tensor(optimizer.diagnostics()["gap"]))
+                for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = lr
+    dist.all_reduce = plain
+    leave_ranks()
+
+
+def test_a_rank_that_refuses_a_step_tells_the_others_which_pass_over_it(tmp_path):
+    mp.spawn(stray_main, args=(str(tmp_path),), nprocs=WORLD)
+
+
+def lacking_main(rank, folder):
+    join_ranks(rank, WORLD, folder)
+    model = network()
+    optimizer = NewtonMuon(model, precondition=InputMoment(structure="full", every=1))
+    for step in range(3):
+        optimizer.zero_grad()
+        if step == 1:  # no rank saw inputs, and one has gradients all the same
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 1.0 - rank)
+            with pytest.raises(MissingInputsError, match="its inputs since the last step are missing"):
+                optimizer.step()
+        else:
+            model(torch.randn(3, 6, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+        assert all(alike(p.detach()) for p in model.parameters())
+    leave_ranks()
+
+
+def test_ranks_miss_inputs_together(tmp_path):
+    mp.spawn(lacking_main, args=(str(tmp_path),), nprocs=WORLD)
 
 
 def alone_main(rank, folder):
@@ -124,6 +252,52 @@ def sharded_main(rank, folder):
                         raising.step()
             assert all(p.to_local().isfinite().all() for p in model.parameters())
     leave_ranks()
+
+
+def edge_main(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    join_ranks(rank, WORLD, folder)
+    warnings.simplefilter("ignore")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
+    most = torch.finfo(torch.float32).max
+    for full, moves in ((0.9, False), (0.5, True)):
+        model = nn.Sequential(nn.Linear(4, 4, bias=False))
+        with torch.no_grad():
+            model[0].weight.fill_(0)
+            model[0].weight[2:] = full * most  # of the last rank
+        fully_shard(model, mesh=mesh)
+        optimizer = SignDescent(model, lr=0.3 * most)
+        weight = model[0].weight
+        weight.grad = torch.full_like(weight, -1.0)
+        before = weight.to_local().detach().clone()
+        optimizer.step()
+        assert torch.equal(weight.to_local(), before) is not moves
+        assert optimizer.diagnostics()["skipped_steps"] == (not moves)
+    for dtype, make, message in REFUSED:
+        model = network().to(dtype)
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(ValueError, match=message):
+            make(model)
+    leave_ranks()
+
+
+TREE = {"product": "sum"}
+REFUSED = [
+    (torch.float32, lambda model: Muon(model, momo=True), "'0.weight' is a sharded DTensor, but Momo needs"),
+    (torch.float32, MuonMax, "'0.weight' is a sharded DTensor, but regularised descent needs"),
+    (
+        torch.float32,
+        lambda model: SteepestDescent(model, **TREE),
+        "'0.weight' is a sharded DTensor, but product=",
+    ),
+    (torch.bfloat16, Adam, "'0.weight' is a sharded DTensor of torch.bfloat16.*mp_policy="),
+    (torch.float16, Muon, "'0.weight' is a sharded DTensor of torch.float16.*mp_policy="),
+]
+
+
+def test_ranks_that_keep_shards_move_together_or_are_refused(tmp_path):
+    mp.spawn(edge_main, args=(str(tmp_path),), nprocs=WORLD)
 
 
 def test_a_shard_that_is_not_finite_counts_on_all_ranks(tmp_path):

@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from steepest.notices import warn
 from steepest.optim.arrivals import Arrivals
-from steepest.optim.losses import over_ranks
 from steepest.optim.ranks import world_size
 from steepest.optim.sample import ENTRIES, spaced
 from steepest.optim.step_size import scalar_type
@@ -67,17 +66,14 @@ class Witness:
         """The factor by which the gradients were clipped; waits for an accelerator at steps 1, 2, 4, 8, ... only.
 
         Returns:
-            In (0, 1], the same on all ranks; None if nothing was seen.
+            In (0, 1], on this rank; None if nothing was seen and there is no other.
 
         Raises:
             ValueError: If gradients were changed by something that is not one factor, or not at most 1.
         """
         scale, self._scale, self.undone = self._scale, None, None
         factor = self._factor(1.0 if scale is None else scale, scaled=scale is not None)
-        if world_size() > 1 and self.arrivals.watched:
-            device = self.arrivals.watched[0].device
-            factor = over_ranks(1.0 if factor is None else factor, device)
-        return factor
+        return 1.0 if factor is None and world_size() > 1 else factor
 
     def _factor(self, scale: float, *, scaled: bool) -> Tensor | float | None:
         pairs = [(s, p.grad) for s, p in zip(self.arrivals.seen, self.arrivals.watched, strict=False)]

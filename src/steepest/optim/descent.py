@@ -11,7 +11,7 @@ Everything between the gradient and the move is a pure function of tensors in it
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast, overload
 
@@ -31,7 +31,7 @@ from steepest.optim.group_numbers import check_numbers
 from steepest.optim.groups import Group, Norms, make_plain, plain, view_of, view_text
 from steepest.optim.guard import Guard, OnNonFinite, dense_gradients
 from steepest.optim.load import Packing
-from steepest.optim.losses import MISSING, Loss, LossTap, check_closure, check_loss, over_ranks
+from steepest.optim.losses import MISSING, Loss, LossTap, check_closure, check_loss
 from steepest.optim.momentum import FORGET_EVERY
 from steepest.optim.move import Move
 from steepest.optim.options import (
@@ -55,6 +55,7 @@ from steepest.optim.parameters import (
     refuse_repeats,
 )
 from steepest.optim.precondition import Preconditioner, drop_moments, precondition_options
+from steepest.optim.ranks import decide, sharded
 from steepest.optim.rates import Rates
 from steepest.optim.saved import check_mapping, check_saved
 from steepest.optim.sees_inputs import SeesInputs
@@ -66,6 +67,29 @@ ByRole = Mapping[Role, Any]
 NEEDED = frozenset({"params", "role", "norm", "lr", "momentum", "nesterov", "weight_decay", "beta2"})
 # What stays this optimizer's when a state is loaded.
 OWN = ("norm", "view", "name", METHOD)
+
+
+@dataclass
+class Ready:
+    """What one rank knows of a step before it is taken.
+
+    Args:
+        present: Groups, each with those of its parameters that have a gradient.
+        parameters: All of these.
+        gradients: One for each.
+        loss: Of this rank; None if it is not known.
+        clipping: What the gradients of the loss were multiplied by; None: by nothing.
+        lower_bound: Of Momo.
+        admitted: Whether everything is finite; 0-d where that is not read.
+    """
+
+    present: list[tuple[Group, list[Tensor]]] = field(default_factory=list[tuple[Group, list[Tensor]]])
+    parameters: list[Tensor] = field(default_factory=list[Tensor])
+    gradients: list[Tensor] = field(default_factory=list[Tensor])
+    loss: Loss | None = None
+    clipping: Loss | None = None
+    lower_bound: float = 0.0
+    admitted: bool | Tensor = True
 
 
 class SteepestDescent(SeesInputs):
@@ -227,6 +251,7 @@ class SteepestDescent(SeesInputs):
             self._global_step.label(group)
             for _, parameter in group["params"]:
                 check_view(rows[parameter], group["norm"])
+                self._global_step.check_parts(rows[parameter])
         self._global_step.check([*self.param_groups, *groups])
         for group in groups:
             group["params"] = [parameter for _, parameter in group["params"]]  # named apart: a group may be empty
@@ -311,7 +336,9 @@ class SteepestDescent(SeesInputs):
                 f"{tuple(parameter.shape)} took its place without add_param_group, and nobody looks at its inputs. "
                 "Build a new optimizer with the model as it is now."
             )
-        return newcomer(parameter, name, group, self.norm_of(group), old, where)
+        row = newcomer(parameter, name, group, self.norm_of(group), old, where)
+        self._global_step.check_parts(row)
+        return row
 
     @overload
     def step(self, closure: None = None, *, loss: Loss | None = None) -> None: ...
@@ -343,39 +370,30 @@ class SteepestDescent(SeesInputs):
                 arrivals.enter()
             with torch.enable_grad():
                 returned = closure()
-        self._settle()
-        present = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in self.param_groups]
-        parameters = [parameter for _, members in present for parameter in members]
-        unread = check_numbers([(place, group) for place, (group, members) in enumerate(present) if members])
-        known = self._loss(loss, returned)
-        if not parameters:
+        ready = Ready()
+        told = loss is not None or returned is not None or self._tap.told
+        try:
+            self._prepare(ready, loss, returned)
+        except Exception:
+            self._agree(ready, told=told, refused=True)  # else the others would wait
+            raise
+        known = self._agree(ready, told=told)
+        if not ready.parameters:
             return returned
-        if not self._packing.fits(present):
-            self._meet(moving=True)
-        names = partial(list[str], (self._rows[parameter].name for parameter in parameters))
-        gradients = dense_gradients(parameters, names)
-        if known is None and self._global_step.momo and not self._idle(gradients):
-            raise ValueError(MISSING)
-        self._global_step.check([group for group, members in present if members])
-        self._check_states(present)
-        lower_bound = self._global_step.bound(known)
-        self._rates.check(self.param_groups)
-        admitted = self._guard.restrict(self._guard.admit(names, gradients, known), unread)
+        present, parameters, gradients, clipping = ready.present, ready.parameters, ready.gradients, ready.clipping
+        admitted = ready.admitted
         if admitted is False:
             self._publish_skips()
         else:
-            clipping = self._witness.look() if self._witness else None
-            if self._witness and self._witness.undone is not None:
-                self._tap.check_weights(self._witness.undone)
             accept = admitted if isinstance(admitted, Tensor) else None
             if self._preconditioner:
-                self._preconditioner.refresh(self.state, parameters, accept, idle=partial(self._idle, gradients))
+                self._preconditioner.refresh(self.state, parameters, accept)
             self._record.clear()
             self._steps += 1
             moves = self._moves(present, accept)
             with self._told(moves):
                 fine = self._global_step.take(
-                    moves, known, accept, self._record, clipping, lower_bound, parts=self._parts()
+                    moves, known, accept, self._record, clipping, ready.lower_bound, parts=self._parts()
                 )
             if self._guard.made(partial(self._names, moves), fine, accept):
                 self._publish_skips()
@@ -384,6 +402,63 @@ class SteepestDescent(SeesInputs):
         if arrivals:
             arrivals.stepped()
         return returned
+
+    def _prepare(self, ready: Ready, explicit: Loss | None, returned: Loss | None) -> None:
+        """Find out what this rank knows of a step before it is taken, and all that may be wrong with it."""
+        self._settle()
+        ready.present = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in self.param_groups]
+        moving = [(place, group) for place, (group, members) in enumerate(ready.present) if members]
+        unread = check_numbers(moving)
+        ready.loss = self._loss(explicit, returned)
+        ready.parameters = parameters = [parameter for _, members in ready.present for parameter in members]
+        if not parameters:
+            return
+        if not self._packing.fits(ready.present):
+            self._meet(moving=True)
+
+        def names() -> list[str]:
+            return [self._rows[parameter].name for parameter in parameters]
+
+        ready.gradients = dense_gradients(parameters, names)
+        if ready.loss is None and self._global_step.momo and not self._idle(ready.gradients):
+            raise ValueError(MISSING)
+        self._global_step.check([group for _, group in moving])
+        self._check_states(ready.present)
+        ready.lower_bound = self._global_step.bound(ready.loss)
+        self._rates.check(self.param_groups)
+        ready.admitted = self._guard.restrict(self._guard.admit(names, ready.gradients, ready.loss), unread)
+        if self._witness and ready.admitted is not False:
+            ready.clipping = self._witness.look()
+            if self._witness.undone is not None:
+                self._tap.check_weights(self._witness.undone)
+
+    def _agree(self, ready: Ready, *, told: bool, refused: bool = False) -> Loss | None:
+        """Hear of the other ranks whether they can take the step, and share loss and clipping with them.
+
+        Args:
+            ready: Of this rank; what is shared is written to it.
+            told: Whether it was told a loss.
+            refused: Whether it has to raise an error.
+
+        Returns:
+            The loss that all share; None if this rank has none.
+        """
+        idle = (
+            bool(ready.parameters) and ready.loss is None and not refused
+        )  # torch's checkpoints may take such a step on one rank
+        ask = told or (self._global_step.momo is not None and not idle)
+        ask = ask or (self._preconditioner is not None and self._preconditioner.exchanges)
+        first = next(iter(self._rows))
+        fine, (loss, ready.clipping) = decide(
+            False if refused else ready.admitted,
+            [ready.loss, ready.clipping],
+            first.device,
+            sharded(self._rows),
+            ask=ask,
+        )
+        if ready.parameters and not refused:
+            ready.admitted = self._guard.follow(ready.admitted, fine, loss)
+        return loss
 
     def _check_states(self, present: Sequence[tuple[Group, list[Tensor]]]) -> None:
         """Everything that may be wrong with a parameter, before the first is written to."""
@@ -463,7 +538,7 @@ class SteepestDescent(SeesInputs):
         return max(self._tap.parts, self._witness.arrivals.passes if self._witness else 0)
 
     def _loss(self, explicit: Loss | None, returned: Loss | None) -> Loss | None:
-        """The loss of this step: the one that was passed, else recorded, else returned by the closure."""
+        """This rank's loss of the step: the one that was passed, else recorded, else returned by the closure."""
         recorded = self._tap.take()
         if explicit is not None:
             loss = check_loss("step", explicit)
@@ -475,8 +550,7 @@ class SteepestDescent(SeesInputs):
             loss = check_loss("the closure of step", returned)
         else:
             return None
-        parameters = self._parameters()
-        return over_ranks(loss, parameters[0].device) if parameters else loss  # else ranks would not skip alike
+        return loss
 
     def _idle(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the step changes no weight, as when torch's distributed checkpoints take one to make the state."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from steepest.anatomy import ROLES, InputMoment
+from steepest.anatomy import ROLES, InputMoment, PlanRow
 from steepest.checks import choice, flag
 from steepest.geometry import Product, get_product
 from steepest.names import unknown_name
@@ -24,6 +24,7 @@ from steepest.optim.ball import beyond_ball
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.losses import Loss
 from steepest.optim.move import Move
+from steepest.optim.ranks import sharded
 from steepest.optim.step_size import (
     Chosen,
     Fixed,
@@ -129,6 +130,33 @@ class GlobalStep:
             raise ValueError(
                 "InputMoment(on='gradient') averages preconditioned gradients, which do not tell how the loss changes, "
                 "as Momo, regularised descent and product norms need. Set on='momentum'."
+            )
+
+    def check_parts(self, row: PlanRow) -> None:
+        """Refuse a sharded parameter where ranks would take different steps of it, or none.
+
+        Args:
+            row: Of the plan.
+
+        Raises:
+            ValueError: If so.
+        """
+        if not sharded([row.parameter]):
+            return
+        dtype = row.parameter.dtype
+        if row.trainable and dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{row.name!r} is a sharded DTensor of {dtype}, but sharded parameters must be of float32 or float64. "
+                "Compute in half precision with fully_shard(..., "
+                f"mp_policy=MixedPrecisionPolicy(param_dtype={dtype})) on a model in float32, or use "
+                "DistributedDataParallel."
+            )
+        if self.regularized or not self.streams:
+            what = "Momo" if self.momo else "regularised descent" if self.regularized else f"product={self.product}"
+            raise ValueError(
+                f"{row.name!r} is a sharded DTensor, but {what} needs dual norms, and those are known of whole "
+                "parameters only. Use DistributedDataParallel; or constrained descent in the largest of the layers' "
+                "norms without Momo, as in Muon, Scion or Adam."
             )
 
     def check(self, groups: Sequence[Group]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steepest.checks import choice
 from steepest.notices import warn
-from steepest.optim.ranks import agree, local
+from steepest.optim.ranks import local
 
 OnNonFinite = Literal["skip", "raise"]
 REMEDY = (
@@ -45,7 +45,7 @@ class Guard:
     def admit(
         self, names: Callable[[], Sequence[str]], gradients: Sequence[Tensor], loss: Tensor | float | None
     ) -> bool | Tensor:
-        """Whether all gradients and the loss are finite, and small enough to be averaged without overflow.
+        """Whether what this rank has of gradients and the loss is finite, and can be averaged without overflow.
 
         Args:
             names: Tells the parameters' names, for the message.
@@ -58,13 +58,14 @@ class Guard:
         Raises:
             NonFiniteError: If something is not finite and `on_nonfinite` is "raise".
         """
-        own, sharded = local(gradients)
+        named = [(name, part) for name, part in enumerate(local(gradients)) if part.numel()]
+        own = [part for _, part in named]
         device = own[0].device if own else gradients[0].device
         quick = device.type == "cpu" and bool(_finite(loss, device)) and _surely_finite(own)
-        if quick and not sharded:
+        if quick:
             return True
         # The largest absolute entry is finite exactly if all are; the factor leaves room for a difference of two.
-        peaks = torch._foreach_norm(own, ord=torch.inf) if own and not quick else ()
+        peaks = torch._foreach_norm(own, ord=torch.inf) if own else ()
         wide = [peak.to(device, torch.promote_types(peak.dtype, torch.float32)) for peak in peaks]
         finite = (
             torch.stack([(4 * peak).isfinite() for peak in wide])
@@ -72,28 +73,43 @@ class Guard:
             else torch.ones(1, dtype=torch.bool, device=device)
         )
         loss_finite = _finite(loss, device)
-        here = finite.to(device).all() & loss_finite
-        admitted = agree(here, sharded)
+        admitted = finite.to(device).all() & loss_finite
         if device.type != "cpu" and self.on_nonfinite == "skip":
             self._skipped = self._skipped + (~admitted).long()
             return admitted
         if bool(admitted):
             return True
         if not bool(loss_finite):
-            culprit = "the loss is not finite"
-        elif bool(here):
-            culprit = "a gradient is not finite on another rank"
-        else:
-            worst = int(finite.int().argmin())
-            name = [name for name, g in zip(names(), gradients, strict=True) if local([g])[0]][worst]
-            most = torch.finfo(wide[worst].dtype).max
-            large = bool(wide[worst].isfinite())
-            culprit = f"the gradient of {name!r} is " + (f"above {most / 4:.2g}, too large" if large else "not finite")
-        if self.on_nonfinite == "raise":
-            raise NonFiniteError(f"{culprit}; nothing was changed. {REMEDY}")
-        self._skipped = self._skipped + 1
-        self._warn(f"{culprit}: this step is skipped, parameters and state stay as they are")
-        return False
+            return self._refuse("the loss is not finite")
+        worst = int(finite.int().argmin())
+        most = torch.finfo(wide[worst].dtype).max
+        kind = f"above {most / 4:.2g}, too large" if bool(wide[worst].isfinite()) else "not finite"
+        return self._refuse(f"the gradient of {names()[named[worst][0]]!r} is {kind}")
+
+    def follow(self, admitted: bool | Tensor, all_fine: bool | Tensor, loss: Tensor | float | None) -> bool | Tensor:
+        """Pass over a step that another rank cannot take.
+
+        Args:
+            admitted: What `admit` and `restrict` said of this rank.
+            all_fine: Whether no rank refused it.
+            loss: What all ranks share.
+
+        Returns:
+            As `admit`.
+
+        Raises:
+            NonFiniteError: If another rank cannot take it and `on_nonfinite` is "raise".
+        """
+        if admitted is False or all_fine is True:
+            return admitted
+        if isinstance(admitted, Tensor) and isinstance(all_fine, Tensor) and self.on_nonfinite == "skip":
+            self._skipped = self._skipped + (~all_fine & admitted).long()
+            return all_fine & admitted
+        if bool(all_fine):
+            return admitted
+        finite = bool(_finite(loss, torch.device("cpu")))
+        elsewhere = "a gradient is not finite on another rank, or the step was refused there"
+        return self._refuse(elsewhere if finite else "the loss is not finite")
 
     def restrict(self, admitted: bool | Tensor, rates: Sequence[Tensor]) -> bool | Tensor:
         """Take back what was admitted where a learning rate or the like on an accelerator is out of its range.
@@ -171,6 +187,13 @@ class Guard:
         """Continue counting from a checkpoint's number; what was skipped before was warned about before."""
         self._skipped = skipped
         self._warned = skipped > 0
+
+    def _refuse(self, culprit: str) -> Literal[False]:
+        if self.on_nonfinite == "raise":
+            raise NonFiniteError(f"{culprit}; nothing was changed. {REMEDY}")
+        self._skipped = self._skipped + 1
+        self._warn(f"{culprit}: this step is skipped, parameters and state stay as they are")
+        return False
 
     def _warn(self, told: str) -> None:
         if not self._warned:

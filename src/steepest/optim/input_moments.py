@@ -126,16 +126,18 @@ class InputMoments:
         reader = self.readers[number]
         self.watch.give(number, given_rows(reader.layout, reader.row.name, x, weight))
 
-    def refresh(
-        self, states: States, present: Sequence[Tensor], accept: Tensor | None, *, idle: Callable[[], bool]
-    ) -> None:
+    @property
+    def exchanges(self) -> bool:
+        """Whether the next refresh sums over ranks."""
+        return bool(self.watch.summing)
+
+    def refresh(self, states: States, present: Sequence[Tensor], accept: Tensor | None) -> None:
         """Bring those moments up to date that are due.
 
         Args:
             states: Of the parameters; written to.
             present: Parameters with a gradient.
             accept: A 0-d boolean; where it is False no moment changes. None means True.
-            idle: Tells whether the step changes nothing anyway, so that missing inputs do not matter.
 
         Raises:
             MissingInputsError: If inputs are missing and the options say "raise".
@@ -148,12 +150,10 @@ class InputMoments:
         if not due:
             return
         self.watch.settle()
-        totals, masses = self._over_ranks(due)
+        totals, masses, lacking = self._over_ranks(due, present)
         seen = [bool((mass > 0).any()) for mass in masses]
-        unseen = {n for n, found in zip(due, seen, strict=True) if not found and n not in self.watch.seen}
-        numbers = {self._numbers[p]: p for p in present if p in self._numbers}
-        missing = [n for n in sorted(unseen & numbers.keys()) if bool(cast(Tensor, numbers[n].grad).any())]
-        if missing and not idle():
+        missing = [n for n, found, lacks in zip(due, seen, lacking, strict=True) if lacks and not found]
+        if missing:
             self._miss(missing)
         self._note_partial([n for n, found in zip(due, seen, strict=True) if found and self.watch.unseen(n)])
         self._settle(states, [number for number, found in zip(due, seen, strict=True) if found])
@@ -192,8 +192,16 @@ class InputMoments:
             if leader != number and INPUT_MOMENT in theirs:
                 states[reader.parameter].update({key: theirs[key] for key in MOMENT_KEYS})
 
-    def _over_ranks(self, due: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Sums and masses of each due reader, zeros where nothing was seen, over all ranks."""
+    def _over_ranks(
+        self, due: Sequence[int], present: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[float]]:
+        """Over all ranks: sums and masses of each due reader, zeros where nothing was seen, and who lacks inputs.
+
+        Who lacks inputs is exchanged with the rest: what one rank refuses, all do, or the others would wait for it.
+        """
+        numbers = {self._numbers[p]: p for p in present if p in self._numbers}
+        unseen = [number in numbers and number not in self.watch.seen for number in due]
+        lacks = [one and bool(cast(Tensor, numbers[n].grad).any()) for n, one in zip(due, unseen, strict=True)]
         own: list[Tensor] = []
         for number in due:
             reader = self.readers[number]
@@ -203,8 +211,8 @@ class InputMoments:
                 own += [like.new_zeros(reader.layout.shape), like.new_zeros(reader.layout.mass_shape)]
             else:
                 own += [part.to(like.device) for part in sums]
-        both = summed(own)
-        return both[0::2], both[1::2]
+        *both, lacking = summed([*own, own[0].new_tensor(lacks)])
+        return both[0::2], both[1::2], lacking.tolist()
 
     def _miss(self, missing: Sequence[int]) -> None:
         self.counts["input_missing"] += len(missing)

@@ -4,11 +4,9 @@ import math
 from functools import partial
 from numbers import Real
 
-import torch
 from torch import Tensor
 
 from steepest.checks import refusal
-from steepest.optim.ranks import exchange_device, world_size
 
 Loss = Tensor | float
 OFF = 1.4  # times: less may be another term of the loss, twice is a part that was divided twice
@@ -109,6 +107,11 @@ class LossTap:
                 )
 
     @property
+    def told(self) -> bool:
+        """Whether something was recorded that no step has taken yet."""
+        return bool(self._entries)
+
+    @property
     def parts(self) -> int:
         """How many losses the last step was told."""
         return len(self._taken)
@@ -158,23 +161,3 @@ def check_loss(caller: str, loss: object) -> Loss:
     if isinstance(loss, bool) or not isinstance(loss, Real):
         raise TypeError(f"{caller} takes a number or a tensor as loss, got {loss!r}.")
     return float(loss)
-
-
-def over_ranks(loss: Loss, device: torch.device) -> Loss:
-    """The mean over data-parallel ranks: each has its own loss, and a step size of its own would part their weights.
-
-    Args:
-        loss: Of this rank.
-        device: Where ranks exchange tensors.
-
-    Returns:
-        The same number on every rank of the default group; `loss` itself without one.
-    """
-    ranks = world_size()
-    if ranks == 1:
-        return loss
-    given = loss.dtype if isinstance(loss, Tensor) else torch.float32
-    wide = torch.promote_types(given, torch.float32)
-    mean = torch.as_tensor(loss, dtype=wide, device=exchange_device(device)).clone()
-    torch.distributed.all_reduce(mean)
-    return (mean / ranks).to(device)

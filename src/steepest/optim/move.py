@@ -14,6 +14,7 @@ from steepest.optim.bucket import apply_, directions, gains, is_spectral, pull_,
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.load import SHARES, Load
 from steepest.optim.momentum import average_, debias, forget_, look_ahead
+from steepest.optim.ranks import agree, laid_out, local, sharded
 from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, state_dtype
 
 Group = dict[str, Any]
@@ -236,17 +237,27 @@ class Move:
         return fine if self._accept is None else self._accept & fine
 
     def _stays_finite(self, size: Tensor) -> bool | Tensor:
-        """Whether what is prepared leaves only finite weights; beyond doubt without a look at them, or by one.
+        """Whether what is prepared leaves only finite weights, on all ranks that keep a part of them.
 
         Args:
             size: Sum of the squares of the moves.
         """
+        parts = sharded(self.load.parameters)
+        if not parts:
+            return self._own_stay_finite(size, whole=True)
+        fine = self._own_stay_finite(*local([size]), whole=False)
+        unread = self.device.type != "cpu" or self._accept is not None
+        flag = agree(torch.full((), fine, device=self.device) if isinstance(fine, bool) else fine, parts)
+        return flag if unread else bool(flag)
+
+    def _own_stay_finite(self, size: Tensor, *, whole: bool) -> bool | Tensor:
+        """Of this rank's parts; beyond doubt without a look at them, or by one, for which all ranks have the reason."""
         bounds = ((self._length, LONGEST), (self._decay, 2.0))
         half = self.load.parameters[0].dtype == torch.float16
         largest = torch.finfo(self._dtype).max
         if any(not isinstance(number, Tensor) and not abs(number) <= largest for number, _ in bounds):
             return False
-        if self.device.type == "cpu" and self._accept is None:
+        if self.device.type == "cpu" and self._accept is None and whole:
             length, total = abs(float(self._length)), float(size)
             small = math.isfinite(total) and all(abs(float(number)) <= bound for number, bound in bounds)
             beyond_doubt = small and not (half and math.sqrt(total) * length > HALF_STEP)
@@ -262,7 +273,9 @@ class Move:
 
     def _looked_at(self) -> Tensor:
         pull = self._radius != 1
-        return stay_finite(self.load.parameters, self._moves, length=self._length, decay=self._decay, pull=pull)
+        parameters = self.load.parameters
+        moves = [laid_out(move, parameter) for move, parameter in zip(self._moves, parameters, strict=True)]
+        return stay_finite(local(parameters), local(moves), length=self._length, decay=self._decay, pull=pull)
 
     def _gains(self, batches: tuple[Tensor, ...], found: tuple[Tensor, ...], mass: Tensor | None) -> Tensor:
         """What directions gain on averages whose weights sum to the mass of each parameter; None: to one."""

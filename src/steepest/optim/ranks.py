@@ -3,7 +3,7 @@
 The group is torch's default one, and that of a sharded tensor's mesh where there is one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,21 +26,74 @@ def exchange_device(preferred: torch.device) -> torch.device:
     return preferred if preferred.type in backends else torch.device(backends[0])
 
 
-def local(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
-    """What this rank has of tensors: whole ones, and shards that are not empty.
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this rank has of tensors: whole ones, and shards.
 
     Args:
         tensors: Plain or sharded.
 
     Returns:
-        Plain tensors, and those of the given ones that are sharded.
+        Plain tensors, without entries where a rank has no part.
     """
-    sharded: list[Any] = [tensor for tensor in tensors if _is_sharded(tensor)]
-    if not sharded:
-        return list(tensors), []
     parts: Sequence[Any] = tensors
-    own: list[Tensor] = [part.to_local() if _is_sharded(part) else part for part in parts]
-    return [tensor for tensor in own if tensor.numel()], sharded
+    return [part.to_local() if _is_sharded(part) else part for part in parts]
+
+
+def laid_out(tensor: Any, like: Any) -> Tensor:
+    """A sharded tensor in the same parts as another; all ranks that keep a part take part."""
+    return tensor.redistribute(like.device_mesh, like.placements) if _is_sharded(like) else tensor
+
+
+def sharded(tensors: Iterable[Any]) -> list[Any]:
+    """Those of some tensors that are sharded."""
+    return [tensor for tensor in tensors if _is_sharded(tensor)]
+
+
+def decide(
+    fine: bool | Tensor,
+    numbers: Sequence[Tensor | float | None],
+    device: torch.device,
+    parts: Sequence[Any],
+    *,
+    ask: bool,
+) -> tuple[bool | Tensor, list[Tensor | float | None]]:
+    """What ranks must know of each other before a step: whether all can take it, and numbers that they share.
+
+    The only exchange before a step writes; no rank may leave a step without it, an error included.
+
+    Args:
+        fine: Whether this rank can take the step; 0-d if that is not read.
+        numbers: Of this rank; None where it has none.
+        device: Of the parameters; an accelerator is not waited for.
+        parts: Sharded parameters, the same on all ranks that keep a part: these agree in any case.
+        ask: Whether all ranks of the default group take part.
+
+    Returns:
+        Whether all can, 0-d where that is not read; the mean of each number over the ranks that have it, the same
+        number on each of them. What was given, where there is nobody to ask.
+    """
+    unread = isinstance(fine, Tensor) or device.type != "cpu"
+    if parts:
+        flag = agree(torch.full((), fine, device=device) if isinstance(fine, bool) else fine, parts)
+        fine = flag if unread else bool(flag)
+    if not ask or world_size() == 1:
+        return fine, list(numbers)
+    where = exchange_device(device)
+    refused = ~fine if isinstance(fine, Tensor) else not fine
+    pairs = [entry for number in numbers for entry in ((0.0, 0.0) if number is None else (number, 1.0))]
+    sums = torch.stack([_exchanged(entry, where) for entry in (*pairs, refused)])
+    torch.distributed.all_reduce(sums)
+    means = sums[:-2:2] / sums[1:-1:2]
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    shared = [None if own is None else mean.to(device, wide) for own, mean in zip(numbers, means, strict=True)]
+    flag = sums[-1] == 0
+    return flag.to(device) if unread else bool(flag), shared
+
+
+def _exchanged(number: Tensor | float, where: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.detach().to(where, torch.float64)
+    return torch.full((), float(number), dtype=torch.float64, device=where)
 
 
 def agree(flag: Tensor, sharded: Sequence[Any]) -> Tensor:
