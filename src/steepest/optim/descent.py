@@ -443,9 +443,8 @@ class SteepestDescent(SeesInputs):
         Returns:
             The loss that all share; None if this rank has none.
         """
-        idle = (
-            bool(ready.parameters) and ready.loss is None and not refused
-        )  # torch's checkpoints may take such a step on one rank
+        # Torch's checkpoints may take an idle step, without a loss, on one rank alone.
+        idle = bool(ready.parameters) and ready.loss is None and not refused
         ask = told or (self._global_step.momo is not None and not idle)
         ask = ask or (self._preconditioner is not None and self._preconditioner.exchanges)
         first = next(iter(self._rows))

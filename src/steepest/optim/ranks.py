@@ -56,7 +56,7 @@ def decide(
     parts: Sequence[Any],
     *,
     ask: bool,
-) -> tuple[bool | Tensor, list[Tensor | float | None]]:
+) -> tuple[bool | Tensor, Sequence[Tensor | float | None]]:
     """What ranks must know of each other before a step: whether all can take it, and numbers that they share.
 
     The only exchange before a step writes; no rank may leave a step without it, an error included.
@@ -77,7 +77,7 @@ def decide(
         flag = agree(torch.full((), fine, device=device) if isinstance(fine, bool) else fine, parts)
         fine = flag if unread else bool(flag)
     if not ask or world_size() == 1:
-        return fine, list(numbers)
+        return fine, numbers
     where = exchange_device(device)
     refused = ~fine if isinstance(fine, Tensor) else not fine
     pairs = [entry for number in numbers for entry in ((0.0, 0.0) if number is None else (number, 1.0))]
