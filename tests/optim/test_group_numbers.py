@@ -45,6 +45,33 @@ def test_a_number_that_is_none_is_refused_before_anything_changes(recipe, option
     optimizer.step()
 
 
+@pytest.mark.parametrize("value", ["no", 1, None, torch.tensor(True)], ids=str)
+def test_a_flag_that_is_none_is_refused_before_anything_changes(recipe, value):
+    model = network()
+    optimizer = recipe(model)
+    train(model, optimizer, range(2))
+    before = snapshot(model, optimizer)
+    backward(model, 2)
+    group = optimizer.param_groups[1]
+    kept, group["nesterov"] = group["nesterov"], value
+    with pytest.raises(TypeError, match="as this step finds it: nesterov must be True or False, got "):
+        optimizer.step()
+    for part, other in zip(before, snapshot(model, optimizer), strict=True):
+        assert_same(part, other)
+    group["nesterov"] = np.bool_(kept)
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:lr · weight_decay is")
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_a_whole_number_of_any_size_is_a_float(option):
+    model = network()
+    optimizer = Muon(model)
+    backward(model, 0)
+    optimizer.param_groups[0][option] = 2**70
+    optimizer.step()
+
+
 @pytest.mark.parametrize("value", [1.0, 2.5, torch.tensor(1.0)], ids=str)
 @pytest.mark.parametrize("option", ["momentum", "beta2"])
 def test_a_weight_of_the_old_average_is_below_one(option, value):

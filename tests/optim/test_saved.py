@@ -127,6 +127,32 @@ DAMAGE = {
     "taken nan": (group(steps_taken=math.nan), "steps_taken must be a whole number of at least 0, got nan"),
     "inputs negative": (group(input_steps=-3), "input_steps must be a whole number of at least 0, got -3"),
     "inputs text": (group(input_options=3), "input_options must be a text, got 3"),
+    "names": (group(param_names=3), "Parameter group 0 of the state: param_names must be a list of "),
+    "names of numbers": (
+        lambda s: s["param_groups"][0].update(param_names=[1 for _ in s["param_groups"][0]["params"]]),
+        "param_names must be a list of ",
+    ),
+    "too many names": (group(param_names=["a"] * 99), "param_names must be a list of "),
+    "role none": (group(role=None), "Parameter group 0 of the state: role must be a text, got None."),
+    "role of a list": (group(role=np.ones(2)), "role must be a text"),
+    "method none": (group(optimizer=None), "Parameter group 0 of the state: optimizer must be a text, got None."),
+    "lr huge": (group(lr=10**400), "lr must be finite and at least 0, got an integer of 1329 bits"),
+    "lr meta": (group(lr=torch.tensor(0.1, device="meta")), "lr is a tensor on the meta device, which holds no number"),
+    "decay of two": (group(weight_decay=torch.ones(2)), "weight_decay must be a number, got a tensor of shape (2,)"),
+    "initial_lr huge": (group(initial_lr=10**400), "initial_lr must be finite and at least 0, got an integer of 1329"),
+    "initial_lr text": (group(initial_lr="x"), "initial_lr must be a number, got 'x'"),
+    "max_lr of two": (group(max_lr=torch.ones(2)), "max_lr as a tensor must be a 0-d real number, got shape (2,)"),
+    "max_lr complex": (group(max_lr=torch.tensor(1j)), "max_lr as a tensor must be a 0-d real number, got torch.comp"),
+    "skipped huge": (group(skipped_steps=10**400), "skipped_steps must be a whole number of at most 2^53, got an inte"),
+    "taken large": (group(steps_taken=2.0**54), "steps_taken must be a whole number of at most 2^53, got 1.8"),
+    "step huge": (last("step", lambda t: 10**400), "'step' of '7.bias' is an integer of 1329 bits, but a whole number"),
+    "step large": (last("step", lambda t: 1e30), "'7.bias' is 1e+30, but a whole number of at most 2^53 is needed"),
+    "step tensor large": (last("step", lambda t: torch.tensor(1e30)), "but a whole number of at most 2^53 is needed"),
+    "step complex": (last("step", lambda t: torch.tensor(1j)), "but a whole number of at least 0 is needed"),
+    "step meta": (last("step", lambda t: t.to("meta")), "'step' of '7.bias' is on the meta device, which holds no num"),
+    "momentum meta": (last("momentum_buffer", lambda t: t.to("meta")), "is on the meta device, which holds no number"),
+    "momentum sparse": (last("momentum_buffer", lambda t: t.to_sparse()), "has the layout torch.sparse_coo, but a den"),
+    "meta of somebody": (lambda state: state["state"][0].update(mine=torch.ones(2, device="meta")), "the meta device"),
     "role": (group(role="table"), "was saved with the role 'table'"),
     "norm": (group(norm="Nuclear()"), "was saved with the norm 'Nuclear' but has"),
     "method": (group(optimizer="another"), "The state is of another method, another"),
@@ -209,6 +235,15 @@ OWN_DAMAGE = [
     ("newton", entry("input_mass", lambda t: t - 9), "it cannot be below 0"),
     ("newton", entry("input_moment", lambda t: t[:, :1]), "'input_moment' of '0.weight' has shape"),
     ("newton", entry("input_leader", lambda t: "x"), "'input_leader' of "),
+    ("newton", lambda s: s["state"][0].pop("input_powers"), "has 'input_moment', but 'input_powers' is missing"),
+    ("newton", lambda s: s["state"][0].pop("input_mass"), "has 'input_moment', but 'input_mass' is missing"),
+    ("newton", lambda s: s["state"][0].pop("input_moment"), "has 'input_mass', but 'input_moment' is missing"),
+    ("max stale", entry("dual_norm", lambda t: torch.ones(2)), "has shape (2,), but (1,) is needed"),
+    ("max stale", entry("dual_norm", lambda t: torch.tensor(1.0)), "has shape (), but (1,) is needed"),
+    ("momo", group(momo_value=10**400), "was saved with momo_value=an integer of 1329 bits, but a finite number"),
+    ("momo", group(momo_bound=torch.ones(2)), "was saved with momo_bound=a tensor of shape (2,), but a finite number"),
+    ("momo", group(momo_calls=2.0**54), "was saved with momo_calls=1.8"),
+    ("momo", group(role=None), "role must be a text, got None"),
     ("momo", group(momo_value=math.inf), "was saved with momo_value=inf, but a finite number"),
     ("momo", group(momo_steps=-1.0), "was saved with momo_steps=-1.0"),
     ("momo", without("momo_weights"), "was saved with momo_weights=None"),
@@ -246,6 +281,63 @@ def test_an_error_in_the_middle_of_loading_leaves_no_trace(monkeypatch):
     with pytest.raises(MemoryError):
         optimizer.load_state_dict(state)
     assert everything(vars(optimizer)) == before
+
+
+def test_an_error_at_the_end_of_loading_leaves_no_trace(monkeypatch):
+    """When the loss, its model, rates and counts are loaded."""
+    state = trained("momo", range(3))[1].state_dict()
+    _, optimizer = trained("momo", range(4, 7))
+    optimizer.record_loss(torch.tensor(1.0))
+    before = everything(vars(optimizer))
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("steepest.optim.descent.drop_moments", fails)
+    with pytest.raises(MemoryError):
+        optimizer.load_state_dict(state)
+    assert everything(vars(optimizer)) == before
+
+
+@pytest.mark.parametrize("form", [int, float, np.float64])
+def test_counts_beyond_float32_come_back_from_numbers(form):
+    weight = nn.Parameter(torch.ones(3, 4))
+    optimizer = Muon([weight])
+    weight.grad = torch.ones(3, 4)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["step"] = form(2**24 + 1)
+    optimizer.load_state_dict(state)
+    assert int(optimizer.state[weight]["step"]) == 2**24 + 1
+
+
+@pytest.mark.parametrize("key", ["lr", "initial_lr", "max_lr", "momo_value"])
+def test_whole_numbers_of_any_size_are_floats_from_then_on(key):
+    model, optimizer = trained("momo", range(2))
+    state = optimizer.state_dict()
+    state["param_groups"][0][key] = 2**70
+    optimizer.load_state_dict(state)
+    assert type(optimizer.param_groups[0][key]) is float
+    advance(model, optimizer, range(2, 3))
+
+
+def test_a_rate_of_one_entry_comes_back_as_a_number():
+    model, optimizer = trained("muon", range(2))
+    state = optimizer.state_dict()
+    state["param_groups"][0]["lr"] = torch.full((1,), 0.1)
+    optimizer.load_state_dict(state)
+    advance(model, optimizer, range(2, 3))
+
+
+def test_names_follow_a_parameter_that_left_its_group():
+    model = network()
+    optimizer = Muon(model.named_parameters())
+    group = next(group for group in optimizer.param_groups if len(group["params"]) > 1)
+    group["param_names"] = [f"p{number}" for number in range(len(group["params"]))]
+    del group["params"][0]
+    state = optimizer.state_dict()
+    assert all(len(own["param_names"]) == len(own["params"]) for own in state["param_groups"])
+    optimizer.load_state_dict(state)
 
 
 def peer_state(build):

@@ -322,8 +322,9 @@ class SteepestDescent(SeesInputs):
             self.state.pop(parameter, None)
         self._rows.update(found)
         self._members = [list(group["params"]) for group in self.param_groups]
-        for group in self.param_groups if changed else ():
-            group["param_names"] = [found[parameter].name for parameter in group["params"]]
+        for group in self.param_groups:
+            if changed or len(group.get("param_names") or group["params"]) != len(group["params"]):
+                group["param_names"] = [found[parameter].name for parameter in group["params"]]
         if changed:
             self._global_step.replaced()
             if self._witness:
@@ -483,7 +484,10 @@ class SteepestDescent(SeesInputs):
             raise
 
     def _names(self, moves: Sequence[Move]) -> list[list[str]]:
-        return [[self._rows[parameter].name for parameter in move.load.parameters] for move in moves]
+        return [self._names_of(move.load.parameters) for move in moves]
+
+    def _names_of(self, parameters: Sequence[Tensor]) -> list[str]:
+        return [self._rows[parameter].name for parameter in parameters]
 
     def _moves(self, present: Sequence[tuple[Group, list[Tensor]]], accept: Tensor | None) -> list[Move]:
         applied = self._preconditioner.applied(self.state) if self._preconditioner else None
@@ -636,18 +640,21 @@ class SteepestDescent(SeesInputs):
         self._meet()
         kept = [dict(group) for group in self.param_groups]
         present = {"state": self.state, "param_groups": self.param_groups, "defaults": dict(self.defaults)}
+        present["_steps"] = self._steps
         effective: dict[str, Any] = {}
+        parts = (self._tap, self._rates, self._global_step, self._guard, self._preconditioner)
+        held = [(part, dict(vars(part))) for part in parts if part is not None]
         restored: list[bool] = []
 
-        def check(_: Optimizer, given: dict[str, Any]) -> None:
-            known = self._preconditioner.known_shapes if self._preconditioner else lambda _: {}
-            names = [self._rows[p].name for p in self._parameters()]
-            check_saved(given, self.param_groups, list(map(self._norms.of, self.param_groups)), names, known)
+        def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            norms = list(map(self._norms.of, self.param_groups))
+            given = check_saved(given, self.param_groups, norms, self._names_of(self._parameters()), self._known_shapes)
             if self._preconditioner:
                 indices = [index for group in given["param_groups"] for index in group["params"]]
                 states = {p: given["state"].get(i, {}) for p, i in zip(self._parameters(), indices, strict=False)}
                 self._preconditioner.check(given["param_groups"], states)
             effective.update(given)
+            return given
 
         def restore(_: Optimizer) -> None:
             self._restore(effective, kept)
@@ -661,10 +668,19 @@ class SteepestDescent(SeesInputs):
         except BaseException:
             if not restored:  # refused, or out of memory
                 self.__dict__.update(present)
+                for part, fields in held:
+                    vars(part).update(fields)
             raise
         finally:
             before.remove()
             after.remove()
+
+    def _known_shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
+        """Entries of a saved state whose shapes are not the parameter's."""
+        row = self._rows[parameter]
+        blocks = row.view.blocks(torch.Size(row.shape)) if row.view else ()
+        duals = {DUAL: torch.Size((sum(block[0] for block in blocks),))} if blocks else {}
+        return {**duals, **(self._preconditioner.known_shapes(parameter) if self._preconditioner else {})}
 
     def _restore(self, saved: dict[str, Any], kept: Sequence[Group]) -> None:
         """Put back what torch's loading has replaced or rounded."""

@@ -9,7 +9,15 @@ from torch import Tensor
 from steepest.anatomy import InputMoment, Reader
 from steepest.checks import refusal
 from steepest.notices import warn
-from steepest.optim.input_moments import INPUT_LEADER, INPUT_SUM, INPUT_SUM_MASS, UNSETTLED, InputMoments, States
+from steepest.optim.input_moments import (
+    INPUT_LEADER,
+    INPUT_SUM,
+    INPUT_SUM_MASS,
+    MOMENT_KEYS,
+    UNSETTLED,
+    InputMoments,
+    States,
+)
 from steepest.optim.options import INPUT_OPTIONS, INPUT_STEPS
 from steepest.optim.refresh import INPUT_MASS, INPUT_MOMENT, INPUT_POWERS, Outcome, invert_
 
@@ -26,7 +34,7 @@ class Preconditioner(InputMoments):
         return f"on={options.on} exponents={options.exponents} solver={options.solver} normalize={options.normalize}"
 
     def check(self, groups: Sequence[Mapping[str, Any]], states: States) -> None:
-        """Refuse momenta of gradients if these are not averaged alike here, and moments that are not there.
+        """Refuse momenta of gradients if these are not averaged alike here, and moments that are not there, or in part.
 
         Args:
             groups: Of a state dict.
@@ -35,6 +43,15 @@ class Preconditioner(InputMoments):
         Raises:
             ValueError: If so.
         """
+        for reader in self.readers:
+            state = states.get(reader.parameter, {})
+            for together in (MOMENT_KEYS, (INPUT_SUM, INPUT_SUM_MASS)):
+                there, missing = ([key for key in together if (key in state) == has] for has in (True, False))
+                if there and missing:
+                    raise ValueError(
+                        f"The state of {reader.row.name!r} has {there[0]!r}, but {missing[0]!r} is missing, without "
+                        "which it means nothing: the checkpoint is damaged. Start with fresh state instead."
+                    )
         self._saved_leaders(states)
         saved = str(next((group[INPUT_OPTIONS] for group in groups if group.get(INPUT_OPTIONS)), ""))
         if saved and saved.split()[0] != f"on={self.options.on}":

@@ -1,13 +1,16 @@
-"""Whether a state dict can be gone on from: all of it is looked at before anything changes."""
+"""Whether a state dict can be gone on from: all of it is looked at before anything changes.
+
+What comes of it is a state dict, too, in which numbers are of the types that steps work with.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from steepest.checks import Check, instance, number, optional, refusal, shown
 from steepest.geometry import Norm
 from steepest.geometry.text import text_of
 from steepest.optim.groups import Group, plain
@@ -17,8 +20,11 @@ from steepest.optim.options import (
     INPUT_OPTIONS,
     INPUT_STEPS,
     METHOD,
+    NUMBERS,
+    OPTIONS,
     STEPS_TAKEN,
     check_group,
+    check_rate,
 )
 from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, input_entry
 from steepest.optim.step_size import MODEL_KEYS
@@ -34,8 +40,10 @@ PEERS = {
 COUNTS = ("skipped_steps", STEPS_TAKEN, INPUT_STEPS, "momo_steps", "momo_calls")
 CHECKED = {*GROUP_KEYS, *FOREIGN_KEYS} - {"params", "norm", "view", "name", "betas", "param_names", "role", METHOD}
 RATES = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")  # of schedulers
-NUMBERS = ("lr", "momentum", "weight_decay", "beta2")  # may be tensors while training
-
+MOST = 2**53  # of what is counted: floats hold all whole numbers up to it
+_COUNT, _FINITE = number(0, MOST, up_to=True), number(-math.inf)
+# What is not counted of the model of the loss; the bound may be that of Momo(-inf).
+_MODEL: Mapping[str, Check] = {**dict.fromkeys(MODEL_KEYS, _FINITE), "momo_bound": number(-math.inf, infinite=True)}
 QUOTES = "'\""
 
 Shapes = Mapping[str, torch.Size]
@@ -47,7 +55,7 @@ def check_saved(
     norms: Sequence[Norm],
     names: Sequence[str],
     others: Callable[[Tensor], Shapes],
-) -> None:
+) -> dict[str, Any]:
     """Refuse a state dict that does not belong to these groups or holds what cannot be, before anything of it is used.
 
     Args:
@@ -55,7 +63,11 @@ def check_saved(
         groups: Of the optimizer.
         norms: Of the groups.
         names: Of its parameters, in order.
-        others: Entries that a parameter may have besides our own, with their shapes.
+        others: Entries that a parameter may have besides our own, with their shapes, and the shapes of our own that
+            differ from the parameter's.
+
+    Returns:
+        The state dict, with plain numbers in its groups and counts.
 
     Raises:
         ValueError: If a number of groups or parameters, a role, a kind of norm, a key, a shape or a value is wrong, or
@@ -65,15 +77,18 @@ def check_saved(
     given, states = _parts(saved)
     indices = _indices(given, groups)
     _refuse_foreign(given, states)
+    taken: list[Group] = []
     for place, (old, group, norm) in enumerate(zip(given, groups, norms, strict=True)):
         _check_kind(place, old, group, norm)
-        _check_numbers(place, old, group)
+        taken.append({**old, **_checked_options(place, old, group)})
     if strange := [index for index in states if index not in set(indices)]:
         raise ValueError(f"The state has an entry for {strange[0]!r}, which is in no parameter group. {DAMAGED}")
     members = [parameter for group in groups for parameter in group["params"]]
     adapts = [norm.adapts for group, norm in zip(groups, norms, strict=True) for _ in group["params"]]
     for index, parameter, name, own in zip(indices, members, names, adapts, strict=True):
         _check_state(states.get(index, {}), parameter, name, others(parameter), adapts=own)
+    counted = {index: _with_number(state) for index, state in states.items()}
+    return {**saved, "param_groups": taken, "state": counted}
 
 
 def check_mapping(saved: object) -> None:
@@ -146,12 +161,21 @@ def _refuse_foreign(given: Sequence[Group], states: Mapping[Any, Any]) -> None:
 
 
 def _check_kind(place: int, old: Group, group: Group, norm: Norm) -> None:
+    where = f"Parameter group {place} of the state"
+    for key in ("role", METHOD):
+        instance(str, "a text")(f"{where}: {key}", old.get(key, ""))
+    count = len(group["params"])
+    told: object = old.get("param_names")
+    if told is not None and not (
+        isinstance(told, list | tuple) and len(told) == count and all(isinstance(one, str) for one in told)
+    ):
+        raise TypeError(f"{refusal(f'{where}: param_names', f'a list of {count} texts', told)} {DAMAGED}")
     here = kind_of(text_of(norm))
     for what, there, own in (
-        ("role", old.get("role"), group["role"]),
+        ("role", old.get("role", group["role"]), group["role"]),
         ("norm", kind_of(str(old.get("norm", here))), here),
     ):
-        if there not in (None, own):
+        if there != own:
             raise ValueError(
                 f"Parameter group {place} was saved with the {what} {there!r} but has {own!r} here. Build the "
                 "optimizer as it was built when the state was saved."
@@ -172,36 +196,75 @@ def kind_of(text: str) -> str:
     return f"{name}({kind_of(options.removeprefix('norm='))})" if name == "Scaled" else name
 
 
-def _check_numbers(place: int, old: Group, group: Group) -> None:
-    """Every option of a saved group, by the checks that hold when an optimizer is built."""
+def _checked_options(place: int, old: Group, group: Group) -> Group:
+    """The options of a saved group, by the checks that hold when an optimizer is built; tensors stay what they are."""
     where = f"parameter group {place} of the state"
     options = {key: plain(value, f"{where}: {key}") for key, value in old.items() if key in CHECKED}
-    for key in NUMBERS:  # a tensor is read, wherever it is
-        value = options.get(key)
-        if isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point():
-            options[key] = value.item()
     own = {key: group[key] for key in (*GROUP_KEYS, *FOREIGN_KEYS) if key in group and key not in MODEL_KEYS}
+    checked: Group = {}
     try:
-        check_group({**own, **options, "view": None}, where=where)
+        read = {key: _read(f"{where}: {key}", value) for key, value in options.items()}
+        check_group({**own, **read, "view": None}, where=where)
+        for key in (*NUMBERS, *RATES):
+            if key in read:
+                check = OPTIONS[key] if key in OPTIONS else optional(check_rate)
+                checked[key] = check(f"{where}: {key}", read[key])
+        optional(instance(str, "a text"))(f"{where}: {INPUT_OPTIONS}", options.get(INPUT_OPTIONS, ""))
     except (ValueError, TypeError) as problem:
         raise type(problem)(f"{problem} {DAMAGED}") from problem
-    for key in RATES:
-        number = options.get(key)
-        if isinstance(number, Real) and not 0 <= float(number) < math.inf:
-            raise ValueError(f"{where}: {key} must be finite and at least 0, got {number!r}. {DAMAGED}")
     for key in COUNTS:
-        if key not in MODEL_KEYS and key in options and not _counts(options[key]):
-            raise ValueError(f"{where}: {key} must be a whole number of at least 0, got {options[key]!r}. {DAMAGED}")
-    if not isinstance(options.get(INPUT_OPTIONS, ""), str | None):
-        raise TypeError(f"{where}: {INPUT_OPTIONS} must be a text, got {options[INPUT_OPTIONS]!r}. {DAMAGED}")
-    for key in MODEL_KEYS:
-        number = options.get(key, 0.0)
-        lowest = key == "momo_bound" and number == -math.inf  # of Momo(-inf)
-        if not (_finite(number) or lowest) or (key in COUNTS and number < 0) or (key in old) != (MODEL_KEYS[0] in old):
+        if key not in MODEL_KEYS and key in options:
+            if (count := _count(options[key])) is None:
+                raise ValueError(f"{refusal(f'{where}: {key}', _counted(options[key]), options[key])} {DAMAGED}")
+            checked[key] = count
+    tensors = {key: options[key].reshape(()) for key in checked if isinstance(options[key], Tensor)}
+    return {**checked, **tensors, **_checked_model(place, options)}
+
+
+def _checked_model(place: int, options: Group) -> Group:
+    """What a group holds of the model of the loss: all of it, or nothing."""
+    checked: Group = {}
+    for key in MODEL_KEYS if any(key in options for key in MODEL_KEYS) else ():
+        value = options.get(key)
+        try:
+            checked[key] = (_COUNT if key in COUNTS else _MODEL[key])(key, value)
+        except (ValueError, TypeError) as problem:
             raise ValueError(
-                f"Parameter group {place} was saved with {key}={old.get(key)!r}, but a finite number is needed: the "
+                f"Parameter group {place} was saved with {key}={shown(value)}, but a finite number is needed: the "
                 "checkpoint is damaged. Start with fresh state instead."
-            )
+            ) from problem
+    return checked
+
+
+def _read(what: str, value: object) -> object:
+    """The number of a tensor, wherever it is; of anything else, it itself."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        return value
+    if value.is_meta:
+        raise ValueError(f"{what} is a tensor on the meta device, which holds no number.")
+    return value.item()
+
+
+def _count(value: object) -> int | None:
+    """A count of any kind of number; None if it is none."""
+    try:
+        given: float = _COUNT("", value)
+    except (ValueError, TypeError):
+        return None
+    return int(given) if given.is_integer() else None
+
+
+def _counted(value: object) -> str:
+    """What a count must be, for a message about one that is none."""
+    above = isinstance(value, int | float) and value > MOST
+    return f"a whole number of at {'most 2^53' if above else 'least 0'}"
+
+
+def _with_number(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A parameter's state with its count as an integer, or a tensor: torch would make float32 of a float."""
+    if STEP not in state or isinstance(state[STEP], Tensor):
+        return state
+    return {**state, STEP: _count(state[STEP])}
 
 
 def _check_state(state: Any, parameter: Tensor, name: str, more: Shapes, *, adapts: bool) -> None:
@@ -211,14 +274,17 @@ def _check_state(state: Any, parameter: Tensor, name: str, more: Shapes, *, adap
     for key, value in cast(Mapping[Any, Any], state).items():
         if not isinstance(key, str):
             raise TypeError(f"The state of {name!r} has the entry {_short(key)}, but names are texts. {DAMAGED}")
-        if input_entry(key) and not more:
+        if input_entry(key) and not any(map(input_entry, more)):
             continue  # moments that nobody reads here; they are dropped
         if key == STEP:
-            _check_count(value, name)
+            _check_count(value, parameter, name)
         elif key in (MOMENTUM, SECOND, DUAL) or input_entry(key):
             _check_tensor(key, value, parameter, name, more)
         else:  # somebody's own; it comes back as it was put there
-            plain(value, f"The entry {key!r} of the state of {name!r}")
+            what = f"The entry {key!r} of the state of {name!r}"
+            plain(value, what)
+            if isinstance(value, Tensor):
+                _nowhere(value, parameter, what)
     needed = (STEP, MOMENTUM, *((SECOND,) if adapts else ()))
     missing = [key for key in needed if key not in state]
     if missing and any(key in state for key in (STEP, MOMENTUM, SECOND)):
@@ -228,16 +294,25 @@ def _check_state(state: Any, parameter: Tensor, name: str, more: Shapes, *, adap
         )
 
 
-def _check_count(value: Any, name: str) -> None:
+def _check_count(value: Any, parameter: Tensor, name: str) -> None:
     what = f"The state {STEP!r} of {name!r}"
     if isinstance(value, Tensor):
         if value.shape != torch.Size(()):
             raise ValueError(f"{what} has shape {tuple(value.shape)}, but () is needed. {DAMAGED}")
-        if value.is_meta:
+        if _nowhere(value, parameter, what):
             return
         value = value.item()
-    if not _counts(plain(value, what)):
-        raise ValueError(f"{what} is {_short(value)}, but a whole number of at least 0 is needed. {DAMAGED}")
+    else:
+        value = plain(value, what)
+    if _count(value) is None:
+        raise ValueError(f"{what} is {_short(value)}, but {_counted(value)} is needed. {DAMAGED}")
+
+
+def _nowhere(value: Tensor, parameter: Tensor, what: str) -> bool:
+    """Whether a tensor holds no numbers, as its parameter holds none, either."""
+    if value.is_meta and not parameter.is_meta:
+        raise ValueError(f"{what} is on the meta device, which holds no numbers. {DAMAGED}")
+    return value.is_meta
 
 
 def _check_tensor(key: str, value: Any, parameter: Tensor, name: str, more: Shapes) -> None:
@@ -247,15 +322,16 @@ def _check_tensor(key: str, value: Any, parameter: Tensor, name: str, more: Shap
         raise TypeError(f"{what} is {kind}, but a tensor of real floating point is needed. {DAMAGED}")
     if key not in more and input_entry(key):
         raise ValueError(f"{what} is not known here; known are {', '.join(more)}. {DAMAGED}")
-    shape = value.shape[:1] if key == DUAL else parameter.shape
-    expected = more.get(key, shape)
+    if value.layout != torch.strided:
+        raise TypeError(f"{what} has the layout {value.layout}, but a dense tensor is needed. {DAMAGED}")
+    expected = more.get(key, value.shape[:1] if key == DUAL else parameter.shape)
     if value.shape != expected:
         raise ValueError(
             f"{what} has shape {tuple(value.shape)}, but {tuple(expected)} is needed. The checkpoint is of another "
             "model or of another order of parameters."
         )
     local = cast(Tensor, getattr(value, "to_local", lambda: value)())
-    if local.is_meta or not local.numel() or key.startswith(("input_sum", "input_leader")):
+    if _nowhere(local, parameter, what) or not local.numel() or key.startswith(("input_sum", "input_leader")):
         return  # which are looked at where they are used
     low, high = (float(end) for end in torch.aminmax(local.detach()))
     if key == SECOND and low >= 0 and high == math.inf:
@@ -266,15 +342,6 @@ def _check_tensor(key: str, value: Any, parameter: Tensor, name: str, more: Shap
         raise ValueError(f"{what} holds {low:g}, but it cannot be below 0. {DAMAGED}")
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _counts(value: object) -> bool:
-    return _finite(value) and cast(float, value) >= 0 and float(cast(float, value)).is_integer()
-
-
 def _short(value: object) -> str:
-    """What was given, for a message."""
-    text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    """What was given, for a message; a collection may be a whole checkpoint."""
+    return shown(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
