@@ -354,6 +354,45 @@ def test_a_model_that_is_converted_after_the_optimizer_was_built():
     assert_kept(model, optimizer, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("moment", ["before the forward pass", "while gradients are there"])
+@pytest.mark.parametrize("missing", ["raise", "muon"])
+def test_a_model_that_is_converted_there_and_back_between_steps(moment, missing):
+    """As for an evaluation in another type: autograd adds to the gradient elsewhere from then on."""
+    model, x, y = net(), data(), data(seed=2)
+    optimizer = newton(model, InputMoment(every=1, first=0, decay=0.0, structure="full", missing=missing))
+    for step in range(2):
+        optimizer.zero_grad()
+        backward(model, data(seed=3 + step))
+        optimizer.step()
+    optimizer.zero_grad()
+    expected = moments(model.float().double(), [x, y])
+    if moment == "while gradients are there":
+        backward(model, x)
+    model.float()
+    model(x.float())
+    model.double()
+    if moment != "while gradients are there":
+        backward(model, x)
+    backward(model, y)
+    optimizer.step()
+    assert_kept(model, optimizer, expected)
+    assert optimizer.diagnostics()["input_missing"] == 0
+
+
+def test_gradients_of_a_converted_model_that_are_thrown_away_take_their_inputs_along():
+    model, x = net(), data()
+    optimizer = newton(model)
+    model.float()
+    model.double()
+    expected = moments(model, [x])
+    backward(model, data(seed=2))
+    model.zero_grad()
+    torch.autograd.grad(model(y := data(seed=4).requires_grad_()).sum(), y)
+    backward(model, x)
+    optimizer.step()
+    assert_kept(model, optimizer, expected)
+
+
 def test_a_copy_forgets_what_is_thrown_away_there():
     model, x = net(), data()
     optimizer, expected = newton(model), moments(model, [x])

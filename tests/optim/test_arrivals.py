@@ -179,3 +179,15 @@ def test_no_hook_outlives_the_optimizer():
     assert any(p._backward_hooks for p in model.parameters())
     del optimizer
     assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_gradients_of_a_model_that_was_converted_there_and_back_are_heard_of():
+    model = network()
+    optimizer = Muon(model, momo=True)
+    backward(model, 0)
+    optimizer.step(loss=1.0)
+    model.double().float()
+    optimizer.zero_grad()
+    part(model, 1)
+    with pytest.raises(ValueError, match="gradients of earlier backward passes"):
+        optimizer.step(lambda: part(model, 2))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+Heard = Callable[[tuple[Tensor | None, ...]], None]
 Print = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -64,6 +65,7 @@ class Arrivals:
         self._parameter = parameter
         self._node: Node | None = None  # which lives as long as somebody holds it, and its hook with it
         self._handle: RemovableHandle | None = None
+        self._hears: Heard | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -75,23 +77,32 @@ class Arrivals:
         self._blank: dict[int, Tensor] = {}  # those that saw nothing, and whether their gradient is more than zero
         self._filled: Tensor | bool = False  # whether more than zero has arrived
 
-    def listen(self, heard: Callable[[tuple[Tensor | None, ...]], None]) -> None:
+    def listen(self, heard: Heard) -> None:
         """Hear of gradients from now on, where autograd adds them.
 
         Args:
             heard: Is to call `arrived`.
         """
         self.deafen()
+        self._hears = heard
         if self._parameter.requires_grad:
             self._node = get_gradient_edge(self._parameter).node
             self._handle = self._node.register_prehook(heard)
             self._heard_at = self._where()
 
+    def follow(self) -> None:
+        """Listen where autograd adds by now: elsewhere once the parameter thawed, was moved or converted, even if back.
+
+        To be called when a forward pass begins, outside of compiled graphs.
+        """
+        if self._hears is not None and get_gradient_edge(self._parameter).node is not self._node:
+            self.listen(self._hears)
+
     def deafen(self) -> None:
         """Hear of none."""
         if self._handle is not None:
             self._handle.remove()
-        self._node = self._handle = None
+        self._node = self._handle = self._hears = None
 
     def arrived(self, gradient: Tensor) -> None:
         """A gradient is about to be added.
@@ -112,7 +123,7 @@ class Arrivals:
         """Where to write what is seen in the backward pass that runs; None if it makes no gradient of the parameter."""
         if not self._parameter.requires_grad:
             return None
-        if self._node is None or self._where() != self._heard_at:  # thawed or moved since, and not heard of
+        if self._node is None or self._where() != self._heard_at:  # thawed or moved since, without a call in Python
             return self._keep()
         task = torch._C._current_graph_task_id()
         try:

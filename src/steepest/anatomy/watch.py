@@ -79,6 +79,14 @@ class InputWatch:
             else:
                 arrivals.deafen()
 
+    def follow(self, number: int) -> None:
+        """Hear of a reader's gradient wherever autograd adds to it by now.
+
+        Args:
+            number: Of the reader.
+        """
+        self._arrivals[number].follow()
+
     def looks_at(self, number: int) -> bool:
         """Whether somebody asked for a reader's inputs."""
         return number in self.summing or number in self.comparing
@@ -269,6 +277,7 @@ class _Hook:
         if watch is None:
             watched = _WatchedCompiled.apply(self.anchor, self.address, *tensors)
         else:
+            watch.follow(self.number)
             call = _Call(watch, self.number, self.feed, watch.weights, _in_backward())
             watched = _Watched.apply(self.anchor, call, *tensors)
 
