@@ -143,6 +143,10 @@ KEPT = {
     "switches that are off": {"foreach": None, "maximize": False, "fused": None, "capturable": False, "amsgrad": False},
     "schedulers": {"initial_lr": 0.3, "max_lr": 1.0, "swa_lr": 0.1},
     "multipliers": {"lr_mult": 2.0, "layer_name": "h.0", "decay_mult": 0.0},
+    "words around an option's": {"weight_decay_mult": 2.0, "no_weight_decay": True, "bn_momentum": 0.1},
+    "names that are close": {"type": "w", "names": ["a", "b"]},
+    "a set": {"tags": {"a", "b"}, "more": [{1, 2}]},
+    "a complex number": {"phase": 1j, "kind": torch.float16},
 }
 
 
@@ -155,6 +159,15 @@ def test_plain_keys_of_others_are_kept_and_come_back(case, tmp_path):
     other = Adam([weight(4, 4)])
     other.load_state_dict(saved)
     assert KEPT[case].items() <= other.param_groups[0].items()
+
+
+def test_a_tensor_of_others_is_kept_and_comes_back(tmp_path):
+    optimizer = stepped(Adam([{"params": [weight(4, 4)], "label": torch.arange(3), "marks": [torch.ones(2)]}]))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    other = Adam([weight(4, 4)])
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(other.param_groups[0]["label"], torch.arange(3))
+    assert torch.equal(other.param_groups[0]["marks"][0], torch.ones(2))
 
 
 def test_numbers_of_numpy_become_plain():
@@ -174,6 +187,17 @@ REFUSED = {
         ValueError,
         "Unknown option 'use_muon' with the value True. Write role='mat",
     ),
+    "KellerJordan's for the others": (
+        {"use_muon": False},
+        ValueError,
+        "Unknown option 'use_muon' with the value False. Write role='mat",
+    ),
+    "KellerJordan's of nothing": ({"use_muon": None}, ValueError, "Unknown option 'use_muon' with the value None."),
+    "dion's of nothing": ({"algorithm": None}, ValueError, "Unknown option 'algorithm' with the value None. Write rol"),
+    "plural": ({"roles": "head"}, ValueError, "Unknown option 'roles': did you mean 'role'?"),
+    "underlined": ({"lr_": 0.1}, ValueError, "Unknown option 'lr_': did you mean 'lr'?"),
+    "a word less": ({"weightdecay": 0.1}, ValueError, "Unknown option 'weightdecay': did you mean 'weight_decay'?"),
+    "a set of modules": ({"layers": {nn.ReLU()}}, TypeError, "'layers' is none of the options params, name,"),
     "dion's": ({"algorithm": "adamw"}, ValueError, "Unknown option 'algorithm' with the value 'adamw'. Write role="),
     "a switch that is on": ({"maximize": True}, ValueError, "Unknown option 'maximize' with the value True. Leave it"),
     "a module": ({"layer": nn.ReLU()}, TypeError, "'layer' is none of the options params, name,"),

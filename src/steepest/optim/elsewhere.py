@@ -5,6 +5,7 @@ from collections.abc import Mapping
 _NO_SWITCH = "Leave it out: parameters are stepped together wherever that is faster."
 _COEFFICIENTS = "Write coefficients=: a name such as 'jordan' (five steps), or a list with one (a, b, c) for each step."
 _ADAM_LR = "Write adam_lr=, or other_lr= for Scion: the rate of everything that is no matrix."
+SORTING = ("use_muon", "algorithm")  # which say something with every value
 ELSEWHERE: Mapping[str, str] = {
     **dict.fromkeys(("fused", "foreach"), _NO_SWITCH),
     **dict.fromkeys(("ns_steps", "backend_steps", "num_ns_steps", "newton_schulz_steps"), _COEFFICIENTS),

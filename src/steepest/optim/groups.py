@@ -18,7 +18,7 @@ from steepest.geometry.text import built, text_of
 
 Group = dict[str, Any]
 # Types that torch.load(weights_only=True) reads back; of exactly these, as a subclass is refused there.
-PLAIN = frozenset({type(None), bool, int, float, str, Tensor, torch.nn.Parameter, torch.dtype, torch.device})
+PLAIN = frozenset({type(None), bool, int, float, complex, str, Tensor, torch.nn.Parameter, torch.dtype, torch.device})
 UNSEEN = frozenset({"params", "param_names", "norm", "view"})  # cared for elsewhere
 
 
@@ -126,7 +126,7 @@ def make_plain(group: Group, where: str, *, strict: bool = True) -> None:
 
 
 def plain(value: Any, what: str) -> Any:
-    """A value as text, number or tensor, or as a list, tuple or dictionary of these.
+    """A value as text, number or tensor, or as a list, tuple, set or dictionary of these.
 
     Args:
         value: Anything.
@@ -147,6 +147,8 @@ def plain(value: Any, what: str) -> Any:
     if isinstance(value, list | tuple):
         items = [plain(one, what) for one in cast(list[Any], value)]
         return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, set):
+        return {plain(one, what) for one in cast(set[Any], value)}
     if kind.__module__.partition(".")[0] == "numpy" and getattr(value, "ndim", None) == 0:
         item = value.item()
         return float(item) if type(item) is kind else plain(item, what)

@@ -1,7 +1,7 @@
 """Options of a parameter group: their names, what they may be, and one value per role."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 from steepest.anatomy import ROLES, Role
 from steepest.checks import Check, choice, flag, number, optional, pair, refusal, shown
 from steepest.geometry import AdaInf, Norm, Spectral, check_norm
-from steepest.optim.elsewhere import ELSEWHERE
+from steepest.optim.elsewhere import ELSEWHERE, SORTING
+from steepest.optim.groups import plain
 from steepest.optim.step_size import MODEL_KEYS, Momo, StepSize
 
 # What users may write into a group. Everything the optimizer keeps per group is declared here and at construction,
@@ -20,7 +21,8 @@ from steepest.optim.step_size import MODEL_KEYS, Momo, StepSize
 GROUP_KEYS = ("params", "name", "role", "norm", "view", "lr", "momentum", "nesterov", "weight_decay", "betas", "beta2")
 # Options of norms that a group may set for its own.
 NORM_OPTIONS = ("eps", "scale", "coefficients", "polar", "dtype", "p")
-CLOSE = 0.8  # likeness from which a key counts as a mistyped option; that of lr_scale and scale is 0.77
+CLOSE = 0.8  # likeness from which a key counts as a mistyped option, unless it has more words
+HOSTS = ("type", "names")  # keys of others that are that close
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a step can work on
 # torch and its schedulers add these to groups they have seen.
 FOREIGN_KEYS = (
@@ -271,29 +273,24 @@ def _check_foreign(where: str, key: object, value: object) -> None:
     if not isinstance(key, str):
         raise TypeError(f"{where}: options must be named by text, got {shown(key)}.")
     remedy = ELSEWHERE.get(key, "")
-    if remedy and value is not None and value is not False:
+    if remedy and ((value is not None and value is not False) or key in SORTING):
         raise ValueError(f"{where}: Unknown option {key!r} with the value {shown(value)}. {remedy}")
     options = (*GROUP_KEYS, *NORM_OPTIONS)
-    meant = difflib.get_close_matches(key.lower().replace("-", "_"), options, n=1, cutoff=CLOSE)
-    if not remedy and meant:
+    spelt = key.lower().replace("-", "_").strip("_")
+    alike = [option for option in options if spelt.count("_") <= option.count("_")]
+    meant = difflib.get_close_matches(spelt, alike, n=1, cutoff=CLOSE)
+    if not remedy and meant and key not in HOSTS:
         raise ValueError(
             f"{where}: Unknown option {key!r}: did you mean {meant[0]!r}? Valid: {', '.join(options)}. A key of your "
             "own needs a name that is farther from these."
         )
-    if not is_plain(value):
+    try:
+        plain(value, where)
+    except TypeError as error:
         raise TypeError(
             f"{where}: {key!r} is none of the options {', '.join(options)}, and is kept for others only if a "
-            f"checkpoint can hold it: numbers, text, and lists or mappings of these; got {shown(value)}."
-        )
-
-
-def is_plain(value: object) -> bool:
-    """Whether `torch.load(weights_only=True)` brings a value back: numbers, text, None, and collections of these."""
-    if isinstance(value, dict):
-        return all(map(is_plain, value)) and all(map(is_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(is_plain, cast(Sequence[object], value)))
-    return value is None or type(value) in (bool, int, float, complex, str)
+            f"checkpoint can hold it: numbers, text, tensors, and collections of these; got {shown(value)}."
+        ) from error
 
 
 def check_role(role: object, *, where: str) -> None:
