@@ -1,5 +1,6 @@
 """What NoiseScale refuses, and what it passes over once it has measured."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,6 +24,18 @@ F64 = torch.float64
         ({"polar": "svdd"}, "did you mean 'svd'"),
         ({"kinds": ("euclidian",)}, "did you mean 'euclidean'"),
         ({"kinds": ()}, "kinds is empty"),
+        (
+            {"kinds": "euclidean"},
+            r"NoiseScale: kinds must be a list of .*, got 'euclidean'\. Write kinds=\('euclidean',\)",
+        ),
+        ({"kinds": None}, "NoiseScale: kinds must be a list of some of .*, got None"),
+        ({"kinds": [1]}, r"NoiseScale: kinds must be a list of some of .*, got \[1\]"),
+        ({"kinds": ("l1", "l1")}, r"each once, got \('l1', 'l1'\)"),
+        ({"scale": 0}, "NoiseScale: scale must be finite and above 0, got 0"),
+        ({"scale": -1.0}, "NoiseScale: scale must be finite and above 0, got -1.0"),
+        ({"scale": float("nan")}, "NoiseScale: scale must be finite and above 0, got nan"),
+        ({"scale": "2"}, r"NoiseScale: scale must be a number, got '2'\. Write scale=2.0, without quotes"),
+        ({"process_group": 3}, r"NoiseScale: process_group must be a process group, as .*new_group\(\) .*, got 3"),
         ({"norm": "spectral"}, "is one of matrices, but 'gain' of shape"),
     ],
 )
@@ -30,6 +43,51 @@ def test_options_are_checked(options, message):
     model = network()
     with pytest.raises((ValueError, TypeError), match=message):
         NoiseScale(model, sgd(model), **options)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), "2", None, torch.ones(2)])
+def test_what_a_function_says_of_the_scale_is_checked_when_it_is_asked(value):
+    model = network()
+    optimizer = sgd(model)
+    noise = NoiseScale(model, optimizer, every=1, scale=lambda: value)
+    with pytest.raises((ValueError, TypeError), match=r"NoiseScale: what scale\(\) returns must be "):
+        train(model, optimizer, steps=1)
+    noise.close()
+
+
+def test_a_function_may_return_the_tensor_that_a_scaler_keeps():
+    model = network()
+    optimizer = sgd(model)
+    noise = NoiseScale(model, optimizer, every=1, scale=lambda: torch.tensor([1.0]))
+    train(model, optimizer, steps=1)
+    assert noise.read().measurements == 1
+    noise.close()
+
+
+@pytest.mark.parametrize("kind", ["two", "meta", "array", "in a list"])
+@pytest.mark.parametrize("key", ["format", "samples", "layers", "kinds", "unit"])
+def test_a_saved_option_that_is_a_tensor_is_refused_by_name(key, kind):
+    tensors = {"two": torch.ones(2), "meta": torch.tensor(1.0, device="meta"), "array": np.ones(2)}
+    model = network()
+    noise = NoiseScale(model, sgd(model))
+    state = noise.state_dict()
+    tensors["in a list"] = [np.ones(2)] * len(state[key] if isinstance(state[key], list) else "x")
+    with pytest.raises(ValueError, match=f"The saved noise scale has {key}="):
+        noise.load_state_dict({**state, key: tensors[kind]})
+    noise.close()
+
+
+@pytest.mark.parametrize("key", ["values", "weights"])
+def test_a_saved_measurement_without_numbers_is_refused_by_name(key):
+    model = network()
+    optimizer = sgd(model)
+    noise = NoiseScale(model, optimizer, every=1)
+    train(model, optimizer, steps=1)
+    state = noise.state_dict()
+    state["records"][0][key] = state["records"][0][key].to("meta")
+    with pytest.raises(ValueError, match=f"Measurement 0 of the saved noise scale: {key} is on the meta device"):
+        noise.load_state_dict(state)
+    noise.close()
 
 
 def test_what_cannot_be_measured_says_so():

@@ -93,7 +93,8 @@ RIGHT = {
     "level": PART - {"zero"},
     "samples": POSITIVE | {"None"},
     "unit": {"None", "number as text", "empty text", "word"},
-    **{option: set() for option in ("shape", "measure", "losses")},
+    **{option: set() for option in ("shape", "measure", "losses", "kinds")},
+    "process_group": {"None"},
     "store": {"None"},
     "betas": {"None"},
     "structure": {"empty mapping"},
@@ -119,6 +120,7 @@ OWN = {
     **{(owner, option): POSITIVE for owner in ("Ball", "Setting") for option in ("lr", "scale")},
     ("Point", "steps"): POSITIVE,
     ("NoiseScale", "losses"): set(),
+    ("NoiseScale", "scale"): POSITIVE | {"class"},
 }
 
 
@@ -179,7 +181,8 @@ CALLS = {
     },
     **{
         ("NoiseScale", option): (lambda value, option=option: noise_scale(**{option: value}))
-        for option in ("every", "level", "samples", "unit", "losses", "store", "polar")
+        for option in inspect.signature(NoiseScale).parameters
+        if option not in ("model", "optimizer", "norm")
     },
     **{
         ("route", option): (lambda value, option=option: route(model(), **{option: value}))

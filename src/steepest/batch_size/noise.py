@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, TypeGuard, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,20 @@ from steepest.linalg import PolarMethod
 Losses = Literal["divided", "whole", "weighted"]
 FORMAT = 2
 DAMAGED = "The checkpoint is damaged: use another one, or measure anew."
+_FACTOR = number(above=True)
+
+
+def _check_scale(name: str, value: object) -> Any:
+    """Check of a number, or of a function that is asked for it at every measurement."""
+    return value if callable(value) else _FACTOR(name, value)
+
+
+def _check_group(name: str, value: object) -> Any:
+    """Check of a process group, of which there is none where torch was built without."""
+    kind: type | tuple[type, ...] = getattr(dist, "ProcessGroup", ())
+    return optional(instance(kind, "a process group, as torch.distributed.new_group() returns it"))(name, value)
+
+
 _OPTIONS = {
     "every": whole(1),
     "level": number(0, 1, above=True),
@@ -35,6 +49,9 @@ _OPTIONS = {
     "losses": choice(get_args(Losses)),
     "store": optional(choice(get_args(Store))),
     "polar": choice(get_args(PolarMethod)),
+    "kinds": check_kinds,
+    "scale": _check_scale,
+    "process_group": _check_group,
 }
 _SAVED = {"step": whole(0), "discarded": whole(0), "skipped": whole(0), "told": flag, "owed": flag}
 _RECORD = {
@@ -75,7 +92,8 @@ class NoiseScale:
         process_group: Of the data-parallel ranks; None: the default group, if there is one.
 
     Raises:
-        ValueError: If an option is unknown or out of range, or a layer cannot be measured.
+        ValueError: If an option is unknown or out of range, or a layer cannot be measured; in a measured step, if what
+            `scale` returns is not above 0.
         TypeError: If an option is of the wrong type, or the optimizer's steps cannot be heard of.
 
     Example:
@@ -109,17 +127,18 @@ class NoiseScale:
     ) -> None:
         options = {"every": every, "level": level, "samples": samples, "unit": unit}
         options |= {"losses": losses, "store": store, "polar": polar}
+        options |= {"kinds": kinds, "scale": scale, "process_group": process_group}
         checked = {name: _OPTIONS[name](f"NoiseScale: {name}", value) for name, value in options.items()}
         every, level, samples = checked["every"], checked["level"], checked["samples"]
         self._optimizer = optimizer = stepping(optimizer)
         self._every = every
-        self._kinds = check_kinds(kinds)
+        self._kinds: tuple[Kind, ...] = checked["kinds"]
         self._level = level
         self._samples = samples
         self._unit = unit
         self._told = samples is not None
         self._losses = losses
-        self._scale = scale
+        self._scale: float | Callable[[], object] = checked["scale"]
         self._polar: PolarMethod = polar
         self._layers = find_layers(model, optimizer, self._kinds, norm)
         self._ranks = Ranks(self._layers, process_group)
@@ -293,7 +312,8 @@ class NoiseScale:
 
     def _factors(self, own: Tensor, samples: Tensor) -> Tensor:
         """What turns recorded gradients into those of mean losses."""
-        scale = float(self._scale()) if callable(self._scale) else float(self._scale)
+        scale = self._scale() if callable(self._scale) else self._scale
+        scale = _FACTOR("NoiseScale: what scale() returns", scale.item() if _is_one(scale) else scale)
         if self._losses == "whole":
             return torch.full_like(own, 1 / scale)
         if self._losses == "divided":
@@ -343,7 +363,7 @@ class NoiseScale:
         """
         instance(dict, "what state_dict() returned, a dictionary")("The saved noise scale", state_dict)
         for key, expected in self._meaning().items():
-            if key not in state_dict or state_dict[key] != expected:
+            if key not in state_dict or not _same(state_dict[key], expected):
                 raise ValueError(
                     f"The saved noise scale has {key}={shown(state_dict.get(key))}, but {expected!r} is needed. Build "
                     "it with the model, optimizer and options that were saved."
@@ -370,6 +390,8 @@ class NoiseScale:
         }
         for key, shape in shapes.items():
             tensor: Tensor = getattr(record, key)
+            if tensor.is_meta:
+                raise ValueError(f"{who}: {key} is on the meta device, which holds no numbers. {DAMAGED}")
             if tensor.dtype != torch.float64 or tuple(tensor.shape) != shape or not bool(tensor.isfinite().all()):
                 raise ValueError(
                     f"{who}: {key} must be finite float64 of shape {shape}, got {tensor.dtype} of shape "
@@ -409,6 +431,21 @@ def _entries(who: str, saved: Mapping[str, object], checks: Mapping[str, Check])
     if missing := [key for key in checks if key not in saved]:
         raise ValueError(f"{who} has no {missing[0]!r}. {DAMAGED}")
     return {key: check(f"{who}: {key}", saved[key]) for key, check in checks.items()}
+
+
+def _same(saved: object, expected: object) -> bool:
+    """Whether a saved value is the one of here; of another kind, tensors for instance, it is not."""
+    if isinstance(expected, list) and isinstance(saved, list):
+        pairs = zip(cast(list[object], saved), cast(list[object], expected), strict=False)
+        return len(cast(list[object], saved)) == len(cast(list[object], expected)) and all(_same(*own) for own in pairs)
+    number_types = (int, float)
+    alike = type(saved) in number_types and type(expected) in number_types
+    return (alike or type(saved) is type(expected)) and saved == expected
+
+
+def _is_one(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor with one number, as scalers keep theirs."""
+    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
 
 
 def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:

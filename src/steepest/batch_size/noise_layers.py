@@ -1,6 +1,6 @@
 """What is measured of one layer: its view as matrices, the direction its optimizer takes, and a row of numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -11,6 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from steepest.anatomy import PlanRow, View, route
 from steepest.batch_size.estimators import Duals, alignment, euclidean, l1, nested_sizes, nuclear
+from steepest.checks import refusal
 from steepest.geometry import Frobenius, Norm, Sign, Spectral, get_norm
 from steepest.linalg import PolarMethod
 from steepest.names import unknown_name
@@ -111,18 +112,36 @@ def find_layers(model: nn.Module, optimizer: Optimizer, kinds: Sequence[Kind], n
     return layers
 
 
-def check_kinds(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
-    """The kinds in the order of `KINDS`.
+def check_kinds(name: str, kinds: object) -> tuple[Kind, ...]:
+    """Check for kinds of noise scales.
+
+    Args:
+        name: Of the option.
+        kinds: What was given.
+
+    Returns:
+        The kinds in the order of `KINDS`.
 
     Raises:
-        ValueError: If there are none, or one is not known.
+        ValueError: If there are none, or one is not known, or stands twice.
+        TypeError: If it is no list of words.
     """
-    for kind in kinds:
+    words = ", ".join(KINDS)
+    expected = f"a list of some of {words}"
+    if not isinstance(kinds, list | tuple | set | frozenset):
+        remedy = f"Write kinds=({kinds!r},)." if isinstance(kinds, str) and kinds in KINDS else ""
+        raise TypeError(refusal(name, expected, kinds, remedy))
+    given = cast(Collection[object], kinds)
+    for kind in given:
+        if not isinstance(kind, str):
+            raise TypeError(refusal(name, expected, kinds))
         if kind not in KINDS:
-            raise ValueError(unknown_name("kind of noise scale", kind, KINDS))
-    if not kinds:
-        raise ValueError(f"kinds is empty; name at least one of {', '.join(KINDS)}.")
-    return tuple(kind for kind in KINDS if kind in kinds)
+            raise ValueError(refusal(name, expected, kinds, unknown_name("kind of noise scale", kind, KINDS)))
+    if not given:
+        raise ValueError(f"{name} is empty: {refusal('it', f'at least one of {words}', kinds)}")
+    if len(set(given)) < len(given):
+        raise ValueError(refusal(name, f"{expected}, each once", kinds))
+    return tuple(kind for kind in KINDS if kind in given)
 
 
 def _norm_of(optimizer: Optimizer, group: Mapping[str, Any], given: Norm | None) -> Norm:
