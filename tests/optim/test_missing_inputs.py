@@ -279,3 +279,25 @@ def test_groups_added_later_take_muons_step():
     assert optimizer.plan[-1].inputs is None
     assert INPUT_POWERS not in optimizer.state[late]
     assert INPUT_POWERS in optimizer.state[model[5].weight]
+
+
+@pytest.mark.parametrize("how", ["inputs", "grad"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_backward_pass_that_stops_at_the_first_layer_is_among_the_reasons_and_its_remedy_works(how, whole):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = NewtonMuon(model, precondition=InputMoment(structure="full", every=1))
+    x = torch.ones(3, 4, requires_grad=True)
+    wanted = [*model.parameters(), *([x] if whole else [])]
+    loss = model(x).sum()
+    if how == "inputs":
+        loss.backward(inputs=wanted)
+    else:
+        for parameter, gradient in zip(wanted, torch.autograd.grad(loss, wanted), strict=True):
+            parameter.grad = gradient
+    if whole:
+        optimizer.step()
+        assert optimizer.diagnostics()["input_missing"] == 0
+        return
+    reason = r"'0\.weight' .*backward\(inputs=\.\.\.\) or autograd\.grad with the weights alone stopped at this layer"
+    with pytest.raises(MissingInputsError, match=reason):
+        optimizer.step()

@@ -416,10 +416,7 @@ class SteepestDescent(SeesInputs):
             return
         if not self._packing.fits(ready.present):
             self._meet(moving=True)
-
-        def names() -> list[str]:
-            return [self._rows[parameter].name for parameter in parameters]
-
+        names = partial(self._names_of, parameters)
         ready.gradients = dense_gradients(parameters, names)
         if ready.loss is None and self._global_step.momo and not self._idle(ready.gradients):
             raise ValueError(MISSING)

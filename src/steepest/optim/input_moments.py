@@ -219,8 +219,10 @@ class InputMoments:
         if self.options.missing == "muon":
             return
         reader = self.readers[missing[0]]
-        why = "no call of its module had a backward pass that adds to the gradient, or the model runs from a graph "
-        why += "compiled without this optimizer, which torch._dynamo.reset() forgets"
+        why = "no call of its module had a backward pass that adds to the gradient; or backward(inputs=...) or "
+        why += "autograd.grad with the weights alone stopped at this layer, before what it reads: add the model's "
+        why += "inputs, with requires_grad, to what is asked for; or the model runs from a graph compiled without this "
+        why += "optimizer, which torch._dynamo.reset() forgets"
         if reader.unseen:
             why = f"hooks cannot see them: {reader.unseen}"
         self.watch.forget()
