@@ -128,7 +128,9 @@ class NoiseScale:
         options = {"every": every, "level": level, "samples": samples, "unit": unit}
         options |= {"losses": losses, "store": store, "polar": polar}
         options |= {"kinds": kinds, "scale": scale, "process_group": process_group}
-        checked = {name: _OPTIONS[name](f"NoiseScale: {name}", value) for name, value in options.items()}
+        checked: dict[str, Any] = {
+            name: _OPTIONS[name](f"NoiseScale: {name}", value) for name, value in options.items()
+        }
         every, level, samples = checked["every"], checked["level"], checked["samples"]
         self._optimizer = optimizer = stepping(optimizer)
         self._every = every

@@ -38,16 +38,16 @@ def _found(*, edge: bool = False, **options: OptionValue) -> Tuned:
     return Tuned(options, Tuning(trials=16, source="docs/results/tuning/README.md", edge=edge))
 
 
-_JORDAN = _found(lr=0.04, other_lr=0.02, momentum=0.9, beta1=0.8, beta2=0.999, edge=True)
+_JORDAN = _found(lr=0.0565685, other_lr=0.02, momentum=0.85, beta1=0.9, beta2=0.999, edge=True)
 
 TUNED: Mapping[tuple[str, str], Mapping[str, Tuned]] = {
     ("text", "demo"): {
-        "adamw": _found(lr=0.004, other_lr=0.016, beta1=0.6, beta2=0.95),
-        "muon": _found(lr=0.08, other_lr=0.02, momentum=0.75, beta1=0.9, beta2=0.99),
+        "adamw": _found(lr=0.004, other_lr=0.032, beta1=0.6, beta2=0.8),
+        "muon": _found(lr=0.08, other_lr=0.02, momentum=0.7, beta1=0.9, beta2=0.95),
         "muon-jordan": _JORDAN,
         "muon-nonic": _found(lr=0.08, other_lr=0.02, momentum=0.8, beta1=0.9, beta2=0.95),
         "torch-muon": _JORDAN,  # the same step in bfloat16
-        "muonadam": _found(lr=0.08, other_lr=0.02, momentum=0.75, beta2=0.99),
+        "muonadam": _found(lr=0.08, other_lr=0.02, momentum=0.5, beta2=0.95, edge=True),
         # of an older search over the learning rates alone, whose record no longer holds
         "newton-muon": Tuned({"lr": 0.04, "other_lr": 0.02}),
     },
