@@ -49,7 +49,7 @@ def test_it_prints_the_bound_its_batch_sizes_and_their_units(capsys):
     assert rows["SFO(b*)"][0] == whole(2.25 * least * steps)
     assert rows["SFO(32)"] == ["never", "b is not above b_min"]
     assert rows["SFO(256)"][1].startswith("gradients of samples in ")
-    assert rows["overshoot"] == ["1.1768", "nonic"]
+    assert rows["overshoot"] == ["1.1236", "polar_express"]
     assert "ball radius" not in rows
     assert "An upper bound for exact polar factors" in out
     assert "Its b* need not be near the measured one." in out
@@ -87,7 +87,7 @@ def test_decay_draws_a_ball_and_its_target_is_the_gap(capsys):
 @pytest.mark.parametrize(
     ("wd", "shown", "sentence"),
     [
-        (750, {"limit": 0.004707}, "1 < lr * weight_decay = 1.5 < 2: weights may leave the ball; keep lr below"),
+        (750, {"limit": 0.004494}, "1 < lr * weight_decay = 1.5 < 2: weights may leave the ball; keep lr below"),
         (1000, {}, "lr * weight_decay = 2 >= 2: weights may grow without end; keep lr below 1 / weight_decay = 0.001"),
     ],
 )
