@@ -41,7 +41,7 @@ def _check_group(name: str, value: object) -> Any:
     return optional(instance(kind, "a process group, as torch.distributed.new_group() returns it"))(name, value)
 
 
-_OPTIONS = {
+_OPTIONS: Mapping[str, Check] = {
     "every": whole(1),
     "level": number(0, 1, above=True),
     "samples": optional(number(above=True)),
@@ -136,7 +136,8 @@ class NoiseScale:
         self._every = every
         self._kinds: tuple[Kind, ...] = checked["kinds"]
         self._level = level
-        self._samples = samples
+        # whole as it was given: so it is told, and saved
+        self._samples: float | None = int(samples) if samples is not None and samples.is_integer() else samples
         self._unit = unit
         self._told = samples is not None
         self._losses = losses

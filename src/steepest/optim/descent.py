@@ -636,8 +636,12 @@ class SteepestDescent(SeesInputs):
         self._settle()
         self._meet()
         kept = [dict(group) for group in self.param_groups]
-        present: dict[str, Any] = {"state": self.state, "param_groups": self.param_groups, "_steps": self._steps}
-        present["defaults"] = dict(self.defaults)
+        present: dict[str, Any] = {
+            "state": self.state,
+            "param_groups": self.param_groups,
+            "defaults": dict(self.defaults),
+            "_steps": self._steps,
+        }
         effective: dict[str, Any] = {}
         parts = (self._tap, self._rates, self._global_step, self._guard, self._preconditioner)
         held = [(part, dict(vars(part))) for part in parts if part is not None]
