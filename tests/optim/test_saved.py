@@ -237,7 +237,7 @@ OWN_DAMAGE = [
     ("newton", entry("input_leader", lambda t: "x"), "'input_leader' of "),
     ("newton", lambda s: s["state"][0].pop("input_powers"), "has 'input_moment', but 'input_powers' is missing"),
     ("newton", lambda s: s["state"][0].pop("input_mass"), "has 'input_moment', but 'input_mass' is missing"),
-    ("newton", lambda s: s["state"][0].pop("input_moment"), "has 'input_mass', but 'input_moment' is missing"),
+    ("newton", lambda s: s["state"][0].pop("input_moment"), "refers to the moment of layer number"),
     ("max stale", entry("dual_norm", lambda t: torch.ones(2)), "has shape (2,), but (1,) is needed"),
     ("max stale", entry("dual_norm", lambda t: torch.tensor(1.0)), "has shape (), but (1,) is needed"),
     ("momo", group(momo_value=10**400), "was saved with momo_value=an integer of 1329 bits, but a finite number"),

@@ -43,6 +43,7 @@ class Preconditioner(InputMoments):
         Raises:
             ValueError: If so.
         """
+        self._saved_leaders(states)
         for reader in self.readers:
             state = states.get(reader.parameter, {})
             for together in (MOMENT_KEYS, (INPUT_SUM, INPUT_SUM_MASS)):
@@ -52,7 +53,6 @@ class Preconditioner(InputMoments):
                         f"The state of {reader.row.name!r} has {there[0]!r}, but {missing[0]!r} is missing, without "
                         "which it means nothing: the checkpoint is damaged. Start with fresh state instead."
                     )
-        self._saved_leaders(states)
         saved = str(next((group[INPUT_OPTIONS] for group in groups if group.get(INPUT_OPTIONS)), ""))
         if saved and saved.split()[0] != f"on={self.options.on}":
             raise ValueError(
