@@ -81,21 +81,9 @@ def test_an_idle_expert_comes_to_rest_with_every_option(options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_an_idle_expert_comes_to_rest_in_every_type(dtype):
-    last = round(705 / (1 - BETA)) + 61 if dtype == torch.float64 else LAST  # its numbers are smaller by far
-    moved, average = idle(Sign(), dtype, last + 5)
-    assert not moved[last:, 1].any()
+    moved, average = idle(Sign(), dtype)
+    assert not moved[LAST:, 1].any()
     assert not average[1].any()
-
-
-@pytest.mark.parametrize("rhythm", [2, 3])
-def test_tiny_gradients_of_float64_may_pause(rhythm):
-    weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
-    optimizer = SteepestDescent([weight], lr=1.0, norms={"matrix": Sign()}, momentum=0.9)
-    for step in range(1, 130):
-        weight.grad = torch.full_like(weight, 0.0 if step % rhythm else 1e-60)
-        before = weight.detach().clone()
-        optimizer.step()
-        assert step < rhythm or torch.equal(before - weight, torch.ones_like(weight)), step
 
 
 @pytest.mark.parametrize("stale", [False, True])

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+SMALLEST = torch.finfo(torch.float32).tiny  # of the normal numbers
 # A few passes over the averages in one step of so many cost nothing; a prime number meets every rhythm of gradients.
 FORGET_EVERY = 61
 
@@ -35,8 +36,8 @@ def forget_(buffers: Sequence[Tensor], values: Sequence[Tensor], beta: float, *,
     """Set to zero what an average holds of gradients that ended so long ago that only rounding is left.
 
     That is an entry whose new value is exactly 0 and whose next decrease, (1-β) of it, is below the smallest normal
-    number of the average's type: for float32 1.2e-38, 84 / (1-β) steps after a gradient of size one; for float64
-    2.2e-308, 705 / (1-β) steps after it. An entry with a value counts, however small.
+    number of float32, 1.2e-38: in wider types too, so that all end at the same time, 84 / (1-β) steps after a gradient
+    of size one. An entry with a value counts, however small.
 
     Args:
         buffers: Averages that already hold the values, written to.
@@ -44,8 +45,8 @@ def forget_(buffers: Sequence[Tensor], values: Sequence[Tensor], beta: float, *,
         beta: Weight of the old average, in [0, 1).
         accept: A 0-d boolean on the device; where it is False, every buffer keeps its bits. None means True.
     """
+    bound = SMALLEST / (1 - beta)
     for buffer, value in zip(buffers, values, strict=True):
-        bound = torch.finfo(buffer.dtype).tiny / (1 - beta)
         over = (buffer.abs() <= bound).logical_and_(value == 0)
         buffer.masked_fill_(over if accept is None else over.logical_and_(accept), 0.0)
 
