@@ -264,6 +264,16 @@ def test_no_code_of_the_current_directory_runs_in_a_worker(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_no_code_of_the_current_directory_runs_in_the_command(tmp_path):
+    """Python puts the directory first for `python -m`; what it is called with must find a study, and no module."""
+    for name in ("random", "json", "argparse", "torch", "numpy", "optuna"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
+    command = [sys.executable, "-m", "steepest", "report", "nowhere"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "no study here" in ended.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_config_s_text_begins_no_line_of_a_log(tmp_path):
     config = configure(make_task("digits"), method="adamw", seed=0, steps=2)
     config = replace(config, code="0.1\nssh-ed25519 AAAA evil@example\n")
