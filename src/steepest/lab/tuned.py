@@ -42,10 +42,10 @@ _JORDAN = _found(lr=0.0565685, other_lr=0.02, momentum=0.85, beta1=0.9, beta2=0.
 
 TUNED: Mapping[tuple[str, str], Mapping[str, Tuned]] = {
     ("text", "demo"): {
-        "adamw": _found(lr=0.004, other_lr=0.032, beta1=0.6, beta2=0.8),
-        "muon": _found(lr=0.08, other_lr=0.02, momentum=0.7, beta1=0.9, beta2=0.95),
+        "adamw": _found(lr=0.004, other_lr=0.032, beta1=0.6, beta2=0.8, edge=True),
+        "muon": _found(lr=0.08, other_lr=0.02, momentum=0.7, beta1=0.9, beta2=0.95, edge=True),
         "muon-jordan": _JORDAN,
-        "muon-nonic": _found(lr=0.08, other_lr=0.02, momentum=0.8, beta1=0.9, beta2=0.95),
+        "muon-nonic": _found(lr=0.08, other_lr=0.02, momentum=0.7, beta1=0.9, beta2=0.999, edge=True),
         "torch-muon": _JORDAN,  # the same step in bfloat16
         "muonadam": _found(lr=0.08, other_lr=0.02, momentum=0.5, beta2=0.95, edge=True),
         # of an older search over the learning rates alone, whose record no longer holds
