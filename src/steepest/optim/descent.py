@@ -445,11 +445,11 @@ class SteepestDescent(SeesInputs):
         idle = bool(ready.parameters) and ready.loss is None and not refused
         ask = told or (self._global_step.momo is not None and not idle)
         ask = ask or (self._preconditioner is not None and self._preconditioner.exchanges)
-        first = next(iter(self._rows))
+        device = next((parameter.device for parameter in self._rows), torch.device("cpu"))
         fine, (loss, ready.clipping) = decide(
             False if refused else ready.admitted,
             [ready.loss, ready.clipping],
-            first.device,
+            device,
             sharded(self._rows),
             ask=ask,
         )
