@@ -9,13 +9,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 FORM = "postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE"  # the lab's; a test compares them
-_SCHEMES = r"\s*(postgres|mysql|mariadb|oracle|mssql|mongodb|redis|cockroach)[\w+]*:"
+_SCHEMES = r"\s*(postgres|\w*sql|pg|jdbc|mariadb|oracle|mongodb|redis|cockroach)[\w+]*:"
 _LINK = re.compile(r"https?://[^@]*")
 _PATH = re.compile(r"/(?!/)|\.{1,2}/|~/")
 _NAMED = re.compile(r"(password|passwd|pwd)\s*=", re.IGNORECASE)  # as PostgreSQL's client and its variable have it
-_THREE = re.compile(r"\s*\w+:\w+:")  # a scheme, a user and what follows
 _TOKEN = re.compile(
-    r"[^\s'\"()]*(?:@|://|%40|%3a%2f|:/|\uff20|\uff1a|(?:password|passwd|pwd)=|\w:\w+:)[^\s'\"()]*", re.IGNORECASE
+    r"[^\s'\"()]*(?:@|://|%40|%3a%2f|:/|\uff20|\uff1a|(?:password|passwd|pwd)=|(?:sql|pg|jdbc)\w*:)[^\s'\"()]*",
+    re.IGNORECASE,
 )
 QUOTED = 3  # how often a URL is taken for percent-encoded
 
@@ -32,8 +32,8 @@ def may_hold_password(word: str) -> bool:
         return not _PATH.match(plain) and any(sign in plain for sign in ("@", "://", "?"))
     if _PATH.match(plain):
         return "://" in plain
-    known = plain.startswith("//") or _THREE.match(plain) or re.match(_SCHEMES, plain, re.IGNORECASE)
-    return "@" in plain or "://" in plain or bool(known)
+    known = plain.startswith("//") or re.match(_SCHEMES, plain, re.IGNORECASE) is not None
+    return "@" in plain or "://" in plain or known
 
 
 def without_passwords(text: str, words: Sequence[str] = ()) -> str:
