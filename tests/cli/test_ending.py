@@ -82,18 +82,24 @@ def test_an_interrupted_command_says_what_is_so(monkeypatch, capsys, tmp_path, w
     assert ("Everything so far is saved" in told) == saves
 
 
-@pytest.mark.parametrize(
-    ("number", "after_s"),
-    [
-        *((signal.SIGINT, after_s) for after_s in (0.3, 0.8, 1.5, 2.5)),
-        *((number, after_s) for number in (signal.SIGTERM, signal.SIGHUP) for after_s in (3, 6)),
-    ],
-)
-def test_an_interruption_while_libraries_are_imported_is_quiet(tmp_path, number, after_s):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_before_the_first_worker_is_quiet(tmp_path, number):
+    words = ("race", "--task", "digits", "--methods", "sgd", "--seeds", "1", "--steps", "100000")
+    process = start(*words, "--out", tmp_path / "out")
+    while not (tmp_path / "out").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    told = ended(process, code=INTERRUPTED)
+    assert "Interrupted. Everything so far is saved" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("after_s", [0.3, 0.8, 1.5, 2.5])
+def test_an_interruption_while_libraries_are_imported_is_quiet(tmp_path, after_s):
     words = ("race", "--task", "digits", "--methods", "sgd", "--seeds", "1", "--steps", "100000")
     process = start(*words, "--out", tmp_path / "out")
     time.sleep(after_s)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     told = ended(process, code=INTERRUPTED)
     assert "Traceback" not in told
     assert "Error" not in told

@@ -29,7 +29,9 @@ LONG_TRAFFIC = 7 * 3
 # Calls for a step, a load, a shape in it, and for each part that memory divides its polar factors into; more where all
 # factors of a part are computed together. Those of factors one by one are in the rate of products.
 CALLS, CALLS_PER_LOAD, CALLS_PER_SHAPE, CALLS_PER_PART = 5, 10, 5, 4
-POLAR_CALLS, POLAR_CALLS_PER_SHAPE = 90, 30
+POLAR_CALLS, POLAR_CALLS_PER_SHAPE = 24, 30
+# Of them in each step of an iteration, by its form and the number of its coefficients.
+STEP_CALLS = {"newton-schulz": {3: 9, 5: 22}, "gram": {3: 14, 5: 25}}
 # Python's own work, in the time of so many calls: from steps on 4 x 4 matrices.
 PYTHON, PYTHON_PER_LOAD, PYTHON_PER_MATRIX = 60, 15, 4
 
@@ -116,7 +118,8 @@ def _of_polars(iteration: Iteration, jobs: Sequence[Job]) -> Work:
         work.fresh[size] = work.fresh.get(size, 0.0) + LONG_TRAFFIC * beyond
         if not together and not job.source.is_contiguous():
             work.transposed[size] = work.transposed.get(size, 0.0) + TRANSPOSED_TRAFFIC * count * size
-    shared = POLAR_CALLS + POLAR_CALLS_PER_SHAPE * len(jobs) if together else 0
+    steps = sum(STEP_CALLS[iteration.form][len(step)] for step in iteration.chosen.steps)
+    shared = POLAR_CALLS + steps + POLAR_CALLS_PER_SHAPE * len(jobs) if together else 0
     return replace(work, calls=CALLS_PER_PART + shared)
 
 

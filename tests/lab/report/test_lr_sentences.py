@@ -14,6 +14,7 @@ from steepest.lab.report import lr_notices, lr_sentences
 from steepest.lab.report.lr_results import Sweep, read_results
 from steepest.lab.report.notices import Notice
 from steepest.lab.sweep_records import read_sweep
+from steepest.lab.version import code_version
 from tests.lab.synthetic import FINE, Valley, write_scenario, write_sweep
 
 NARROW = Valley(0.12, FINE, flat=0.3)
@@ -205,4 +206,4 @@ def test_runs_of_another_code_are_named_with_their_learning_rate(tmp_path: Path)
     other = replace(study.runs[0], config=replace(study.runs[0].config, code="9"))
     sweep = read_results(replace(study, runs=(other, *study.runs[1:])))
     notice = next(notice for notice in lr_notices.notices(sweep) if "other conditions" in notice.title)
-    assert notice.lines[0] == "adamw, lr 0.001, seed 0: code 9 instead of training 2"
+    assert notice.lines[0] == f"adamw, lr 0.001, seed 0: code 9 instead of {code_version()}"
