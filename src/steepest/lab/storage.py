@@ -35,6 +35,7 @@ CONNECTION = {"connect_timeout": CONNECT_S, "tcp_user_timeout": 1000 * LOCK_S}
 # Of PostgreSQL's client, what may stand behind the URL's question mark; all but the password may be shown.
 OPTIONS = {"application_name", "connect_timeout", "password", "passfile", "sslcert", "sslkey", "sslmode", "sslrootcert"}
 SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
+DRIVERS = ("psycopg2", "asyncpg", "pg8000", "pymysql", "mysqldb", "pysqlite", "aiosqlite")
 OTHERS = ("mysql", "mariadb", "oracle", "mssql", "postgresql", "postgres", "sqlite")  # whose names are no secret
 _BEATS = text(
     "SELECT trials.trial_id, trial_heartbeats.heartbeat FROM trials JOIN trial_heartbeats"
@@ -86,8 +87,9 @@ def parse_url(given: str) -> URL:
         if not url.query.keys() <= OPTIONS:  # which are not repeated: part of a password may have become one
             raise ValueError(f"The storage has an option that is not known; these are: {', '.join(sorted(OPTIONS))}.")
         return url.set(drivername="postgresql+psycopg")
-    named = url.drivername.partition("+")[0]  # what stands behind the sign may be anything
-    kind = f" of the kind {named!r}" if named in OTHERS else ""
+    named, _, driver = url.drivername.partition("+")
+    shown = url.drivername if driver in DRIVERS else named  # what is no driver may be anything
+    kind = f" of the kind {shown!r}" if named in OTHERS else ""
     raise ValueError(f"A storage{kind} is not supported; write {FORM} or sqlite:///PATH.")
 
 
