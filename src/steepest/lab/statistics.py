@@ -9,8 +9,8 @@ of the examples, S seeds and K blocks,
 
 which counts what seeds and blocks do together twice, and so errs on the safe side. Degrees of freedom are those of the
 source that has fewer, in practice S - 1: Satterthwaite's (1946) weigh them by variances that few seeds tell badly, and
-at three seeds found three times as many differences as the level allows where there were none. Evaluations along one
-run are not independent and count once.
+decided 12% and 8% of races without a difference, of two and three seeds, at a level of 5%. Evaluations along one run
+are not independent and count once.
 """
 
 from __future__ import annotations
