@@ -1,0 +1,1 @@
+"""One run: its config, its training, its checkpoints and the numbers it leaves."""

@@ -1,0 +1,1 @@
+"""A race: methods against each other, each with one setting."""

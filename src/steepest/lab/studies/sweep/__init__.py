@@ -1,0 +1,1 @@
+"""A learning-rate sweep: how wide the range is in which a method works."""
