@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from steepest import Momo, Muon, MuonAdam, MuonMax, PolarGrad, Scion, SteepestDescent
-from steepest.lab.environment import describe_environment
-from steepest.lab.ledger import write_whole
+from steepest.lab.disk.ledger import write_whole
+from steepest.lab.runs.environment import describe_environment
 from steepest.lab.tasks import Task, make_task
 
 RECIPES = {"Muon": Muon, "MuonAdam": MuonAdam, "Scion": Scion, "PolarGrad": PolarGrad, "MuonMax": MuonMax}

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steepest import InputMoment, Muon, NewtonMuon, SteepestDescent
-from steepest.lab.environment import describe_environment
-from steepest.lab.ledger import write_whole
+from steepest.lab.disk.ledger import write_whole
 from steepest.lab.models.gpt import GPT, GPTConfig
+from steepest.lab.runs.environment import describe_environment
 
 WARM_UP = 4
 CYCLE = 4

@@ -217,7 +217,7 @@ def test_the_lab_is_needed_and_named(capsys, monkeypatch):
     real = builtins.__import__
 
     def without_rich(name, *arguments, **options):
-        if name.startswith("rich") or name == "steepest.lab.race":
+        if name.startswith("rich") or name == "steepest.lab.studies.race.plan":
             raise ModuleNotFoundError("No module named 'rich'", name="rich")
         return real(name, *arguments, **options)
 

@@ -85,7 +85,7 @@ def test_directions_of_a_trained_model(capsys, trained, tmp_path):
 
 
 def test_a_run_without_second_moments_has_the_sign(capsys, trained, monkeypatch):
-    monkeypatch.setattr("steepest.lab.trained.code_version", lambda: "another")
+    monkeypatch.setattr("steepest.lab.runs.trained.code_version", lambda: "another")
     code, out, err = run(capsys, "theory", "directions", trained / "muon", "--ridge", "0", "--json")
     assert code == 0
     assert "note: another version of the code trained this run" in err

@@ -11,7 +11,7 @@ import pytest
 from steepest.batch_size.curve import FAMILIES
 from steepest.cli import main
 from steepest.cli.critical_batch import fit
-from tests.lab.report.cb_cases import written
+from tests.lab.studies.batch.cases import written
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from steepest.cli import main
-from steepest.lab.batch_sweep import BatchSweep
+from steepest.lab.studies.batch.plan import BatchSweep
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def asked(monkeypatch):
         found.append((plan, out, command))
         return out / "report.html"
 
-    monkeypatch.setattr("steepest.lab.engine.run_study", train)
+    monkeypatch.setattr("steepest.lab.engine.study.run_study", train)
     return found
 
 

@@ -75,7 +75,7 @@ def test_an_interrupted_command_says_what_is_so(monkeypatch, capsys, tmp_path, w
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("steepest.lab.report.write_report", interrupt)
-    monkeypatch.setattr("steepest.lab.train.train_run", interrupt)
+    monkeypatch.setattr("steepest.lab.runs.train.train_run", interrupt)
     assert main(words) == INTERRUPTED
     told = capsys.readouterr().err
     assert "Interrupted." in told

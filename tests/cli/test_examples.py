@@ -41,8 +41,10 @@ def test_what_is_no_command_yet_shows_an_example_of_its_first(capsys, words):
 def test_the_example_is_complete(capsys, monkeypatch, tmp_path, name):
     """Training itself is left out, so that commands that need a trained run say that it is missing, and no more."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("steepest.lab.engine.run_study", lambda plan, out, **_: plan.configs() and out / "report.html")
-    monkeypatch.setattr("steepest.lab.train.train_run", lambda config, out, **_: TRAINED)
+    monkeypatch.setattr(
+        "steepest.lab.engine.study.run_study", lambda plan, out, **_: plan.configs() and out / "report.html"
+    )
+    monkeypatch.setattr("steepest.lab.runs.train.train_run", lambda config, out, **_: TRAINED)
     *before, own = shown(capsys, name.split())
     for line in before:
         assert main(shlex.split(line)[1:]) == 0

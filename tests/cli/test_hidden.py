@@ -7,7 +7,7 @@ import pytest
 
 from steepest.cli import main
 from steepest.cli.hidden import FORM, may_hold_password, without_passwords
-from steepest.lab import storage
+from steepest.lab.engine import storage
 
 SECRET = "s3cr3tw0rd"
 WRONG = {

@@ -70,6 +70,6 @@ def workers_of(out):
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().decode(errors="replace").split("\0")
-            if "steepest.lab.worker" in words and (run := Path(words[3])).is_relative_to(out):
+            if "steepest.lab.engine.worker" in words and (run := Path(words[3])).is_relative_to(out):
                 found[run.name] = int(path.parent.name)
     return found

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from steepest.lab.config import RunConfig, run_hash
+from steepest.lab.methods.tuned import Tuning
+from steepest.lab.runs.config import RunConfig, run_hash
+from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import DataIdentity
-from steepest.lab.tuned import Tuning
-from steepest.lab.version import code_version
 
 SHA = hashlib.sha256(b"data").hexdigest()
 STEPS, EVERY, TOKENS = 150, 10, 2048

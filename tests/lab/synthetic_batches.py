@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steepest.lab.batch_sweep import TUNING_SEED, BatchSweep, make_arms
-from steepest.lab.config import RunConfig
-from steepest.lab.schedule import SMOOTHED
-from steepest.lab.study import run_directory, write_study
+from steepest.lab.runs.config import RunConfig
+from steepest.lab.runs.schedule import SMOOTHED
+from steepest.lab.studies.batch.plan import TUNING_SEED, BatchSweep, make_arms
+from steepest.lab.studies.study import run_directory, write_study
 from steepest.lab.tasks import make_task
 
 START, POWER = 2.3, 1.5

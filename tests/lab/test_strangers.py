@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 
 from steepest.cli import main
-from steepest.lab.config import configure
-from steepest.lab.study import run_directory
+from steepest.lab.runs.config import configure
+from steepest.lab.runs.train import Interrupted, train_run
+from steepest.lab.studies.study import run_directory
 from steepest.lab.tasks import make_task
-from steepest.lab.train import Interrupted, train_run
+from tests.lab.disk.test_files import SECRET, THINGS
 from tests.lab.synthetic import Pace, run_dir, write_study
-from tests.lab.test_files import SECRET, THINGS
 
 TRAIN = ["train", "--task", "digits", "--method", "adamw", "--steps", "8"]
 CONTENTS = {
@@ -132,7 +132,8 @@ def test_a_report_is_written_to_regular_files(study, tmp_path, capsys, monkeypat
 
 
 def keys_of(study):
-    from steepest.lab.report import cb_figures, figures
+    from steepest.lab.studies.batch import figures as cb_figures
+    from steepest.lab.studies.race import figures
 
     return (figures if json.loads((study / "study.json").read_text())["kind"] == "race" else cb_figures).KEYS
 
@@ -230,7 +231,7 @@ def test_branches_are_refused_a_folder_of_somebody_else(begun, tmp_path, capsys,
 
 
 def test_what_the_lab_has_left_is_not_somebody_else_s(tmp_path):
-    from steepest.lab.ours import refusal
+    from steepest.lab.disk.ours import refusal
 
     out = write_study(tmp_path / "out", {"adamw": Pace()}, seeds=(0,))
     run = run_dir(out, "adamw", 0)
@@ -280,7 +281,7 @@ def test_a_config_s_text_begins_no_line_of_a_log(tmp_path):
     run = run_directory(tmp_path, config)
     run.mkdir(parents=True)
     (run / "config.json").write_text(config.to_json())
-    command = [sys.executable, "-Pm", "steepest.lab.worker", str(run)]
+    command = [sys.executable, "-Pm", "steepest.lab.engine.worker", str(run)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "0.1\\nssh-ed25519 AAAA evil@example\\n" in ended.stderr.splitlines()[-1]

@@ -12,12 +12,12 @@ import itertools
 import json
 from pathlib import Path
 
-from steepest.lab.config import RunConfig, configure
-from steepest.lab.fields import read_text
-from steepest.lab.ledger import write_whole
-from steepest.lab.result import read_result
-from steepest.lab.runs import train_runs
-from steepest.lab.study import run_directory
+from steepest.lab.disk.fields import read_text
+from steepest.lab.disk.ledger import write_whole
+from steepest.lab.engine.given import train_runs
+from steepest.lab.runs.config import RunConfig, configure
+from steepest.lab.runs.result import read_result
+from steepest.lab.studies.study import run_directory
 from steepest.lab.tasks import make_task
 
 HERE = Path(__file__).parent

@@ -2,9 +2,9 @@
 
     .venv/bin/python docs/results/tuning/tune.py --out out/tuning
 
-Each method walks downhill over its learning rates and momenta (`steepest.lab.search`), from where an earlier search
-had ended, by the loss on the part of the held-out text that is for tuning. Runs are kept in --out and never trained
-twice; `TASK.csv` and `environment.json` are written here.
+Each method walks downhill over its learning rates and momenta (`steepest.lab.engine.search`), from where an earlier
+search had ended, by the loss on the part of the held-out text that is for tuning. Runs are kept in --out and never
+trained twice; `TASK.csv` and `environment.json` are written here.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from steepest.lab.config import RunConfig, configure
-from steepest.lab.engine import default_workers
-from steepest.lab.fields import read_text
-from steepest.lab.ledger import write_whole
-from steepest.lab.pool import Pool, last_words
-from steepest.lab.result import read_result
-from steepest.lab.search import Tried, at_edge, best_of, search
-from steepest.lab.study import run_directory
+from steepest.lab.disk.fields import read_text
+from steepest.lab.disk.ledger import write_whole
+from steepest.lab.engine.pool import Pool, last_words
+from steepest.lab.engine.search import Tried, at_edge, best_of, search
+from steepest.lab.engine.study import default_workers
+from steepest.lab.runs.config import RunConfig, configure
+from steepest.lab.runs.result import read_result
+from steepest.lab.studies.study import run_directory
 from steepest.lab.tasks import Task, make_task
 
 HERE = Path(__file__).parent

@@ -18,8 +18,8 @@ from steepest.cli.hidden import without_passwords
 from steepest.cli.options import METHODS, RACERS, UsageError
 from steepest.cli.outcome import FAILED, INTERRUPTED, USAGE, failed
 from steepest.cli.parser import Parser
-from steepest.lab.files import DataError, RecordError
-from steepest.lab.stopping import SIGNALS
+from steepest.lab.disk.files import DataError, RecordError
+from steepest.lab.engine.stopping import SIGNALS
 
 __all__ = ["METHODS", "RACERS", "main"]
 

@@ -22,7 +22,7 @@ from steepest.cli.options import (
 from steepest.cli.outcome import DONE, INTERRUPTED, failed
 
 if TYPE_CHECKING:
-    from steepest.lab.config import RunConfig
+    from steepest.lab.runs.config import RunConfig
 
 TRAIN_EXAMPLES = """examples:
   steepest train --task digits --method muon --out out/muon-digits
@@ -63,13 +63,13 @@ def add_commands(commands: Commands) -> None:
 def _train(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from steepest.lab.checkpoint import CheckpointError
-    from steepest.lab.display import StudyDisplay
-    from steepest.lab.fields import RecordError
-    from steepest.lab.files import exists
-    from steepest.lab.ledger import RunBusyError
-    from steepest.lab.stopping import counting_signals
-    from steepest.lab.train import Interrupted, RunMismatchError, train_run
+    from steepest.lab.disk.fields import RecordError
+    from steepest.lab.disk.files import exists
+    from steepest.lab.disk.ledger import RunBusyError
+    from steepest.lab.engine.display import StudyDisplay
+    from steepest.lab.engine.stopping import counting_signals
+    from steepest.lab.runs.checkpoint import CheckpointError
+    from steepest.lab.runs.train import Interrupted, RunMismatchError, train_run
 
     config = _config(options)
     finished = exists(options.out / "result.json")
@@ -105,7 +105,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _check_kept(options: argparse.Namespace) -> None:
     """Of a run that was finished before, refuse what only training can give."""
-    from steepest.lab.files import exists, read_lines
+    from steepest.lab.disk.files import exists, read_lines
 
     for option, there in (
         ("keep-checkpoint", exists(options.out / "checkpoint.pt")),
@@ -119,8 +119,8 @@ def _check_kept(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
-    from steepest.lab.config import configure
     from steepest.lab.methods import check_buildable
+    from steepest.lab.runs.config import configure
     from steepest.lab.tasks import make_task
     from steepest.optim import SteepestDescent
 

@@ -27,7 +27,7 @@ from steepest.cli.options import (
 from steepest.cli.outcome import DONE, failed
 
 if TYPE_CHECKING:
-    from steepest.lab.study import StudyPlan
+    from steepest.lab.studies.study import StudyPlan
 
 RACE_EXAMPLES = """examples:
   steepest race --task digits --methods adamw,muon --seeds 2 --steps 50
@@ -122,7 +122,7 @@ def add_running(parser: argparse.ArgumentParser, *, out: str) -> None:
 
 
 def _race(options: argparse.Namespace) -> int:
-    from steepest.lab.race import Race
+    from steepest.lab.studies.race.plan import Race
     from steepest.lab.tasks import make_task
 
     with checking_usage():
@@ -142,7 +142,7 @@ def _race(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from steepest.lab.sweep import Sweep, rates_by_method
+    from steepest.lab.studies.sweep.plan import Sweep, rates_by_method
     from steepest.lab.tasks import make_task
 
     with checking_usage():
@@ -174,11 +174,11 @@ def run_plan(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: 
     """
     from rich.console import Console
 
-    from steepest.lab.engine import FailedRunsError, default_workers, run_study
-    from steepest.lab.fields import RecordError
-    from steepest.lab.ledger import RunBusyError
-    from steepest.lab.storage import StorageError
-    from steepest.lab.study import StudyMismatchError
+    from steepest.lab.disk.fields import RecordError
+    from steepest.lab.disk.ledger import RunBusyError
+    from steepest.lab.engine.storage import StorageError
+    from steepest.lab.engine.study import FailedRunsError, default_workers, run_study
+    from steepest.lab.studies.study import StudyMismatchError
 
     with checking_usage():
         plan.configs()
@@ -203,7 +203,7 @@ def run_plan(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: 
 
 def _repeat(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: Path) -> str:
     """The command that repeats a study, every choice spelled out; of a storage on a server, the form only."""
-    from steepest.lab.storage import parse_url, public_url
+    from steepest.lab.engine.storage import parse_url, public_url
 
     verb = ["critical-batch", "measure"] if plan.kind == "critical-batch" else [plan.kind]
     words = ["steepest", *verb, "--methods", ",".join(plan.methods), *own, "--seeds", str(options.seeds)]
@@ -222,10 +222,10 @@ def _repeat(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: P
 def _work(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from steepest.lab.engine import FailedRunsError, default_workers, join_study
-    from steepest.lab.fields import RecordError
-    from steepest.lab.storage import StorageError, parse_url
-    from steepest.lab.study import StudyMismatchError, read_listing
+    from steepest.lab.disk.fields import RecordError
+    from steepest.lab.engine.storage import StorageError, parse_url
+    from steepest.lab.engine.study import FailedRunsError, default_workers, join_study
+    from steepest.lab.studies.study import StudyMismatchError, read_listing
 
     directory = None if may_hold_password(options.storage) or "://" in options.storage else Path(options.storage)
     with checking_usage():
@@ -257,7 +257,7 @@ def _work(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from steepest.lab.fields import RecordError
+    from steepest.lab.disk.fields import RecordError
     from steepest.lab.report import write_report
 
     try:

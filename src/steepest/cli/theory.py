@@ -15,7 +15,7 @@ from steepest.cli.options import Commands, UsageError, add_command, checking_usa
 from steepest.cli.outcome import DONE, failed
 
 if TYPE_CHECKING:
-    from steepest.lab.trained import TrainedRun
+    from steepest.lab.runs.trained import TrainedRun
     from steepest.theory import LayerDirections
 
 CASES = ("few-large", "many-large", "few-tokens", "no-spike")  # a test compares them with the study's
@@ -123,9 +123,9 @@ def _spike(options: argparse.Namespace) -> int:
 
 
 def _directions(options: argparse.Namespace) -> int:
-    from steepest.lab.checkpoint import CheckpointError
-    from steepest.lab.fields import RecordError
-    from steepest.lab.trained import load_trained
+    from steepest.lab.disk.fields import RecordError
+    from steepest.lab.runs.checkpoint import CheckpointError
+    from steepest.lab.runs.trained import load_trained
 
     try:
         run = load_trained(options.run, examples=options.examples, data=options.data)
@@ -208,7 +208,7 @@ def _show(
     from rich.measure import Measurement
     from rich.table import Table
 
-    from steepest.lab.files import write_whole
+    from steepest.lab.disk.files import write_whole
 
     if options.plot is not None:
         write_whole(options.plot, draw())

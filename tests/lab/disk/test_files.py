@@ -11,10 +11,19 @@ from pathlib import Path
 import pytest
 
 import steepest
-from steepest.lab import files
-from steepest.lab.fields import RecordError
-from steepest.lab.files import DataError, one_line, open_data, read_bytes, read_lines, read_tail, read_text, write_whole
-from steepest.lab.ledger import MetricsFile, locked
+from steepest.lab.disk import files
+from steepest.lab.disk.fields import RecordError
+from steepest.lab.disk.files import (
+    DataError,
+    one_line,
+    open_data,
+    read_bytes,
+    read_lines,
+    read_tail,
+    read_text,
+    write_whole,
+)
+from steepest.lab.disk.ledger import MetricsFile, locked
 
 SECRET = "SECRET of somebody else"
 
@@ -245,7 +254,7 @@ LAB = [path for room in ("lab", "cli") for path in sorted((Path(steepest.__file_
 OPENERS = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "memmap", "fromfile", "tofile", "touch"}
 OPENERS |= {"unlink", "rename", "rmtree", "mkdir", "makedirs", "symlink_to", "hardlink_to", "exists", "load", "save"}
 HARMLESS = {  # of the system, of this package, in memory, or of a profiler that has just written it
-    ("engine.py", "Path('/sys/fs/cgroup/cpu.max').read_text()"),
+    ("study.py", "Path('/sys/fs/cgroup/cpu.max').read_text()"),
     ("environment.py", "description.exists()"),
     ("environment.py", "description.read_text(encoding='utf-8', errors='replace')"),
     ("memory.py", "status.exists()"),
@@ -270,5 +279,5 @@ def test_nothing_in_the_lab_opens_files_in_another_way(path):
             method = isinstance(node.func, ast.Attribute)
             name = node.func.attr if method else node.func.id
             opens = (name in OPENERS if method else name == "open") and "buffer" not in map(ast.unparse, node.args)
-            where = f"{path.name}:{node.lineno} calls {ast.unparse(node)}; use steepest.lab.files"
+            where = f"{path.name}:{node.lineno} calls {ast.unparse(node)}; use steepest.lab.disk.files"
             assert not opens or (path.name, ast.unparse(node)) in HARMLESS, where

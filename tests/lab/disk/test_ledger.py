@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from steepest.lab.fields import RecordError
-from steepest.lab.ledger import MetricsFile, RunBusyError, locked, write_whole
+from steepest.lab.disk.fields import RecordError
+from steepest.lab.disk.ledger import MetricsFile, RunBusyError, locked, write_whole
 
 
 def rows(last: int) -> list[dict[str, object]]:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from steepest.lab.config import configure
-from steepest.lab.result import read_result
-from steepest.lab.runs import train_runs
-from steepest.lab.study import run_directory
+from steepest.lab.engine.given import train_runs
+from steepest.lab.runs.config import configure
+from steepest.lab.runs.result import read_result
+from steepest.lab.studies.study import run_directory
 from steepest.lab.tasks import make_task
 
 TASK = make_task("digits", "demo")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from steepest.cli import main
-from steepest.lab.engine import join_study
-from steepest.lab.storage import FORM, StorageError, connected, parse_url
-from steepest.lab.study import write_study
-from steepest.lab.sweep import Sweep
+from steepest.lab.engine.storage import FORM, StorageError, connected, parse_url
+from steepest.lab.engine.study import join_study
+from steepest.lab.studies.study import write_study
+from steepest.lab.studies.sweep.plan import Sweep
 from steepest.lab.tasks import make_task
 from tests.lab.processes import ended, modified, rows_of, sessions, steepest, wait_for, workers_of
 

@@ -15,12 +15,12 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy import event
 
-from steepest.lab.fields import RecordError
-from steepest.lab.queue import MOST_WAITING, open_queue
-from steepest.lab.race import Race
-from steepest.lab.result import Result
-from steepest.lab.storage import StorageError, default_url
-from steepest.lab.study import run_directory, write_study
+from steepest.lab.disk.fields import RecordError
+from steepest.lab.engine.queue import MOST_WAITING, open_queue
+from steepest.lab.engine.storage import StorageError, default_url
+from steepest.lab.runs.result import Result
+from steepest.lab.studies.race.plan import Race
+from steepest.lab.studies.study import run_directory, write_study
 from steepest.lab.tasks import make_task
 
 HERE = f"{socket.gethostname()}:{os.getpid()}"

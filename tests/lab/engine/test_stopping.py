@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from steepest.lab.pool import Pool
-from steepest.lab.stopping import SIGNALS, attend, counting_signals
+from steepest.lab.engine.pool import Pool
+from steepest.lab.engine.stopping import SIGNALS, attend, counting_signals
 from tests.lab.processes import ended, rows_written, steepest, wait_for, workers_of
 
 COMMAND = ("race", "--task", "digits", "--methods", "adamw,muon", "--seeds", 1, "--steps", 100_000, "--workers", 2)
@@ -69,7 +69,7 @@ def test_the_second_says_what_goes_on_and_the_third_ends_it():
 
 
 def test_what_is_said():
-    from steepest.lab.stopping import _answer
+    from steepest.lab.engine.stopping import _answer
 
     assert _answer(1, 60) == "Stopping: the workers save their runs first."
     assert _answer(2, 60).startswith("The workers are still saving; each has 60 s from the first signal on. Once more")

@@ -10,8 +10,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from steepest.lab import storage as module
-from steepest.lab.storage import FORM, StorageError, answering, connected, default_url, parse_url, public_url
+from steepest.lab.engine import storage as module
+from steepest.lab.engine.storage import FORM, StorageError, answering, connected, default_url, parse_url, public_url
 
 SECRET = "s3cr3t"
 

@@ -13,18 +13,18 @@ import time
 import pytest
 from rich.console import Console
 
-from steepest.lab import engine
-from steepest.lab.engine import FailedRunsError, join_study, run_study
-from steepest.lab.fields import RecordError
-from steepest.lab.pool import KILLS, DiskFullError, Pool, last_words
-from steepest.lab.queue import Queue
-from steepest.lab.result import Result
-from steepest.lab.storage import StorageError
-from steepest.lab.study import StudyMismatchError, run_directory, write_study
-from steepest.lab.sweep import Sweep
+from steepest.lab.disk.fields import RecordError
+from steepest.lab.engine import study as engine
+from steepest.lab.engine.pool import KILLS, DiskFullError, Pool, last_words
+from steepest.lab.engine.queue import Queue
+from steepest.lab.engine.storage import StorageError
+from steepest.lab.engine.study import FailedRunsError, join_study, run_study
+from steepest.lab.engine.worker import FULL
+from steepest.lab.engine.worker import main as worker_main
+from steepest.lab.runs.result import Result
+from steepest.lab.studies.study import StudyMismatchError, run_directory, write_study
+from steepest.lab.studies.sweep.plan import Sweep
 from steepest.lab.tasks import make_task
-from steepest.lab.worker import FULL
-from steepest.lab.worker import main as worker_main
 from tests.lab.processes import ended, modified, rows_of, sessions, steepest, wait_for, workers_of
 
 STEPS = 80
@@ -187,7 +187,7 @@ def test_a_worker_that_is_killed_again_and_again_is_given_up(tmp_path, monkeypat
 
 
 def test_a_worker_that_does_not_stop_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr("steepest.lab.pool.STOP_S", 0.1)
+    monkeypatch.setattr("steepest.lab.engine.pool.STOP_S", 0.1)
     pool = Pool(1, 1, None, threading.Event())
     process = subprocess.Popen(["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"], stdout=-1)
     assert process.stdout is not None
@@ -318,7 +318,7 @@ def test_a_worker_tells_a_full_disk_by_its_exit_code(task, tmp_path, monkeypatch
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr("steepest.lab.worker.train_run", full)
+    monkeypatch.setattr("steepest.lab.engine.worker.train_run", full)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     assert worker_main([str(run_directory(tmp_path, asked.configs()[0]))]) == FULL
     assert "No space left on device" in capsys.readouterr().err

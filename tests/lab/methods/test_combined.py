@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from steepest.lab.combined import CombinedOptimizer
+from steepest.lab.methods.combined import CombinedOptimizer
 
 
 def twins() -> tuple[nn.Linear, nn.Linear]:

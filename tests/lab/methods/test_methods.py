@@ -5,9 +5,9 @@ import torch
 
 from steepest.lab import methods
 from steepest.lab.methods import METHODS, build_optimizer, check_buildable, check_options, options_of, resolve
+from steepest.lab.methods.tuned import TUNED, Tuned, Tuning
 from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.lab.tasks import TASKS, make_task
-from steepest.lab.tuned import TUNED, Tuned, Tuning
 
 
 def model_and_loss(rng: torch.Generator):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome
 
-from tests.lab.report.browser import BROWSER, requests, show
+from tests.lab.browser import BROWSER, requests, show
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on the PATH")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from steepest.lab.records import read_study
 from steepest.lab.report.comparable import comparable
+from steepest.lab.studies.records import read_study
 from tests.lab.synthetic import Pace, change_options, write_study
 
 OTHER = "f" * 64

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from steepest.cli import main
-from steepest.lab.config import RunConfig, run_hash
-from steepest.lab.files import RecordError
-from tests.lab.report.cb_cases import written
+from steepest.lab.disk.files import RecordError
+from steepest.lab.runs.config import RunConfig, run_hash
+from tests.lab.studies.batch.cases import written
 from tests.lab.synthetic import Pace, Valley, write_study, write_sweep
 
 DAMAGES = 16  # of each kind of study: what breaks one report in ten is missed with a probability below 1 in 4,000

@@ -13,7 +13,7 @@ from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 from scipy import stats
 
-from steepest.lab.statistics import (
+from steepest.lab.report.statistics import (
     Ended,
     Verdict,
     first_crossing,

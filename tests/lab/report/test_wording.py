@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steepest.lab.basin import Basin
 from steepest.lab.report import wording
-from steepest.lab.statistics import Interval, Ratio, Summary
+from steepest.lab.report.statistics import Interval, Ratio, Summary
+from steepest.lab.studies.sweep.basin import Basin
 
 
 def spaced(text: str) -> str:

@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 
-from steepest.lab.branch import Branch, NoBranchError, Window, local_answer, train_branch, train_branches
-from steepest.lab.config import configure
-from steepest.lab.fields import RecordError
+from steepest.lab.disk.fields import RecordError
+from steepest.lab.runs.branch import Branch, NoBranchError, Window, local_answer, train_branch, train_branches
+from steepest.lab.runs.config import configure
+from steepest.lab.runs.train import Interrupted, train_run
 from steepest.lab.tasks import make_task
-from steepest.lab.train import Interrupted, train_run
 
 START, STEPS, BATCH = 12, 20, 8
 
@@ -62,7 +62,7 @@ def test_forking_changes_nothing_in_the_run_or_in_the_process(parents):
 
 @pytest.mark.parametrize(("rule", "power"), [("sqrt", 0.5), ("linear", 1.0), ("constant", 0.0)])
 def test_every_fork_sees_the_same_examples_at_the_rate_of_its_rule(parents, monkeypatch, rule, power):
-    from steepest.lab.branch import _Fork
+    from steepest.lab.runs.branch import _Fork
 
     taken, rates = {}, {}
 
@@ -85,7 +85,7 @@ def test_every_fork_sees_the_same_examples_at_the_rate_of_its_rule(parents, monk
 
 
 def test_a_schedule_goes_on_by_examples_seen(parents, monkeypatch):
-    from steepest.lab.branch import _Fork
+    from steepest.lab.runs.branch import _Fork
 
     rates = {}
     original = _Fork.train_step
@@ -104,7 +104,7 @@ def test_a_schedule_goes_on_by_examples_seen(parents, monkeypatch):
 
 
 def test_repetitions_follow_each_other_on_the_data_without_a_gap_or_an_overlap(parents, monkeypatch):
-    from steepest.lab.branch import _Fork
+    from steepest.lab.runs.branch import _Fork
 
     taken = []
     original = _Fork.train_step
@@ -127,7 +127,7 @@ def test_finished_forks_are_kept_and_damaged_ones_named(parents, tmp_path, monke
     assert first[0].losses != first[2].losses  # another stretch of the data
     kept = sorted(tmp_path.glob("*.json"))
     kept[0].unlink()
-    monkeypatch.setattr("steepest.lab.branch.train_branch", lambda *_, **__: trained.append(1) or train(*_, **__))
+    monkeypatch.setattr("steepest.lab.runs.branch.train_branch", lambda *_, **__: trained.append(1) or train(*_, **__))
     trained, train = [], train_branch
     assert train_branches(run, tmp_path, batches=(8, 16), window=window) == first
     assert trained == [1]

@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from steepest.lab.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from steepest.lab.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 STATE = {"weights": torch.arange(5000.0), "nested": {"step": 3, "name": "x", "none": None, "list": [1.5, True]}}
 REMEDY = "Delete this file and repeat the command: the run starts again from step 0, nothing else is lost"

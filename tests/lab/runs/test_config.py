@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steepest.lab.config import RunConfig, configure, run_hash
-from steepest.lab.fields import RecordError
+from steepest.lab.disk.fields import RecordError
 from steepest.lab.methods import options_of
+from steepest.lab.methods.tuned import TUNED, Tuning
+from steepest.lab.runs.config import RunConfig, configure, run_hash
+from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import DataIdentity, make_task
-from steepest.lab.tuned import TUNED, Tuning
-from steepest.lab.version import code_version
 
 PATH = Path("runs/config.json")
 SHA = "ab" * 32

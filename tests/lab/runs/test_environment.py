@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from steepest.lab.environment import describe_environment
+from steepest.lab.runs.environment import describe_environment
 
 
 def test_it_names_what_runs(monkeypatch):

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from steepest.lab import memory
-from steepest.lab.memory import peak_memory
+from steepest.lab.runs import memory
+from steepest.lab.runs.memory import peak_memory
 
 CHILD = "import runpy, sys; print(runpy.run_path(sys.argv[1])['peak_memory']())"
 

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from steepest.lab.fields import RecordError
-from steepest.lab.result import Result, read_result
+from steepest.lab.disk.fields import RecordError
+from steepest.lab.runs.result import Result, read_result
 
 RESULT = Result("finished", 150, 1.73, None, 21.0, 1.2, 19.8, 123456789, "2026-01-01T00:00:00+00:00")
 

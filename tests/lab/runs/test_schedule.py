@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from steepest.lab.schedule import cooldown, evaluates, rate_factor, reached
+from steepest.lab.runs.schedule import cooldown, evaluates, rate_factor, reached
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 150, 999])

@@ -13,23 +13,23 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from steepest.lab import train
-from steepest.lab.checkpoint import CheckpointError
-from steepest.lab.config import RunConfig, configure
-from steepest.lab.fields import RecordError
-from steepest.lab.ledger import RunBusyError, locked
+from steepest.lab.disk.fields import RecordError
+from steepest.lab.disk.ledger import RunBusyError, locked
 from steepest.lab.methods import METHODS
-from steepest.lab.records import read_run
-from steepest.lab.schedule import cooldown
+from steepest.lab.runs import train
+from steepest.lab.runs.checkpoint import CheckpointError
+from steepest.lab.runs.config import RunConfig, configure
+from steepest.lab.runs.schedule import cooldown
+from steepest.lab.runs.train import Interrupted, RunMismatchError, train_run
+from steepest.lab.runs.training import Training
+from steepest.lab.studies.records import read_run
 from steepest.lab.tasks import DataIdentity, make_task
-from steepest.lab.train import Interrupted, RunMismatchError, train_run
-from steepest.lab.training import Training
 
 # set before any test starts the server: it imports these once, and each child is a fork of it
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     [
-        "steepest.lab.train",
+        "steepest.lab.runs.train",
         "sklearn.datasets",
         "tensorboard.backend.event_processing.event_accumulator",
         "torch.utils.tensorboard",

@@ -1,18 +1,18 @@
 """Losses of a few steps of every method, as the declared version of the training code gives them.
 
-If one of them moves by more than rounding does, raise `TRAINING` in `steepest/lab/version.py` and write the new losses
-here: `python tests/lab/test_version.py` prints them.
+If one of them moves by more than rounding does, raise `TRAINING` in `steepest/lab/runs/version.py` and write the new
+losses here: `python tests/lab/runs/test_version.py` prints them.
 """
 
 import pytest
 import torch
 
-from steepest.lab.config import configure
 from steepest.lab.methods import METHODS, build_optimizer, options_of
 from steepest.lab.models.gpt import GPT, GPTConfig
+from steepest.lab.runs.config import configure
+from steepest.lab.runs.train import train_run
+from steepest.lab.runs.version import TRAINING, code_version
 from steepest.lab.tasks import make_task
-from steepest.lab.train import train_run
-from steepest.lab.version import TRAINING, code_version
 from steepest.optim import SteepestDescent
 
 VERSION = 3

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steepest.lab.fields import Fields, RecordError
-from steepest.lab.records import Absent, Study, read_run, read_study
+from steepest.lab.disk.fields import Fields, RecordError
+from steepest.lab.studies.records import Absent, Study, read_run, read_study
 from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, run_dir, write_study
 
 DELETED = "Delete the directory [0-9a-f]{16} and repeat the study's command"

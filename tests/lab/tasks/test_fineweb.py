@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from steepest.lab.files import DataError
+from steepest.lab.disk.files import DataError
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.fineweb import HASHED, HEADER, FinewebTask
 from steepest.lab.tasks.order import ExampleOrder
+from tests.lab.disk.test_files import THINGS
 from tests.lab.tasks.fake_data import shard, write_fineweb
-from tests.lab.test_files import THINGS
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from steepest.cli.options import UsageError
 
 def described(content: Mapping[str, object]) -> dict[str, object]:
     """A result with what led to it: the command line, and the machine it ran on, whose commit is told apart."""
-    from steepest.lab.environment import describe_environment
+    from steepest.lab.runs.environment import describe_environment
 
     environment = describe_environment()
     return {"command": sys.argv[1:], "commit": environment["git_commit"], "environment": environment, **content}
@@ -26,7 +26,7 @@ def check_out(directory: Path | None) -> None:
     Raises:
         UsageError: If the directory is not empty and holds no results of ours.
     """
-    from steepest.lab.ours import refusal
+    from steepest.lab.disk.ours import refusal
 
     if directory is not None and (problem := refusal(directory, "bench")) is not None:
         raise UsageError(problem)
@@ -48,8 +48,8 @@ def write_results(
         rows: Of the CSV, at least one, all with the same keys.
         draw: Makes the PNG.
     """
-    from steepest.lab.cells import neutral
-    from steepest.lab.files import make_directory, write_whole
+    from steepest.lab.disk.files import make_directory, write_whole
+    from steepest.lab.report.cells import neutral
 
     make_directory(directory)
     table = io.StringIO()

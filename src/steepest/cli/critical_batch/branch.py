@@ -14,7 +14,7 @@ from steepest.cli.options import add_command as declare
 from steepest.cli.outcome import DONE, failed
 
 if TYPE_CHECKING:
-    from steepest.lab.branch import Branch
+    from steepest.lab.runs.branch import Branch
 
 EXAMPLES = """examples:
   steepest train --task digits --method muon --schedule constant --steps 100 --keep-checkpoint --out out/parent
@@ -38,11 +38,11 @@ def add_command(commands: Commands) -> None:
 
 
 def _branch(options: argparse.Namespace) -> int:
-    from steepest.lab.branch import NoBranchError
-    from steepest.lab.checkpoint import CheckpointError
-    from steepest.lab.fields import RecordError
-    from steepest.lab.ledger import RunBusyError
-    from steepest.lab.train import RunMismatchError
+    from steepest.lab.disk.fields import RecordError
+    from steepest.lab.disk.ledger import RunBusyError
+    from steepest.lab.runs.branch import NoBranchError
+    from steepest.lab.runs.checkpoint import CheckpointError
+    from steepest.lab.runs.train import RunMismatchError
 
     def tell(branch: Branch) -> None:
         loss = "diverged" if branch.final_loss is None else f"loss {branch.final_loss:.4f}"
@@ -57,10 +57,10 @@ def _branch(options: argparse.Namespace) -> int:
 
 
 def _answer(options: argparse.Namespace, tell: Callable[[Branch], None]) -> int:
-    from steepest.lab.batch_sweep import parse_batches
-    from steepest.lab.branch import Window, local_answer, read_parent, train_branches
-    from steepest.lab.files import exists
-    from steepest.lab.train import load_task
+    from steepest.lab.disk.files import exists
+    from steepest.lab.runs.branch import Window, local_answer, read_parent, train_branches
+    from steepest.lab.runs.train import load_task
+    from steepest.lab.studies.batch.plan import parse_batches
 
     with checking_usage():
         batches = parse_batches(options.batches)

@@ -13,7 +13,7 @@ from steepest.cli.outcome import DONE, failed
 
 if TYPE_CHECKING:
     from steepest.batch_size.curve import Estimate
-    from steepest.lab.report.cb_results import BatchReport, TargetResult
+    from steepest.lab.studies.batch.results import BatchReport, TargetResult
 
 FAMILIES = "H,S,I,P,U,W"  # spelled out, so that --help does not wait for scipy; a test compares it with the library's
 NOTE = "b* (least b K(b)) and the knee B_crit (of the hyperbola) are different numbers."
@@ -43,9 +43,9 @@ def add_command(commands: Commands) -> None:
 
 def _fit(options: argparse.Namespace) -> int:
     from steepest.batch_size.curve import family
-    from steepest.lab.batch_records import read_batch_study
-    from steepest.lab.fields import RecordError
-    from steepest.lab.report.cb_results import read_report
+    from steepest.lab.disk.fields import RecordError
+    from steepest.lab.studies.batch.records import read_batch_study
+    from steepest.lab.studies.batch.results import read_report
 
     try:
         study = read_batch_study(options.directory)
@@ -66,8 +66,8 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _lines(result: TargetResult, report: BatchReport) -> list[str]:
-    from steepest.lab.report.cb_sentences import statement
     from steepest.lab.report.wording import plain
+    from steepest.lab.studies.batch.sentences import statement
 
     arrived = sum(one.reached for one in result.arrivals)
     head = f"{plain(result.name)}, target {result.target:g}: {arrived} of {len(result.arrivals)} runs arrived"
@@ -102,7 +102,7 @@ def _content(report: BatchReport) -> dict[str, object]:
 
 
 def _result(result: TargetResult, unit: str) -> dict[str, object]:
-    from steepest.lab.report.cb_sentences import statement
+    from steepest.lab.studies.batch.sentences import statement
 
     time = None if result.time is None else dataclasses.asdict(result.time)
     fits = {} if result.estimate is None else _estimate(result.estimate)

@@ -64,7 +64,7 @@ def add_command(commands: Commands) -> None:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    from steepest.lab.batch_sweep import BatchSweep, make_arms, parse_batches
+    from steepest.lab.studies.batch.plan import BatchSweep, make_arms, parse_batches
     from steepest.lab.tasks import make_task
 
     with checking_usage():

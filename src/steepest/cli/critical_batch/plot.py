@@ -22,7 +22,7 @@ def add_command(commands: Commands) -> None:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from steepest.lab.fields import RecordError
+    from steepest.lab.disk.fields import RecordError
     from steepest.lab.report import write_plots
 
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from steepest.lab.files import RecordError, read_text
+from steepest.lab.disk.files import RecordError, read_text
 
 __all__ = ["HIGHEST_RATE", "LARGEST", "LOWEST_RATE", "Fields", "RecordError", "parse_object", "read_text"]
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
-from steepest.lab.fields import RecordError, parse_object
-from steepest.lab.files import exists, open_to_append, read_lines, remove_unfinished, write_all, write_whole
+from steepest.lab.disk.fields import RecordError, parse_object
+from steepest.lab.disk.files import exists, open_to_append, read_lines, remove_unfinished, write_all, write_whole
 
 __all__ = ["MetricsFile", "RunBusyError", "locked", "write_whole"]
 

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from steepest.lab.fields import parse_object
-from steepest.lab.files import RecordError, exists, is_unfinished, read_bytes, read_text
+from steepest.lab.disk.fields import parse_object
+from steepest.lab.disk.files import RecordError, exists, is_unfinished, read_bytes, read_text
 
 Content = Literal["run", "study", "branches", "bench"]
 _REMEDY = "Choose another --out: nothing of somebody else's is overwritten."

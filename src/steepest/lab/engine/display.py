@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from steepest.lab.files import exists
-from steepest.lab.pool import read_progress
+from steepest.lab.disk.files import exists
+from steepest.lab.engine.pool import read_progress
 
 GLANCE_S = 0.3
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from steepest.lab.config import RunConfig
-from steepest.lab.display import StudyDisplay
-from steepest.lab.files import exists, make_directory, write_whole
-from steepest.lab.ours import refusal
-from steepest.lab.pool import STOP_S, Pool, last_words
-from steepest.lab.stopping import attend
-from steepest.lab.study import StudyMismatchError, run_directory
+from steepest.lab.disk.files import exists, make_directory, write_whole
+from steepest.lab.disk.ours import refusal
+from steepest.lab.engine.display import StudyDisplay
+from steepest.lab.engine.pool import STOP_S, Pool, last_words
+from steepest.lab.engine.stopping import attend
+from steepest.lab.runs.config import RunConfig
+from steepest.lab.studies.study import StudyMismatchError, run_directory
 
 
 def train_runs(runs: Mapping[str, Sequence[RunConfig]], out: Path, *, workers: int) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 import steepest
-from steepest.lab.environment import WORKERS
-from steepest.lab.fields import parse_object
-from steepest.lab.files import RecordError, append_line, exists, one_line, open_to_append, read_tail
-from steepest.lab.stopping import POLL_S
-from steepest.lab.worker import BUSY, FULL, INTERRUPTED
+from steepest.lab.disk.fields import parse_object
+from steepest.lab.disk.files import RecordError, append_line, exists, one_line, open_to_append, read_tail
+from steepest.lab.engine.stopping import POLL_S
+from steepest.lab.engine.worker import BUSY, FULL, INTERRUPTED
+from steepest.lab.runs.environment import WORKERS
 
 BUSY_S = 5.0  # until a run that another process holds is given back, to be asked for again
 STOP_S = 60.0  # a worker saves a checkpoint when it is told to stop; afterwards it is killed, which loses little
@@ -107,7 +107,7 @@ class Pool:
 
     def _start(self, run: Path) -> subprocess.Popen[bytes]:
         # P: without it, modules of the directory that one happens to be in would come before all others
-        command = [sys.executable, "-Pm", "steepest.lab.worker", str(run), "--threads", str(self.threads)]
+        command = [sys.executable, "-Pm", "steepest.lab.engine.worker", str(run), "--threads", str(self.threads)]
         command += ["--parent", str(os.getpid())]
         if self.data is not None:
             command += ["--data", str(self.data)]

@@ -22,13 +22,13 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.engine import URL
 
-from steepest.lab.fields import LARGEST, RecordError
-from steepest.lab.files import append_line, exists
+from steepest.lab.disk.fields import LARGEST, RecordError
+from steepest.lab.disk.files import append_line, exists
+from steepest.lab.engine.pool import DiskFullError, Outcome, last_words
+from steepest.lab.engine.storage import BEAT_S, GRACE_S, StorageError, answering, connected, public_url
 from steepest.lab.methods import METHODS
-from steepest.lab.pool import DiskFullError, Outcome, last_words
-from steepest.lab.result import Result, read_result
-from steepest.lab.storage import BEAT_S, GRACE_S, StorageError, answering, connected, public_url
-from steepest.lab.study import Listing, read_config, read_listing
+from steepest.lab.runs.result import Result, read_result
+from steepest.lab.studies.study import Listing, read_config, read_listing
 
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
 MOST_WAITING = 16  # trials at a time: whoever takes one reads all that wait

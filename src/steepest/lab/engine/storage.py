@@ -24,8 +24,8 @@ from sqlalchemy import text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError, TimeoutError
 
-from steepest.lab.fields import RecordError
-from steepest.lab.files import exists
+from steepest.lab.disk.fields import RecordError
+from steepest.lab.disk.files import exists
 
 BEAT_S = 10
 GRACE_S = 60  # without a beat for so long, a worker counts as dead and its run is given to another

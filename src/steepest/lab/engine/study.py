@@ -15,18 +15,18 @@ from pathlib import Path
 from rich.console import Console
 from sqlalchemy.engine import URL
 
-from steepest.lab.display import StudyDisplay
-from steepest.lab.files import check_regular, exists, make_directory, one_line
-from steepest.lab.ledger import RunBusyError, locked
-from steepest.lab.ours import refusal
-from steepest.lab.pool import STOP_S, Pool, last_words
-from steepest.lab.queue import Queue, damaged_runs, missing_runs, open_queue
+from steepest.lab.disk.files import check_regular, exists, make_directory, one_line
+from steepest.lab.disk.ledger import RunBusyError, locked
+from steepest.lab.disk.ours import refusal
+from steepest.lab.engine.display import StudyDisplay
+from steepest.lab.engine.pool import STOP_S, Pool, last_words
+from steepest.lab.engine.queue import Queue, damaged_runs, missing_runs, open_queue
+from steepest.lab.engine.stopping import attend
+from steepest.lab.engine.storage import GRACE_S, StorageError, default_url, parse_url
 from steepest.lab.report import write_report
-from steepest.lab.stopping import attend
-from steepest.lab.storage import GRACE_S, StorageError, default_url, parse_url
-from steepest.lab.study import StudyMismatchError, StudyPlan, read_config, read_listing, write_study
+from steepest.lab.runs.version import code_version
+from steepest.lab.studies.study import StudyMismatchError, StudyPlan, read_config, read_listing, write_study
 from steepest.lab.tasks import make_task
-from steepest.lab.version import code_version
 
 IDLE_S = 1.0  # until a worker without a run looks again: another one may have died
 QUIET_S = 5.0  # without a run of its own, until a command says what it waits for

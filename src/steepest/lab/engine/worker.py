@@ -1,4 +1,4 @@
-"""A process that trains one run: `python -m steepest.lab.worker RUN_DIR`. A race starts several of them.
+"""A process that trains one run: `python -m steepest.lab.engine.worker RUN_DIR`. A race starts several of them.
 
 It stops at a signal, and when the process that started it is gone: it saves a checkpoint first, so that whoever comes
 next goes on from there.
@@ -18,11 +18,11 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from steepest.lab.config import RunConfig
-from steepest.lab.fields import read_text
-from steepest.lab.files import one_line
-from steepest.lab.ledger import RunBusyError
-from steepest.lab.train import Interrupted, train_run
+from steepest.lab.disk.fields import read_text
+from steepest.lab.disk.files import one_line
+from steepest.lab.disk.ledger import RunBusyError
+from steepest.lab.runs.config import RunConfig
+from steepest.lab.runs.train import Interrupted, train_run
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 BUSY = 75  # EX_TEMPFAIL: another process has the run; try again
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         Exit code: 0 finished, INTERRUPTED, BUSY, FULL; anything else comes with an exception.
     """
-    parser = argparse.ArgumentParser(prog="python -m steepest.lab.worker")
+    parser = argparse.ArgumentParser(prog="python -m steepest.lab.engine.worker")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--data", type=Path, default=None)
     parser.add_argument("--threads", type=int, default=1)

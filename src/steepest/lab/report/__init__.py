@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from steepest.lab.batch_records import read_batch_study
-from steepest.lab.files import make_directory, remove, write_whole
-from steepest.lab.records import read_kind, read_study
-from steepest.lab.sweep_records import read_sweep
+from steepest.lab.disk.files import make_directory, remove, write_whole
+from steepest.lab.studies.batch.records import read_batch_study
+from steepest.lab.studies.records import read_kind, read_study
+from steepest.lab.studies.sweep.records import read_sweep
 
 __all__ = ["write_plots", "write_report"]
 
@@ -54,10 +54,10 @@ def write_plots(study_dir: Path) -> tuple[Path, ...]:
     """
     study = read_batch_study(study_dir)
     try:
-        from steepest.lab.report.cb_csv import tables
-        from steepest.lab.report.cb_figures import KEYS, figures
-        from steepest.lab.report.cb_results import read_report
         from steepest.lab.report.matplotlib_png import to_png
+        from steepest.lab.studies.batch.figures import KEYS, figures
+        from steepest.lab.studies.batch.results import read_report
+        from steepest.lab.studies.batch.sheets import tables
     except ModuleNotFoundError as missing:
         raise _not_installed(missing) from missing
     report = read_report(study)
@@ -71,19 +71,19 @@ def _not_installed(missing: ModuleNotFoundError) -> ModuleNotFoundError:
 
 
 def _write_race(study_dir: Path) -> Path:
-    from steepest.lab.report.figures import KEYS
     from steepest.lab.report.page import render
-    from steepest.lab.report.results import read_race
+    from steepest.lab.studies.race.figures import KEYS
+    from steepest.lab.studies.race.results import read_race
 
     page, images = render(read_race(read_study(study_dir)), directory=str(study_dir))
     return _write(study_dir, page, images, keys=KEYS)
 
 
 def _write_sweep(study_dir: Path) -> Path:
-    from steepest.lab.report.lr_csv import tables
-    from steepest.lab.report.lr_figures import KEYS
-    from steepest.lab.report.lr_page import render
-    from steepest.lab.report.lr_results import read_results
+    from steepest.lab.studies.sweep.figures import KEYS
+    from steepest.lab.studies.sweep.page import render
+    from steepest.lab.studies.sweep.results import read_results
+    from steepest.lab.studies.sweep.sheets import tables
 
     sweep = read_results(read_sweep(study_dir))
     page, images = render(sweep, directory=str(study_dir))
@@ -92,10 +92,10 @@ def _write_sweep(study_dir: Path) -> Path:
 
 
 def _write_batches(study_dir: Path) -> Path:
-    from steepest.lab.report.cb_csv import tables
-    from steepest.lab.report.cb_figures import KEYS
-    from steepest.lab.report.cb_page import render
-    from steepest.lab.report.cb_results import read_report
+    from steepest.lab.studies.batch.figures import KEYS
+    from steepest.lab.studies.batch.page import render
+    from steepest.lab.studies.batch.results import read_report
+    from steepest.lab.studies.batch.sheets import tables
 
     report = read_report(read_batch_study(study_dir))
     page, images = render(report, directory=str(study_dir))

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from steepest.lab.config import RunConfig
-from steepest.lab.records import Run, Study
-from steepest.lab.tuned import Tuning
+from steepest.lab.methods.tuned import Tuning
+from steepest.lab.runs.config import RunConfig
+from steepest.lab.studies.records import Run, Study
 
 Refusal = Literal["unequal", "unknown"]
 Description = tuple[tuple[str, str], ...]  # (field, value)

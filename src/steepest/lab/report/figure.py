@@ -11,7 +11,7 @@ from scipy.optimize import isotonic_regression
 
 from steepest.lab.report import wording
 from steepest.lab.report.palette import Style
-from steepest.lab.statistics import Interval
+from steepest.lab.report.statistics import Interval
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from steepest.lab.records import HUGE, Run
+from steepest.lab.methods.tuned import Tuning
 from steepest.lab.report import wording
 from steepest.lab.report.comparable import SetAside
-from steepest.lab.report.results import Race
 from steepest.lab.report.wording import plain
-from steepest.lab.tuned import Tuning
-from steepest.lab.version import code_version
+from steepest.lab.runs.version import code_version
+from steepest.lab.studies.race.results import Race
+from steepest.lab.studies.records import HUGE, Run
 
 EVEN = 1.15  # ratio of the slowest to the fastest above which times are not compared
 

@@ -16,18 +16,19 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from steepest.lab.records import Run
-from steepest.lab.report import notices, sentences, table
+from steepest.lab.report import notices, table
 from steepest.lab.report.figure import Figure
-from steepest.lab.report.figures import figures
 from steepest.lab.report.matplotlib_png import to_png
 from steepest.lab.report.notices import Notice
 from steepest.lab.report.palette import styles
 from steepest.lab.report.plotly_html import to_plotly
-from steepest.lab.report.results import Race
-from steepest.lab.report.sentences import Fact
 from steepest.lab.report.table import Column
 from steepest.lab.report.wording import plain, shortened
+from steepest.lab.studies.race import sentences
+from steepest.lab.studies.race.figures import figures
+from steepest.lab.studies.race.results import Race
+from steepest.lab.studies.race.sentences import Fact
+from steepest.lab.studies.records import Run
 
 # strokes and outlines of the legend, on a canvas of 34 by 12
 _DASHES = {"solid": "", "dash": "7 3.5", "dot": "2 2.4", "dashdot": "7 3 2 3", "longdash": "12 4"}

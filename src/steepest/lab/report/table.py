@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from steepest.lab.report import wording
-from steepest.lab.report.results import MethodResult, Race
 from steepest.lab.report.wording import DASH, FIXED, NARROW
+from steepest.lab.studies.race.results import MethodResult, Race
 
 One = TypeVar("One")  # results of a method
 All = TypeVar("All")  # results of the study

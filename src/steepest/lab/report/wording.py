@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from steepest.lab.basin import Basin
-from steepest.lab.statistics import Interval, Ratio, Summary
+from steepest.lab.report.statistics import Interval, Ratio, Summary
+from steepest.lab.studies.sweep.basin import Basin
 
 DASH = "\N{EN DASH}"
 GREATER = "\N{GREATER-THAN OR EQUAL TO}"

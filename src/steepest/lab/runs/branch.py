@@ -23,16 +23,16 @@ from typing import Literal, get_args
 
 import torch
 
-from steepest.lab.config import RunConfig, run_hash
-from steepest.lab.fields import Fields, RecordError, parse_object, read_text
-from steepest.lab.files import digest, exists, make_directory, one_line, write_whole
-from steepest.lab.ledger import locked
-from steepest.lab.ours import refusal
-from steepest.lab.schedule import rate_factor
+from steepest.lab.disk.fields import Fields, RecordError, parse_object, read_text
+from steepest.lab.disk.files import digest, exists, make_directory, one_line, write_whole
+from steepest.lab.disk.ledger import locked
+from steepest.lab.disk.ours import refusal
+from steepest.lab.runs.config import RunConfig, run_hash
+from steepest.lab.runs.schedule import rate_factor
+from steepest.lab.runs.train import load_task, using_threads
+from steepest.lab.runs.training import Training
+from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import Task
-from steepest.lab.train import load_task, using_threads
-from steepest.lab.training import Training
-from steepest.lab.version import code_version
 from steepest.names import unknown_name
 
 RateRule = Literal["sqrt", "linear", "constant"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from steepest.lab.files import RecordError, one_line, open_to_read, write_whole
+from steepest.lab.disk.files import RecordError, one_line, open_to_read, write_whole
 
 _REMEDY = "Delete this file and repeat the command: the run starts again from step 0, nothing else is lost."
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from steepest.lab.fields import LARGEST, Fields, parse_object
+from steepest.lab.disk.fields import LARGEST, Fields, parse_object
 from steepest.lab.methods import resolve
-from steepest.lab.schedule import Schedule
+from steepest.lab.methods.tuned import OptionValue, Tuning
+from steepest.lab.runs.schedule import Schedule
+from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import DataIdentity, Part, Task
-from steepest.lab.tuned import OptionValue, Tuning
-from steepest.lab.version import code_version
 from steepest.names import unknown_name
 
 FORMAT = 1

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from steepest.lab.ledger import MetricsFile
-from steepest.lab.result import Final
+from steepest.lab.disk.ledger import MetricsFile
+from steepest.lab.runs.result import Final
 from steepest.lab.tasks import Evaluation
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from steepest.lab.fields import LARGEST, Fields, parse_object, read_text
-from steepest.lab.files import exists
+from steepest.lab.disk.fields import LARGEST, Fields, parse_object, read_text
+from steepest.lab.disk.files import exists
 from steepest.lab.tasks.held_out import BLOCKS
 
 FORMAT = 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from steepest.lab.schedule import SMOOTHED
+from steepest.lab.runs.schedule import SMOOTHED
 from steepest.lab.tasks.order import ExampleOrder
 
 MOST_THREADS = 4096

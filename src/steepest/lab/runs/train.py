@@ -16,17 +16,17 @@ from typing import cast
 
 import torch
 
-from steepest.lab.config import RunConfig, run_hash
-from steepest.lab.environment import describe_environment
-from steepest.lab.fields import parse_object, read_text
-from steepest.lab.files import exists, make_directory, one_line, remove, write_whole
-from steepest.lab.ledger import locked
-from steepest.lab.ours import refusal
-from steepest.lab.recorder import Recorder
-from steepest.lab.result import Result, read_result
+from steepest.lab.disk.fields import parse_object, read_text
+from steepest.lab.disk.files import exists, make_directory, one_line, remove, write_whole
+from steepest.lab.disk.ledger import locked
+from steepest.lab.disk.ours import refusal
+from steepest.lab.runs.config import RunConfig, run_hash
+from steepest.lab.runs.environment import describe_environment
+from steepest.lab.runs.recorder import Recorder
+from steepest.lab.runs.result import Result, read_result
+from steepest.lab.runs.training import Training
+from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import Task, make_task
-from steepest.lab.training import Training
-from steepest.lab.version import code_version
 
 __all__ = ["Interrupted", "Result", "RunMismatchError", "train_run"]
 

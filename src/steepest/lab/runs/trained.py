@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steepest.lab.combined import CombinedOptimizer
-from steepest.lab.config import RunConfig
-from steepest.lab.fields import RecordError, read_text
-from steepest.lab.files import exists
+from steepest.lab.disk.fields import RecordError, read_text
+from steepest.lab.disk.files import exists
+from steepest.lab.methods.combined import CombinedOptimizer
+from steepest.lab.runs.config import RunConfig
+from steepest.lab.runs.train import load_task, using_threads
+from steepest.lab.runs.training import Training
+from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import Batch, Task
-from steepest.lab.train import load_task, using_threads
-from steepest.lab.training import Training
-from steepest.lab.version import code_version
 
 _SECOND_MOMENTS = ("exp_avg_sq", "second_moment")  # torch's name and ours
 _REMEDY = "Give the directory of a run, such as --out of `steepest train --keep-checkpoint`."

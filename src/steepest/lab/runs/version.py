@@ -1,6 +1,7 @@
 """The version of the code that trains, declared by hand."""
 
-# Raise it when the losses of any run change: tests/lab/test_version.py trains a few steps of every method and compares.
+# Raise it when the losses of any run change: tests/lab/runs/test_version.py trains a few steps of every method and
+# compares.
 # 1 stands for all older ones, whose configs have a hash of the sources instead.
 TRAINING = 3
 

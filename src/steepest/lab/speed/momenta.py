@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from steepest.lab.methods import build_optimizer, resolve
-from steepest.lab.schedule import cooldown
+from steepest.lab.runs.schedule import cooldown
 from steepest.lab.speed.accuracy import Oracle, consult
 from steepest.lab.tasks import Task
 from steepest.lab.tasks.order import ExampleOrder

@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from steepest.lab.cells import neutral
-from steepest.lab.environment import describe_environment
-from steepest.lab.files import make_directory, write_whole
+from steepest.lab.disk.files import make_directory, write_whole
+from steepest.lab.report.cells import neutral
+from steepest.lab.runs.environment import describe_environment
 from steepest.lab.speed.step import Bench, Case
 from steepest.lab.speed.step_png import cases_png
 

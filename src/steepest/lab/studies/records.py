@@ -16,11 +16,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from steepest.lab.config import RunConfig, run_hash
-from steepest.lab.fields import Fields, RecordError, parse_object, read_text
-from steepest.lab.files import exists, read_lines
-from steepest.lab.result import Final, Result, blocks, read_result
-from steepest.lab.study import Kind
+from steepest.lab.disk.fields import Fields, RecordError, parse_object, read_text
+from steepest.lab.disk.files import exists, read_lines
+from steepest.lab.runs.config import RunConfig, run_hash
+from steepest.lab.runs.result import Final, Result, blocks, read_result
+from steepest.lab.studies.study import Kind
 
 FORMAT = 1
 HUGE = 1e100  # float64 holds larger numbers, but not their sums; a loss above it has diverged

@@ -12,13 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from steepest.lab.config import RunConfig, run_hash
-from steepest.lab.fields import Fields, RecordError, parse_object, read_text
-from steepest.lab.files import exists, make_directory, one_line, write_whole
+from steepest.lab.disk.fields import Fields, RecordError, parse_object, read_text
+from steepest.lab.disk.files import exists, make_directory, one_line, write_whole
 from steepest.lab.methods import METHODS
+from steepest.lab.methods.tuned import OptionValue
+from steepest.lab.runs.config import RunConfig, run_hash
+from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import Task
-from steepest.lab.tuned import OptionValue
-from steepest.lab.version import code_version
 from steepest.names import near_miss, unknown_name
 
 FORMAT = 1

@@ -6,7 +6,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from steepest.lab.files import read_data
+from steepest.lab.disk.files import read_data
 from steepest.lab.tasks.held_out import TUNING_SHARE
 from steepest.lab.tasks.task import DataIdentity
 

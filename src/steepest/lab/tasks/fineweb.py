@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steepest.lab.files import DataError, open_data
+from steepest.lab.disk.files import DataError, open_data
 from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.lab.tasks.held_out import TUNING_SHARE, Evaluation, HeldOut, Part, Sizes, evaluation
 from steepest.lab.tasks.order import derive_seed

@@ -9,11 +9,11 @@ from torch import nn
 
 from steepest import Muon
 from steepest.batch_size.curve_crossing import first_crossings
-from steepest.lab.config import configure
-from steepest.lab.crossings import run_crossing
-from steepest.lab.records import EvalRow, read_run
+from steepest.lab.runs.config import configure
+from steepest.lab.runs.train import Interrupted, train_run
+from steepest.lab.studies.batch.crossings import run_crossing
+from steepest.lab.studies.records import EvalRow, read_run
 from steepest.lab.tasks import make_task
-from steepest.lab.train import Interrupted, train_run
 
 
 def to_target(batch_size, **changes):
@@ -54,8 +54,8 @@ def test_samples_counted_are_samples_drawn(tmp_path):
     drawn = []
     batch = task.batch
     task.batch = lambda examples: drawn.append(len(examples)) or batch(examples)
-    from steepest.lab.recorder import Recorder
-    from steepest.lab.training import Training
+    from steepest.lab.runs.recorder import Recorder
+    from steepest.lab.runs.training import Training
 
     training = Training(config, task)
     with Recorder(tmp_path, step=0) as recorder:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from steepest.lab.batch_records import read_batch_study
 from steepest.lab.report import write_plots, write_report
-from steepest.lab.report.cb_figures import figures
-from steepest.lab.report.cb_model import look
-from steepest.lab.report.cb_results import read_report
-from tests.lab.report.cb_cases import CASES, written
+from steepest.lab.studies.batch.figures import figures
+from steepest.lab.studies.batch.model import look
+from steepest.lab.studies.batch.records import read_batch_study
+from steepest.lab.studies.batch.results import read_report
 from tests.lab.report.test_page import Page
+from tests.lab.studies.batch.cases import CASES, written
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steepest.lab import batch_sweep
-from steepest.lab.batch_sweep import MOST_RATES, Arm, BatchSweep, make_arms, parse_batches
-from steepest.lab.config import run_hash
-from steepest.lab.engine import FailedRunsError, run_study
-from steepest.lab.study import read_config, run_directory
+from steepest.lab.engine.study import FailedRunsError, run_study
+from steepest.lab.runs.config import run_hash
+from steepest.lab.runs.train import train_run
+from steepest.lab.studies.batch import plan as batch_sweep
+from steepest.lab.studies.batch.plan import MOST_RATES, Arm, BatchSweep, make_arms, parse_batches
+from steepest.lab.studies.study import read_config, run_directory
 from steepest.lab.tasks import make_task
-from steepest.lab.train import train_run
 
 TASK = make_task("digits")
 
@@ -151,7 +151,7 @@ def test_a_study_grows_until_nothing_is_left_and_one_bad_run_holds_up_no_other_c
         train_run(config, run, threads=1)
         return "finished"
 
-    monkeypatch.setattr("steepest.lab.pool.Pool.train", train)
+    monkeypatch.setattr("steepest.lab.engine.pool.Pool.train", train)
     task = make_task("quadratic")
     changes = {"task": task, "methods": ("muon",), "batches": (64, 256), "targets": (0.6,), "most_steps": 40}
     plan = sweep(**changes, options={"muon": {"lr": 0.02}})

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from steepest.lab.batch_records import read_batch_study
-from steepest.lab.fields import RecordError
-from tests.lab.report.cb_cases import written
+from steepest.lab.disk.fields import RecordError
+from steepest.lab.studies.batch.records import read_batch_study
+from tests.lab.studies.batch.cases import written
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from steepest.lab.batch_records import read_batch_study
-from steepest.lab.report.cb_ratio import reference, sample_ratios
-from steepest.lab.report.cb_results import BatchReport, read_report, unit_of
-from steepest.lab.report.cb_varied import varied
-from tests.lab.report.cb_cases import written
+from steepest.lab.studies.batch.ratio import reference, sample_ratios
+from steepest.lab.studies.batch.records import read_batch_study
+from steepest.lab.studies.batch.results import BatchReport, read_report, unit_of
+from steepest.lab.studies.batch.varied import varied
+from tests.lab.studies.batch.cases import written
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from steepest.lab.records import read_study
 from steepest.lab.report import wording
 from steepest.lab.report.figure import Figure
-from steepest.lab.report.figures import KEYS, figures
 from steepest.lab.report.matplotlib_png import to_png
 from steepest.lab.report.palette import PAPER, styles
 from steepest.lab.report.plotly_html import Theme, to_plotly
-from steepest.lab.report.results import read_race
+from steepest.lab.studies.race.figures import KEYS, figures
+from steepest.lab.studies.race.results import read_race
+from steepest.lab.studies.records import read_study
 from tests.lab.synthetic import HOSTILE, Pace, loss_at, write_scenario, write_study
 
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from steepest.lab.config import configure, run_hash
-from steepest.lab.display import StudyDisplay
-from steepest.lab.engine import FailedRunsError, default_workers, run_study
-from steepest.lab.fields import RecordError
-from steepest.lab.ledger import RunBusyError, locked
-from steepest.lab.pool import read_progress
-from steepest.lab.race import Race
-from steepest.lab.study import StudyMismatchError, run_directory, write_study
+from steepest.lab.disk.fields import RecordError
+from steepest.lab.disk.ledger import RunBusyError, locked
+from steepest.lab.engine.display import StudyDisplay
+from steepest.lab.engine.pool import read_progress
+from steepest.lab.engine.study import FailedRunsError, default_workers, run_study
+from steepest.lab.engine.worker import BUSY, INTERRUPTED
+from steepest.lab.runs.config import configure, run_hash
+from steepest.lab.runs.training import Training
+from steepest.lab.studies.race.plan import Race
+from steepest.lab.studies.study import StudyMismatchError, run_directory, write_study
 from steepest.lab.tasks import make_task
-from steepest.lab.training import Training
-from steepest.lab.worker import BUSY, INTERRUPTED
 from tests.lab.processes import ended, modified, rows_of, rows_written, steepest, wait_for, workers_of
 
 STEPS = 120
@@ -177,7 +177,7 @@ def test_workers_exit_as_documented(finished, tmp_path, task):
     run = tmp_path / run_hash(config)
     run.mkdir()
     (run / "config.json").write_text(config.to_json())
-    worker = [sys.executable, "-m", "steepest.lab.worker", str(run)]
+    worker = [sys.executable, "-m", "steepest.lab.engine.worker", str(run)]
     first = subprocess.Popen(worker, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for((run / "metrics.jsonl").exists)
     first.send_signal(signal.SIGSTOP)

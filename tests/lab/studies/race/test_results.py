@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from steepest.lab.records import read_study
-from steepest.lab.report.results import Race, read_race
+from steepest.lab.studies.race.results import Race, read_race
+from steepest.lab.studies.records import read_study
 from tests.lab.synthetic import STEPS, Pace, write_study
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from steepest.lab.records import read_study
-from steepest.lab.report import notices, sentences
-from steepest.lab.report.results import Race, read_race
-from steepest.lab.statistics import Interval
+from steepest.lab.report import notices
+from steepest.lab.report.statistics import Interval
+from steepest.lab.studies.race import sentences
+from steepest.lab.studies.race.results import Race, read_race
+from steepest.lab.studies.records import read_study
 from tests.lab.synthetic import Pace, run_dir, write_scenario, write_study
 
 

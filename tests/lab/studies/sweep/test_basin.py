@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from steepest.lab.basin import TOLERANCES, Point, basin, best, expected_best, grid, unchanged
+from steepest.lab.studies.sweep.basin import TOLERANCES, Point, basin, best, expected_best, grid, unchanged
 
 LOSSES = st.floats(0.01, 10)
 

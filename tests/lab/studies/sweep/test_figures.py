@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from steepest.lab.report.figure import Figure
-from steepest.lab.report.lr_figures import KEYS, figures
-from steepest.lab.report.lr_results import read_results
 from steepest.lab.report.matplotlib_png import to_png
 from steepest.lab.report.palette import styles
 from steepest.lab.report.plotly_html import to_plotly
-from steepest.lab.sweep_records import read_sweep
+from steepest.lab.studies.sweep.figures import KEYS, figures
+from steepest.lab.studies.sweep.records import read_sweep
+from steepest.lab.studies.sweep.results import read_results
 from tests.lab.synthetic import FINE, Valley, write_scenario, write_sweep
 
 PLAIN = Valley(0.1, FINE, flat=0.5)

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steepest.lab.config import run_hash
-from steepest.lab.race import Race
-from steepest.lab.study import StudyMismatchError, read_listing, write_study
-from steepest.lab.sweep import Sweep, parse_rates, rates_by_method
+from steepest.lab.runs.config import run_hash
+from steepest.lab.studies.race.plan import Race
+from steepest.lab.studies.study import StudyMismatchError, read_listing, write_study
+from steepest.lab.studies.sweep.plan import Sweep, parse_rates, rates_by_method
 from steepest.lab.tasks import make_task
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from steepest.lab.fields import RecordError
-from steepest.lab.records import Absent, read_kind
-from steepest.lab.sweep_records import rate, read_sweep
+from steepest.lab.disk.fields import RecordError
+from steepest.lab.studies.records import Absent, read_kind
+from steepest.lab.studies.sweep.records import rate, read_sweep
 from tests.lab.synthetic import Pace, Valley, write_study, write_sweep
 
 

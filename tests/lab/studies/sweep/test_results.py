@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from steepest.lab.report.lr_results import WIDE, Sweep, comparable_settings, read_results
-from steepest.lab.sweep_records import read_sweep
+from steepest.lab.studies.sweep.records import read_sweep
+from steepest.lab.studies.sweep.results import WIDE, Sweep, comparable_settings, read_results
 from tests.lab.synthetic import FINE, UNTRAINED, Valley, grid_of, write_sweep
 
 EXACT = Valley(0.1, grid_of(1e-4, 100, 601), flat=0.5, slope=1.0, tilt=0.0, noise=0.0, best=2.0)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from steepest.lab.report import lr_notices, lr_sentences
-from steepest.lab.report.lr_results import Sweep, read_results
 from steepest.lab.report.notices import Notice
-from steepest.lab.sweep_records import read_sweep
-from steepest.lab.version import code_version
+from steepest.lab.runs.version import code_version
+from steepest.lab.studies.sweep import notices as lr_notices
+from steepest.lab.studies.sweep import sentences as lr_sentences
+from steepest.lab.studies.sweep.records import read_sweep
+from steepest.lab.studies.sweep.results import Sweep, read_results
 from tests.lab.synthetic import FINE, Valley, write_scenario, write_sweep
 
 NARROW = Valley(0.12, FINE, flat=0.3)

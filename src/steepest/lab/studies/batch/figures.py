@@ -12,12 +12,12 @@ from matplotlib.ticker import MaxNLocator
 from steepest.batch_size.curve import Estimate, bootstrap, percentiles
 from steepest.batch_size.curve_answers import size_text
 from steepest.lab.report import wording
-from steepest.lab.report.cb_ratio import SampleRatio, reference, sample_ratios
-from steepest.lab.report.cb_results import ArmResult, BatchReport, TargetResult
-from steepest.lab.report.cb_varied import KEYS as VARIED
-from steepest.lab.report.cb_varied import varied_figures
 from steepest.lab.report.figure import Axis, Curve, Dots, Figure, Rule, Sort, decades
 from steepest.lab.report.palette import Style, styles
+from steepest.lab.studies.batch.ratio import SampleRatio, reference, sample_ratios
+from steepest.lab.studies.batch.results import ArmResult, BatchReport, TargetResult
+from steepest.lab.studies.batch.varied import KEYS as VARIED
+from steepest.lab.studies.batch.varied import varied_figures
 
 KEYS = ("steps", "samples", "token_ratio", "learning_rates", *VARIED)
 FINENESS = 80  # places of a curve

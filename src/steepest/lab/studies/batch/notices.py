@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from steepest.lab.records import Run
 from steepest.lab.report import wording
-from steepest.lab.report.cb_model import ModelFacts
-from steepest.lab.report.cb_results import Arrival, BatchReport, TargetResult
-from steepest.lab.report.cb_sentences import untuned
 from steepest.lab.report.notices import Notice, machines, older, set_aside
 from steepest.lab.report.wording import plain
 from steepest.lab.report.wording import shortened as short
+from steepest.lab.studies.batch.model import ModelFacts
+from steepest.lab.studies.batch.results import Arrival, BatchReport, TargetResult
+from steepest.lab.studies.batch.sentences import untuned
+from steepest.lab.studies.records import Run
 
 _SHOWN = 12  # lines of one notice
 _MOMENTA = ("momentum", "beta1")

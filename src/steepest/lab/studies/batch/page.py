@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from steepest.lab.report import cb_figures, cb_notices, cb_sentences, cb_table, wording
-from steepest.lab.report.cb_model import look
-from steepest.lab.report.cb_results import BatchReport
+from steepest.lab.report import wording
 from steepest.lab.report.page import Content, Page, fill
+from steepest.lab.studies.batch import figures as cb_figures
+from steepest.lab.studies.batch import notices as cb_notices
+from steepest.lab.studies.batch import sentences as cb_sentences
+from steepest.lab.studies.batch import table as cb_table
+from steepest.lab.studies.batch.model import look
+from steepest.lab.studies.batch.results import BatchReport
 
 
 def render(report: BatchReport, *, directory: str) -> Page:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from steepest.lab.config import RunConfig, configure, run_hash
-from steepest.lab.crossings import run_crossing
-from steepest.lab.files import exists
+from steepest.lab.disk.files import exists
 from steepest.lab.methods import check_buildable, check_options, resolve
-from steepest.lab.records import check_positive, read_run
-from steepest.lab.study import Kind, StudyPlan, run_directory
-from steepest.lab.tuned import OptionValue
+from steepest.lab.methods.tuned import OptionValue
+from steepest.lab.runs.config import RunConfig, configure, run_hash
+from steepest.lab.studies.batch.crossings import run_crossing
+from steepest.lab.studies.records import check_positive, read_run
+from steepest.lab.studies.study import Kind, StudyPlan, run_directory
 
 MOST_RATES = 9  # of one batch size; the search then ends, and the report flags the edge
 TUNING_SEED = 1000  # and the following ones: other seeds than those that are reported

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from scipy.stats import t as student
 
-from steepest.lab.report.cb_results import BatchReport, TargetResult
+from steepest.lab.studies.batch.results import BatchReport, TargetResult
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import cast
 
-from steepest.lab.fields import HIGHEST_RATE, LOWEST_RATE, Fields, RecordError
-from steepest.lab.records import HUGE, Run, check_positive, find_run, named_runs, open_study, time_of
+from steepest.lab.disk.fields import HIGHEST_RATE, LOWEST_RATE, Fields, RecordError
+from steepest.lab.studies.records import HUGE, Run, check_positive, find_run, named_runs, open_study, time_of
 
 _SHORT = (("weight_decay=", "wd="),)  # so that arms with different values stay apart beside a curve
 

@@ -10,11 +10,11 @@ from statistics import median
 
 from steepest.batch_size.curve import Crossing, Estimate, Point, TimeOptimum, estimate, time_optimal
 from steepest.batch_size.curve_fit import ALL_FAMILIES
-from steepest.lab.batch_records import BatchRun, BatchStudy
-from steepest.lab.config import RunConfig
-from steepest.lab.crossings import run_crossing
-from steepest.lab.records import Run
 from steepest.lab.report.comparable import Description, SetAside, agreeing
+from steepest.lab.runs.config import RunConfig
+from steepest.lab.studies.batch.crossings import run_crossing
+from steepest.lab.studies.batch.records import BatchRun, BatchStudy
+from steepest.lab.studies.records import Run
 
 LEVEL = 0.9  # of all intervals
 

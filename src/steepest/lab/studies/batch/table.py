@@ -7,11 +7,11 @@ from statistics import fmean
 
 from steepest.batch_size.curve import Answer
 from steepest.batch_size.curve_answers import size_text
-from steepest.lab.report.cb_ratio import reference, sample_ratios
-from steepest.lab.report.cb_results import BatchReport, TargetResult
-from steepest.lab.report.cb_sentences import BEST, KNEE, number
 from steepest.lab.report.table import Cell, Column
 from steepest.lab.report.wording import DASH, duration, shortened
+from steepest.lab.studies.batch.ratio import reference, sample_ratios
+from steepest.lab.studies.batch.results import BatchReport, TargetResult
+from steepest.lab.studies.batch.sentences import BEST, KNEE, number
 
 
 def columns(report: BatchReport) -> tuple[Column[TargetResult, BatchReport], ...]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from steepest.batch_size.curve import Answer, levels
-from steepest.lab.report.cb_results import BatchReport, TargetResult
 from steepest.lab.report.figure import Axis, Curve, Dots, Figure, Sort, decades
 from steepest.lab.report.palette import Style
 from steepest.lab.report.wording import plain, shortened
+from steepest.lab.studies.batch.results import BatchReport, TargetResult
 
 MOST = 4  # options that get figures
 KEYS = tuple(f"{what}_by_option_{number}" for number in range(1, MOST + 1) for what in ("best_batch", "samples"))

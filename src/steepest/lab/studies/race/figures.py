@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from steepest.lab.records import HUGE, EvalRow, Run, Study
 from steepest.lab.report import wording
 from steepest.lab.report.figure import Axis, Curve, Figure, Row, Rule, decades, end_labels
 from steepest.lab.report.palette import Style, styles
-from steepest.lab.report.results import MethodResult, Race
-from steepest.lab.statistics import t_interval
+from steepest.lab.report.statistics import t_interval
+from steepest.lab.studies.race.results import MethodResult, Race
+from steepest.lab.studies.records import HUGE, EvalRow, Run, Study
 
 KEYS = ("difference", "loss-steps", "loss-tokens", "loss-samples", "loss-time")
 DIVERGED, UNFINISHED = " \N{MULTIPLICATION X}", " \N{HORIZONTAL ELLIPSIS}"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from steepest.lab.config import RunConfig, configure
 from steepest.lab.methods import check_buildable
-from steepest.lab.study import Kind, StudyPlan
+from steepest.lab.runs.config import RunConfig, configure
+from steepest.lab.studies.study import Kind, StudyPlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from steepest.lab.records import Run, Study
 from steepest.lab.report.comparable import Comparable, comparable
-from steepest.lab.statistics import (
+from steepest.lab.report.statistics import (
     Ended,
     Ratio,
     Summary,
@@ -18,6 +17,7 @@ from steepest.lab.statistics import (
     steps_ratio,
     summarize,
 )
+from steepest.lab.studies.records import Run, Study
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from steepest.lab.report import wording
 from steepest.lab.report.comparable import Refusal
-from steepest.lab.report.figures import data_unit
-from steepest.lab.report.results import Race
+from steepest.lab.report.statistics import MOST_SEEDS, Interval, Ratio, Verdict
 from steepest.lab.report.wording import FIXED, plain
 from steepest.lab.report.wording import shortened as short
-from steepest.lab.statistics import MOST_SEEDS, Interval, Ratio, Verdict
+from steepest.lab.studies.race.figures import data_unit
+from steepest.lab.studies.race.results import Race
 
 REFUSALS: Mapping[Refusal, str] = {
     "unequal": "the methods were not tuned alike",

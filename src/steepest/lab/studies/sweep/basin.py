@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from steepest.lab.statistics import Summary, summarize
+from steepest.lab.report.statistics import Summary, summarize
 
 TOLERANCES = (0.01, 0.02, 0.05)
 

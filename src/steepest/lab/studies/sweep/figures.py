@@ -9,11 +9,11 @@ from statistics import quantiles
 
 from matplotlib.ticker import MaxNLocator
 
-from steepest.lab.basin import TOLERANCES, Basin, Point
 from steepest.lab.report import wording
 from steepest.lab.report.figure import Axis, Bar, Curve, Dots, Figure, Label, Rule, Sort, Zone, decades, end_labels
-from steepest.lab.report.lr_results import WIDE, MethodSweep, Sweep
 from steepest.lab.report.palette import Style, styles
+from steepest.lab.studies.sweep.basin import TOLERANCES, Basin, Point
+from steepest.lab.studies.sweep.results import WIDE, MethodSweep, Sweep
 
 KEYS = ("lr_sweep", "basins", "expected_best")
 MARKS: Mapping[Sort, str] = {

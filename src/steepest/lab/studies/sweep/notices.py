@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from steepest.lab.records import Run
 from steepest.lab.report import wording
-from steepest.lab.report.lr_results import MethodSweep, Sweep
 from steepest.lab.report.notices import Notice, machines, older, set_aside
 from steepest.lab.report.wording import plain
-from steepest.lab.sweep_records import rate
+from steepest.lab.studies.records import Run
+from steepest.lab.studies.sweep.records import rate
+from steepest.lab.studies.sweep.results import MethodSweep, Sweep
 
 _SHOWN = 12  # missing runs that are listed one by one
 

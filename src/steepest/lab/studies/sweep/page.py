@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from steepest.lab.report import lr_figures, lr_notices, lr_sentences, lr_table, wording
-from steepest.lab.report.lr_results import Sweep
+from steepest.lab.report import wording
 from steepest.lab.report.page import Content, Page, fill
-from steepest.lab.sweep_records import rate
+from steepest.lab.studies.sweep import figures as lr_figures
+from steepest.lab.studies.sweep import notices as lr_notices
+from steepest.lab.studies.sweep import sentences as lr_sentences
+from steepest.lab.studies.sweep import table as lr_table
+from steepest.lab.studies.sweep.records import rate
+from steepest.lab.studies.sweep.results import Sweep
 
 
 def render(sweep: Sweep, *, directory: str) -> Page:

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from steepest.lab.config import RunConfig, configure
-from steepest.lab.fields import HIGHEST_RATE, LOWEST_RATE
+from steepest.lab.disk.fields import HIGHEST_RATE, LOWEST_RATE
 from steepest.lab.methods import check_buildable, resolve
-from steepest.lab.study import Kind, StudyPlan
-from steepest.lab.tuned import OptionValue
+from steepest.lab.methods.tuned import OptionValue
+from steepest.lab.runs.config import RunConfig, configure
+from steepest.lab.studies.study import Kind, StudyPlan
 
 MOST_RATES = 1000
 

@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import cast
 
-from steepest.lab.fields import HIGHEST_RATE, LOWEST_RATE, Fields
-from steepest.lab.records import Absent, Run, baseline, find_run, named_runs, open_study, time_of
+from steepest.lab.disk.fields import HIGHEST_RATE, LOWEST_RATE, Fields
+from steepest.lab.studies.records import Absent, Run, baseline, find_run, named_runs, open_study, time_of
 
 Key = tuple[str, float, int]  # method, learning rate, seed
 

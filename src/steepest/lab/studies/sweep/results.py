@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from steepest.lab.basin import TOLERANCES, Basin, Best, Point, basin, best, expected_best, grid, unchanged
-from steepest.lab.config import RunConfig
-from steepest.lab.records import Run
 from steepest.lab.report.comparable import Description, SetAside, agreeing, conditions
-from steepest.lab.sweep_records import SweepStudy, rate
+from steepest.lab.runs.config import RunConfig
+from steepest.lab.studies.records import Run
+from steepest.lab.studies.sweep.basin import TOLERANCES, Basin, Best, Point, basin, best, expected_best, grid, unchanged
+from steepest.lab.studies.sweep.records import SweepStudy, rate
 
 WIDE = 0.05  # the tolerance that headline, chart and ranking speak of
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from steepest.lab.report import wording
-from steepest.lab.report.lr_results import WIDE, Basins, MethodSweep, Sweep
 from steepest.lab.report.table import DOT, Cell, Column
 from steepest.lab.report.wording import DASH, FIXED
+from steepest.lab.studies.sweep.results import WIDE, Basins, MethodSweep, Sweep
 
 
 def columns(sweep: Sweep) -> tuple[Column[MethodSweep, Sweep], ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from steepest.lab.report.cb_ratio import reference, sample_ratios
-from steepest.lab.report.cb_results import LEVEL, ArmResult, BatchReport, TargetResult
-from steepest.lab.report.lr_csv import Cells, table
+from steepest.lab.studies.batch.ratio import reference, sample_ratios
+from steepest.lab.studies.batch.results import LEVEL, ArmResult, BatchReport, TargetResult
+from steepest.lab.studies.sweep.sheets import Cells, table
 
 _ROWS = ("arm", "batch_size", "lr", "seed", "tunes", "status", "steps", "final_loss", "train_s", "run")
 _CROSSINGS = ("arm", "batch_size", "seed", "target", "steps", "status", "resolution", "samples")

@@ -8,7 +8,7 @@ import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
 from steepest.lab.report import write_report
-from tests.lab.report.browser import BROWSER, FLAGS
+from tests.lab.browser import BROWSER, FLAGS
 from tests.lab.synthetic import SCENARIOS, SWEEPS, write_scenario
 
 

@@ -6,12 +6,12 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-from steepest.lab.basin import TOLERANCES
-from steepest.lab.cells import neutral
-from steepest.lab.records import Run
-from steepest.lab.report.lr_results import MethodSweep, Sweep
+from steepest.lab.report.cells import neutral
 from steepest.lab.report.wording import plain
-from steepest.lab.sweep_records import rate
+from steepest.lab.studies.records import Run
+from steepest.lab.studies.sweep.basin import TOLERANCES
+from steepest.lab.studies.sweep.records import rate
+from steepest.lab.studies.sweep.results import MethodSweep, Sweep
 
 Cells = Sequence[object]  # None is left empty
 
