@@ -85,6 +85,30 @@ def test_the_direction_does_not_depend_on_the_gradients_scale(norm, power, seed)
     torch.testing.assert_close(norm.lmo(m * 10.0**power), norm.lmo(m), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm", EXACT, ids=repr)
+def test_many_shapes_at_once_are_one_after_the_other_times_the_radius(norm, rng):
+    batches, squares = zip(*(moments(shape, rng) for shape in [(2, 3, 5), (1, 4, 2), (3, 3, 5)]), strict=True)
+    for radius in (1.0, 0.25):
+        found = norm.lmos(batches, squares, memory_cap=1 << 12, radius=radius)
+        for one, m, v in zip(found, batches, squares, strict=True):
+            torch.testing.assert_close(one, radius * norm.lmo(m, v), rtol=1e-12, atol=1e-12)
+
+
+def test_a_class_with_directions_of_its_own_has_them_for_many_shapes_too():
+    class Ones(Spectral):
+        def lmo(self, m, /, v=None):
+            return -torch.ones_like(m)
+
+    class Twice(Spectral):
+        def lmos(self, batches, moments, **options):
+            return [2 * one for one in super().lmos(batches, moments, **options)]
+
+    m = torch.eye(2)
+    assert (Ones().lmos([m], [None], radius=3.0)[0] == -3).all()
+    assert (Ones().free_radius, Twice().free_radius) == (False, True)
+    assert torch.equal(Twice().lmo(m), 2 * Spectral().lmo(m))
+
+
 def test_adams_step_is_the_direction_of_its_norm(rng):
     m, v = moments((4, 5), rng)
     torch.testing.assert_close(AdaInf(eps=1e-8).lmo(m, v), -m / (v.sqrt() + 1e-8), rtol=1e-15, atol=0)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from steepest import Muon, MuonMax, SteepestDescent
+from steepest import Muon, MuonMax, Norm, Spectral, SteepestDescent, polar
 from steepest.batch_size import frank_wolfe_gap
 from steepest.optim.ball import largest_singular_values
 
@@ -99,3 +99,35 @@ def test_at_the_edge_nothing_is_warned_of_and_a_schedule_is_watched():
     with pytest.warns(UserWarning, match="lr · weight_decay is 1.5") as caught:
         optimizer.step()
     assert [warning.filename for warning in caught] == [__file__]
+
+
+class Centred(Norm):
+    """A norm of a user that knows of the whole contract: polar factors, and balls at no cost."""
+
+    adapts, matrix, free_radius = False, True, True
+
+    def primal(self, w, /, m=None, v=None):
+        return torch.linalg.matrix_norm(w, ord=2)
+
+    def dual(self, m, /, v=None):
+        return torch.linalg.matrix_norm(m, ord="nuc")
+
+    def lmo(self, m, /, v=None):
+        return -polar(m, method="svd")
+
+    def polar_scale(self, fan_out, fan_in):
+        return 1.0
+
+
+def test_a_users_norm_of_polar_factors_has_all_that_the_spectral_norm_has():
+    found = []
+    for norm in (Centred(), Spectral(scale="none", polar="svd")):
+        weight = nn.Parameter(torch.arange(12.0).reshape(3, 4))
+        optimizer = SteepestDescent([weight], lr=0.1, weight_decay=0.5, norms={"matrix": norm})
+        weight.grad = torch.eye(3, 4)
+        optimizer.step()
+        found.append((weight.detach(), optimizer.diagnostics(weights=True)))
+    (weight, numbers), (expected, theirs) = found
+    torch.testing.assert_close(weight, expected)
+    assert numbers == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert {"matrix/orthogonality_error", "weights/params[0]/ball_radius"} <= numbers.keys()

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from steepest.anatomy import CONV1D, EXPERTS, LINEAR, View, conv
 from steepest.geometry import AdaInf, Sign, Spectral
-from steepest.optim.bucket import Bucket, apply_, directions
+from steepest.optim.bucket import Bucket, apply_
 
 LAYOUTS = [
     ((6, 4), LINEAR),
@@ -39,10 +39,10 @@ def test_a_bucket_is_its_parameters(shape, view, norm, rng):
     averages = [torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(3)]
     squares = [average.square() + 0.1 for average in averages]
     bucket = Bucket(tuple(averages), view)
-    together = bucket.parameter_shaped(directions(norm, bucket.matrices(averages), bucket.matrices(squares)))
+    together = bucket.parameter_shaped(norm.lmos(bucket.matrices(averages), bucket.matrices(squares)))
     for average, square, move in zip(averages, squares, together, strict=True):
         alone = Bucket((average,), view)
-        (expected,) = alone.parameter_shaped(directions(norm, alone.matrices([average]), alone.matrices([square])))
+        (expected,) = alone.parameter_shaped(norm.lmos(alone.matrices([average]), alone.matrices([square])))
         torch.testing.assert_close(move, expected, rtol=0, atol=1e-12)
 
 
@@ -51,7 +51,7 @@ def test_a_bucket_is_its_parameters(shape, view, norm, rng):
 def test_weights_decay_and_move(lr, accept, rng):
     weights = [torch.randn(3, 2, generator=rng, dtype=torch.float64) for _ in range(2)]
     moves = [torch.randn(3, 2, generator=rng, dtype=torch.float64) for _ in range(2)]
-    if accept is False:  # as `directions` returns them then
+    if accept is False:  # as directions are then
         moves = [torch.zeros_like(move) for move in moves]
     expected = [w * (1 - 0.1 * 0.5) + 0.1 * d for w, d in zip(weights, moves, strict=True)]
     expected = [w.clone() for w in weights] if accept is False else expected

@@ -2,7 +2,7 @@
 
 from steepest.geometry.adaptive import Ada2, AdaInf
 from steepest.geometry.layer import NORMS, ColNorm, Frobenius, RowNorm, Sign, Spectral, check_norm, get_norm
-from steepest.geometry.norm import Norm
+from steepest.geometry.norm import Norm, completed
 from steepest.geometry.product import PRODUCTS, Combined, Euclid, Hybrid, Max, Product, Sum, get_product
 from steepest.geometry.scale import ScaleRule, scale_factor
 from steepest.geometry.scaled import Scaled
@@ -30,6 +30,7 @@ __all__ = [
     "Spectral",
     "Sum",
     "check_norm",
+    "completed",
     "get_norm",
     "get_product",
     "scale_factor",

@@ -13,7 +13,16 @@ from steepest.geometry.norm import MATRIX, Norm, Printed, sized_one
 from steepest.geometry.scale import ScaleRule, scale_factor
 from steepest.geometry.spectrum import Nuclear, Schatten
 from steepest.geometry.text import built
-from steepest.linalg import MEMORY_CAP, Coefficients, PolarMethod, get_coefficients, polar, polars
+from steepest.linalg import (
+    MEMORY_CAP,
+    Coefficients,
+    PolarMethod,
+    compute_dtype,
+    get_coefficients,
+    overshoot,
+    polar,
+    polars,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -65,6 +74,7 @@ class Spectral(Printed):
     name: ClassVar[str] = "spectral"
     adapts = False
     matrix = True
+    free_radius = True  # the last product is multiplied with a scale anyway
 
     def __post_init__(self) -> None:
         check_fields(self, CHECKS)
@@ -80,26 +90,34 @@ class Spectral(Printed):
 
     def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """-s U Vᵀ."""
-        return self.lmos([m])[0]
+        return self.lmos([m], [v])[0]
 
-    def lmos(self, batches: Sequence[Tensor], *, memory_cap: int | None = None, radius: float = 1.0) -> list[Tensor]:
-        """Steepest directions for matrices of several shapes, which takes less time than one shape after the other.
-
-        Args:
-            batches: (*batch, m, n) each.
-            memory_cap: Bytes that temporaries may take; None for the default of `polars`.
-            radius: Of the ball.
-
-        Returns:
-            `radius` times `lmo` of each.
-        """
+    def lmos(
+        self,
+        batches: Sequence[Tensor],
+        moments: Sequence[Tensor | None],
+        *,
+        memory_cap: int | None = None,
+        radius: float = 1.0,
+    ) -> list[Tensor]:
+        """Polar factors of matrices of several shapes take less time together than one shape after the other."""
         return polars(
             batches,
             method=self.polar,
             coefficients=self.coefficients,
             dtype=self.dtype,
             memory_cap=memory_cap or MEMORY_CAP,
-            times=[-radius * scale_factor(self.scale, *batch.shape[-2:]) for batch in batches],
+            times=[-radius * self.polar_scale(*batch.shape[-2:]) for batch in batches],
+        )
+
+    def polar_scale(self, fan_out: int, fan_in: int) -> float:
+        """s; see `scale_factor`."""
+        return scale_factor(self.scale, fan_out, fan_in)
+
+    def overshoot(self, w: Tensor) -> float:
+        """Largest singular value of the polar factors that these options compute."""
+        return overshoot(
+            None if self.polar == "svd" else self.coefficients, self.dtype or compute_dtype(w, self.coefficients)
         )
 
 

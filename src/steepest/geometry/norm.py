@@ -8,8 +8,10 @@ A vector is a 1 x n matrix. Norms that adapt take the second moment V of the gra
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -38,36 +40,98 @@ def sized_one(m: Tensor) -> tuple[Tensor, Tensor]:
     return m * torch.exp2(-exponent), torch.exp2(exponent)
 
 
-class Norm(Protocol):
+class Norm(ABC):
     """A norm on weights, and what steepest descent needs of it.
 
     Contract, for every M != 0: dual(M) = -<M, lmo(M)>, primal(lmo(M)) = 1, and <M, W> <= dual(M) · primal(W) for all W;
-    lmo(0) = 0; nothing is written to the arguments.
+    lmo(0) = 0; nothing is written to the arguments. A norm of yours defines `adapts`, `matrix`, `primal`, `dual` and
+    `lmo`; the rest has defaults. An object of another class that has these five is a norm, too (`completed`).
 
     Attributes:
         adapts: Whether the norm needs the second moment V. Otherwise V is ignored and may be None.
         matrix: Whether the norm sees a linear map, so that fan-out, fan-in and fused parts matter.
+        free_radius: Whether directions of another length cost nothing, so that decay and move are one pass.
     """
 
-    @property
-    def adapts(self) -> bool: ...  # noqa: D102 - above
-    @property
-    def matrix(self) -> bool: ...  # noqa: D102 - above
+    adapts: bool
+    matrix: bool
+    free_radius: bool = False
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A class with an `lmo` of its own has no `lmos` that knows nothing of it."""
+        super().__init_subclass__(**options)
+        if "lmo" in vars(cls) and "lmos" not in vars(cls):
+            cls.lmos, cls.free_radius = Norm.lmos, Norm.free_radius
+
+    @abstractmethod
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Norm of W: (*batch, m, n) to (*batch,), in weight units."""
-        ...
 
+    @abstractmethod
     def dual(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """Dual norm of M: (*batch, m, n) to (*batch,), in units of the loss per unit of the norm."""
-        ...
 
+    @abstractmethod
     def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
         """Steepest direction for M: a new tensor of the shape and dtype of M, of norm one."""
-        ...
+
+    def lmos(
+        self,
+        batches: Sequence[Tensor],
+        moments: Sequence[Tensor | None],
+        *,
+        memory_cap: int | None = None,
+        radius: float = 1.0,
+    ) -> list[Tensor]:
+        """Steepest directions for matrices of several shapes; by default one shape after the other.
+
+        Args:
+            batches: Momenta, (*batch, m, n) each.
+            moments: Second moments likewise, for a norm that adapts, else None for each.
+            memory_cap: Bytes that temporaries may take; None for the norm's own bound.
+            radius: Norm of the directions.
+
+        Returns:
+            `radius` times `lmo` of each.
+        """
+        found = [self.lmo(m, v) for m, v in zip(batches, moments, strict=True)]
+        return found if radius == 1 else [radius * direction for direction in found]
+
+    def polar_scale(self, fan_out: int, fan_in: int) -> float | None:
+        """Factor s where the direction for an m x n matrix is -s times a polar factor; None where it is something else.
+
+        By it `SteepestDescent.diagnostics` says how orthogonal directions are, and where in its ball a weight is.
+        """
+        return None
+
+    def overshoot(self, w: Tensor) -> float:
+        """Largest norm of a computed direction for weights of the dtype and device of W; 1 where `lmo` is exact."""
+        return 1.0
 
 
-class Printed(Textual):
+class _Completed(Norm):
+    """A norm whose class knows nothing of `Norm`."""
+
+    def __init__(self, norm: Norm) -> None:
+        self._norm = norm
+        self.adapts, self.matrix = norm.adapts, norm.matrix
+
+    def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        return self._norm.primal(w, m, v)
+
+    def dual(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
+        return self._norm.dual(m, v)
+
+    def lmo(self, m: Tensor, /, v: Tensor | None = None) -> Tensor:
+        return self._norm.lmo(m, v)
+
+
+def completed(norm: Norm) -> Norm:
+    """A norm that answers everything a step may ask: itself, or with the defaults of `Norm` if of no such class."""
+    return norm if isinstance(cast(object, norm), Norm) else _Completed(norm)
+
+
+class Printed(Textual, Norm):
     """A norm prints as its name and the options that are not the default, for plans and tables."""
 
     name: ClassVar[str]

@@ -25,7 +25,7 @@ def _check_factor(name: str, value: object) -> str | float:
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled(Textual):
+class Scaled(Textual, Norm):
     """‖W‖ / s in place of ‖W‖: lmo and dual are s times the norm's own.
 
     Between spaces measured by root mean square, the norms of embeddings, heads and biases are
@@ -50,12 +50,12 @@ class Scaled(Textual):
         check_fields(self, {"norm": check_norm, "by": _check_factor})
 
     @property
-    def adapts(self) -> bool:
+    def adapts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - read only
         """As the norm."""
         return self.norm.adapts
 
     @property
-    def matrix(self) -> bool:
+    def matrix(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - read only
         """Whether the norm or the rule sees a linear map."""
         return self.norm.matrix or self.by in ("sqrt_fan_out", "inverse_fan_in")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import PlanRow
-from steepest.geometry import Norm, Spectral, scale_factor
-from steepest.linalg import compute_dtype, overshoot, polar
+from steepest.geometry import Norm, completed
+from steepest.linalg import polar
 from steepest.optim.bucket import Bucket
 from steepest.optim.momentum import debias
 from steepest.optim.state import MOMENTUM, STEP
@@ -73,16 +73,16 @@ def weight_numbers(
     """
     numbers: dict[str, float] = {}
     for group, norm in groups:
-        if not isinstance(norm, Spectral):
-            continue
+        norm = completed(norm)
         for parameter in cast(Sequence[Tensor], group["params"]):
             if not parameter.numel():
                 continue
             bucket = Bucket((parameter,), rows[parameter].view)
             weights = bucket.matrices([parameter.detach()])
-            used = norm.dtype or compute_dtype(parameter, norm.coefficients)
-            steps = overshoot(None if norm.polar == "svd" else norm.coefficients, used)
-            lengths = [steps * scale_factor(norm.scale, *w.shape[-2:]) for w in weights]
+            scales = [norm.polar_scale(*w.shape[-2:]) for w in weights]
+            lengths = [norm.overshoot(parameter) * scale for scale in scales if scale is not None]
+            if len(lengths) < len(scales):
+                break
             prefix = f"weights/{rows[parameter].name}"
             numbers[f"{prefix}/spectral_norm"] = max(float(largest_singular_values(w).max()) for w in weights)
             if group["weight_decay"]:

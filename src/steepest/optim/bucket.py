@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from steepest.anatomy import LINEAR, View
-from steepest.geometry import Norm, Spectral
 from steepest.optim.group_numbers import masked
 
 
@@ -70,36 +68,6 @@ class Bucket:
     @property
     def _plain(self) -> bool:
         return self.view == LINEAR and self.parameters[0].ndim == 2
-
-
-def is_spectral(norm: Norm) -> TypeGuard[Spectral]:
-    """Whether a norm's directions are those of `Spectral`: a subclass may have its own."""
-    return isinstance(norm, Spectral) and type(norm).lmo is Spectral.lmo and type(norm).lmos is Spectral.lmos
-
-
-def directions(
-    norm: Norm,
-    batches: Sequence[Tensor],
-    moments: Sequence[Tensor | None],
-    *,
-    memory_cap: int | None = None,
-    radius: float = 1.0,
-) -> tuple[Tensor, ...]:
-    """Steepest directions for momenta.
-
-    Args:
-        norm: Whose unit ball.
-        batches: Debiased momenta as a bucket's matrices, (B, m, n) each.
-        moments: Debiased second moments likewise, for a norm that adapts, else None for each.
-        memory_cap: Bytes that a spectral norm's iteration may take besides; None for its default.
-        radius: Length of the directions, for a spectral norm.
-
-    Returns:
-        Directions to add, shaped like the batches.
-    """
-    if is_spectral(norm):  # which knows how to work on matrices of several shapes together
-        return tuple(norm.lmos(batches, memory_cap=memory_cap, radius=radius))
-    return tuple(norm.lmo(batch, v) for batch, v in zip(batches, moments, strict=True))
 
 
 def gains(batches: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import Role
-from steepest.geometry import Norm, Spectral, scale_factor
+from steepest.geometry import Norm
 
 
 @dataclass
@@ -42,12 +42,15 @@ class StepRecord:
             batches: Directions, (B, m, n) each.
             radius: Their norm.
         """
-        if not isinstance(norm, Spectral):
-            return []
-        of_shape = {(role, id(norm), batch.shape[-2:]): batch for batch in batches}
-        new = {kind: batch for kind, batch in of_shape.items() if kind not in self._seen}
+        scales = [norm.polar_scale(*batch.shape[-2:]) for batch in batches]
+        of_shape = {
+            (role, id(norm), batch.shape[-2:]): (batch, scale)
+            for batch, scale in zip(batches, scales, strict=True)
+            if scale is not None
+        }
+        new = {kind: found for kind, found in of_shape.items() if kind not in self._seen}
         self._seen.update(new)
-        return [(batch[0].clone(), radius * scale_factor(norm.scale, *batch.shape[-2:])) for batch in new.values()]
+        return [(batch[0].clone(), radius * scale) for batch, scale in new.values()]
 
     def add(
         self,

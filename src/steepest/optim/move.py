@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from steepest.geometry import Norm
+from steepest.geometry import Norm, completed
 from steepest.optim.applied import Applied
-from steepest.optim.bucket import apply_, directions, gains, is_spectral, pull_, stay_finite
+from steepest.optim.bucket import apply_, gains, pull_, stay_finite
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.load import SHARES, Load
 from steepest.optim.momentum import average_, debias, forget_, look_ahead
@@ -73,7 +73,7 @@ class Move:
         self.load = load
         self._cap = None if memory_cap is None else max(1, (SHARES - 2) * memory_cap // SHARES)
         self.label = label
-        self.norm = norm
+        self.norm = completed(norm)
         self.ahead = bool(group["nesterov"]) and not self.norm.adapts
         self._states = states
         self._applied = applied if self.norm.matrix and not self.norm.adapts else None
@@ -130,8 +130,8 @@ class Move:
         batches, followed = self.load.matrices(averages), self._followed(averages)
         del averages  # they are in the batches
         self._radius = self._ball() if count is None else 1.0
-        found = directions(self.norm, followed or batches, moments, memory_cap=self._cap, radius=self._radius)
-        found = self._bent(found)
+        found = self.norm.lmos(followed or batches, moments, memory_cap=self._cap, radius=self._radius)
+        found = self._bent(tuple(found))
         aim = Aim(found, None, None)
         if count is not None and (duals or slopes):
             later = count + 1 if self.ahead else count
@@ -293,7 +293,7 @@ class Move:
         decay: float | Tensor = self.group["weight_decay"]
         if isinstance(decay, Tensor) or isinstance(self.lr, Tensor) or self._accept is not None:
             return 1.0
-        plain = self.load.parameters[0].dtype is self._dtype and is_spectral(self.norm)
+        plain = self.load.parameters[0].dtype is self._dtype and self.norm.free_radius
         return 1 / decay if plain and SMALLEST_DECAY < decay < 1 / SMALLEST_DECAY else 1.0
 
     def _followed(self, averages: list[Tensor]) -> tuple[Tensor, ...] | None:
