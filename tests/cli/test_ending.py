@@ -52,7 +52,7 @@ def test_errors_of_the_system_come_with_path_and_remedy(monkeypatch, capsys, pro
     def fail(*_):
         raise problem
 
-    monkeypatch.setattr("steepest.lab.report.write_report", fail)
+    monkeypatch.setattr("steepest.lab.studies.report.write_report", fail)
     assert main(["report", "out"]) == 1
     assert capsys.readouterr().err.startswith(f"error: {told}")
 
@@ -74,7 +74,7 @@ def test_an_interrupted_command_says_what_is_so(monkeypatch, capsys, tmp_path, w
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("steepest.lab.report.write_report", interrupt)
+    monkeypatch.setattr("steepest.lab.studies.report.write_report", interrupt)
     monkeypatch.setattr("steepest.lab.runs.train.train_run", interrupt)
     assert main(words) == INTERRUPTED
     told = capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
-from steepest.lab.report import write_report
+from steepest.lab.studies.report import write_report
 from tests.lab.browser import BROWSER, FLAGS
 from tests.lab.synthetic import SCENARIOS, SWEEPS, write_scenario
 

@@ -204,9 +204,17 @@ def run_plan(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: 
 def _repeat(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: Path) -> str:
     """The command that repeats a study, every choice spelled out; of a storage on a server, the form only."""
     from steepest.lab.engine.storage import parse_url, public_url
+    from steepest.lab.studies import KINDS
 
-    verb = ["critical-batch", "measure"] if plan.kind == "critical-batch" else [plan.kind]
-    words = ["steepest", *verb, "--methods", ",".join(plan.methods), *own, "--seeds", str(options.seeds)]
+    words = [
+        "steepest",
+        *KINDS[plan.kind].command,
+        "--methods",
+        ",".join(plan.methods),
+        *own,
+        "--seeds",
+        str(options.seeds),
+    ]
     words += ["--task", options.task, "--preset", options.preset]
     if plan.steps is not None:
         words += ["--steps", str(plan.steps)]
@@ -225,7 +233,9 @@ def _work(options: argparse.Namespace) -> int:
     from steepest.lab.disk.fields import RecordError
     from steepest.lab.engine.storage import StorageError, parse_url
     from steepest.lab.engine.study import FailedRunsError, default_workers, join_study
-    from steepest.lab.studies.study import StudyMismatchError, read_listing
+    from steepest.lab.studies import KINDS
+    from steepest.lab.studies.records import read_kind
+    from steepest.lab.studies.study import StudyMismatchError
 
     directory = None if may_hold_password(options.storage) or "://" in options.storage else Path(options.storage)
     with checking_usage():
@@ -251,14 +261,14 @@ def _work(options: argparse.Namespace) -> int:
     print(
         f"All {number} runs in {out} are finished. To write the report: {shlex.join(['steepest', 'report', str(out)])}"
     )
-    if read_listing(out).name.startswith("critical-batch"):
+    if KINDS[read_kind(out)].grows:
         print("Whoever started it may find more to train: if nobody does, repeat that command.")
     return DONE
 
 
 def _report(options: argparse.Namespace) -> int:
     from steepest.lab.disk.fields import RecordError
-    from steepest.lab.report import write_report
+    from steepest.lab.studies.report import write_report
 
     try:
         print(f"Report: {write_report(options.directory)}")

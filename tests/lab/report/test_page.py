@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from steepest.lab.report import write_report
 from steepest.lab.studies.records import RecordError
+from steepest.lab.studies.report import write_report
 from tests.lab.synthetic import HOSTILE, SCENARIOS, Pace, run_dir, write_study
 
 

@@ -49,7 +49,7 @@ def write_results(
         draw: Makes the PNG.
     """
     from steepest.lab.disk.files import make_directory, write_whole
-    from steepest.lab.report.cells import neutral
+    from steepest.lab.report.sheet import neutral
 
     make_directory(directory)
     table = io.StringIO()

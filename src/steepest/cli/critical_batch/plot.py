@@ -23,10 +23,10 @@ def add_command(commands: Commands) -> None:
 
 def _plot(options: argparse.Namespace) -> int:
     from steepest.lab.disk.fields import RecordError
-    from steepest.lab.report import write_plots
+    from steepest.lab.studies.report import write_plots
 
     try:
-        written = write_plots(options.directory)
+        written = write_plots(options.directory, "critical-batch")
     except RecordError as failure:
         return failed(failure)
     for file in written:

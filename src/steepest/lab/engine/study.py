@@ -23,8 +23,8 @@ from steepest.lab.engine.pool import STOP_S, Pool, last_words
 from steepest.lab.engine.queue import Queue, damaged_runs, missing_runs, open_queue
 from steepest.lab.engine.stopping import attend
 from steepest.lab.engine.storage import GRACE_S, StorageError, default_url, parse_url
-from steepest.lab.report import write_report
 from steepest.lab.runs.version import code_version
+from steepest.lab.studies.report import write_report
 from steepest.lab.studies.study import StudyMismatchError, StudyPlan, read_config, read_listing, write_study
 from steepest.lab.tasks import make_task
 

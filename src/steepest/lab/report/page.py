@@ -6,17 +6,17 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from importlib.resources import files
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from steepest.lab.report import notices, table
 from steepest.lab.report.figure import Figure
 from steepest.lab.report.matplotlib_png import to_png
 from steepest.lab.report.notices import Notice
@@ -24,10 +24,6 @@ from steepest.lab.report.palette import styles
 from steepest.lab.report.plotly_html import to_plotly
 from steepest.lab.report.table import Column
 from steepest.lab.report.wording import plain, shortened
-from steepest.lab.studies.race import sentences
-from steepest.lab.studies.race.figures import figures
-from steepest.lab.studies.race.results import Race
-from steepest.lab.studies.race.sentences import Fact
 from steepest.lab.studies.records import Run
 
 # strokes and outlines of the legend, on a canvas of 34 by 12
@@ -45,34 +41,96 @@ _MACHINE = {"workers": "workers (runs trained at once)"}
 
 
 @dataclass(frozen=True)
+class Fact:
+    """A number worth showing large, and what it is."""
+
+    number: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A sentence of the results: what holds, set in bold, and the numbers behind it; either may be empty."""
+
+    claim: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to say of the settings of one method, under its options.
+
+    Args:
+        title: A sentence; or, if `folded`, the line behind which the others are hidden until one opens it.
+        runs: Each run, and what tells it from the others.
+        notes: Lines before those of the runs.
+        folded: See `title`.
+    """
+
+    title: str
+    runs: Sequence[tuple[str, Run]]
+    notes: Sequence[str] = ()
+    folded: bool = True
+
+
+@dataclass(frozen=True)
 class Content:
     """What every report says.
 
     Args:
+        subject: What kind of study it is, as a title.
+        study: What was asked for.
         headline: The result in one line.
         facts: Numbers to show large.
         notices: What to know before believing the others.
+        verdicts: The result in full sentences.
         summary: Task, sizes, seeds and data.
         figures: In order.
-        columns: Of the table over methods; their cells take one method's results and `whole`.
+        columns: Of the table over methods; their cells take one of its rows.
         results: Of each method, with its `name` and `runs`.
-        whole: Results of the study.
         methodology: How the numbers were computed.
+        settings: Of one of the results that has runs.
+        tables: Files beside the page by name, with what stands in them.
+        keys: Of every figure that a study of this kind may have; files of those that no longer hold are removed.
+        others: Verdicts that are shown further down.
         hidden: Options that differ between the runs of a method.
         rows: Of the table, where it has more than one for a method; none: `results`.
     """
 
+    subject: str
+    study: Described
     headline: str
     facts: Sequence[Fact]
     notices: Sequence[Notice]
+    verdicts: Sequence[Comparison]
     summary: str
     figures: Sequence[Figure]
-    columns: Sequence[Column[Any, Any]]
+    columns: Sequence[Column[Any]]
     results: Sequence[HasRuns]
-    whole: object
     methodology: Sequence[str]
+    settings: Callable[[Any], Settings]
+    tables: Mapping[str, str]
+    keys: Collection[str]
+    others: Sequence[Comparison] = ()
     hidden: Sequence[str] = ()
     rows: Sequence[HasRuns] = ()
+
+
+Numbers = TypeVar("Numbers")  # all that a report says of a study
+
+
+@dataclass(frozen=True)
+class Study(Generic[Numbers]):
+    """A kind of study, for whoever reports on it.
+
+    Args:
+        read: From the directory that holds `study.json` to all numbers of the report. It raises RecordError if that
+            file is damaged; a damaged run is for the report to name.
+        content: From the numbers to what the page says.
+    """
+
+    read: Callable[[Path], Numbers]
+    content: Callable[[Numbers], Content]
 
 
 class HasRuns(Protocol):
@@ -93,6 +151,21 @@ class Described(Protocol):
     """What a page says of any study."""
 
     @property
+    def task(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def preset(self) -> str:
+        """Size of the task."""
+        ...
+
+    @property
+    def command(self) -> str:
+        """How to repeat it."""
+        ...
+
+    @property
     def methods(self) -> tuple[str, ...]:
         """Names, in the study's order."""
         ...
@@ -111,56 +184,29 @@ class Described(Protocol):
 Page = tuple[str, dict[str, bytes]]  # HTML text, and the content of each PNG by file name
 
 
-def render(race: Race, *, directory: str) -> Page:
-    """The page of a race and its figures as PNG files.
+def pictures(figures: Sequence[Figure]) -> dict[str, bytes]:
+    """The figures as PNG files, by file name."""
+    return {f"{figure.key}.png": to_png(figure) for figure in figures}
+
+
+def render(content: Content, *, directory: str) -> Page:
+    """The page of a study and its figures as PNG files.
 
     Args:
-        race: All numbers.
+        content: What the page says.
         directory: How the study directory is called in the command that writes the page anew.
 
     Returns:
         HTML text, and the content of each PNG by file name. The same records give the same bytes.
     """
-    content = Content(
-        headline=sentences.headline(race),
-        facts=sentences.facts(race),
-        notices=notices.notices(race),
-        summary=sentences.summary(race),
-        figures=figures(race),
-        columns=table.columns(race),
-        results=race.methods,
-        whole=race,
-        methodology=sentences.methodology(race),
-    )
-    pairs = {
-        "pairs": sentences.pairs(race, first=True),
-        "other_pairs": sentences.pairs(race, first=False),
-    }
-    return fill("race.html.j2", race.study, content, directory=directory, tuned=notices.tuned, **pairs)
-
-
-def fill(template: str, study: Described, content: Content, *, directory: str, **more: object) -> Page:
-    """A template with its content.
-
-    Args:
-        template: Name of a file beside this one.
-        study: What was read.
-        content: What the page says.
-        directory: As for `render`.
-        more: What only this template knows.
-
-    Returns:
-        As `render`.
-    """
-    images = {f"{figure.key}.png": to_png(figure) for figure in content.figures}
+    images = pictures(content.figures)
+    study = content.study
     scripts = [Markup(get_plotlyjs()), Markup(_part("page.js"))]  # ours, not from outside: not to be escaped
     text = (
         _environment()
-        .get_template(template)
+        .get_template("page.html.j2")
         .render(
-            **{field.name: getattr(content, field.name) for field in fields(content)},
-            **more,
-            study=study,
+            **{one.name: getattr(content, one.name) for one in fields(content)},
             policy=_policy(scripts),
             scripts=scripts,
             css=Markup(_part("page.css")),

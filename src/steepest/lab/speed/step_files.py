@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from steepest.lab.disk.files import make_directory, write_whole
-from steepest.lab.report.cells import neutral
+from steepest.lab.report.sheet import neutral
 from steepest.lab.runs.environment import describe_environment
 from steepest.lab.speed.step import Bench, Case
 from steepest.lab.speed.step_png import cases_png

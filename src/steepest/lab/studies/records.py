@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal
 
 from steepest.lab.disk.fields import Fields, RecordError, parse_object, read_text
 from steepest.lab.disk.files import exists, read_lines
 from steepest.lab.runs.config import RunConfig, run_hash
 from steepest.lab.runs.result import Final, Result, blocks, read_result
-from steepest.lab.studies.study import Kind
+from steepest.lab.studies import KINDS
 
 FORMAT = 1
 HUGE = 1e100  # float64 holds larger numbers, but not their sums; a loss above it has diverged
@@ -149,18 +149,18 @@ def open_study(study_dir: Path) -> Fields:
         raise RecordError(path, "no study here", "Give the directory that race or sweep was given as --out.")
     study = parse_object(read_text(path, remedy=STUDY_REMEDY), path, remedy=STUDY_REMEDY)
     study.expect("format", FORMAT)
-    if study.values.get("kind") not in get_args(Kind):
-        raise study.error("kind", f"one of {', '.join(get_args(Kind))}")
+    if study.values.get("kind") not in KINDS:
+        raise study.error("kind", f"one of {', '.join(KINDS)}")
     return study
 
 
-def read_kind(study_dir: Path) -> Kind:
+def read_kind(study_dir: Path) -> str:
     """What a study directory holds.
 
     Raises:
         RecordError: As `open_study`.
     """
-    return cast(Kind, open_study(study_dir).text("kind"))
+    return open_study(study_dir).text("kind")
 
 
 def baseline(study: Fields, methods: tuple[str, ...]) -> str:

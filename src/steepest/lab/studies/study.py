@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from steepest.lab.disk.fields import Fields, RecordError, parse_object, read_text
 from steepest.lab.disk.files import exists, make_directory, one_line, write_whole
@@ -22,7 +22,6 @@ from steepest.lab.tasks import Task
 from steepest.names import near_miss, unknown_name
 
 FORMAT = 1
-Kind = Literal["race", "sweep", "critical-batch"]
 _REMEDY = "Choose another --out, or delete the file: runs that still fit are found by their content."
 
 
@@ -45,7 +44,7 @@ class StudyPlan(ABC):
         ValueError: If a method is unknown or listed twice, has options without taking part, or there is no seed.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[str]  # a key of `KINDS`
 
     task: Task
     methods: tuple[str, ...]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from steepest.lab.report import write_plots, write_report
 from steepest.lab.studies.batch.figures import figures
 from steepest.lab.studies.batch.model import look
 from steepest.lab.studies.batch.records import read_batch_study
 from steepest.lab.studies.batch.results import read_report
+from steepest.lab.studies.report import write_plots, write_report
 from tests.lab.report.test_page import Page
 from tests.lab.studies.batch.cases import CASES, written
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from steepest.lab.report import notices
 from steepest.lab.report.statistics import Interval
-from steepest.lab.studies.race import sentences
+from steepest.lab.studies.race import notices, sentences
 from steepest.lab.studies.race.results import Race, read_race
 from steepest.lab.studies.records import read_study
 from tests.lab.synthetic import Pace, run_dir, write_scenario, write_study

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome
 
-from steepest.lab.report import write_report
+from steepest.lab.studies.report import write_report
 from tests.lab.browser import BROWSER, requests, show
 from tests.lab.report.test_page import Page
 from tests.lab.synthetic import HOSTILE, SWEEPS, Valley, write_sweep

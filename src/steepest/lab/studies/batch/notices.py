@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from steepest.lab.report import wording
-from steepest.lab.report.notices import Notice, machines, older, set_aside
+from steepest.lab.report.notices import GO_ON, Notice, cut, machines, notice, older, ordered, set_aside
 from steepest.lab.report.wording import plain
 from steepest.lab.report.wording import shortened as short
 from steepest.lab.studies.batch.model import ModelFacts
@@ -15,7 +15,6 @@ from steepest.lab.studies.batch.results import Arrival, BatchReport, TargetResul
 from steepest.lab.studies.batch.sentences import untuned
 from steepest.lab.studies.records import Run
 
-_SHOWN = 12  # lines of one notice
 _MOMENTA = ("momentum", "beta1")
 
 
@@ -23,25 +22,25 @@ def notices(report: BatchReport, model: ModelFacts) -> tuple[Notice, ...]:
     """All notices, the most serious first."""
     runs = [run for arm in report.arms for run in arm.runs]
     arms = {one.run.name: one.asked.arm for one in report.study.runs}
-    found = (
-        set_aside(report.set_aside, called=partial(_who, arms)),
-        _missing(report),
-        _from_the_start(report),
-        _stopped(report),
-        _diverged(runs, arms),
-        _edge(report),
-        _normalised(model),
-        _doubts(report),
-        _coarse(report),
-        _shrinking(runs, arms),
-        _few(report),
-        _managed(report, model),
-        _horizon(report, runs),
-        older(runs),
-        machines(runs, advice="do not compare their times"),
+    return ordered(
+        (
+            set_aside(report.set_aside, partial(_who, arms)),
+            _missing(report),
+            _from_the_start(report),
+            _stopped(report),
+            _diverged(runs, arms),
+            _edge(report),
+            _normalised(model),
+            _doubts(report),
+            _coarse(report),
+            _shrinking(runs, arms),
+            _few(report),
+            _managed(report, model),
+            _horizon(report, runs),
+            older(runs),
+            machines(runs, advice="do not compare their times"),
+        )
     )
-    order = ("stop", "warning", "note")
-    return tuple(sorted((notice for notice in found if notice is not None), key=lambda one: order.index(one.level)))
 
 
 def _missing(report: BatchReport) -> Notice | None:
@@ -56,18 +55,10 @@ def _missing(report: BatchReport) -> Notice | None:
     waiting += [one.asked for one in study.runs if one.run.result is None]
     idle = Counter((one.arm, one.batch_size) for one in waiting)
     lines = [f"{plain(arm)}, b = {size}: {wording.counted(n, 'run')} not ended" for (arm, size), n in idle.items()]
-    searching = untuned(report)
-    if not broken and not lines and not searching:
-        return None
-    number = len(broken) + len(waiting)
-    tuning = (
-        [f"{wording.counted(len(searching), 'learning rate')} still to be found, after which more runs follow"]
-        if searching
-        else []
-    )
-    title = f"{number} of {wording.counted(len(study.asked), 'listed run')} missing"
-    remedy = "Repeat the study's command to go on; finished runs are kept."
-    return Notice("warning", title, (*tuning, *_cut([*broken, *lines]), remedy))
+    tuning = wording.counted(len(searching := untuned(report)), "learning rate")
+    search = [f"{tuning} still to be found, after which more runs follow"] * bool(searching)
+    title = f"{len(broken) + len(waiting)} of {wording.counted(len(study.asked), 'listed run')} missing"
+    return notice("warning", title, (*search, *cut([*broken, *lines])), GO_ON)
 
 
 def _from_the_start(report: BatchReport) -> Notice | None:
@@ -77,7 +68,7 @@ def _from_the_start(report: BatchReport) -> Notice | None:
         if (hit := [arrival for arrival in one.arrivals if arrival.crossing.status == "at the start"])
     ]
     remedy = "These runs say nothing of K(b) and are left out. Choose lower targets."
-    return Notice("warning", "Below a target at the first evaluation", (*_cut(lines), remedy)) if lines else None
+    return notice("warning", "Below a target at the first evaluation", cut(lines), remedy)
 
 
 def _coarse(report: BatchReport) -> Notice | None:
@@ -91,19 +82,17 @@ def _coarse(report: BatchReport) -> Notice | None:
             lines.append(f"{short(one.name)}, target {one.target:g}: {counted}, at worst {size}")
     remedy = "K is read off a straight line between the evaluations there. Few steps cannot be told more finely."
     title = "Evaluations more than 2% of K apart"
-    return Notice("note", title, (*_cut(lines), remedy)) if lines else None
+    return notice("note", title, cut(lines), remedy)
 
 
 def _stopped(report: BatchReport) -> Notice | None:
     lines = [line for one in report.results for line in _stops(one)]
-    if not lines:
-        return None
-    remedies = (
+    remedy = (
         "Below the batch sizes that arrived, the noise of a small batch at a constant rate may keep the loss above the "
         "target for ever: physics, unless K of the fit is beyond the steps that were given. "
-        "Above them, the budget ended runs too soon: raise --most-steps and --most-samples.",
+        "Above them, the budget ended runs too soon: raise --most-steps and --most-samples."
     )
-    return Notice("warning", "Runs that did not reach a target", (*_cut(lines), *remedies))
+    return notice("warning", "Runs that did not reach a target", cut(lines), remedy)
 
 
 def _stops(result: TargetResult) -> Iterator[str]:
@@ -136,7 +125,7 @@ def _diverged(runs: Sequence[Run], arms: Mapping[str, str]) -> Notice | None:
         f"{_who(arms, run)}: after step {run.result.steps}" for run in runs if run.result and run.status == "diverged"
     ]
     remedy = "They count as stopped there, although their learning rate was the best for the seeds that tuned it."
-    return Notice("warning", "Diverged", (*_cut(lines), remedy)) if lines else None
+    return notice("warning", "Diverged", cut(lines), remedy)
 
 
 def _edge(report: BatchReport) -> Notice | None:
@@ -148,7 +137,7 @@ def _edge(report: BatchReport) -> Notice | None:
         if rate.at_edge
     ]
     remedy = "A better one may lie beyond, so K may be too large there."
-    return Notice("warning", "Learning rate at the edge of those tried", (*_cut(lines), remedy)) if lines else None
+    return notice("warning", "Learning rate at the edge of those tried", cut(lines), remedy)
 
 
 def _normalised(model: ModelFacts) -> Notice | None:
@@ -172,7 +161,7 @@ def _doubts(report: BatchReport) -> Notice | None:
         for text in one.estimate.warnings
         if not text.endswith("enter the likelihood as such.")  # told elsewhere
     ]
-    return Notice("note", "About the fits", _cut(lines)) if lines else None
+    return notice("note", "About the fits", cut(lines))
 
 
 def _shrinking(runs: Sequence[Run], arms: Mapping[str, str]) -> Notice | None:
@@ -184,7 +173,7 @@ def _shrinking(runs: Sequence[Run], arms: Mapping[str, str]) -> Notice | None:
             found[where] = max(lr * decay, found.get(where, 0.0))
     lines = [f"{where}: lr \N{MULTIPLICATION SIGN} weight_decay = {value:.3g}" for where, value in found.items()]
     remedy = "Above 1 a step turns weights around, and no bound on their size holds."
-    return Notice("warning", "Decay of more than the whole weight", (*_cut(lines), remedy)) if lines else None
+    return notice("warning", "Decay of more than the whole weight", cut(lines), remedy)
 
 
 def _few(report: BatchReport) -> Notice | None:
@@ -212,8 +201,6 @@ def _horizon(report: BatchReport, runs: Sequence[Run]) -> Notice | None:
         for name in _MOMENTA
         if isinstance(value := run.config.options.get(name), float) and 0 < value < 1
     }
-    if not kept:
-        return None
     batches = report.study.batches
     lines = [
         f"{name} {value:g}: an average over about {1 / (1 - value):,.0f} steps, which are "
@@ -222,12 +209,7 @@ def _horizon(report: BatchReport, runs: Sequence[Run]) -> Notice | None:
         for name, value in sorted(kept)
     ]
     held = "It was held at all batch sizes in steps, not in samples: part of what K(b) shows is due to that."
-    return Notice("note", "Momentum is counted in steps", (*lines, held))
-
-
-def _cut(lines: Sequence[str]) -> tuple[str, ...]:
-    more = (f"and {len(lines) - _SHOWN} more",) if len(lines) > _SHOWN else ()
-    return (*lines[:_SHOWN], *more)
+    return notice("note", "Momentum is counted in steps", lines, held)
 
 
 def _arm(arms: Mapping[str, str], run: Run) -> str:

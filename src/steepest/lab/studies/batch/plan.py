@@ -21,7 +21,7 @@ from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, configure, run_hash
 from steepest.lab.studies.batch.crossings import run_crossing
 from steepest.lab.studies.records import check_positive, read_run
-from steepest.lab.studies.study import Kind, StudyPlan, run_directory
+from steepest.lab.studies.study import StudyPlan, run_directory
 
 MOST_RATES = 9  # of one batch size; the search then ends, and the report flags the edge
 TUNING_SEED = 1000  # and the following ones: other seeds than those that are reported
@@ -78,7 +78,7 @@ class BatchSweep(StudyPlan):
             are, an arm occurs twice, varies lr or is of another method, or as for every study.
     """
 
-    kind: ClassVar[Kind] = "critical-batch"
+    kind: ClassVar[str] = "critical-batch"
 
     arms: tuple[Arm, ...]
     batches: tuple[int, ...]

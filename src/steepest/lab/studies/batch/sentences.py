@@ -5,10 +5,10 @@ from __future__ import annotations
 from steepest.batch_size.curve import Answer, recommendation
 from steepest.batch_size.curve_answers import size_text
 from steepest.lab.report import wording
+from steepest.lab.report.page import Fact
 from steepest.lab.report.wording import plain
 from steepest.lab.report.wording import shortened as short
 from steepest.lab.studies.batch.results import BatchReport, TargetResult
-from steepest.lab.studies.race.sentences import Fact
 
 BEST, KNEE = "SFO-minimising b*", "knee B_crit"
 

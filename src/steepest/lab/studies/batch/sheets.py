@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from steepest.lab.report.sheet import Cells, sheet
 from steepest.lab.studies.batch.ratio import reference, sample_ratios
 from steepest.lab.studies.batch.results import LEVEL, ArmResult, BatchReport, TargetResult
-from steepest.lab.studies.sweep.sheets import Cells, table
 
 _ROWS = ("arm", "batch_size", "lr", "seed", "tunes", "status", "steps", "final_loss", "train_s", "run")
 _CROSSINGS = ("arm", "batch_size", "seed", "target", "steps", "status", "resolution", "samples")
@@ -24,14 +24,14 @@ def tables(report: BatchReport) -> dict[str, str]:
     head = ("arm", "batch_size", "lr", "lowest_tried", "highest_tried", "at_edge", "median_step_s")
     crossings = [row for one in report.results for row in _crossings(one)]
     found = {
-        "rows.csv": table(_ROWS, _runs(report)),
-        "crossings.csv": table(_CROSSINGS, crossings),
-        "estimates.csv": table(_ESTIMATES, [_estimate(one) for one in report.results]),
-        "learning_rates.csv": table(head, [row for arm in report.arms for row in _rates(arm)]),
+        "rows.csv": sheet(_ROWS, _runs(report)),
+        "crossings.csv": sheet(_CROSSINGS, crossings),
+        "estimates.csv": sheet(_ESTIMATES, [_estimate(one) for one in report.results]),
+        "learning_rates.csv": sheet(head, [row for arm in report.arms for row in _rates(arm)]),
     }
     ratios = _ratios(report)
     if ratios:
-        found["token_ratio.csv"] = table(("arm", "target", "batch_size", "ratio", "low", "high", "bound"), ratios)
+        found["token_ratio.csv"] = sheet(("arm", "target", "batch_size", "ratio", "low", "high", "bound"), ratios)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from statistics import fmean
 
 from steepest.batch_size.curve import Answer
@@ -14,10 +15,14 @@ from steepest.lab.studies.batch.results import BatchReport, TargetResult
 from steepest.lab.studies.batch.sentences import BEST, KNEE, number
 
 
-def columns(report: BatchReport) -> tuple[Column[TargetResult, BatchReport], ...]:
+def columns(report: BatchReport) -> tuple[Column[TargetResult], ...]:
     """The columns for which the study has data."""
     base = reference(report)
-    versus = () if base is None else (Column(f"Data of {shortened(base)}", _ratio, "over its own, mean over b"),)
+    versus = (
+        ()
+        if base is None
+        else (Column(f"Data of {shortened(base)}", partial(_ratio, report), "over its own, mean over b"),)
+    )
     return (
         Column("Target", _target),
         Column(BEST, _best, f"least data, {report.unit}"),
@@ -29,22 +34,22 @@ def columns(report: BatchReport) -> tuple[Column[TargetResult, BatchReport], ...
     )
 
 
-def _target(result: TargetResult, report: BatchReport) -> Cell:
+def _target(result: TargetResult) -> Cell:
     arrived = sum(one.reached for one in result.arrivals)
     return Cell(f"{result.target:g}", (f"{arrived} of {len(result.arrivals)} runs arrived",))
 
 
-def _best(result: TargetResult, report: BatchReport) -> Cell:
+def _best(result: TargetResult) -> Cell:
     if result.estimate is None:
         return Cell("refused", (result.refusal,))
     return _answer(result.estimate.b_star)
 
 
-def _knee(result: TargetResult, report: BatchReport) -> Cell:
+def _knee(result: TargetResult) -> Cell:
     return Cell(DASH) if result.estimate is None else _answer(result.estimate.knee)
 
 
-def _overhead(result: TargetResult, report: BatchReport) -> Cell:
+def _overhead(result: TargetResult) -> Cell:
     return Cell(DASH) if result.estimate is None else _answer(result.estimate.overhead)
 
 
@@ -54,7 +59,7 @@ def _answer(answer: Answer) -> Cell:
     return Cell(number(answer), (*interval, *((answer.reason,) if answer.reason else ())))
 
 
-def _family(result: TargetResult, report: BatchReport) -> Cell:
+def _family(result: TargetResult) -> Cell:
     if result.estimate is None:
         return Cell(DASH)
     choice = result.estimate.choice
@@ -64,7 +69,7 @@ def _family(result: TargetResult, report: BatchReport) -> Cell:
     return Cell(f"{family.key}, {family.name}", (weight, ", ".join(others)) if others else (weight,))
 
 
-def _ratio(result: TargetResult, report: BatchReport) -> Cell:
+def _ratio(report: BatchReport, result: TargetResult) -> Cell:
     base = next(one for one in report.at(result.target) if one.name == reference(report))
     if base is result:
         return Cell("reference")
@@ -75,7 +80,7 @@ def _ratio(result: TargetResult, report: BatchReport) -> Cell:
     return Cell(f"{math.exp(fmean(math.log(one.value) for one in exact)):.2f}", (ends,))
 
 
-def _time(result: TargetResult, report: BatchReport) -> Cell:
+def _time(result: TargetResult) -> Cell:
     if result.time is None:
         return Cell(DASH)
     sign = {"point": "", "at most": "\N{LESS-THAN OR EQUAL TO} ", "at least": "\N{GREATER-THAN OR EQUAL TO} "}

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from steepest.lab.methods import check_buildable
 from steepest.lab.runs.config import RunConfig, configure
-from steepest.lab.studies.study import Kind, StudyPlan
+from steepest.lab.studies.study import StudyPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Race(StudyPlan):
         ValueError: If the baseline does not race, or as for every study.
     """
 
-    kind: ClassVar[Kind] = "race"
+    kind: ClassVar[str] = "race"
 
     baseline: str
 

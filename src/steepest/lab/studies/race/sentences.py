@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from steepest.lab.report import wording
 from steepest.lab.report.comparable import Refusal
+from steepest.lab.report.page import Comparison, Fact
 from steepest.lab.report.statistics import MOST_SEEDS, Interval, Ratio, Verdict
 from steepest.lab.report.wording import FIXED, plain
 from steepest.lab.report.wording import shortened as short
@@ -17,22 +18,6 @@ REFUSALS: Mapping[Refusal, str] = {
     "unequal": "the methods were not tuned alike",
     "unknown": "how the options were found is not recorded",
 }
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A number worth showing large, and what it is."""
-
-    number: str
-    meaning: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A sentence about a pair: what holds, and the numbers behind it."""
-
-    claim: str
-    evidence: str
 
 
 def headline(race: Race) -> str:

@@ -5,30 +5,30 @@ from __future__ import annotations
 from collections import Counter
 
 from steepest.lab.report import wording
-from steepest.lab.report.notices import Notice, machines, older, set_aside
+from steepest.lab.report.notices import GO_ON, Notice, cut, machines, notice, older, ordered, progress, set_aside
 from steepest.lab.report.wording import plain
 from steepest.lab.studies.records import Run
 from steepest.lab.studies.sweep.records import rate
 from steepest.lab.studies.sweep.results import MethodSweep, Sweep
 
-_SHOWN = 12  # missing runs that are listed one by one
-
 
 def notices(sweep: Sweep) -> tuple[Notice, ...]:
     """All notices, the most serious first."""
-    found = (
-        _unequal(sweep),
-        _not_positive(sweep),
-        _unchanged(sweep),
-        set_aside(sweep.set_aside, called=_who),
-        _missing(sweep),
-        _edge(sweep),
-        _all_diverged(sweep),
-        _few(sweep),
-        older([run for method in sweep.methods for run in method.runs]),
-        machines([run for method in sweep.methods for run in method.runs], advice="so may their losses"),
+    runs = [run for method in sweep.methods for run in method.runs]
+    return ordered(
+        (
+            _unequal(sweep),
+            _not_positive(sweep),
+            _unchanged(sweep),
+            set_aside(sweep.set_aside, _who),
+            _missing(sweep),
+            _edge(sweep),
+            _all_diverged(sweep),
+            _few(sweep),
+            older(runs),
+            machines(runs, advice="so may their losses"),
+        )
     )
-    return tuple(notice for notice in found if notice is not None)
 
 
 def _unequal(sweep: Sweep) -> Notice | None:
@@ -56,13 +56,11 @@ def _unchanged(sweep: Sweep) -> Notice | None:
         for method in sweep.methods
         for group in method.unchanged
     ]
-    if not lines:
-        return None
     expected = "Where Momo cuts every single step, a larger learning rate takes the same steps: that is what it is for."
     remedy = "Such a learning rate was not in effect; read nothing from its basin before the cause is found."
     momo = [method.name.endswith("-momo") for method in sweep.methods if method.unchanged]
     remedies = [expected] * any(momo) + [remedy] * (not all(momo))
-    return Notice("warning" if all(momo) else "stop", "A learning rate that changed nothing", (*lines, *remedies))
+    return notice("warning" if all(momo) else "stop", "A learning rate that changed nothing", lines, *remedies)
 
 
 def _missing(sweep: Sweep) -> Notice | None:
@@ -74,19 +72,14 @@ def _missing(sweep: Sweep) -> Notice | None:
             lines.append(f"{plain(absent.method)}, lr {lr}, seed {absent.seed}: {plain(absent.problem)}")
     for run in sweep.study.runs:
         if run.status == "unfinished":
-            done = max((row.step for row in (*run.train, *run.evals)), default=0)
-            if done:
-                lines.append(f"{_who(run)}: at step {done:,} of {run.config.steps:,}")
+            if at := progress(run):
+                lines.append(f"{_who(run)}: {at}")
             else:
                 waiting.append(run.config.method)
-    if not lines and not waiting:
-        return None
-    number = len(lines) + len(waiting)
-    more = [f"and {wording.counted(len(lines) - _SHOWN, 'more run')}"] if len(lines) > _SHOWN else []
     idle = [f"{plain(name)}: {wording.counted(count, 'run')} not started" for name, count in Counter(waiting).items()]
-    title = f"{number} of {wording.counted(sweep.study.asked, 'run')} missing"
-    remedy = "Repeat the study's command to go on; finished runs are kept. Read the verdict when all have ended."
-    return Notice("warning", title, (*idle, *lines[:_SHOWN], *more, remedy))
+    title = f"{len(lines) + len(waiting)} of {wording.counted(sweep.study.asked, 'run')} missing"
+    missing = (*idle, *cut(lines, noun="run"))
+    return notice("warning", title, missing, f"{GO_ON} Read the verdict when all have ended.")
 
 
 def _edge(sweep: Sweep) -> Notice | None:
@@ -95,10 +88,8 @@ def _edge(sweep: Sweep) -> Notice | None:
         for method in sweep.methods
         if method.best is not None and method.best.at_edge and len(method.points) > 1
     ]
-    if not lines:
-        return None
     remedy = "A better one may lie beyond: widen the grid there and repeat; finished runs are kept."
-    return Notice("warning", "Best at the edge of the grid", (*lines, remedy))
+    return notice("warning", "Best at the edge of the grid", lines, remedy)
 
 
 def _end(method: MethodSweep) -> str:
@@ -120,7 +111,7 @@ def _few(sweep: Sweep) -> Notice | None:
     single = [plain(name) for name, lrs in sweep.study.lrs.items() if len(lrs) == 1]
     if single:
         lines.append(f"One learning rate: {wording.listed(single)} cannot have a basin. Try at least 5 over 2 decades.")
-    return Notice("warning", "Few runs", tuple(lines)) if lines else None
+    return notice("warning", "Few runs", lines)
 
 
 def _who(run: Run) -> str:

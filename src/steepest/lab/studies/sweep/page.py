@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from steepest.lab.report import wording
-from steepest.lab.report.page import Content, Page, fill
-from steepest.lab.studies.sweep import figures as lr_figures
-from steepest.lab.studies.sweep import notices as lr_notices
-from steepest.lab.studies.sweep import sentences as lr_sentences
-from steepest.lab.studies.sweep import table as lr_table
-from steepest.lab.studies.sweep.records import rate
-from steepest.lab.studies.sweep.results import Sweep
+from steepest.lab.report.page import Content, Settings, Study
+from steepest.lab.studies.records import Run
+from steepest.lab.studies.sweep import sentences
+from steepest.lab.studies.sweep.figures import KEYS, figures
+from steepest.lab.studies.sweep.notices import notices
+from steepest.lab.studies.sweep.records import rate, read_sweep
+from steepest.lab.studies.sweep.results import MethodSweep, Sweep, read_results
+from steepest.lab.studies.sweep.sheets import tables
+from steepest.lab.studies.sweep.table import columns
 
 
-def render(sweep: Sweep, *, directory: str) -> Page:
-    """The page of a sweep and its figures as PNG files.
-
-    Args:
-        sweep: All numbers.
-        directory: How the study directory is called in the command that writes the page anew.
-
-    Returns:
-        HTML text, and the content of each PNG by file name. The same records give the same bytes.
-    """
-    content = Content(
-        headline=lr_sentences.headline(sweep),
-        facts=lr_sentences.facts(sweep),
-        notices=lr_notices.notices(sweep),
-        summary=lr_sentences.summary(sweep),
-        figures=lr_figures.figures(sweep),
-        columns=lr_table.columns(sweep),
+def content(sweep: Sweep) -> Content:
+    """What the page of a sweep says."""
+    return Content(
+        subject="Learning-rate sweep",
+        study=sweep.study,
+        headline=sentences.headline(sweep),
+        facts=sentences.facts(sweep),
+        notices=notices(sweep),
+        verdicts=(),
+        summary=sentences.summary(sweep),
+        figures=figures(sweep),
+        columns=columns(sweep),
         results=sweep.methods,
-        whole=sweep,
-        methodology=lr_sentences.methodology(sweep),
+        methodology=sentences.methodology(sweep),
+        settings=_settings,
+        tables=tables(sweep),
+        keys=KEYS,
         hidden=("lr", "other_lr"),
     )
-    return fill("lr.html.j2", sweep.study, content, directory=directory, rate=lambda run: wording.rate(rate(run)))
+
+
+def _settings(method: MethodSweep) -> Settings:
+    return Settings(f"{len(method.runs)} runs", [(_told(run), run) for run in method.runs])
+
+
+def _told(run: Run) -> str:
+    other = run.config.options.get("other_lr")
+    also = "" if other is None else f", other_lr {other}"
+    return f"lr {wording.rate(rate(run))}{also}, seed {run.config.seed}"
+
+
+def _read(study_dir: Path) -> Sweep:
+    return read_results(read_sweep(study_dir))
+
+
+STUDY = Study(_read, content)

@@ -12,7 +12,7 @@ from steepest.lab.disk.fields import HIGHEST_RATE, LOWEST_RATE
 from steepest.lab.methods import check_buildable, resolve
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, configure
-from steepest.lab.studies.study import Kind, StudyPlan
+from steepest.lab.studies.study import StudyPlan
 
 MOST_RATES = 1000
 
@@ -30,7 +30,7 @@ class Sweep(StudyPlan):
         ValueError: If a method has no rates, the rates are not positive and rising, or as for every study.
     """
 
-    kind: ClassVar[Kind] = "sweep"
+    kind: ClassVar[str] = "sweep"
 
     lrs: Mapping[str, tuple[float, ...]]
 

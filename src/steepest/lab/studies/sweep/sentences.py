@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from steepest.lab.report import wording
+from steepest.lab.report.page import Fact
 from steepest.lab.report.wording import plain
 from steepest.lab.report.wording import shortened as short
-from steepest.lab.studies.race.sentences import Fact
 from steepest.lab.studies.sweep.results import WIDE, MethodSweep, Sweep
 
 _FEW = 3  # methods that a headline lists by name

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
-
-from steepest.lab.report.cells import neutral
-from steepest.lab.report.wording import plain
+from steepest.lab.report.sheet import Cells, sheet
 from steepest.lab.studies.records import Run
 from steepest.lab.studies.sweep.basin import TOLERANCES
 from steepest.lab.studies.sweep.records import rate
 from steepest.lab.studies.sweep.results import MethodSweep, Sweep
-
-Cells = Sequence[object]  # None is left empty
 
 
 def tables(sweep: Sweep) -> dict[str, str]:
@@ -24,9 +17,9 @@ def tables(sweep: Sweep) -> dict[str, str]:
     """
     points = [_point(method, i) for method in sweep.methods for i in range(len(method.points))]
     return {
-        "rows.csv": table(_ROWS, _runs(sweep)),
-        "lr_sweep.csv": table(("method", "lr", "mean_final_loss", "sd", "n", "diverged"), points),
-        "basins.csv": table(_basin_head(), [_basin(method) for method in sweep.methods]),
+        "rows.csv": sheet(_ROWS, _runs(sweep)),
+        "lr_sweep.csv": sheet(("method", "lr", "mean_final_loss", "sd", "n", "diverged"), points),
+        "basins.csv": sheet(_basin_head(), [_basin(method) for method in sweep.methods]),
     }
 
 
@@ -81,16 +74,3 @@ def _basin(method: MethodSweep) -> Cells:
             around += [found.width, found.open_ended, len(found.intervals)] if found else [None] * 3
     trials = [expected[k] if len(expected) > k else None for k in (0, 2)] + [expected[-1] if expected else None]
     return (method.name, *top, method.ended, method.diverged, *around, *trials)
-
-
-def table(head: Sequence[str], rows: Iterable[Cells]) -> str:
-    """Head and rows as CSV; control characters in text are shown, and none of it is a formula."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(["" if cell is None else _written(cell) for cell in row] for row in rows)
-    return text.getvalue()
-
-
-def _written(cell: object) -> object:
-    return str(cell).lower() if isinstance(cell, bool) else neutral(plain(cell)) if isinstance(cell, str) else cell

@@ -8,7 +8,7 @@ from steepest.lab.report.wording import DASH, FIXED
 from steepest.lab.studies.sweep.results import WIDE, Basins, MethodSweep, Sweep
 
 
-def columns(sweep: Sweep) -> tuple[Column[MethodSweep, Sweep], ...]:
+def columns(sweep: Sweep) -> tuple[Column[MethodSweep], ...]:
     """The columns for which the study has data."""
     chosen = [Column("Best final loss", _best), Column("Best lr", _rate)]
     if sweep.measurable and sweep.best is not None:
@@ -20,7 +20,7 @@ def columns(sweep: Sweep) -> tuple[Column[MethodSweep, Sweep], ...]:
     return tuple(chosen)
 
 
-def _best(method: MethodSweep, sweep: Sweep) -> Cell:
+def _best(method: MethodSweep) -> Cell:
     if method.best is None:
         return Cell(DASH, ("diverged at every learning rate",) if method.ended else ("no run has ended",))
     losses = method.finals(method.best.lr).values()
@@ -28,13 +28,13 @@ def _best(method: MethodSweep, sweep: Sweep) -> Cell:
     return Cell(wording.spread(method.best.loss), (f"n{FIXED}={FIXED}{method.best.loss.n}: {seeds}",))
 
 
-def _rate(method: MethodSweep, sweep: Sweep) -> Cell:
+def _rate(method: MethodSweep) -> Cell:
     if method.best is None:
         return Cell(DASH)
     return Cell(wording.rate(method.best.lr), ("edge of its grid",) if method.best.at_edge else ())
 
 
-def _of_all(method: MethodSweep, sweep: Sweep) -> Cell:
+def _of_all(method: MethodSweep) -> Cell:
     cell = _basins(method.of_all)
     if len(method.by_seed) < 2:
         return cell
@@ -42,7 +42,7 @@ def _of_all(method: MethodSweep, sweep: Sweep) -> Cell:
     return Cell(cell.text, (*cell.details, seeds))
 
 
-def _own(method: MethodSweep, sweep: Sweep) -> Cell:
+def _own(method: MethodSweep) -> Cell:
     return _basins(method.own)
 
 
@@ -58,12 +58,12 @@ def _basins(basins: Basins) -> Cell:
     return Cell(wording.width(wide), (DOT.join(reversed(narrower)), f"lr {', '.join(ranges)}", *pieces))
 
 
-def _diverged(method: MethodSweep, sweep: Sweep) -> Cell:
+def _diverged(method: MethodSweep) -> Cell:
     lrs = [wording.rate(point.lr) for point in method.points if point.diverged]
     return Cell(f"{method.diverged} of {method.ended}", (f"at lr {', '.join(lrs)}",) if lrs else ())
 
 
-def _expected(method: MethodSweep, sweep: Sweep) -> Cell:
+def _expected(method: MethodSweep) -> Cell:
     if not method.expected:
         return Cell(DASH)
     most = len(method.expected)

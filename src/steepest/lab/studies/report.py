@@ -1,0 +1,97 @@
+"""The report of a study: one HTML page, its figures and tables, derived from the stored records and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steepest.lab.disk.files import make_directory, remove, write_whole
+from steepest.lab.studies import KINDS
+from steepest.lab.studies.records import open_study, read_kind
+
+if TYPE_CHECKING:
+    from steepest.lab.report.page import Content
+
+
+def write_report(study_dir: Path) -> Path:
+    """Write `report.html`, `plots/*.png` and, where its kind has some, tables as CSV into a study directory.
+
+    May be called at any time, also while runs are still going on: the page then says which are missing. It opens
+    without a network, and holds no link to any other place.
+
+    Args:
+        study_dir: The directory that holds `study.json`.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        RecordError: If `study.json` is missing, damaged, or no study of a known kind. Damaged runs are shown on the
+            page instead.
+        ModuleNotFoundError: If the libraries that draw are not installed.
+    """
+    try:
+        from steepest.lab.report.page import render
+
+        content = _content(study_dir, read_kind(study_dir))
+    except ModuleNotFoundError as missing:
+        raise _not_installed(missing) from missing
+    page, images = render(content, directory=str(study_dir))
+    _write_tables(study_dir, content.tables)
+    _write_images(study_dir, images, keys=content.keys)
+    path = study_dir / "report.html"
+    write_whole(path, page)
+    return path
+
+
+def write_plots(study_dir: Path, kind: str) -> tuple[Path, ...]:
+    """Write figures and tables of a study, without the page.
+
+    Args:
+        study_dir: The directory that holds `study.json`.
+        kind: Of the study, a key of `KINDS`.
+
+    Returns:
+        What was written: `plots/*.png` and CSV files.
+
+    Raises:
+        RecordError: If `study.json` is missing, damaged, or of a study of another kind.
+        ModuleNotFoundError: If the libraries that draw are not installed.
+    """
+    open_study(study_dir).expect("kind", kind)
+    try:
+        from steepest.lab.report.page import pictures
+
+        content = _content(study_dir, kind)
+    except ModuleNotFoundError as missing:
+        raise _not_installed(missing) from missing
+    images = _write_images(study_dir, pictures(content.figures), keys=content.keys)
+    return (*images, *_write_tables(study_dir, content.tables))
+
+
+def _content(study_dir: Path, kind: str) -> Content:
+    study = KINDS[kind].load()
+    return study.content(study.read(study_dir))
+
+
+def _not_installed(missing: ModuleNotFoundError) -> ModuleNotFoundError:
+    remedy = "Install what the lab needs: pip install 'steepest[lab]'."
+    return ModuleNotFoundError(f"The report cannot be drawn without {missing.name}. {remedy}", name=missing.name)
+
+
+def _write_tables(study_dir: Path, tables: Mapping[str, str]) -> tuple[Path, ...]:
+    for name, content in tables.items():
+        write_whole(study_dir / name, content)
+    return tuple(study_dir / name for name in tables)
+
+
+def _write_images(study_dir: Path, images: Mapping[str, bytes], *, keys: Collection[str]) -> tuple[Path, ...]:
+    """Write figures; one of these keys that no longer holds is removed."""
+    plots = study_dir / "plots"
+    make_directory(plots)
+    for stale in {f"{key}.png" for key in keys} - set(images):
+        remove(plots / stale)
+    for name, content in images.items():
+        write_whole(plots / name, content)
+    return tuple(plots / name for name in images)
