@@ -102,7 +102,7 @@ def test_plots_alone_and_stale_ones_go(pages: dict[str, Path], tmp_path: Path) -
     folder = shutil.copytree(pages["started"].parent, tmp_path / "alone")
     (folder / "report.html").unlink()
     (folder / "plots" / "samples.png").write_bytes(b"old")
-    written_now = write_plots(folder)
+    written_now = write_plots(folder, "critical-batch")
     assert all(path.exists() for path in written_now)
     assert {path.name for path in written_now} >= {"rows.csv", "estimates.csv"}
     assert not (folder / "plots" / "samples.png").exists()
