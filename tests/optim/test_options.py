@@ -6,7 +6,9 @@ The table is generated from signatures: an option that is added later is in it, 
 import decimal
 import inspect
 import math
+import pydoc
 import re
+from typing import Unpack
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from steepest import Frobenius, InputMoment, Momo, Sign, Spectral, View, route
 from steepest.batch_size import Ball, Bound, NoiseScale, Problem, Setting
 from steepest.batch_size.curve_fit import Point
 from steepest.linalg import COEFFICIENTS, Coefficients
+from steepest.optim import recipes
+from steepest.optim.arguments import texts_of
 
 
 class Thing:
@@ -138,11 +142,7 @@ def noise_scale(**options):
     NoiseScale(watched, torch.optim.SGD(watched.parameters()), **options).close()
 
 
-RECIPES = [
-    name
-    for name in steepest.__all__
-    if isinstance(made := getattr(steepest, name), type) and issubclass(made, torch.optim.Optimizer)
-]
+RECIPES = ["SteepestDescent", *recipes.RECIPES]
 BASES = {
     "Momo": (steepest.Momo, {}),
     "InputMoment": (InputMoment, {"bias_correction": False}),
@@ -372,6 +372,53 @@ def test_signatures_are_those_that_are_documented():
         parameters = list(inspect.signature(getattr(steepest, name)).parameters.values())
         assert [parameter.name for parameter in parameters[:2]] == ["params", "lr"]
         assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[2:])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_help_shows_every_option_with_its_default_and_its_text(name):
+    make = getattr(steepest, name)
+    parameters = inspect.signature(make).parameters
+    texts = texts_of(make.__doc__)
+    assert list(texts) == list(parameters)
+    assert all((text.endswith((".", ")")) and text[0] in '`"(') or text[0].isupper() for text in texts.values())
+    page = pydoc.plain(pydoc.render_doc(make))
+    for option, parameter in parameters.items():
+        assert option == "params" or f"{option}: " in page
+        assert option in ("params", "dtype") or f" = {parameter.default!r}" in page
+    assert all(len(line) <= 120 for line in make.__doc__.splitlines())
+
+
+def test_every_recipe_is_known_and_exported_by_its_name():
+    exported = [getattr(steepest, name) for name in steepest.__all__]
+    found = {kind.__name__ for kind in exported if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)}
+    assert found == set(RECIPES)
+    assert sorted(recipes.RECIPES) == recipes.__all__
+
+
+def test_a_recipe_of_a_user_shows_what_it_shares_too():
+    @recipes.recipe
+    class Mine(steepest.Muon):
+        """A recipe of mine.
+
+        Args:
+            params: A module.
+            lr: How fast.
+            **options: See `Muon`.
+        """
+
+        def __init__(self, params, lr=0.5, **options: Unpack[recipes.AdamOptions]):
+            super().__init__(params, lr, momentum=0.5, **options)
+
+    try:
+        assert Mine(model(), momo=True, eps=1e-6).param_groups[0]["momentum"] == 0.5
+        assert texts_of(Mine.__doc__)["eps"] == texts_of(steepest.Muon.__doc__)["eps"]
+        assert inspect.signature(Mine).parameters["dual"].default == "cached"
+        with pytest.raises(TypeError, match=r"^Mine has no option 'momentum'"):
+            Mine(model(), momentum=0.5)
+        with pytest.raises(ValueError, match=r"momo=True and step_size=.* are two answers to one question"):
+            Mine(model(), momo=True, step_size=Momo())
+    finally:
+        del recipes.RECIPES["Mine"]
 
 
 @pytest.mark.parametrize("name", ["NewtonMuon", "NewtonMuonMax", "Muon", "MuonMax", "SteepestDescent"])

@@ -54,7 +54,7 @@ class Spectral(Printed):
     """Largest singular value, divided by a scale s that depends on the shape: ‖W‖ = σ_max(W) / s, lmo = -s U Vᵀ.
 
     Args:
-        scale: The rule for s; see `scale_factor`.
+        scale: How long the step is by shape: "original", "match_rms_adamw", "spectral" or "none"; see `scale_factor`.
         polar: How U Vᵀ is computed; see `polar`. The contract holds as closely as this is exact.
         coefficients: For the polynomial methods; see `get_coefficients`.
         dtype: Type of the matrix products; None chooses by device.

@@ -1,26 +1,173 @@
-"""Named optimizers: each chooses the pieces of `SteepestDescent` and nothing else."""
+"""Named optimizers: each chooses the pieces of `SteepestDescent` and nothing else.
 
+A recipe is one class with `@recipe`. Options that mean the same everywhere stand in the typed dictionaries, once, with
+their texts; `help`, `inspect.signature` and editors show them with each recipe that has them.
+"""
+
+import inspect
+import sys
 from collections.abc import Sequence
+from typing import Any, ClassVar, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
 
-from steepest.anatomy import InputMoment
-from steepest.geometry import AdaInf, ScaleRule, Spectral
+from steepest.anatomy import InputMoment, Role
+from steepest.geometry import Ada2, AdaInf, ColNorm, Frobenius, Hybrid, Scaled, ScaleRule, Sign, Spectral
 from steepest.linalg import Coefficients, PolarMethod
-from steepest.optim.arguments import checked_options
+from steepest.optim.arguments import checked_options, texts_of, texts_of_keys, with_all_texts, with_shared
 from steepest.optim.descent import SteepestDescent
 from steepest.optim.global_step import DualMode
 from steepest.optim.guard import OnNonFinite
-from steepest.optim.options import chosen_step_size, per_role
+from steepest.optim.options import per_role
 from steepest.optim.parameters import Parameters
 from steepest.optim.step_size import StepSize
 
-# Learning rate of everything that is no matrix, relative to that of the matrices: the ratio of arXiv:2510.09827's
-# default. Under "match_rms_adamw" both kinds of update have one size, and one learning rate serves both.
+__all__ = [
+    "Adam",
+    "Muon",
+    "MuonAdam",
+    "MuonMax",
+    "NewtonMuon",
+    "NewtonMuonMax",
+    "PethickScion",
+    "PolarGrad",
+    "Scion",
+    "SignDescent",
+]
+
+Rate = float | Tensor
+Betas = tuple[float, float] | None
+R = TypeVar("R", bound=type[SteepestDescent])
+RECIPES: dict[str, type[SteepestDescent]] = {}  # by name, in the order of this file
+
+# Learning rate of everything that is no matrix, relative to that of the matrices. Muon's is the ratio of
+# arXiv:2510.09827's default; under "match_rms_adamw" both kinds of update have one size, and one learning rate serves
+# both. The others are found in docs/results/tuning for bytes of text.
 ADAM_LR_RATIO = 0.1
+SCION_OTHER_RATIO = 0.2
+MUON_MAX_ADAM_RATIO = 1.0
+POLAR_GRAD_ADAM_RATIO = 0.04
 
 
+class Options(TypedDict, total=False):
+    """Options of every recipe."""
+
+    step_size: StepSize | None
+    """`Momo(...)`: as much of the step as its model of the loss says is useful; the loss must then be passed. None:
+    the whole step."""
+    momo: bool
+    """Short for `step_size=Momo()`."""
+    dual: DualMode
+    """Where a number of all layers must be known before the first can move, as with Momo: "cached" keeps all directions
+    until then, "stale" uses the dual norms of the step before."""
+    memory_cap: int | None
+    """Bytes that a step's temporaries may take, where layers can be moved one after the other; None: one and a half
+    times the largest set of parameters of one shape, at least 6 MiB."""
+    on_nonfinite: OnNonFinite
+    """"skip" or "raise": what a gradient or loss that is not finite does to a step."""
+
+
+class DecayedOptions(Options, total=False):
+    """And of those whose weights decay as one says."""
+
+    weight_decay: float
+    """Decoupled, for everything but vectors (gains, biases)."""
+
+
+class PolarOptions(Options, total=False):
+    """And of those that orthogonalise."""
+
+    coefficients: str | Coefficients | Sequence[Sequence[float]]
+    """Of the polynomial methods."""
+    polar: PolarMethod
+    """"auto", "newton-schulz", "gram" or "svd"."""
+    dtype: torch.dtype | None
+    """Of the matrix products; None: bfloat16 on CUDA, float32 elsewhere, float64 for float64 parameters."""
+    precondition: InputMoment | str | None
+    """`InputMoment(...)`, the name of one of its presets, or None for none; as in `NewtonMuon`."""
+
+
+class MatrixOptions(PolarOptions, DecayedOptions, total=False):
+    """Both."""
+
+
+class AdamOptions(MatrixOptions, total=False):
+    """And of those that have one of Adam's norms for what is no matrix."""
+
+    adam_lr: Rate | None
+    """Learning rate of everything that is no matrix; None: a part of `lr`."""
+    betas: Betas
+    """Weights of Adam's old averages of gradients and of their squares; None: (momentum, 0.95)."""
+    eps: float
+    """Added to the root of Adam's second moment."""
+
+
+PIECES = (SteepestDescent, Spectral, AdaInf)  # whose defaults, and whose texts, are the recipes'
+DEFAULTS: dict[str, object] = {
+    **{name: p.default for piece in PIECES for name, p in inspect.signature(piece).parameters.items()},
+    "momo": False,
+    "adam_lr": None,
+}
+
+
+def _texts() -> dict[str, str]:
+    try:
+        return texts_of_keys(inspect.getsource(sys.modules[__name__]))
+    except (OSError, TypeError):  # where only compiled files are
+        return {}
+
+
+TEXTS = _texts()
+
+
+def recipe(kind: R) -> R:
+    """Make a subclass of `SteepestDescent` a recipe: its options are checked, shown, documented, and its name known.
+
+    Args:
+        kind: Its `__init__` takes `params`, `lr`, own keywords, and the shared ones as `**options: Unpack[...]`.
+
+    Returns:
+        The class itself.
+    """
+    signature = with_shared(inspect.signature(kind.__init__), DEFAULTS)
+    if "__init__" in vars(kind):
+        setattr(kind, "__init__", checked_options(signature=signature)(kind.__init__))  # noqa: B010 - no method of a type
+    elsewhere = [TEXTS, *(texts_of(known.__doc__) for known in (*kind.__mro__[1:], *PIECES))]
+    kind.__doc__ = with_all_texts(kind.__doc__ or kind.__name__, list(signature.parameters)[1:], elsewhere)
+    RECIPES[kind.__name__] = kind
+    return kind
+
+
+def _taken(options: Any, *names: str) -> dict[str, Any]:
+    """Those options that are given, which are no longer among the others then."""
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def _spectral(scale: ScaleRule, options: PolarOptions) -> Spectral:
+    return Spectral(scale=scale, **_taken(options, "coefficients", "polar", "dtype"))
+
+
+def _rates(lr: Rate, ratio: float, options: AdamOptions) -> dict[Role, Rate]:
+    adam_lr = options.pop("adam_lr", None)
+    return per_role(lr, lr * ratio if adam_lr is None else adam_lr)
+
+
+def _muon(lr: Rate, scale: ScaleRule, options: AdamOptions) -> dict[str, Any]:
+    norms = per_role(_spectral(scale, options), AdaInf(**_taken(options, "eps")))
+    return {"norms": norms, "lr": _rates(lr, 1.0 if scale == "match_rms_adamw" else ADAM_LR_RATIO, options)}
+
+
+def _rest(options: Any, precondition: InputMoment | None = None) -> dict[str, Any]:
+    """What `SteepestDescent` takes as it is; vectors do not decay."""
+    if "weight_decay" in options:
+        options["weight_decay"] = per_role(options["weight_decay"], options["weight_decay"], 0.0)
+    if precondition is not None and options.get("precondition") is None:
+        options["precondition"] = precondition
+    return options
+
+
+@recipe
 class Muon(SteepestDescent):
     """Spectral descent for matrices, Adam for everything else.
 
@@ -32,70 +179,36 @@ class Muon(SteepestDescent):
         lr: Learning rate of the matrices, in units of the spectral norm (times the scale) per step.
         momentum: Of the matrices.
         nesterov: Of the matrices.
-        weight_decay: Decoupled, for matrices, embeddings and head; not for vectors (gains, biases).
         adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else lr / 10.
-        betas: Adam's, for everything else; None: (0.9, 0.95), or (momentum, 0.95) with Momo, which needs one momentum.
-        eps: Adam's.
-        scale: Length of the step by shape: "original", "match_rms_adamw", "spectral" or "none".
-        coefficients: Of the polynomial methods.
-        polar: "auto", "newton-schulz", "gram" or "svd".
-        dtype: Of the matrix products; None: bfloat16 on CUDA, float32 elsewhere, float64 for float64 parameters.
-        momo: Whether steps are Momo's, with its defaults; the loss must then be passed.
-        step_size: `Momo(...)` with options of its own.
-        precondition: `InputMoment(...)`, the name of one of its presets, or None for none; as in `NewtonMuon`.
-        dual: "cached" or "stale", for Momo.
-        on_nonfinite: "skip" or "raise".
-
-    Raises:
-        ValueError: If an option or parameter does not fit.
-        TypeError: If an option or parameter is of the wrong type.
+        betas: Adam's; None: (0.9, 0.95), or (momentum, 0.95) with Momo, which needs one momentum.
+        **options: See `AdamOptions`.
 
     Source:
         Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/.
     """
 
-    _precondition: InputMoment | None = None
+    _precondition: ClassVar[InputMoment | None] = None
 
-    @checked_options()
     def __init__(
         self,
         params: Parameters,
-        lr: float | Tensor = 0.02,
+        lr: Rate = 0.02,
         *,
         momentum: float = 0.95,
         nesterov: bool = True,
-        weight_decay: float = 0.0,
-        adam_lr: float | Tensor | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float = 1e-8,
         scale: ScaleRule = "original",
-        coefficients: str | Coefficients | Sequence[Sequence[float]] = "auto",
-        polar: PolarMethod = "auto",
-        dtype: torch.dtype | None = None,
-        momo: bool = False,
-        step_size: StepSize | None = None,
-        precondition: InputMoment | str | None = None,
-        dual: DualMode = "cached",
-        on_nonfinite: OnNonFinite = "skip",
+        **options: Unpack[AdamOptions],
     ) -> None:
-        spectral = Spectral(scale=scale, polar=polar, coefficients=coefficients, dtype=dtype)
-        if adam_lr is None:
-            adam_lr = lr * (1.0 if scale == "match_rms_adamw" else ADAM_LR_RATIO)
         super().__init__(
             params,
-            lr=per_role(lr, adam_lr),
             momentum=momentum,
             nesterov=per_role(nesterov, False),
-            weight_decay=per_role(weight_decay, weight_decay, 0.0),
-            betas=betas,
-            norms=per_role(spectral, AdaInf(eps=eps)),
-            step_size=chosen_step_size(momo, step_size),
-            precondition=self._precondition if precondition is None else precondition,
-            dual=dual,
-            on_nonfinite=on_nonfinite,
+            **_muon(lr, scale, options),
+            **_rest(options, self._precondition),
         )
 
 
+@recipe
 class NewtonMuon(Muon):
     """Muon that knows what its layers read: it follows the polar factor of M (K + γ I)^-a, K the inputs' second moment.
 
@@ -104,14 +217,10 @@ class NewtonMuon(Muon):
 
     Args:
         params: A module or a plan.
-        lr: As for `Muon`, like all options but one.
         precondition: `InputMoment(...)` or the name of one of its presets. None: `InputMoment()`, whose exponent and
             structures are the best of twelve settings tried in docs/results/newton_muon, on one small model, at
             `every=8`; "paper_record4" has the paper's moment, not that script's whole recipe (`InputMoment.preset`).
-
-    Raises:
-        ValueError: If an option or parameter does not fit.
-        TypeError: If an option or parameter is of the wrong type.
+        **options: See `Muon`.
 
     Source:
         Du and Su, arXiv:2604.01472, Algorithm 1.
@@ -120,80 +229,43 @@ class NewtonMuon(Muon):
     _precondition = InputMoment()
 
 
-class MuonAdam(Muon):
+@recipe
+class MuonAdam(SteepestDescent):
     """Constrained steepest descent in the largest of the spectral norms and Adam's norm.
 
     The same step as `Muon` with this cell's choices: plain momentum, one decay rate for all averages, no scale by
     shape, and a learning rate ratio of ten.
 
     Args:
-        params: As for `Muon`.
-        lr: Learning rate of the matrices; everything else has a tenth of it unless `adam_lr` is given.
+        params: A module, or as for `SteepestDescent`.
+        lr: Learning rate of the matrices, in units of the spectral norm (times the scale) per step.
         momentum: Of the matrices, and the first of `betas` unless these are given.
-        weight_decay: As for `Muon`.
-        adam_lr: As for `Muon`.
-        betas: As for `Muon`; None: (momentum, 0.95).
-        eps: Adam's.
-        scale: As for `Muon`.
-        coefficients: As for `Muon`.
-        polar: As for `Muon`.
-        dtype: As for `Muon`.
-        momo: As for `Muon`.
-        step_size: As for `Muon`.
-        precondition: As for `Muon`.
-        dual: As for `Muon`.
-        on_nonfinite: As for `Muon`.
-
-    Raises:
-        ValueError: If an option or parameter does not fit.
-        TypeError: If an option or parameter is of the wrong type.
+        adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else lr / 10.
+        **options: See `AdamOptions`.
 
     Source:
         Crawshaw, Modi, Liu and Gower, arXiv:2510.09827.
     """
 
-    @checked_options()
     def __init__(
         self,
         params: Parameters,
-        lr: float | Tensor = 0.02,
+        lr: Rate = 0.02,
         *,
         momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        adam_lr: float | Tensor | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float = 1e-8,
         scale: ScaleRule = "none",
-        coefficients: str | Coefficients | Sequence[Sequence[float]] = "auto",
-        polar: PolarMethod = "auto",
-        dtype: torch.dtype | None = None,
-        momo: bool = False,
-        step_size: StepSize | None = None,
-        precondition: InputMoment | str | None = None,
-        dual: DualMode = "cached",
-        on_nonfinite: OnNonFinite = "skip",
+        **options: Unpack[AdamOptions],
     ) -> None:
         super().__init__(
             params,
-            lr,
             momentum=momentum,
-            nesterov=False,
-            weight_decay=weight_decay,
-            adam_lr=adam_lr,
-            betas=(momentum, 0.95) if betas is None else betas,
-            eps=eps,
-            scale=scale,
-            coefficients=coefficients,
-            polar=polar,
-            dtype=dtype,
-            momo=momo,
-            step_size=step_size,
-            precondition=precondition,
-            dual=dual,
-            on_nonfinite=on_nonfinite,
+            betas=options.pop("betas", None) or (momentum, 0.95),
+            **_muon(lr, scale, options),
+            **_rest(options),
         )
 
 
+@recipe
 class Adam(SteepestDescent):
     """Adam, with decoupled weight decay for everything but vectors: steepest descent in Adam's own norm.
 
@@ -201,39 +273,246 @@ class Adam(SteepestDescent):
         params: A module, or as for `SteepestDescent`.
         lr: Learning rate, about the largest change of an entry per step.
         betas: Weights of the old averages of gradients and of their squares; None: (0.9, 0.999).
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled; not for vectors (gains, biases).
-        momo: Whether steps are Momo's, with its defaults; the loss must then be passed.
-        step_size: `Momo(...)` with options of its own.
-        on_nonfinite: "skip" or "raise".
-
-    Raises:
-        ValueError: If an option or parameter does not fit.
-        TypeError: If an option or parameter is of the wrong type.
+        **options: See `DecayedOptions`.
 
     Source:
         Kingma and Ba, arXiv:1412.6980, Algorithm 1; Loshchilov and Hutter, arXiv:1711.05101 (decoupled decay).
     """
 
-    @checked_options()
     def __init__(
         self,
         params: Parameters,
-        lr: float | Tensor = 1e-3,
+        lr: Rate = 1e-3,
         *,
-        betas: tuple[float, float] | None = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momo: bool = False,
-        step_size: StepSize | None = None,
-        on_nonfinite: OnNonFinite = "skip",
+        **options: Unpack[DecayedOptions],
     ) -> None:
         super().__init__(
             params,
             lr=lr,
-            weight_decay=per_role(weight_decay, weight_decay, 0.0),
             betas=(0.9, 0.999) if betas is None else betas,
             norms=per_role(AdaInf(eps=eps), AdaInf(eps=eps)),
-            step_size=chosen_step_size(momo, step_size),
-            on_nonfinite=on_nonfinite,
+            **_rest(options),
         )
+
+
+@recipe
+class SignDescent(SteepestDescent):
+    """Descent in the largest entry: sign descent with momentum, or, regularised, times the sum of absolute entries.
+
+    Args:
+        params: A module, or as for `SteepestDescent`.
+        lr: Learning rate: the change of each entry per step.
+        momentum: Weight of the old average of gradients.
+        nesterov: Look ahead by one gradient.
+        regularized: Whether steps are times the sum of all absolute entries of the momentum.
+        **options: See `DecayedOptions`.
+
+    Source:
+        Bernstein et al., arXiv:1802.04434.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: Rate = 1e-3,
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        regularized: bool = False,
+        **options: Unpack[DecayedOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            norms=per_role(Sign(), Sign()),
+            regularized=regularized,
+            **_rest(options),
+        )
+
+
+@recipe
+class Scion(SteepestDescent):
+    """Constrained descent in the largest of the spectral norms of matrices and the largest entry of everything else.
+
+    The cell that arXiv:2510.09827 calls Scion. `PethickScion` is Scion as its authors define it.
+
+    Args:
+        params: A module, or as for `SteepestDescent`.
+        lr: Learning rate of the matrices, in units of the spectral norm (times the scale) per step.
+        momentum: Of everything.
+        nesterov: Of everything.
+        other_lr: Learning rate of everything else: the change of each entry per step. None: lr / 5.
+        **options: See `MatrixOptions`.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: Rate = 0.02,
+        *,
+        momentum: float = 0.95,
+        nesterov: bool = False,
+        scale: ScaleRule = "none",
+        other_lr: Rate | None = None,
+        **options: Unpack[MatrixOptions],
+    ) -> None:
+        super().__init__(
+            params,
+            lr=per_role(lr, lr * SCION_OTHER_RATIO if other_lr is None else other_lr),
+            momentum=momentum,
+            nesterov=nesterov,
+            norms=per_role(_spectral(scale, options), Sign()),
+            **_rest(options),
+        )
+
+
+@recipe
+class PethickScion(SteepestDescent):
+    """Scion as its authors define it: norms between spaces measured by root mean square, and a ball for each layer.
+
+    Matrices have the spectral norm with scale sqrt(out/in), embeddings the longest column over sqrt(out), heads the
+    largest entry times fan-in, vectors the root mean square. A constrained step, W <- (1 - lr) W + lr · radius · lmo,
+    keeps the weights in the ball of that radius. Kernels of convolutions are flattened, so that fan-in counts their
+    entries; the authors scale each of these entries instead.
+
+    Args:
+        params: A module, or as for `SteepestDescent`.
+        lr: Learning rate, the part of the way to the edge of the ball.
+        momentum: Weight of the old average; the authors' argument is one minus this.
+        radius: Of the ball of every layer but the head's.
+        head_radius: Of the head's.
+        constrained: False leaves out the decay: steps of the same length, without a ball.
+        **options: See `PolarOptions`.
+
+    Source:
+        Pethick et al., arXiv:2502.07529; radii of their GPT with tied embeddings.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 2**-12,
+        *,
+        momentum: float = 0.9,
+        radius: float = 50.0,
+        head_radius: float = 3000.0,
+        constrained: bool = True,
+        **options: Unpack[PolarOptions],
+    ) -> None:
+        radii: dict[Role, float] = {**per_role(radius, radius), "head": head_radius}
+        super().__init__(
+            params,
+            lr={role: lr * own for role, own in radii.items()},
+            momentum=momentum,
+            weight_decay={role: 1 / own if constrained else 0.0 for role, own in radii.items()},
+            norms={
+                "matrix": _spectral("spectral", options),
+                "embedding": Scaled(ColNorm(), "sqrt_fan_out"),
+                "head": Scaled(Sign(), "inverse_fan_in"),
+                "vector": Scaled(Frobenius(), "sqrt_size"),
+            },
+            **_rest(options),
+        )
+
+
+@recipe
+class PolarGrad(SteepestDescent):
+    """Regularised descent in the Euclidean norm of spectral norms: each matrix moves by its own nuclear norm.
+
+    Everything else has Adam's Euclidean norm, whose regularised step is Adam's.
+
+    Args:
+        params: A module, or as for `SteepestDescent`.
+        lr: Learning rate of the matrices, which move by lr · s² · ‖M‖_nuc · U Vᵀ with s the scale. The default is for
+            a small language model; it changes with the size of gradients.
+        momentum: Of the matrices, and the first of `betas` unless these are given.
+        adam_lr: Learning rate of everything else. None: a fixed part of `lr`, tuned for a small language model: the
+            units of the two have nothing in common, and the best ratio changes with the size of gradients.
+        **options: See `AdamOptions`.
+
+    Source:
+        Lau, Long and Su, arXiv:2505.21799; with Adam for the rest a cell of arXiv:2510.09827.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: Rate = 0.5,
+        *,
+        momentum: float = 0.95,
+        scale: ScaleRule = "none",
+        **options: Unpack[AdamOptions],
+    ) -> None:
+        pieces = _regularized(lr, POLAR_GRAD_ADAM_RATIO, momentum, scale, options)
+        super().__init__(params, product="euclid", **pieces)
+
+
+@recipe
+class MuonMax(SteepestDescent):
+    """Regularised descent in the hybrid norm: all matrices move by the sum of all their nuclear norms.
+
+    Everything else moves as under Adam. The sum must be known before the first matrix can move: `dual="cached"` keeps
+    all directions until then, `dual="stale"` uses the nuclear norms of the step before. The sum grows with the number
+    of matrices, so `lr` must be found anew when the depth of a model changes.
+
+    Args:
+        params: A module, or as for `SteepestDescent`.
+        lr: Learning rate of the matrices, which move by lr · s · Σ s ‖M‖_nuc · U Vᵀ with s the scale. The default is
+            for a small language model; with Momo, too large is better than too small.
+        momentum: Of the matrices, and the first of `betas` unless these are given.
+        adam_lr: Learning rate of everything else. None: that of the matrices, tuned as for `PolarGrad`.
+        **options: See `AdamOptions`.
+
+    Source:
+        Crawshaw, Modi, Liu and Gower, arXiv:2510.09827.
+    """
+
+    _precondition: ClassVar[InputMoment | None] = None
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: Rate = 0.02,
+        *,
+        momentum: float = 0.95,
+        scale: ScaleRule = "none",
+        **options: Unpack[AdamOptions],
+    ) -> None:
+        pieces = _regularized(lr, MUON_MAX_ADAM_RATIO, momentum, scale, options, self._precondition)
+        super().__init__(params, product=Hybrid(), **pieces)
+
+
+@recipe
+class NewtonMuonMax(MuonMax):
+    """MuonMax whose directions are Newton-Muon's, and whose dual norms are what these directions gain.
+
+    Args:
+        params: A module or a plan.
+        precondition: `InputMoment(...)` or the name of one of its presets, on the momentum. None: `InputMoment()`.
+        **options: See `MuonMax`.
+    """
+
+    _precondition = InputMoment()
+
+
+def _regularized(
+    lr: Rate,
+    ratio: float,
+    momentum: float,
+    scale: ScaleRule,
+    options: AdamOptions,
+    precondition: InputMoment | None = None,
+) -> dict[str, Any]:
+    """Pieces of the regularised cells with Adam's step for everything else."""
+    return {
+        "lr": _rates(lr, ratio, options),
+        "momentum": momentum,
+        "betas": options.pop("betas", None) or (momentum, 0.95),
+        "norms": per_role(_spectral(scale, options), Ada2(**_taken(options, "eps"))),
+        "regularized": True,
+        **_rest(options, precondition),
+    }
