@@ -33,8 +33,8 @@ types: setup
 test: lint types
 	$(BIN)/python -m pytest
 
-# Every measurement of docs/results/speed. Leave the machine alone meanwhile: about fifteen minutes on two cores.
-SPEED ?= docs/results/speed
+# Every measurement of results/speed. Leave the machine alone meanwhile: about fifteen minutes on two cores.
+SPEED ?= results/speed
 PEERS ?= steepest,steepest-jordan,steepest-bf16,torch,torch-fp32,pytorch-optimizer,heavyball-eager
 STEP := $(BIN)/steepest bench step --threads 2 --peers $(PEERS)
 speed: setup

@@ -1,6 +1,6 @@
 """How often intervals for critical batch sizes contain the truth.
 
-    python benchmarks/batch_size_coverage.py --replications 500 --out docs/results/critical_batch
+    python benchmarks/batch_size_coverage.py --replications 500 --out results/critical_batch
 
 Each replication draws steps to a target for 3 seeds at 8 batch sizes from a known curve, with log-normal noise, and
 asks for 90% intervals. "known" fits the family that the data are from. "AICc" is `estimate` as it is: the family is
@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replications", type=int, default=500)
     parser.add_argument("--resamples", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/critical_batch"))
+    parser.add_argument("--out", type=Path, default=Path("results/critical_batch"))
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     for setting in settings():

@@ -1,6 +1,6 @@
 """What Momo costs: training steps of a method with and without it, in turns, in one process.
 
-    python benchmarks/momo.py --preset demo --pairs 60 --out docs/results/momo_cost
+    python benchmarks/momo.py --preset demo --pairs 60 --out results/momo_cost
 
 Each pair is one training step (forward, backward, optimizer) of the base method and one of its Momo version, on models
 with the same weights and the same batch, in alternating order; the ratio is the median over pairs. Peak extra memory is

@@ -1,6 +1,6 @@
 """What Newton-Muon costs beyond Muon: training steps of both in turns, in one process.
 
-    python benchmarks/newton_muon.py --width 768 --tokens 8192 --pairs 24 --out docs/results/newton_muon_cost
+    python benchmarks/newton_muon.py --width 768 --tokens 8192 --pairs 24 --out results/newton_muon_cost
 
 Each pair is one training step (forward, backward, optimizer) of either, on models with the same weights and the same
 batch, in alternating order. Ordinary steps and steps that refresh are measured apart, and weighed as one refresh in

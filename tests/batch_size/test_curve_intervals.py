@@ -10,7 +10,7 @@ REPLICATIONS = 400
 
 @pytest.mark.parametrize(("key", "sizes"), [("H", OCTAVES), ("S", HALVES), ("I", HALVES), ("U", OCTAVES)])
 def test_intervals_cover(key, sizes):
-    """90% intervals, 3 seeds, 8 batch sizes, 400 data sets; docs/results/critical_batch/coverage.csv has 500 of more.
+    """90% intervals, 3 seeds, 8 batch sizes, 400 data sets; results/critical_batch/coverage.csv has 500 of more.
 
     From 85% to 95% must cover. If 90% do, that happens with probability .999. Intervals as wide as a bootstrap over
     three seeds within each batch size makes them, √(2/3) of what they should be (82%), pass with probability .11; half

@@ -226,7 +226,7 @@ _NONIC: tuple[Step, ...] = (
     (6.485643710860185, -15.026984723586338, 12.434311891773154, -4.018626187240139, 0.44149751149682903),
     (3.9008284569228437, -7.770215841888038, 6.949685233633108, -2.5907970226993577, 0.33737127162587016),
 )
-DEFAULT = "polar_express"  # needs fewer steps than nonic: docs/results/coefficients
+DEFAULT = "polar_express"  # needs fewer steps than nonic: results/coefficients
 _PAPER = "arXiv:2505.16932, appendix G (lower 1e-3, cushion 0.024)"
 
 COEFFICIENTS: dict[str, Coefficients] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Products of smaller blocks run below the speed of larger ones, and eat up what they save (measured on CPUs with
-# AVX-512: docs/results/speed).
+# AVX-512: results/speed).
 SMALLEST_BLOCK = {torch.float64: 128, torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
 MOST_PARTS = 6
 

@@ -43,7 +43,7 @@ RECIPES: dict[str, type[SteepestDescent]] = {}  # by name, in the order of this 
 
 # Learning rate of everything that is no matrix, relative to that of the matrices. Muon's is the ratio of
 # arXiv:2510.09827's default; under "match_rms_adamw" both kinds of update have one size, and one learning rate serves
-# both. The others are found in docs/results/tuning for bytes of text.
+# both. The others are found in results/tuning for bytes of text.
 ADAM_LR_RATIO = 0.1
 SCION_OTHER_RATIO = 0.2
 MUON_MAX_ADAM_RATIO = 1.0
@@ -218,7 +218,7 @@ class NewtonMuon(Muon):
     Args:
         params: A module or a plan.
         precondition: `InputMoment(...)` or the name of one of its presets. None: `InputMoment()`, whose exponent and
-            structures are the best of twelve settings tried in docs/results/newton_muon, on one small model, at
+            structures are the best of twelve settings tried in results/newton_muon, on one small model, at
             `every=8`; "paper_record4" has the paper's moment, not that script's whole recipe (`InputMoment.preset`).
         **options: See `Muon`.
 

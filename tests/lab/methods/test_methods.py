@@ -69,7 +69,7 @@ def test_the_four_variants_of_muon_differ_as_their_names_say():
 
 
 def test_what_is_asked_for_comes_before_what_was_tuned_before_the_default(monkeypatch):
-    record = Tuning(trials=6, source="docs/results/tuning.json", edge=False)
+    record = Tuning(trials=6, source="results/tuning.json", edge=False)
     table = {("text", "demo"): {"muon": Tuned({"lr": 0.5}, record)}}
     monkeypatch.setattr(methods, "TUNED", table)
     tuned = resolve("muon", task="text", preset="demo", options={})
@@ -82,7 +82,7 @@ def test_what_is_asked_for_comes_before_what_was_tuned_before_the_default(monkey
 
 
 def test_other_presets_take_the_options_of_demo_and_other_tasks_do_not(monkeypatch):
-    record = Tuning(trials=6, source="docs/results/tuning.json", edge=False)
+    record = Tuning(trials=6, source="results/tuning.json", edge=False)
     table = {("text", "demo"): {"muon": Tuned({"lr": 0.5}, record)}, ("text", "small"): {"muon": Tuned({}, record)}}
     monkeypatch.setattr(methods, "TUNED", table)
     for options, lr in (({}, 0.5), ({"lr": 0.25}, 0.25), ({"lr": 0.5}, 0.5)):

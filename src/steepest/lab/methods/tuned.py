@@ -35,7 +35,7 @@ class Tuned:
 
 def _found(*, edge: bool = False, **options: OptionValue) -> Tuned:
     """Best of as many tried settings for every method, over both learning rates and all momenta."""
-    return Tuned(options, Tuning(trials=16, source="docs/results/tuning/README.md", edge=edge))
+    return Tuned(options, Tuning(trials=16, source="results/tuning/README.md", edge=edge))
 
 
 _JORDAN = _found(lr=0.0565685, other_lr=0.02, momentum=0.85, beta1=0.9, beta2=0.999, edge=True)

@@ -1,6 +1,6 @@
 """The lead of Newton-Muon over Muon along the runs of `tiny`, paired by seed.
 
-.venv/bin/python docs/results/newton_muon/lead.py
+.venv/bin/python results/newton_muon/lead.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """The runs behind this page: equal tuning of Muon and Newton-Muon, what each choice is worth, and when it pays.
 
-    .venv/bin/python docs/results/newton_muon/study.py tune ablation scale --out out/newton_muon
+    .venv/bin/python results/newton_muon/study.py tune ablation scale --out out/newton_muon
 
 Runs are kept in --out and never trained twice; `PART.csv` and `environment.json` are written next to this file.
 """

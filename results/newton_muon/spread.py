@@ -1,6 +1,6 @@
 """How unequal the inputs of each layer are, after 104 steps of Newton-Muon at the preset demo.
 
-    .venv/bin/python docs/results/newton_muon/spread.py
+    .venv/bin/python results/newton_muon/spread.py
 
 Prints for each layer of one block the 99th over the 1st percentile of the moment's diagonal, and, where the moment is
 full, its largest eigenvalue over the mean one.

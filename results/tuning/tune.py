@@ -1,6 +1,6 @@
 """Tune the methods of the demo races: every method gets as many tried settings, on one seed that no race uses.
 
-    .venv/bin/python docs/results/tuning/tune.py --out out/tuning
+    .venv/bin/python results/tuning/tune.py --out out/tuning
 
 Each method walks downhill over its learning rates and momenta (`steepest.lab.engine.search`), from where an earlier
 search had ended, by the loss on the part of the held-out text that is for tuning. Runs are kept in --out and never
