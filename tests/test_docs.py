@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from steepest.cli import main
+from steepest.lab.cli import main
 from steepest.linalg import COEFFICIENTS
 
 ROOT = Path(__file__).parent.parent

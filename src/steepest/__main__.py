@@ -9,7 +9,7 @@ if not sys.flags.safe_path and Path(__file__).parent.parent != Path.cwd():
     sys.path[:] = [entry for entry in sys.path if entry not in ("", os.getcwd())]
 
 try:
-    from steepest.cli import main
+    from steepest.lab.cli import main
 except KeyboardInterrupt:
     raise SystemExit(130) from None  # as a shell reports Ctrl-C
 

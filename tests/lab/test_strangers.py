@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from steepest.cli import main
+from steepest.lab.cli import main
 from steepest.lab.runs.config import configure
 from steepest.lab.runs.train import Interrupted, train_run
 from steepest.lab.studies.study import run_directory
@@ -257,7 +257,7 @@ def test_no_code_of_the_current_directory_runs_in_a_worker(tmp_path):
     for name in PLANTED:
         (here / name).mkdir(parents=True)
         (here / name / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
-    start = "import sys; sys.path = [p for p in sys.path if p]; from steepest.cli import main; sys.exit(main())"
+    start = "import sys; sys.path = [p for p in sys.path if p]; from steepest.lab.cli import main; sys.exit(main())"
     words = ["race", "--task", "digits", "--methods", "adamw", "--seeds", "1", "--steps", "2", "--workers", "1"]
     command = [sys.executable, "-P", "-c", start, *words, "--out", str(tmp_path / "out")]
     ended = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from steepest.cli.theory import CASES as NAMED
+from steepest.lab.cli.theory import CASES as NAMED
 from steepest.linalg import polar
 from steepest.theory import CASES, Case, simulate, surrogate_score
 from steepest.theory.spectra import DIRECTIONS, SMALLEST, curvature_spectrum

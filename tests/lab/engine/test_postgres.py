@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from steepest.cli import main
+from steepest.lab.cli import main
 from steepest.lab.engine.storage import FORM, StorageError, connected, parse_url
 from steepest.lab.engine.study import join_study
 from steepest.lab.studies.study import write_study

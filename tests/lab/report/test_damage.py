@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from steepest.cli import main
+from steepest.lab.cli import main
 from steepest.lab.disk.files import RecordError
 from steepest.lab.runs.config import RunConfig, run_hash
 from tests.lab.studies.batch.cases import written

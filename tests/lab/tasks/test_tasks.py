@@ -3,7 +3,7 @@ from typing import get_args
 import pytest
 import torch
 
-from steepest.cli.options import racers
+from steepest.lab.cli.options import racers
 from steepest.lab.methods import check_buildable
 from steepest.lab.tasks import TASKS, PresetName, make_task
 from steepest.lab.tasks.text import TextTask

@@ -1,0 +1,189 @@
+"""The optimizer's share of a training step: all methods in turns, on copies of one model and the same batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+
+from steepest.lab.bench.timing import Quartiles, order, quartiles
+from steepest.lab.methods import build_optimizer, options_of, resolve
+from steepest.lab.tasks import Batch, Task
+from steepest.lab.tasks.order import ExampleOrder, derive_seed
+from steepest.optim import SteepestDescent
+
+Clock = Callable[[], float]
+
+BASELINE = "muon"
+# A method that refreshes something every so many steps does so in one step of four here, so that there are enough of
+# them to take a median; they are weighed as one in `every`.
+CYCLE = 4
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a method takes of a training step.
+
+    Args:
+        method: Its name.
+        every: Steps from one refresh to the next for which the numbers hold; None if all steps are alike.
+        forward_backward_ms: Median milliseconds.
+        optimizer_ms: Likewise.
+        step_ratio: Of the whole step to the baseline's in the same round.
+        optimizer_ratio: Of the optimizer's part, likewise.
+    """
+
+    method: str
+    every: int | None
+    forward_backward_ms: Quartiles
+    optimizer_ms: Quartiles
+    step_ratio: Quartiles
+    optimizer_ratio: Quartiles
+
+    @property
+    def share(self) -> float:
+        """Of the optimizer in the sum of both medians."""
+        return self.optimizer_ms.median / (self.optimizer_ms.median + self.forward_backward_ms.median)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one training step."""
+
+    forward_backward: float
+    optimizer: float
+
+
+class Trainer:
+    """A copy of the task's model, with the optimizer of a method as the lab builds it.
+
+    Args:
+        task: Loaded.
+        method: A key of `METHODS`; one that refreshes does it in the last step of each cycle.
+
+    Raises:
+        ValueError: If the method is unknown, or does not take the model.
+    """
+
+    def __init__(self, task: Task, method: str) -> None:
+        self.method = method
+        self._task = task
+        self._model = task.build_model(0)
+        cycle = {"every": CYCLE, "first": CYCLE - 1} if refreshes(method) else {}
+        options = resolve(method, task=task.name, preset=task.preset, options=cycle).options
+        torch.manual_seed(derive_seed("method", 0))
+        self.optimizer = build_optimizer(method, self._model, options)
+
+    def step(self, batch: Batch, clock: Clock) -> Seconds:
+        """Train on a batch.
+
+        Args:
+            batch: Of the task.
+            clock: Tells seconds.
+
+        Raises:
+            ValueError: If the loss is not finite: what follows would not be a training step.
+        """
+        start = clock()
+        loss = self._task.loss(self._model, batch)
+        loss.backward()
+        value = loss.item()
+        middle = clock()
+        if not math.isfinite(value):
+            raise ValueError(f"The loss of {self.method!r} became {value}. Take fewer steps, or leave the method out.")
+        if isinstance(self.optimizer, SteepestDescent):
+            self.optimizer.step(loss=loss)
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Seconds(middle - start, clock() - middle)
+
+
+def refreshes(method: str) -> bool:
+    """Whether some steps of a method do more than others."""
+    return "every" in options_of(method)
+
+
+def time_steps(
+    task: Task, methods: Sequence[str], *, steps: int, clock: Clock = time.perf_counter
+) -> dict[str, list[Seconds]]:
+    """Train with all methods in turns: each round is one step of each on one batch, in another order.
+
+    A cycle of rounds comes first and is not counted.
+
+    Args:
+        task: Loaded.
+        methods: Keys of `METHODS`, the baseline among them.
+        steps: Rounds that count: whole cycles, at least two.
+        clock: Tells seconds.
+
+    Returns:
+        By method, in order of the rounds.
+
+    Raises:
+        ValueError: If a method is unknown or there twice, or the baseline or steps are missing, or a loss is not
+            finite.
+    """
+    if steps < 2 * CYCLE or steps % CYCLE:
+        raise ValueError(f"steps takes whole cycles of {CYCLE}, at least two, got {steps}. Take {2 * CYCLE} or 32.")
+    if BASELINE not in methods or len(set(methods)) < len(methods):
+        raise ValueError(f"methods takes different names, {BASELINE!r} among them, got {', '.join(methods)}.")
+    trainers = {method: Trainer(task, method) for method in methods}
+    examples = ExampleOrder(task.train_size, seed=0)
+    found: dict[str, list[Seconds]] = {method: [] for method in methods}
+    for index in range(CYCLE + steps):
+        batch = task.batch(examples.take(task.budget.batch_size))
+        for method in order(methods, index):
+            seconds = trainers[method].step(batch, clock)
+            if index >= CYCLE:
+                found[method].append(seconds)
+    return found
+
+
+def summarize(seconds: Mapping[str, Sequence[Seconds]], *, every: int) -> list[Share]:
+    """Medians and paired ratios.
+
+    Args:
+        seconds: As `time_steps` returns them.
+        every: Steps from one refresh to the next, as methods that refresh are used.
+
+    Returns:
+        One per method.
+    """
+    base = seconds[BASELINE]
+    shares: list[Share] = []
+    for method, own in seconds.items():
+        period = every if refreshes(method) else None
+        pairs = list(zip(own, base, strict=True))
+        whole = [(s.forward_backward + s.optimizer) / (b.forward_backward + b.optimizer) for s, b in pairs]
+        shares.append(
+            Share(
+                method,
+                period,
+                forward_backward_ms=weighed([1e3 * each.forward_backward for each in own], every=period),
+                optimizer_ms=weighed([1e3 * each.optimizer for each in own], every=period),
+                step_ratio=weighed(whole, every=period),
+                optimizer_ratio=weighed([s.optimizer / b.optimizer for s, b in pairs], every=period),
+            )
+        )
+    return shares
+
+
+def weighed(values: Sequence[float], *, every: int | None) -> Quartiles:
+    """Quartiles of values of steps; with refreshes, those of ordinary steps and of refreshes in their proportion.
+
+    A median over all steps would not see the refreshes at all.
+
+    Args:
+        values: Of whole cycles, in order; the last of each cycle refreshed.
+        every: Steps of which one refreshes; None if none does.
+    """
+    if every is None:
+        return quartiles(values)
+    ordinary = quartiles([value for index, value in enumerate(values) if index % CYCLE != CYCLE - 1])
+    refresh = quartiles(values[CYCLE - 1 :: CYCLE])
+    pairs = zip(astuple(ordinary), astuple(refresh), strict=True)
+    return Quartiles(*(((every - 1) * often + rare) / every for often, rare in pairs))

@@ -1,0 +1,17 @@
+"""`steepest critical-batch bound | measure | fit | plot | branch`."""
+
+from __future__ import annotations
+
+from steepest.lab.cli.critical_batch import bound, branch, fit, measure, plot
+from steepest.lab.cli.options import Commands
+
+
+def add_commands(commands: Commands) -> None:
+    """Declare critical-batch with what it can do."""
+    summary = "critical batch size: bounds, measurement, recommendation"
+    parser = commands.add_parser(
+        "critical-batch", help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
+    )
+    parts = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for part in (bound, measure, fit, plot, branch):
+        part.add_command(parts)

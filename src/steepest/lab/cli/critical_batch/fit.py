@@ -1,0 +1,152 @@
+"""`steepest critical-batch fit`: critical batch sizes from the runs of a batch-size study."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+from steepest.lab.cli.options import Commands, checking_usage, names, number, path, positive
+from steepest.lab.cli.options import add_command as declare
+from steepest.lab.cli.outcome import DONE, failed
+
+if TYPE_CHECKING:
+    from steepest.batch_size.curve import Estimate
+    from steepest.lab.studies.batch.results import BatchReport, TargetResult
+
+FAMILIES = "H,S,I,P,U,W"  # spelled out, so that --help does not wait for scipy; a test compares it with the library's
+NOTE = "b* (least b K(b)) and the knee B_crit (of the hyperbola) are different numbers."
+EXAMPLES = """examples:
+  steepest critical-batch measure --task digits --batches 16:64:x2 --targets 0.2 --seeds 1 --out out/batches
+  steepest critical-batch fit out/batches
+  steepest critical-batch fit out/batches --target 0.07 --families H,S --level 0.95 --json
+"""
+
+
+def add_command(commands: Commands) -> None:
+    """Declare fit."""
+    summary = (
+        "fit K(b) to the runs of a batch-size study and say which batch sizes are critical, also while it is running"
+    )
+    parser = declare(commands, "fit", _fit, summary, EXAMPLES)
+    parser.add_argument("directory", type=path, metavar="DIR", help="what measure was given as --out")
+    parser.add_argument(
+        "--target", type=_target, action="append", default=[], metavar="LOSS", help="repeatable; default: the study's"
+    )
+    parser.add_argument(
+        "--families", type=names, default=names(FAMILIES), help="shapes of K(b) to choose from; default: %(default)s"
+    )
+    parser.add_argument("--level", type=_level, default=0.9, help="of the intervals; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from steepest.batch_size.curve import family
+    from steepest.lab.disk.fields import RecordError
+    from steepest.lab.studies.batch.records import read_batch_study
+    from steepest.lab.studies.batch.results import read_report
+
+    try:
+        study = read_batch_study(options.directory)
+    except RecordError as failure:
+        return failed(failure)
+    with checking_usage():
+        for key in options.families:
+            family(key)
+        targets = sorted(set(options.target), reverse=True)
+        report = read_report(study, targets=targets, families=options.families, level=options.level)
+    if options.json:
+        print(json.dumps(_content(report), indent=2, allow_nan=False))
+        return DONE
+    for result in report.results:
+        print("\n".join(_lines(result, report)), end="\n\n")
+    print(NOTE)
+    return DONE
+
+
+def _lines(result: TargetResult, report: BatchReport) -> list[str]:
+    from steepest.lab.report.wording import plain
+    from steepest.lab.studies.batch.sentences import statement
+
+    arrived = sum(one.reached for one in result.arrivals)
+    head = f"{plain(result.name)}, target {result.target:g}: {arrived} of {len(result.arrivals)} runs arrived"
+    found = result.estimate
+    if found is None:
+        return [head, f"  {statement(result, report.unit)}"]
+    share = f"b at {100 * found.overhead_share:g}% more data"
+    told = (("b*, least b K(b)", found.b_star), (share, found.overhead), ("B_crit, knee", found.knee))
+    return [
+        head,
+        *(f"  {name:<20} {answer}{f' ({answer.reason})' if answer.reason else ''}" for name, answer in told),
+        f"  {'family':<20} {found.chosen.family.key}, {found.chosen.family.formula}",
+        *(f"    {line}" for line in str(found.choice).splitlines()),
+        *(f"  Note: {text}" for text in found.warnings),
+        f"  {statement(result, report.unit)}",
+    ]
+
+
+def _content(report: BatchReport) -> dict[str, object]:
+    return {
+        "unit": report.unit,
+        "listed": len(report.study.asked),
+        "ended": sum(one.run.result is not None for one in report.study.runs),
+        "results": [_result(one, report.unit) for one in report.results],
+        "learning_rates": [
+            {"arm": arm.name, "batch_size": one.batch_size, "lr": one.lr, "tried": one.tried, "at_edge": one.at_edge}
+            for arm in report.arms
+            for one in arm.rates
+        ],
+        "note": NOTE,
+    }
+
+
+def _result(result: TargetResult, unit: str) -> dict[str, object]:
+    from steepest.lab.studies.batch.sentences import statement
+
+    time = None if result.time is None else dataclasses.asdict(result.time)
+    fits = {} if result.estimate is None else _estimate(result.estimate)
+    runs = [
+        {"batch_size": one.batch_size, "seed": one.seed, "steps": one.crossing.steps, "status": one.crossing.status}
+        for one in result.arrivals
+    ]
+    own = {"arm": result.name, "target": result.target, "refusal": result.refusal or None}
+    return {**own, **fits, "time": time, "runs": runs, "recommendation": statement(result, unit)}
+
+
+def _estimate(found: Estimate) -> dict[str, object]:
+    weights = found.choice.weights
+    return {
+        "b_star": dataclasses.asdict(found.b_star),
+        "knee": dataclasses.asdict(found.knee),
+        "overhead": {"share": found.overhead_share, **dataclasses.asdict(found.overhead)},
+        "level": found.level,
+        "chosen": found.chosen.family.key,
+        "families": [
+            {
+                "key": one.family.key,
+                "formula": one.family.formula,
+                "aicc_above": one.aicc - found.chosen.aicc,
+                "weight": weights[one.family.key],
+                "sigma": one.sigma,
+                "parameters": one.parameters,
+            }
+            for one in found.choice.fits
+        ],
+        "not_fitted": found.choice.skipped,
+        "warnings": found.warnings,
+    }
+
+
+def _target(text: str) -> float:
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a loss above 0") from None
+
+
+def _level(text: str) -> float:
+    value = number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must lie between 0 and 1, such as 0.9")
+    return value
