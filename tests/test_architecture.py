@@ -18,6 +18,7 @@ ROOMS = [
     "geometry",
     "anatomy",
     "optim",
+    "testing",
     "parallel",
     "batch_size",
     "theory",

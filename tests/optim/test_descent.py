@@ -19,35 +19,6 @@ def test_every_recipe_learns_and_leaves_gradients_alone(recipe):
     assert backward(model, 0).item() < 0.5 * first
 
 
-def test_a_parameter_without_a_gradient_is_left_alone(recipe):
-    model = network()
-    optimizer = recipe(model)
-    train(model, optimizer, range(3))
-    idle = model[5].weight
-    before, count = idle.detach().clone(), optimizer.state[idle]["step"].clone()
-    backward(model, 3)
-    idle.grad = None
-    optimizer.step()
-    assert torch.equal(idle, before)
-    assert torch.equal(optimizer.state[idle]["step"], count)
-    optimizer.zero_grad()
-    optimizer.step()  # no gradient anywhere: nothing happens
-    assert torch.equal(idle, before)
-
-
-def test_frozen_parameters_wait_in_their_group_until_they_are_thawed(recipe):
-    model = network()
-    model[0].requires_grad_(False)
-    optimizer = recipe(model)
-    frozen = model[0].weight.detach().clone()
-    train(model, optimizer, range(2))
-    assert torch.equal(model[0].weight, frozen)
-    assert model[0].weight not in optimizer.state
-    model[0].requires_grad_(True)
-    train(model, optimizer, range(2))
-    assert not torch.equal(model[0].weight, frozen)
-
-
 # All but MuonMax, in whose norm layers depend on each other
 @pytest.mark.parametrize("recipe", [own for name, own in RECIPES.items() if "muon_max" not in name])
 def test_parameters_of_one_layout_move_as_they_would_alone(recipe):
@@ -96,34 +67,6 @@ def test_small_decay_is_not_lost_to_half_precision():
     optimizer.step()
     # decay takes 2^-9 and the step 2^-8 / 2: together one unit below 1; one by one, each would be rounded away
     assert weight.float().unique().tolist() == [1 - 2**-8]
-
-
-def test_tensor_learning_rates_equal_numbers(recipe):
-    runs = []
-    for make in (float, lambda lr: torch.tensor(lr, dtype=torch.float64)):
-        model = network(torch.float64)
-        optimizer = recipe(model)
-        for group in optimizer.param_groups:
-            group["lr"] = make(group["lr"])
-        runs.append(train(model, optimizer, range(4), torch.float64))
-    for a, b in zip(*runs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
-
-
-def test_accumulated_gradients_are_one_batch(recipe):
-    whole, parts = network(torch.float64), network(torch.float64)
-    optimizers = recipe(whole), recipe(parts)
-    for step in range(3):
-        x, y = batch(step, torch.float64)
-        nn.functional.cross_entropy(whole(x), y).backward()
-        for micro in range(4):
-            chunk = slice(2 * micro, 2 * micro + 2)
-            (nn.functional.cross_entropy(parts(x[chunk]), y[chunk]) / 4).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 def test_clipping_works_and_does_not_matter_to_a_direction():
@@ -209,20 +152,6 @@ def test_averaging_of_weights_works_beside_it():
     train(model, optimizer, range(2))
     averaged.update_parameters(model)
     assert torch.isfinite(averaged(batch(0)[0])).all()
-
-
-def test_a_closure_is_run_with_gradients_and_its_loss_returned(recipe):
-    a, b = network(), network()
-    first, second = recipe(a), recipe(b)
-
-    def closure():
-        first.zero_grad()
-        return backward(a, 0)
-
-    loss = first.step(closure)
-    assert loss.item() == backward(b, 0).item()
-    second.step()
-    assert_same(list(a.parameters()), list(b.parameters()))
 
 
 def test_a_grad_scaler_unscales_before_the_step_and_skips_overflows(recipe):

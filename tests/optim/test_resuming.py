@@ -1,16 +1,13 @@
 """Checkpoints, copies and hooks: a run that goes on goes on exactly."""
 
 import copy
-import io
-import pickle
 import warnings
 
-import pytest
 import torch
 from torch import nn
 
 from steepest import Muon, Spectral
-from tests.optim.training import assert_same, backward, network, train
+from tests.optim.training import assert_same, network, train
 
 
 def test_hooks_of_the_user_may_reorder_a_state_dict():
@@ -43,51 +40,6 @@ def test_loaded_state_is_a_copy():
     other.load_state_dict(saved)
     weight = model[5].weight
     assert other.state[weight]["momentum_buffer"].data_ptr() != optimizer.state[weight]["momentum_buffer"].data_ptr()
-
-
-@pytest.mark.parametrize("stop", [0, 1, 3])
-def test_resuming_anywhere_is_exact_to_the_bit(recipe, stop):
-    model = network()
-    expected = train(model, recipe(model), range(6))
-    model = network()
-    optimizer = recipe(model)
-    train(model, optimizer, range(stop))
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    model = network()
-    train(model, recipe(model), [7])  # other weights, to be overwritten
-    model.load_state_dict(saved["model"])
-    optimizer = recipe(model)
-    optimizer.load_state_dict(saved["optimizer"])
-    assert_same(expected, train(model, optimizer, range(stop, 6)))
-
-
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
-)
-def test_copies_continue_on_their_own(recipe, clone):
-    model = network()
-    optimizer = recipe(model)
-    train(model, optimizer, range(3))
-    twin_model, twin = clone((model, optimizer))
-    assert str(twin.plan) == str(optimizer.plan)
-    expected = train(model, optimizer, range(3, 6))
-    assert_same(expected, train(twin_model, twin, range(3, 6)))
-
-
-def test_half_precision_models_resume_with_single_precision_state(recipe):
-    model = network(torch.bfloat16)
-    optimizer = recipe(model)
-    for step in range(3):
-        optimizer.zero_grad()
-        backward(model, step, torch.bfloat16)
-        optimizer.step()
-    other = recipe(model)
-    other.load_state_dict(state_dict=optimizer.state_dict())  # by keyword, as distributed checkpoints call it
-    for p in model.parameters():
-        assert_same([optimizer.state[p]], [other.state[p]])
 
 
 def test_options_come_from_the_checkpoint_and_norms_from_the_optimizer():

@@ -1,42 +1,24 @@
 """A small network, a few optimizers for it, and a training loop."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from steepest import Adam, Frobenius, Muon, MuonAdam, MuonMax, PolarGrad, Sign, SteepestDescent
+from steepest.testing import batch, network
+
+__all__ = ["RECIPES", "assert_same", "backward", "batch", "network", "snapshot", "train"]
 
 RECIPES = {
-    "muon": lambda params, **options: Muon(params, lr=0.02, weight_decay=0.1, **options),
-    "muon_adam": lambda params, **options: MuonAdam(params, lr=0.02, **options),
-    "muon_max": lambda params, **options: MuonMax(params, lr=0.02, weight_decay=0.1, **options),
-    "muon_max_stale": lambda params, **options: MuonMax(params, lr=0.02, dual="stale", **options),
-    "polar_grad": lambda params, **options: PolarGrad(params, lr=0.05, **options),
-    "adam": lambda params, **options: Adam(params, lr=1e-2, **options),
-    "own": lambda params, **options: SteepestDescent(
-        params, lr=0.01, norms={"matrix": Frobenius(), "vector": Sign(), "head": "sign"}, **options
-    ),
+    "muon": partial(Muon, lr=0.02, weight_decay=0.1),
+    "muon_adam": partial(MuonAdam, lr=0.02),
+    "muon_max": partial(MuonMax, lr=0.02, weight_decay=0.1),
+    "muon_max_stale": partial(MuonMax, lr=0.02, dual="stale"),
+    "polar_grad": partial(PolarGrad, lr=0.05),
+    "adam": partial(Adam, lr=1e-2),
+    "own": partial(SteepestDescent, lr=0.01, norms={"matrix": Frobenius(), "vector": Sign(), "head": "sign"}),
 }
-
-
-def network(dtype=torch.float32):
-    torch.manual_seed(3)
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(6, 6, 3, groups=2),
-        nn.GroupNorm(2, 6),
-        nn.Flatten(),
-        nn.Linear(24, 12),
-        nn.ReLU(),
-        nn.Linear(12, 4),
-    )
-    return model.to(dtype)
-
-
-def batch(step, dtype=torch.float32, size=8):
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(size, 2, 4, 4, generator=generator)
-    return x.to(dtype), torch.randint(0, 4, (size,), generator=generator)
 
 
 def backward(model, step, dtype=torch.float32):
