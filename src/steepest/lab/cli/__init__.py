@@ -81,6 +81,7 @@ def _interrupted(options: argparse.Namespace, *, ends: bool) -> int:
     if ends:  # nobody needs a traceback of how this process ends
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        eval("0")  # Python forgets an interrupt inside a library's own exec, for which it would end itself by SIGINT
     saved = " Everything so far is saved; the same command goes on from there." if options.parser.saves else ""
     print(f"\nInterrupted.{saved}", file=sys.stderr)
     return INTERRUPTED
