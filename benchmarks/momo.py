@@ -20,7 +20,8 @@ from torch import Tensor
 from steepest import Momo, Muon, MuonAdam, MuonMax, PolarGrad, Scion, SteepestDescent
 from steepest.lab.disk.ledger import write_whole
 from steepest.lab.runs.environment import describe_environment
-from steepest.lab.tasks import Task, make_task
+from steepest.lab.tasks import make_task
+from steepest.lab.tasks.task import Task
 
 RECIPES = {"Muon": Muon, "MuonAdam": MuonAdam, "Scion": Scion, "PolarGrad": PolarGrad, "MuonMax": MuonMax}
 WARM_UP = 5

@@ -25,7 +25,8 @@ from steepest.lab.engine.study import default_workers
 from steepest.lab.runs.config import RunConfig, configure
 from steepest.lab.runs.result import read_result
 from steepest.lab.studies.study import run_directory
-from steepest.lab.tasks import Task, make_task
+from steepest.lab.tasks import make_task
+from steepest.lab.tasks.task import Task
 
 HERE = Path(__file__).parent
 SEED = 1000

@@ -14,7 +14,7 @@ from typing import Any
 from steepest.lab.methods.tuned import Tuning
 from steepest.lab.runs.config import RunConfig, run_hash
 from steepest.lab.runs.version import code_version
-from steepest.lab.tasks import DataIdentity
+from steepest.lab.tasks.task import DataIdentity
 
 SHA = hashlib.sha256(b"data").hexdigest()
 STEPS, EVERY, TOKENS = 150, 10, 2048

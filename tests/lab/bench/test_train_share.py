@@ -17,7 +17,8 @@ from steepest.lab.bench.train_share import (
     time_steps,
     weighed,
 )
-from steepest.lab.tasks import Budget, make_task
+from steepest.lab.tasks import make_task
+from steepest.lab.tasks.task import Budget
 from steepest.optim import SteepestDescent
 
 

@@ -11,7 +11,8 @@ from steepest.lab.methods import options_of
 from steepest.lab.methods.tuned import TUNED, Tuning
 from steepest.lab.runs.config import RunConfig, configure, run_hash
 from steepest.lab.runs.version import code_version
-from steepest.lab.tasks import DataIdentity, make_task
+from steepest.lab.tasks import make_task
+from steepest.lab.tasks.task import DataIdentity
 
 PATH = Path("runs/config.json")
 SHA = "ab" * 32

@@ -23,7 +23,8 @@ from steepest.lab.runs.schedule import cooldown
 from steepest.lab.runs.train import Interrupted, RunMismatchError, train_run
 from steepest.lab.runs.training import Training
 from steepest.lab.studies.records import read_run
-from steepest.lab.tasks import DataIdentity, make_task
+from steepest.lab.tasks import make_task
+from steepest.lab.tasks.task import DataIdentity
 
 # set before any test starts the server: it imports these once, and each child is a fork of it
 FORKSERVER = multiprocessing.get_context("forkserver")

@@ -5,11 +5,10 @@ import torch
 
 from steepest.lab.cli.options import racers
 from steepest.lab.methods import check_buildable
-from steepest.lab.tasks import TASKS, PresetName, make_task
+from steepest.lab.tasks import PRESETS, TASKS, make_task
+from steepest.lab.tasks.task import PresetName
 from steepest.lab.tasks.text import TextTask
 from tests.lab.tasks.fake_data import write_cifar10, write_fineweb
-
-PRESETS = get_args(PresetName)
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +17,10 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     given = {"cifar10": write_cifar10(root / "cifar"), "fineweb": write_fineweb(root / "fineweb")}
     return dict.fromkeys(TASKS) | given
+
+
+def test_presets_are_those_of_the_type():
+    assert get_args(PresetName) == PRESETS
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -134,7 +137,7 @@ def test_unknown_names_are_answered_with_the_valid_ones(tmp_path):
         make_task("text", "tny")
     with pytest.raises(ValueError, match="'digits' has its own images, got --data"):
         make_task("digits", data=tmp_path)
-    with pytest.raises(ValueError, match="'quadratic' draws its own examples, got --data"):
+    with pytest.raises(ValueError, match="'quadratic' has its own examples, got --data"):
         make_task("quadratic", data=tmp_path)
 
 

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from steepest.lab.bench.accuracy import Oracle, consult
 from steepest.lab.methods import build_optimizer, resolve
 from steepest.lab.runs.schedule import cooldown
-from steepest.lab.tasks import Task
 from steepest.lab.tasks.order import ExampleOrder
+from steepest.lab.tasks.task import Task
 from steepest.linalg import COEFFICIENTS, Coefficients, flops, get_coefficients, minimax, polar
 from steepest.optim import SteepestDescent
 from steepest.optim.state import MOMENTUM

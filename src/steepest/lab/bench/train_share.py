@@ -11,8 +11,8 @@ import torch
 
 from steepest.lab.bench.timing import Quartiles, order, quartiles
 from steepest.lab.methods import build_optimizer, options_of, resolve
-from steepest.lab.tasks import Batch, Task
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
+from steepest.lab.tasks.task import Batch, Task
 from steepest.optim import SteepestDescent
 
 Clock = Callable[[], float]

@@ -13,11 +13,7 @@ from typing import TypeAlias
 
 from steepest.lab.cli.hidden import FORM, may_hold_password
 from steepest.lab.cli.parser import Parser, first_example
-
-# torch's Muon takes no convolutions, and as a method here not a matrix alone, so it races on text only
-_WITH_TORCH = ("adamw", "muon", "torch-muon", "muonadam")
-RACERS: Mapping[str, tuple[str, ...]] = {"text": _WITH_TORCH, "fineweb": _WITH_TORCH}
-_ANYWHERE = ("adamw", "muon", "muonadam")
+from steepest.lab.tasks import PRESETS, TASKS, entry
 
 # spelled out, so that --help does not wait for the lab; a test compares it with the registry
 METHODS = (
@@ -45,7 +41,7 @@ def checking_usage() -> Generator[None]:
 
 def racers(task: str) -> tuple[str, ...]:
     """The methods that race on a task unless one says otherwise."""
-    return RACERS.get(task, _ANYWHERE)
+    return entry(task).methods
 
 
 def add_command(
@@ -84,13 +80,11 @@ def add_command(
 
 def add_task(parser: argparse.ArgumentParser) -> None:
     """Declare which task at which size on which data."""
-    parser.add_argument(
-        "--task", default="text", help="text, digits, quadratic, cifar10 or fineweb; default: %(default)s"
-    )
-    parser.add_argument("--preset", default="demo", help="demo, tiny or small; default: %(default)s")
-    parser.add_argument(
-        "--data", type=path, metavar="PATH", help="a file or folder for text; a folder for cifar10, fineweb"
-    )
+    taken = dict.fromkeys(one.data for one in TASKS.values() if one.data)
+    data = [f"{kind} for {', '.join(name for name, one in TASKS.items() if one.data == kind)}" for kind in taken]
+    parser.add_argument("--task", default="text", help=f"{', '.join(TASKS)}; default: %(default)s")
+    parser.add_argument("--preset", default="demo", help=f"{', '.join(PRESETS)}; default: %(default)s")
+    parser.add_argument("--data", type=path, metavar="PATH", help="; ".join(data))
 
 
 def names(text: str) -> list[str]:

@@ -95,7 +95,7 @@ def _add_study(parser: argparse.ArgumentParser, *, seeds: int, out: str) -> None
         "--methods",
         type=names,
         metavar="A,B,...",
-        help=f"of {METHODS}; default: {','.join(racers('text'))}, torch-muon on text and fineweb only",
+        help=f"of {METHODS}; default: {','.join(racers('text'))}, as far as they take the task's model",
     )
     parser.add_argument("--seeds", type=few, default=seeds, metavar="N", help="runs of each; default: %(default)s")
     add_task(parser)

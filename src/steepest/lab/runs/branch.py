@@ -32,7 +32,7 @@ from steepest.lab.runs.schedule import rate_factor
 from steepest.lab.runs.train import load_task, using_threads
 from steepest.lab.runs.training import Training
 from steepest.lab.runs.version import code_version
-from steepest.lab.tasks import Task
+from steepest.lab.tasks.task import Task
 from steepest.names import unknown_name
 
 RateRule = Literal["sqrt", "linear", "constant"]

@@ -17,7 +17,8 @@ from steepest.lab.methods import resolve
 from steepest.lab.methods.tuned import OptionValue, Tuning
 from steepest.lab.runs.schedule import Schedule
 from steepest.lab.runs.version import code_version
-from steepest.lab.tasks import DataIdentity, Part, Task
+from steepest.lab.tasks.held_out import Part
+from steepest.lab.tasks.task import DataIdentity, Task
 from steepest.names import unknown_name
 
 FORMAT = 1

@@ -26,7 +26,8 @@ from steepest.lab.runs.recorder import Recorder
 from steepest.lab.runs.result import Result, read_result
 from steepest.lab.runs.training import Training
 from steepest.lab.runs.version import code_version
-from steepest.lab.tasks import Task, make_task
+from steepest.lab.tasks import make_task
+from steepest.lab.tasks.task import Task
 
 __all__ = ["Interrupted", "Result", "RunMismatchError", "train_run"]
 

@@ -17,7 +17,7 @@ from steepest.lab.runs.config import RunConfig
 from steepest.lab.runs.train import load_task, using_threads
 from steepest.lab.runs.training import Training
 from steepest.lab.runs.version import code_version
-from steepest.lab.tasks import Batch, Task
+from steepest.lab.tasks.task import Batch, Task
 
 _SECOND_MOMENTS = ("exp_avg_sq", "second_moment")  # torch's name and ours
 _REMEDY = "Give the directory of a run, such as --out of `steepest train --keep-checkpoint`."

@@ -20,8 +20,9 @@ from steepest.lab.runs.recorder import Recorder
 from steepest.lab.runs.result import Final, Result
 from steepest.lab.runs.resumed import check_optimizer, check_progress, check_weights, finite
 from steepest.lab.runs.schedule import FAR_SPACING, NEAR, SMOOTHED, SPACING, evaluates, rate_factor, reached
-from steepest.lab.tasks import Evaluation, Task
+from steepest.lab.tasks.held_out import Evaluation
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
+from steepest.lab.tasks.task import Task
 from steepest.optim import SteepestDescent
 
 

@@ -18,7 +18,7 @@ from steepest.lab.methods import METHODS
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, run_hash
 from steepest.lab.runs.version import code_version
-from steepest.lab.tasks import Task
+from steepest.lab.tasks.task import Task
 from steepest.names import near_miss, unknown_name
 
 FORMAT = 1

@@ -1,40 +1,58 @@
 """Tasks by name. A new task is one file beside this one and one line in `TASKS`."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import get_args
+from __future__ import annotations
 
-from steepest.lab.tasks.cifar10 import Cifar10Task
-from steepest.lab.tasks.digits import DigitsTask
-from steepest.lab.tasks.fineweb import FinewebTask
-from steepest.lab.tasks.held_out import Evaluation, Part
-from steepest.lab.tasks.quadratic import QuadraticTask
-from steepest.lab.tasks.task import Batch, Budget, DataIdentity, PresetName, Task
-from steepest.lab.tasks.text import TextTask
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
 from steepest.names import unknown_name
 
-__all__ = ["TASKS", "Batch", "Budget", "DataIdentity", "Evaluation", "Part", "PresetName", "Task", "make_task"]
+if TYPE_CHECKING:
+    from steepest.lab.tasks.task import Task
+
+PRESETS = ("demo", "tiny", "small")
+_WITH_TORCH = ("adamw", "muon", "torch-muon", "muonadam")  # torch's Muon takes no convolutions, and no matrix alone
 
 
-def _digits(preset: PresetName, data: Path | None) -> Task:
-    if data is not None:
-        raise ValueError(f"The task 'digits' has its own images, got --data {str(data)!r}. Leave it out.")
-    return DigitsTask(preset)
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a task without loading it: commands and reports take their words from here.
+
+    Args:
+        place: Its class, as "module:Class", called with a preset and, if the task takes the user's data, `data=`.
+        examples: What its batch sizes count.
+        tokens: Whether an example holds many predictions, which records count as tokens.
+        data: What `--data` takes; empty if the task has its own data only.
+        methods: Those that race unless one says otherwise.
+    """
+
+    place: str
+    examples: str = "examples"
+    tokens: bool = False
+    data: str = ""
+    methods: tuple[str, ...] = ("adamw", "muon", "muonadam")
+
+    @property
+    def counted(self) -> str:
+        """What its records count under the name of tokens."""
+        return "tokens" if self.tokens else "samples"
 
 
-def _quadratic(preset: PresetName, data: Path | None) -> Task:
-    if data is not None:
-        raise ValueError(f"The task 'quadratic' draws its own examples, got --data {str(data)!r}. Leave it out.")
-    return QuadraticTask(preset)
-
-
-TASKS: dict[str, Callable[[PresetName, Path | None], Task]] = {
-    "text": lambda preset, data: TextTask(preset, data=data),
-    "digits": _digits,
-    "quadratic": _quadratic,
-    "cifar10": lambda preset, data: Cifar10Task(preset, data=data),
-    "fineweb": lambda preset, data: FinewebTask(preset, data=data),
+TASKS: dict[str, Entry] = {
+    "text": Entry("steepest.lab.tasks.text:TextTask", "sequences", True, "a file or folder", _WITH_TORCH),
+    "digits": Entry("steepest.lab.tasks.digits:DigitsTask", "images"),
+    "quadratic": Entry("steepest.lab.tasks.quadratic:QuadraticTask"),
+    "cifar10": Entry("steepest.lab.tasks.cifar10:Cifar10Task", "images", data="a folder"),
+    "fineweb": Entry("steepest.lab.tasks.fineweb:FinewebTask", "sequences", True, "a folder", _WITH_TORCH),
 }
+
+
+def entry(name: str) -> Entry:
+    """What is known of a task; of one that is not, which a record may name, only words that hold for any."""
+    return TASKS.get(name, Entry("", tokens=True))
 
 
 def make_task(name: str, preset: str = "demo", *, data: Path | None = None) -> Task:
@@ -51,7 +69,11 @@ def make_task(name: str, preset: str = "demo", *, data: Path | None = None) -> T
     """
     if name not in TASKS:
         raise ValueError(unknown_name("task", name, TASKS))
-    for valid in get_args(PresetName):
-        if preset == valid:
-            return TASKS[name](valid, data)
-    raise ValueError(unknown_name("preset", preset, get_args(PresetName)))
+    if preset not in PRESETS:
+        raise ValueError(unknown_name("preset", preset, PRESETS))
+    known = TASKS[name]
+    if data is not None and not known.data:
+        raise ValueError(f"The task {name!r} has its own {known.examples}, got --data {str(data)!r}. Leave it out.")
+    module, _, kind = known.place.partition(":")
+    build = cast("Callable[..., Task]", getattr(importlib.import_module(module), kind))
+    return build(preset, data=data) if known.data else build(preset)

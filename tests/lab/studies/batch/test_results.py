@@ -8,8 +8,9 @@ import pytest
 
 from steepest.lab.studies.batch.ratio import reference, sample_ratios
 from steepest.lab.studies.batch.records import read_batch_study
-from steepest.lab.studies.batch.results import BatchReport, read_report, unit_of
+from steepest.lab.studies.batch.results import BatchReport, read_report
 from steepest.lab.studies.batch.varied import varied
+from steepest.lab.tasks import entry
 from tests.lab.studies.batch.cases import written
 
 
@@ -84,4 +85,4 @@ def test_arms_that_differ_in_one_option_are_put_side_by_side(tmp_path_factory: p
 
 @pytest.mark.parametrize(("task", "unit"), [("digits", "images"), ("text", "sequences"), ("<b>", "examples")])
 def test_batch_sizes_have_units(task: str, unit: str) -> None:
-    assert unit_of(task) == unit
+    assert entry(task).examples == unit

@@ -12,6 +12,7 @@ from steepest.lab.cli.bench.results import check_out, described, print_table, wr
 from steepest.lab.cli.options import METHODS, Commands, checking_usage, count, few, names, path, racers
 from steepest.lab.cli.options import add_command as declare
 from steepest.lab.cli.outcome import DONE
+from steepest.lab.tasks import TASKS
 
 if TYPE_CHECKING:
     from steepest.lab.bench.train_share import Seconds, Share
@@ -32,9 +33,7 @@ def add_command(commands: Commands) -> None:
     """Declare train."""
     summary = "time training steps of several methods in turns, and tell the optimizer's share"
     parser = declare(commands, "train", _train, summary, EXAMPLES)
-    parser.add_argument(
-        "--task", default="text", help="text, digits, quadratic, cifar10 or fineweb; default: %(default)s"
-    )
+    parser.add_argument("--task", default="text", help=f"{', '.join(TASKS)}; default: %(default)s")
     parser.add_argument("--preset", nargs="+", default=["demo"], help="demo, tiny and small; default: demo")
     parser.add_argument("--data", type=path, metavar="PATH", help="a file or folder for text, cifar10, fineweb")
     default = f"{','.join(racers('text'))},{','.join(OTHERS)} on text"

@@ -15,6 +15,7 @@ from steepest.lab.runs.config import RunConfig
 from steepest.lab.studies.batch.crossings import run_crossing
 from steepest.lab.studies.batch.records import BatchRun, BatchStudy
 from steepest.lab.studies.records import Run
+from steepest.lab.tasks import entry
 
 LEVEL = 0.9  # of all intervals
 
@@ -170,13 +171,7 @@ def read_report(
         raise ValueError(f"{problem}. Give higher ones, or measure again with lower ones.")
     kept, aside = _comparable(study)
     arms = tuple(_arm(study, name, runs, aims, families, level) for name, runs in kept.items())
-    return BatchReport(study, aside, arms, aims, unit_of(study.task))
-
-
-def unit_of(task: str) -> str:
-    """What the batch sizes of a task count."""
-    known = {"digits": "images", "cifar10": "images", "text": "sequences", "fineweb": "sequences"}
-    return known.get(task, "examples")
+    return BatchReport(study, aside, arms, aims, entry(study.task).examples)
 
 
 def _comparable(study: BatchStudy) -> tuple[dict[str, tuple[BatchRun, ...]], tuple[SetAside, ...]]:

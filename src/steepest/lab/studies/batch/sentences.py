@@ -104,7 +104,7 @@ def summary(report: BatchReport) -> str:
     if one is None:
         return f"{asked}. No run has been started."
     each = one.train[0].tokens / one.train[0].step / one.config.batch_size
-    tokens = f" One counts {each:,.0f} tokens: multiply for batch sizes in tokens." if unit == "sequences" else ""
+    tokens = f" One counts {each:,.0f} tokens: multiply for batch sizes in tokens." if each > 1 else ""
     data = one.config.data
     return (
         f"{asked}.{tokens} Learning rates are constant, and runs end at the lowest target. Data: {plain(data.name)}, "

@@ -9,22 +9,17 @@ from steepest.lab.report.figure import Axis, Curve, Figure, Row, Rule, decades, 
 from steepest.lab.report.palette import Style, styles
 from steepest.lab.report.statistics import t_interval
 from steepest.lab.studies.race.results import MethodResult, Race
-from steepest.lab.studies.records import HUGE, EvalRow, Run, Study
+from steepest.lab.studies.records import HUGE, EvalRow, Run
+from steepest.lab.tasks import entry
 
 KEYS = ("difference", "loss-steps", "loss-tokens", "loss-samples", "loss-time")
 DIVERGED, UNFINISHED = " \N{MULTIPLICATION X}", " \N{HORIZONTAL ELLIPSIS}"
-_SAMPLE_TASKS = ("digits", "cifar10", "quadratic")  # the others count tokens
-
-
-def data_unit(study: Study) -> str:
-    """What the records of a task count under the name of tokens."""
-    return "samples" if study.task in _SAMPLE_TASKS else "tokens"
 
 
 def figures(race: Race) -> tuple[Figure, ...]:
     """All figures for which there are data, the one that tells who won first."""
     looks = styles(race.study.methods, baseline=race.study.baseline)
-    unit = data_unit(race.study)
+    unit = entry(race.study.task).counted
     drawn = (
         _differences(race, looks),
         _losses(race, looks, "steps", "optimizer steps", lambda row: row.step),

@@ -11,8 +11,8 @@ from steepest.lab.report.page import Comparison, Fact
 from steepest.lab.report.statistics import MOST_SEEDS, Interval, Ratio, Verdict
 from steepest.lab.report.wording import FIXED, plain
 from steepest.lab.report.wording import shortened as short
-from steepest.lab.studies.race.figures import data_unit
 from steepest.lab.studies.race.results import Race
+from steepest.lab.tasks import entry
 
 REFUSALS: Mapping[Refusal, str] = {
     "unequal": "the methods were not tuned alike",
@@ -91,7 +91,7 @@ def summary(race: Race) -> str:
     ended = [one.result for method in race.methods for one in method.runs if one.result is not None]
     fresh = all(result.tuning_loss is not None for result in ended)
     examples = "that served for nothing else" if fresh else "by which options may have been chosen, too"
-    per_step = f" of {last.tokens // last.step:,} {data_unit(study)}" if last is not None and last.step else ""
+    per_step = f" of {last.tokens // last.step:,} {entry(study.task).counted}" if last is not None and last.step else ""
     return (
         f"{opening}: {wording.counted(run.config.steps, 'step')}{per_step}, {seeds}. "
         "Runs with the same seed start from the same weights and see the data in the same order. "
