@@ -7,15 +7,18 @@ import json
 import statistics
 from pathlib import Path
 
-RUNS = Path(__file__).parent / "tiny" / "runs"
+from steepest.lab.disk.packed import StudyFiles
+
+STUDY = Path(__file__).parent / "tiny"
 
 
 def main() -> None:
     """Print the mean difference of evaluation losses, its standard error and its sign per seed, every 100 steps."""
     losses: dict[tuple[str, int], dict[int, float]] = {}
-    for run in sorted(RUNS.iterdir()):
-        config = json.loads((run / "config.json").read_text())
-        rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    study = StudyFiles(STUDY)
+    for run in map(study.run, study.study().inner("runs").values):
+        config = json.loads(run.text("config.json"))
+        rows = map(json.loads, run.lines("metrics.jsonl"))
         losses[config["method"], config["seed"]] = {r["step"]: r["loss"] for r in rows if r["kind"] == "eval"}
     seeds = sorted(seed for method, seed in losses if method == "muon")
     for step in (100, 200, 300, 400, 500):

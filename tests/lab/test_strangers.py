@@ -1,6 +1,7 @@
 """Directories from strangers: what stands in the place of a file of a study or a run, met by every command."""
 
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -11,8 +12,10 @@ from dataclasses import replace
 import pytest
 
 from steepest.lab.cli import main
+from steepest.lab.disk.packed import RECORDS, pack, unpack
 from steepest.lab.runs.config import configure
 from steepest.lab.runs.train import Interrupted, train_run
+from steepest.lab.studies.pack import pack_study
 from steepest.lab.studies.study import run_directory
 from steepest.lab.tasks import make_task
 from tests.lab.disk.test_files import SECRET, THINGS
@@ -112,6 +115,45 @@ def test_a_study_that_is_none_is_named_by_every_command(tmp_path, capsys, comman
     told(capsys, [*command.split(), *directory, tmp_path / "study"], code=2 if foreign else 1, mentions=[said])
     assert intact(tmp_path)
     assert os.listdir(tmp_path / "study") in (["study.json"], ["lock", "study.json"], ["study.json", "lock"])
+
+
+PACKS = {
+    "bomb": lambda: lzma.compress(bytes(2**27), preset=0),
+    "half": lambda: pack(b"{}" * 1000, {})[:-20],
+    "greedy": lambda: lzma.compress(b"{}", filters=[{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 2**30}]),
+    "packed no object": lambda: lzma.compress(b"ssh-ed25519 AAAA\n"),
+    "packed deep": lambda: lzma.compress(b"[" * 2**20 + b"\n"),
+    "packed control characters": lambda: pack(CONTENTS["control characters"], {}),
+    "elsewhere": lambda: lzma.compress(b'{"format": 1, "study.json": "{}"}\n{"run": "../../outside"}\n'),
+}
+
+
+@pytest.mark.parametrize("thing", [*ALL, *PACKS])
+@pytest.mark.parametrize("command", ["report", "critical-batch fit", "critical-batch plot", "unpack", "pack"])
+def test_a_packed_study_that_is_none_is_named_by_every_command(tmp_path, capsys, command, thing):
+    (tmp_path / "study").mkdir()
+    path = tmp_path / "study" / "runs.jsonl.xz"
+    path.write_bytes(PACKS[thing]()) if thing in PACKS else put(path, thing)
+    words = ["pack", "--delete"] if command == "pack" else command.split()
+    told(capsys, [*words, tmp_path / "study"], code=1, mentions=["study/runs.jsonl.xz"])
+    assert intact(tmp_path)
+    assert sorted(os.listdir(tmp_path / "study")) in (["runs.jsonl.xz"], ["lock", "runs.jsonl.xz"])
+
+
+@pytest.mark.parametrize("thing", CONTENTS)
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_report_shows_what_is_wrong_with_a_packed_run(study, tmp_path, capsys, monkeypatch, name, thing):
+    monkeypatch.setattr("steepest.lab.report.page.to_png", lambda _: b"")
+    shutil.copytree(study, tmp_path / "study")
+    pack_study(tmp_path / "study", delete=True)
+    content, runs = unpack(packed := tmp_path / "study" / "runs.jsonl.xz")
+    changed = min(runs)
+    if thing in ("empty", "not UTF-8"):
+        return  # which no packed file can hold
+    packed.write_bytes(pack(content, {**runs, changed: {**runs[changed], name: CONTENTS[thing]}}))
+    told(capsys, ["report", tmp_path / "study"], code=0, mentions=[])
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert (f"{changed}/{name}" in page) != ((name, thing) == ("environment.json", "control characters"))
 
 
 @pytest.mark.parametrize("thing", THINGS)

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from steepest.lab.disk.fields import RecordError
 from steepest.lab.disk.ledger import RunBusyError, locked
+from steepest.lab.disk.packed import RunFiles
 from steepest.lab.methods import METHODS
 from steepest.lab.runs import train
 from steepest.lab.runs.checkpoint import CheckpointError
@@ -59,7 +60,7 @@ def stop_after(steps: int):
 def test_a_run_leaves_its_whole_record(tmp_path):
     config = short()
     result = train_run(config, tmp_path)
-    record = read_run(tmp_path)  # as the report reads it
+    record = read_run(RunFiles(tmp_path))  # as the report reads it
     assert (record.config.method, record.config.steps, record.status) == ("adamw", 12, "finished")
     assert [row.step for row in record.train] == list(range(1, 13))
     assert [row.step for row in record.evals] == [0, 5, 10, 12]
@@ -135,7 +136,7 @@ def test_an_interruption_at_every_step_changes_nothing_and_times_go_on(tmp_path)
             train_run(config, tmp_path / "parts", stop=lambda: True)
     result = train_run(config, tmp_path / "parts", stop=lambda: True)  # the last step is not interrupted
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    times = [row.train_s for row in read_run(tmp_path / "parts").train]
+    times = [row.train_s for row in read_run(RunFiles(tmp_path / "parts")).train]
     assert times == sorted(times)
     assert result.train_s == times[-1]
 
@@ -193,7 +194,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     last_train, last_eval = rows(tmp_path)[-2:]
     assert last_train == {**last_train, "kind": "train", "step": result.steps, "loss": None, "diverged": True}
     assert last_eval == {**last_eval, "kind": "eval", "step": result.steps, "loss": None, "diverged": True}
-    assert read_run(tmp_path).status == "diverged"
+    assert read_run(RunFiles(tmp_path)).status == "diverged"
     assert train_run(config, tmp_path) == result
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from steepest.lab.disk.fields import Fields, RecordError
+from steepest.lab.disk.packed import RunFiles
 from steepest.lab.studies.records import Absent, Study, read_run, read_study
 from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, run_dir, write_study
 
@@ -73,13 +74,13 @@ def test_a_line_still_being_written_is_left_out(study_dir: Path) -> None:
     (run / "result.json").unlink()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
-    assert len(read_run(run).train) == STEPS
+    assert len(read_run(RunFiles(run)).train) == STEPS
 
 
 def test_a_run_without_environment_is_still_a_run(study_dir: Path) -> None:
     run = run_dir(study_dir, "muon", 1)
     (run / "environment.json").unlink()
-    assert read_run(run).environment == {}
+    assert read_run(RunFiles(run)).environment == {}
 
 
 @pytest.mark.parametrize(

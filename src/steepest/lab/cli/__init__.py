@@ -1,4 +1,6 @@
-"""The command line: `steepest race | sweep | work | train | plan | report | theory | critical-batch | bench`.
+"""The command line.
+
+    steepest race | sweep | work | report | pack | unpack | train | plan | theory | critical-batch | bench
 
 Exit codes: 0 done, 1 a run, a file or a database failed, 2 wrong usage, 130 interrupted.
 """

@@ -1,4 +1,4 @@
-"""The commands about many runs: race, sweep, work and report."""
+"""The commands about many runs: race, sweep, work, report, pack and unpack."""
 
 from __future__ import annotations
 
@@ -55,10 +55,24 @@ REPORT_EXAMPLES = """examples:
   steepest race --task digits --methods adamw,muon --seeds 1 --steps 50 --out out/digits
   steepest report out/digits
 """
+PACK_EXAMPLES = """examples:
+  steepest race --task digits --methods adamw,muon --seeds 1 --steps 50 --out out/digits
+  steepest pack out/digits
+  steepest pack out/digits --delete
+  steepest report out/digits
+
+The file holds every record to the byte: `xz -dc DIR/runs.jsonl.xz` shows it, one line per run. A packed study is
+reported and fitted like any other; before it is repeated or grown, unpack it.
+"""
+UNPACK_EXAMPLES = """examples:
+  steepest race --task digits --methods adamw,muon --seeds 1 --steps 50 --out out/digits
+  steepest pack out/digits --delete
+  steepest unpack out/digits
+"""
 
 
 def add_commands(commands: Commands) -> None:
-    """Declare race, sweep, work and report."""
+    """Declare race, sweep, work, report, pack and unpack."""
     race = add_command(
         commands, "race", _race, "train several methods alike and report who wins", RACE_EXAMPLES, saves=True
     )
@@ -88,6 +102,13 @@ def add_commands(commands: Commands) -> None:
 
     report = add_command(commands, "report", _report, "write the report anew from its records", REPORT_EXAMPLES)
     report.add_argument("directory", type=path, metavar="DIR", help="what race or sweep was given as --out")
+
+    packing = add_command(commands, "pack", _pack, "write a finished study's records into one file", PACK_EXAMPLES)
+    packing.add_argument("directory", type=path, metavar="DIR", help="what race or sweep was given as --out")
+    packing.add_argument("--delete", action="store_true", help="delete its runs and study.json once they are packed")
+
+    unpacking = add_command(commands, "unpack", _unpack, "write a packed study's runs anew", UNPACK_EXAMPLES)
+    unpacking.add_argument("directory", type=path, metavar="DIR", help="what pack was given")
 
 
 def _add_study(parser: argparse.ArgumentParser, *, seeds: int, out: str) -> None:
@@ -273,5 +294,27 @@ def _report(options: argparse.Namespace) -> int:
     try:
         print(f"Report: {write_report(options.directory)}")
     except RecordError as failure:
+        return failed(failure)
+    return DONE
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from steepest.lab.disk.ledger import RunBusyError
+    from steepest.lab.studies.pack import pack_study
+
+    try:
+        print(f"Packed: {pack_study(options.directory, delete=options.delete)}")
+    except RunBusyError as failure:
+        return failed(failure)
+    return DONE
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    from steepest.lab.disk.ledger import RunBusyError
+    from steepest.lab.studies.pack import unpack_study
+
+    try:
+        print(f"Unpacked: {unpack_study(options.directory)} runs in {options.directory / 'runs'}")
+    except RunBusyError as failure:
         return failed(failure)
     return DONE

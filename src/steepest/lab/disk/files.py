@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from io import BufferedReader, FileIO
 from pathlib import Path
 
@@ -43,7 +43,7 @@ _KINDS = {
 }
 # what is written under the lock of its directory, so that an unfinished one belongs to nobody who lives
 _UNFINISHED = re.compile(
-    r"\.(checkpoint\.pt|metrics\.jsonl|environment\.json|result\.json|study\.json)\.[0-9]{1,9}(\.[0-9a-f]{8})?\.tmp"
+    r"\.(checkpoint\.pt|metrics\.jsonl|environment\.json|result\.json|study\.json|runs\.jsonl\.xz)\.[0-9]{1,9}(\.[0-9a-f]{8})?\.tmp"
 )
 
 
@@ -195,13 +195,16 @@ def write_all(descriptor: int, content: bytes) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+def write_whole(
+    path: Path, content: str | bytes, *, durable: bool = False, check: Callable[[Path], None] | None = None
+) -> None:
     """Replace a file at once: a reader, or a crash at any moment, finds the old content or the new.
 
     Args:
         path: The file, in a directory that is there.
         content: All of it.
         durable: Whether the name is on the disk before this returns, too, as the content is.
+        check: Called with the new file before it gets its name; what it raises leaves the old one in place.
 
     Raises:
         RecordError: If something else than a regular file has its name.
@@ -217,6 +220,8 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> N
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+            if check is not None:
+                check(path.parent / temporary)
             os.replace(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -259,6 +264,23 @@ def make_directory(path: Path) -> None:
     given.mkdir(parents=True, exist_ok=True)
     with _told(path), _directory(path, make=True):
         pass
+
+
+def names_in(path: Path) -> list[str]:
+    """What a directory holds, in order.
+
+    Raises:
+        RecordError: If it is one that a study makes itself, and a link, or no directory.
+        OSError: If it cannot be read.
+    """
+    with _told(path), _directory(path) as directory:
+        return sorted(os.listdir(directory))
+
+
+def remove_directory(path: Path) -> None:
+    """Delete an empty directory; errors as of `names_in`."""
+    with _told(path), _directory(path.parent) as directory:
+        os.rmdir(path.name, dir_fd=directory)
 
 
 def check_regular(path: Path, *, remedy: str = _REMEDY) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from steepest.lab.disk.fields import parse_object
 from steepest.lab.disk.files import RecordError, exists, is_unfinished, read_bytes, read_text
+from steepest.lab.disk.packed import is_packed, unpacking
 
 Content = Literal["run", "study", "branches", "bench"]
 _REMEDY = "Choose another --out: nothing of somebody else's is overwritten."
@@ -29,6 +30,8 @@ def refusal(directory: Path, content: Content) -> str | None:
     """
     if not directory.is_dir() or not (names := set(os.listdir(directory))):
         return None
+    if content == "study" and is_packed(directory):
+        return f"{directory} holds a packed study. {unpacking(directory)} Or choose another --out."
     mark, keys = _MARKS.get(content, (None, set[str]()))
     if "lock" in names and not _is_lock(directory / "lock"):
         return f"{directory} holds a lock that the lab did not write. {_REMEDY}"

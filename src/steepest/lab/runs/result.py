@@ -69,19 +69,27 @@ class Result:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2, allow_nan=False) + "\n"
 
 
-def read_result(path: Path, *, remedy: str = _REMEDY) -> Result | None:
+def read_result(path: Path) -> Result | None:
     """What the file says; None if the run has not ended.
-
-    Args:
-        path: The file.
-        remedy: What to do about a damaged file, for error messages.
 
     Raises:
         RecordError: If the file is damaged.
     """
-    if not exists(path):
-        return None
-    fields = parse_object(read_text(path, remedy=remedy), path, remedy=remedy)
+    return parse_result(read_text(path, remedy=_REMEDY), path=path, remedy=_REMEDY) if exists(path) else None
+
+
+def parse_result(text: str, *, path: Path, remedy: str) -> Result:
+    """What `to_json` wrote.
+
+    Args:
+        text: Content of the file.
+        path: The file, for error messages.
+        remedy: What to do about a damaged file, for error messages.
+
+    Raises:
+        RecordError: If anything is missing, of the wrong type or out of range.
+    """
+    fields = parse_object(text, path, remedy=remedy)
     fields.expect("format", FORMAT)
     status = _status(fields)
     if status == "diverged":

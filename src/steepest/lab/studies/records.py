@@ -1,31 +1,28 @@
 """Stored records of runs and of a race, read back and validated: what is in the files, or an error, never a guess.
 
-A study directory holds `study.json` and one directory per run under `runs/`. The files may have been edited,
-cut short or sent by a stranger, so every field is checked before anything is computed from it, and what two files
-both say is compared. Text is kept as it is: whoever displays it escapes it.
+A study directory holds `study.json` and one directory per run under `runs/`, or all of that in one packed file. The
+files may have been edited, cut short or sent by a stranger, so every field is checked before anything is computed from
+it, and what two files both say is compared. Text is kept as it is: whoever displays it escapes it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from steepest.lab.disk.fields import Fields, RecordError, parse_object, read_text
-from steepest.lab.disk.files import exists, read_lines
+from steepest.lab.disk.fields import Fields, RecordError, parse_object
+from steepest.lab.disk.packed import NAME, RunFiles, StudyFiles
 from steepest.lab.runs.config import RunConfig, run_hash
-from steepest.lab.runs.result import Final, Result, blocks, read_result
+from steepest.lab.runs.result import Final, Result, blocks, parse_result
 from steepest.lab.studies import KINDS
 
 FORMAT = 1
 HUGE = 1e100  # float64 holds larger numbers, but not their sums; a loss above it has diverged
-
-STUDY_REMEDY = "Delete the file and repeat the study's command: finished runs are found by their content."
 
 Status = Literal["finished", "diverged", "unfinished"]
 
@@ -106,12 +103,13 @@ def read_study(study_dir: Path) -> Study:
     A run that cannot be read does not spoil the others: it is listed in `absent` with what is wrong with it.
 
     Args:
-        study_dir: The directory that holds `study.json`.
+        study_dir: The directory that holds `study.json`, or a packed study.
 
     Raises:
         RecordError: If `study.json` is missing, damaged, or not a race.
     """
-    study = open_study(study_dir)
+    files = StudyFiles(study_dir)
+    study = open_study(files)
     study.expect("kind", "race")
     methods, seeds = study.texts("methods"), study.counts("seeds")
     names = _run_names(study, methods, seeds)
@@ -119,7 +117,7 @@ def read_study(study_dir: Path) -> Study:
     absent: list[Absent] = []
     for method in methods:
         for seed in seeds:
-            found = find_run(study_dir, names.get((method, seed)), method=method, seed=seed)
+            found = find_run(files, names.get((method, seed)), method=method, seed=seed)
             if isinstance(found, Run):
                 runs.append(found)
             else:
@@ -138,16 +136,13 @@ def read_study(study_dir: Path) -> Study:
     )
 
 
-def open_study(study_dir: Path) -> Fields:
+def open_study(files: StudyFiles) -> Fields:
     """The content of `study.json`, of a known format and kind.
 
     Raises:
-        RecordError: If the file is missing, damaged, or of another format or kind.
+        RecordError: If the file is damaged, or of another format or kind.
     """
-    path = study_dir / "study.json"
-    if not exists(path):
-        raise RecordError(path, "no study here", "Give the directory that race or sweep was given as --out.")
-    study = parse_object(read_text(path, remedy=STUDY_REMEDY), path, remedy=STUDY_REMEDY)
+    study = files.study()
     study.expect("format", FORMAT)
     if study.values.get("kind") not in KINDS:
         raise study.error("kind", f"one of {', '.join(KINDS)}")
@@ -158,9 +153,9 @@ def read_kind(study_dir: Path) -> str:
     """What a study directory holds.
 
     Raises:
-        RecordError: As `open_study`.
+        RecordError: As `open_study`, or if there is no study.
     """
-    return open_study(study_dir).text("kind")
+    return open_study(StudyFiles(study_dir)).text("kind")
 
 
 def baseline(study: Fields, methods: tuple[str, ...]) -> str:
@@ -194,58 +189,62 @@ def named_runs(study: Fields) -> dict[str, Fields]:
     """
     runs = study.inner("runs")
     for name in runs.values:
-        if not re.fullmatch(r"[0-9a-f]{16}", name):
+        if not NAME.fullmatch(name):
             raise runs.error(name, "named by 16 hexadecimal digits")
     return {name: runs.inner(name) for name in runs.values}
 
 
-def find_run(study_dir: Path, name: str | None, *, method: str, seed: int, lr: float | None = None) -> Run | str | None:
+def find_run(
+    study: StudyFiles, name: str | None, *, method: str, seed: int, lr: float | None = None
+) -> Run | str | None:
     """The run that a study asks for, or what is wrong with it, or None if it has not been started.
 
     Args:
-        study_dir: The directory that holds `study.json`.
+        study: Whose run it is.
         name: Of its directory under `runs/`; None if the study names none.
         method: What its `config.json` must say; with `seed`.
         seed: See `method`.
         lr: Likewise, unless None.
+
+    Raises:
+        RecordError: If the study is packed, and the packed file damaged.
     """
-    run_dir = study_dir / "runs" / (name or "")
-    if name is None or not exists(run_dir / "config.json"):
+    if name is None or not (files := study.run(name)).has("config.json"):
         return None
     try:
-        run = read_run(run_dir)
+        run = read_run(files)
+        rate = None if lr is None else run.config.options.get("lr")
+        if (run.config.method, run.config.seed, rate) != (method, seed, lr):
+            actual, expected = _described(run.config.method, run.config.seed, rate), _described(method, seed, lr)
+            raise files.error("config.json", f"the run is {actual}, study.json says {expected}")
+        if (right := run_hash(run.config)) != name:
+            changed = f"changed since the run began, its content belongs to a run named {right}"
+            raise files.error("config.json", changed)
     except RecordError as problem:
-        return str(problem).replace(f"{study_dir}/", "")
-    rate = None if lr is None else run.config.options.get("lr")
-    if (run.config.method, run.config.seed, rate) != (method, seed, lr):
-        actual, expected = _described(run.config.method, run.config.seed, rate), _described(method, seed, lr)
-        problem = f"runs/{name}/config.json: the run is {actual}, study.json says {expected}."
-        return f"{problem} Delete the directory {name} and repeat the study's command."
-    if (right := run_hash(run.config)) != name:
-        problem = f"runs/{name}/config.json: changed since the run began, its content belongs to a run named {right}."
-        return f"{problem} Delete the directory {name} and repeat the study's command."
+        return study.told(problem)
     return run
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(files: RunFiles) -> Run:
     """Read one run, finished or not. A run that ended at a loss above `HUGE` counts as diverged.
 
     Raises:
         RecordError: If a file is damaged, or `result.json` does not follow from the rows of `metrics.jsonl`.
     """
-    remedy = f"Delete the directory {run_dir.name} and repeat the study's command: only this run is trained again."
-    config_path, result_path, metrics_path = (run_dir / f for f in ("config.json", "result.json", "metrics.jsonl"))
-    config = RunConfig.from_json(read_text(config_path, remedy=remedy), path=config_path, remedy=remedy)
-    result = read_result(result_path, remedy=remedy)
-    train, evals, final = _metrics(metrics_path, remedy) if exists(metrics_path) or result else ((), (), None)
-    _agree(result_path, result, config, evals, final, remedy)
-    environment_path = run_dir / "environment.json"
-    lost = "Delete this file: only the description of the machine is lost."
-    environment = _read(environment_path, lost).values if exists(environment_path) else {}
-    return Run(run_dir.name, config, environment, train, evals, _diverged_if_huge(result))
+    config = RunConfig.from_json(files.text("config.json"), path=files.path / "config.json", remedy=files.remedy)
+    result_path = files.path / "result.json"
+    result = (
+        parse_result(files.text("result.json"), path=result_path, remedy=files.remedy)
+        if files.has("result.json")
+        else None
+    )
+    train, evals, final = _metrics(files) if files.has("metrics.jsonl") or result else ((), (), None)
+    _agree(files, result, config, evals, final)
+    environment = _environment(files) if files.has("environment.json") else {}
+    return Run(files.path.name, config, environment, train, evals, _diverged_if_huge(result))
 
 
-def check_positive(run_dir: Path, run: Run) -> None:
+def check_positive(files: RunFiles, run: Run) -> None:
     """Refuse a run with an evaluation that has no logarithm, for studies that go by it.
 
     Raises:
@@ -253,17 +252,21 @@ def check_positive(run_dir: Path, run: Run) -> None:
     """
     if all(row.loss is None or row.loss > 0 for row in run.evals):
         return
-    path = run_dir / "metrics.jsonl"
-    remedy = f"Delete the directory {run_dir.name} and repeat the study's command: only this run is trained again."
-    for number, line in enumerate(read_lines(path, remedy=remedy), start=1):
-        fields = parse_object(line, path, remedy=remedy, where=f"line {number}: ")
+    for fields in _rows(files):
         loss = fields.real_or_none("loss") if fields.text("kind") == "eval" else None
         if loss is not None and loss <= 0:
             raise fields.error("loss", "above 0, as steps to a loss are found by its logarithm")
 
 
-def _read(path: Path, remedy: str) -> Fields:
-    return parse_object(read_text(path, remedy=remedy), path, remedy=remedy)
+def _rows(files: RunFiles) -> Iterator[Fields]:
+    path = files.path / "metrics.jsonl"
+    for number, line in enumerate(files.lines("metrics.jsonl"), start=1):
+        yield parse_object(line, path, remedy=files.remedy, where=f"line {number}: ")
+
+
+def _environment(files: RunFiles) -> Mapping[str, object]:
+    path = files.path / "environment.json"
+    return parse_object(files.text("environment.json"), path, remedy=files.lost).values
 
 
 def _bounded(loss: float | None) -> float | None:
@@ -306,13 +309,12 @@ def _described(method: str, seed: int, lr: object) -> str:
     return f"{method!r} with seed {seed}" + ("" if lr is None else f" and lr {lr}")
 
 
-def _metrics(path: Path, remedy: str) -> tuple[tuple[TrainRow, ...], tuple[EvalRow, ...], Final | None]:
+def _metrics(files: RunFiles) -> tuple[tuple[TrainRow, ...], tuple[EvalRow, ...], Final | None]:
     """The rows of a run; a last line without its line end is still being written, and left out."""
     train: list[TrainRow] = []
     evals: list[EvalRow] = []
     final: Final | None = None
-    for number, line in enumerate(read_lines(path, remedy=remedy), start=1):
-        fields = parse_object(line, path, remedy=remedy, where=f"line {number}: ")
+    for fields in _rows(files):
         match fields.text("kind"):
             case "train":
                 train.append(_train_row(fields))
@@ -362,30 +364,25 @@ def _final(fields: Fields) -> Final:
 
 
 def _agree(
-    path: Path,
-    result: Result | None,
-    config: RunConfig,
-    evals: tuple[EvalRow, ...],
-    final: Final | None,
-    remedy: str,
+    files: RunFiles, result: Result | None, config: RunConfig, evals: tuple[EvalRow, ...], final: Final | None
 ) -> None:
     """Refuse a finished run whose result is not what the last rows of its own metrics say."""
     for key, value in (("train_s", result and result.train_s), ("final_accuracy", result and result.final_accuracy)):
         if value is not None and abs(value) > HUGE:
-            raise RecordError(path, f"{key} must be at most {HUGE:g}, got {value:g}", remedy)
+            raise files.error("result.json", f"{key} must be at most {HUGE:g}, got {value:g}")
     if result is None or result.status == "diverged":
         return
     last = evals[-1] if evals else None
     early = config.target is not None and 0 < result.steps <= config.steps
     if last is None or last.step != result.steps or not (early or result.steps == config.steps):
         got = f"the last evaluation is at step {last.step if last else None}, the result at step {result.steps}"
-        raise RecordError(path, f"the run counts as finished with {config.steps} steps, but {got}", remedy)
+        raise files.error("result.json", f"the run counts as finished with {config.steps} steps, but {got}")
     if (final is None) != (result.tuning_loss is None):
         there, missing = ("result.json", "metrics.jsonl") if final is None else ("metrics.jsonl", "result.json")
-        raise RecordError(path, f"{there} has the evaluation of a whole part, {missing} has not", remedy)
+        raise files.error("result.json", f"{there} has the evaluation of a whole part, {missing} has not")
     if final is not None and (final.tuning_loss, final.blocks) != (result.tuning_loss, result.final_blocks):
-        raise RecordError(path, "tuning_loss or final_blocks are not those of the final row in metrics.jsonl", remedy)
+        raise files.error("result.json", "tuning_loss or final_blocks are not those of the final row in metrics.jsonl")
     own, recorded = _bounded(result.final_loss), _bounded(final.loss) if final is not None else last.loss
     if recorded != own and (recorded is None or own is None or not math.isclose(recorded, own, rel_tol=1e-6)):
         problem = f"final_loss is {result.final_loss}, but the last evaluation in metrics.jsonl is {recorded}"
-        raise RecordError(path, problem, remedy)
+        raise files.error("result.json", problem)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steepest.lab.disk.files import make_directory, remove, write_whole
+from steepest.lab.disk.packed import StudyFiles
 from steepest.lab.studies import KINDS
 from steepest.lab.studies.records import open_study, read_kind
 
@@ -21,7 +22,7 @@ def write_report(study_dir: Path) -> Path:
     without a network, and holds no link to any other place.
 
     Args:
-        study_dir: The directory that holds `study.json`.
+        study_dir: The directory that holds `study.json`, or a packed study.
 
     Returns:
         Path of the page.
@@ -49,7 +50,7 @@ def write_plots(study_dir: Path, kind: str) -> tuple[Path, ...]:
     """Write figures and tables of a study, without the page.
 
     Args:
-        study_dir: The directory that holds `study.json`.
+        study_dir: The directory that holds `study.json`, or a packed study.
         kind: Of the study, a key of `KINDS`.
 
     Returns:
@@ -59,7 +60,7 @@ def write_plots(study_dir: Path, kind: str) -> tuple[Path, ...]:
         RecordError: If `study.json` is missing, damaged, or of a study of another kind.
         ModuleNotFoundError: If the libraries that draw are not installed.
     """
-    open_study(study_dir).expect("kind", kind)
+    open_study(StudyFiles(study_dir)).expect("kind", kind)
     try:
         from steepest.lab.report.page import pictures
 

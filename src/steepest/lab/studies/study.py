@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import ClassVar
 
 from steepest.lab.disk.fields import Fields, RecordError, parse_object, read_text
 from steepest.lab.disk.files import exists, make_directory, one_line, write_whole
+from steepest.lab.disk.packed import NAME, PACKED, StudyFiles, unpacking
 from steepest.lab.methods import METHODS
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, run_hash
@@ -156,13 +156,12 @@ def read_listing(out: Path) -> Listing:
     Raises:
         RecordError: If there is no study, or its `study.json` is damaged.
     """
-    path = out / "study.json"
-    if not exists(path):
-        raise RecordError(path, "no study here", "Give the directory that race or sweep was given as --out.")
-    study = parse_object(read_text(path, remedy=_REMEDY), path, remedy=_REMEDY)
+    if (files := StudyFiles(out)).packed:
+        raise RecordError(out / PACKED, "the runs of this study are packed", unpacking(out))
+    study = files.study()
     runs: dict[str, str] = {}
     for name in (listed := study.inner("runs")).values:
-        if not re.fullmatch(r"[0-9a-f]{16}", name):  # it becomes a path
+        if not NAME.fullmatch(name):  # it becomes a path
             raise listed.error(name, "named by 16 hexadecimal digits")
         runs[name] = listed.inner(name).text("method")
     where = f"{study.line('kind')} {study.line('task')}-{study.line('preset')}"

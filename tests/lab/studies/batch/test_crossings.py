@@ -9,6 +9,7 @@ from torch import nn
 
 from steepest import Muon
 from steepest.batch_size.curve_crossing import first_crossings
+from steepest.lab.disk.packed import RunFiles
 from steepest.lab.runs.config import configure
 from steepest.lab.runs.train import Interrupted, train_run
 from steepest.lab.studies.batch.crossings import run_crossing
@@ -25,7 +26,7 @@ def to_target(batch_size, **changes):
 def test_a_run_ends_when_its_target_is_reached_and_says_when_it_was(tmp_path):
     config = to_target(16)
     result = train_run(config, tmp_path, threads=1)
-    run = read_run(tmp_path)
+    run = read_run(RunFiles(tmp_path))
     assert result.status == "finished"
     assert result.steps < config.steps
     crossing = run_crossing(run, 0.3)
@@ -90,5 +91,5 @@ def test_accumulating_micro_batches_leaves_the_steps_to_a_target_as_they_are(pie
 def test_a_run_that_diverged_is_called_so(tmp_path):
     rows = [EvalRow(step, step, loss, None, 0.0) for step, loss in enumerate([4.0, 3.0, 2.5, 2.2, 2.1, 2.0, None])]
     train_run(to_target(16, steps=2), tmp_path, threads=1)
-    crossing = run_crossing(dataclasses.replace(read_run(tmp_path), evals=tuple(rows)), 1.0)
+    crossing = run_crossing(dataclasses.replace(read_run(RunFiles(tmp_path)), evals=tuple(rows)), 1.0)
     assert (crossing.status, crossing.steps) == ("diverged", 6)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from steepest.lab.disk.files import exists
+from steepest.lab.disk.packed import RunFiles
 from steepest.lab.methods import check_buildable, check_options, resolve
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, configure, run_hash
@@ -230,8 +231,9 @@ class BatchSweep(StudyPlan):
 @functools.lru_cache(maxsize=100_000)  # finished runs do not change
 def _outcome(run: Path, target: float) -> tuple[float | None, float]:
     """Steps to the target or None, and the last loss, infinite for a run that diverged."""
-    record = read_run(run)
-    check_positive(run, record)
+    files = RunFiles(run)
+    record = read_run(files)
+    check_positive(files, record)
     crossing = run_crossing(record, target)
     loss = None if record.result is None else record.result.final_loss
     return (crossing.steps if crossing.status == "reached" else None), math.inf if loss is None else loss

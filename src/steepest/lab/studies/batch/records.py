@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from steepest.lab.disk.fields import HIGHEST_RATE, LOWEST_RATE, Fields, RecordError
+from steepest.lab.disk.packed import StudyFiles
 from steepest.lab.studies.records import HUGE, Run, check_positive, find_run, named_runs, open_study, time_of
 
 _SHORT = (("weight_decay=", "wd="),)  # so that arms with different values stay apart beside a curve
@@ -109,12 +110,13 @@ def read_batch_study(study_dir: Path) -> BatchStudy:
     A run that cannot be read does not spoil the others: it is listed in `absent` with what is wrong with it.
 
     Args:
-        study_dir: The directory that holds `study.json`.
+        study_dir: The directory that holds `study.json`, or a packed study.
 
     Raises:
         RecordError: If `study.json` is missing, damaged, or not a batch-size study.
     """
-    study = open_study(study_dir)
+    files = StudyFiles(study_dir)
+    study = open_study(files)
     study.expect("kind", "critical-batch")
     arms = _arms(study)
     asked = _asked(study, {arm.label: arm for arm in arms})
@@ -122,7 +124,7 @@ def read_batch_study(study_dir: Path) -> BatchStudy:
     absent: list[AbsentRun] = []
     by_name = {arm.name: arm for arm in arms}
     for name, one in asked.items():
-        found = _find(study_dir, name, one, by_name[one.arm])
+        found = _find(files, name, one, by_name[one.arm])
         if isinstance(found, Run):
             runs.append(BatchRun(one, found))
         else:
@@ -202,20 +204,19 @@ def _arm_of(run: Fields, arms: Mapping[str, ArmRecord]) -> str:
     return arms[label].name
 
 
-def _find(study_dir: Path, name: str, asked: Asked, arm: ArmRecord) -> Run | str | None:
+def _find(study: StudyFiles, name: str, asked: Asked, arm: ArmRecord) -> Run | str | None:
     """As `find_run`, also comparing batch size and the options that were changed."""
-    found = find_run(study_dir, name, method=arm.method, seed=asked.seed, lr=asked.lr)
+    found = find_run(study, name, method=arm.method, seed=asked.seed, lr=asked.lr)
     if not isinstance(found, Run):
         return found
-    try:
-        check_positive(study_dir / "runs" / name, found)
-    except RecordError as problem:
-        return str(problem).replace(f"{study_dir}/", "")
-    config = found.config
+    config, files = found.config, study.run(name)
     own = {"batch_size": str(config.batch_size)} | {key: str(value) for key, value in config.options.items()}
     expected = {"batch_size": str(asked.batch_size)} | dict(arm.changes)
     wrong = [f"{key} {own.get(key)} instead of {value}" for key, value in expected.items() if own.get(key) != value]
-    if not wrong:
-        return found
-    problem = f"runs/{name}/config.json: the run has {', '.join(wrong)}."
-    return f"{problem} Delete the directory {name} and repeat the study's command."
+    try:
+        check_positive(files, found)
+        if wrong:
+            raise files.error("config.json", f"the run has {', '.join(wrong)}")
+    except RecordError as problem:
+        return study.told(problem)
+    return found

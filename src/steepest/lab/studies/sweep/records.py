@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from steepest.lab.disk.fields import HIGHEST_RATE, LOWEST_RATE, Fields
+from steepest.lab.disk.packed import StudyFiles
 from steepest.lab.studies.records import Absent, Run, baseline, find_run, named_runs, open_study, time_of
 
 Key = tuple[str, float, int]  # method, learning rate, seed
@@ -44,12 +45,13 @@ def read_sweep(study_dir: Path) -> SweepStudy:
     A run that cannot be read does not spoil the others: it is listed in `absent` with what is wrong with it.
 
     Args:
-        study_dir: The directory that holds `study.json`.
+        study_dir: The directory that holds `study.json`, or a packed study.
 
     Raises:
         RecordError: If `study.json` is missing, damaged, or not a sweep.
     """
-    study = open_study(study_dir)
+    files = StudyFiles(study_dir)
+    study = open_study(files)
     study.expect("kind", "sweep")
     methods, seeds = study.texts("methods"), study.counts("seeds")
     lrs = {method: _lrs(study.inner("lrs"), method) for method in methods}
@@ -58,7 +60,7 @@ def read_sweep(study_dir: Path) -> SweepStudy:
     runs: list[Run] = []
     absent: list[Absent] = []
     for method, lr, seed in asked:
-        found = find_run(study_dir, names.get((method, lr, seed)), method=method, seed=seed, lr=lr)
+        found = find_run(files, names.get((method, lr, seed)), method=method, seed=seed, lr=lr)
         if isinstance(found, Run):
             runs.append(found)
         else:
