@@ -47,8 +47,9 @@ def test_the_example_is_complete(capsys, monkeypatch, tmp_path, name):
     monkeypatch.setattr("steepest.lab.runs.train.train_run", lambda config, out, **_: TRAINED)
     *before, own = shown(capsys, name.split())
     for line in before:
-        assert main(shlex.split(line)[1:]) == 0
-    needs_a_run = name in ("report", "work", "theory directions") or name.split()[-1] in ("fit", "plot", "branch")
+        assert main(shlex.split(line)[1:]) == int(line.startswith("  steepest pack"))  # without runs
+    last = name.split()[-1]
+    needs_a_run = last in ("report", "work", "pack", "unpack", "directions", "fit", "plot", "branch")
     assert needs_a_run == bool(before)
     assert main(shlex.split(own)[1:]) == int(needs_a_run)
     assert re.search("no (run|study) here", capsys.readouterr().err) or not needs_a_run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from steepest.cli import main
+from steepest.lab.cli import main
 from steepest.lab.disk import files
 from steepest.lab.disk.files import RecordError
 from steepest.lab.disk.ledger import RunBusyError, locked
