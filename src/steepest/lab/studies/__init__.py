@@ -1,7 +1,7 @@
 """The kinds of study. A new one is a folder beside this file and a line in `KINDS`.
 
-Its folder holds what is run (`plan.py`, a `StudyPlan`), what the stored records say (`records.py`, `results.py`), and
-the page about them (`page.py`, whose `STUDY` is all that the rest of the lab knows of it).
+Its folder holds the command that makes one (`command.py`), what is run (`plan.py`, a `StudyPlan`), what the stored
+records say (`records.py`, `results.py`), and the page about them (`page.py`, whose `STUDY` is all that reports know).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from steepest.lab.cli.options import Commands
     from steepest.lab.report.page import Study
 
 
@@ -28,6 +29,10 @@ class Kind:
     folder: str
     command: tuple[str, ...]
     grows: bool = False
+
+    def add_command(self, commands: Commands) -> None:
+        """Declare the command that makes one."""
+        importlib.import_module(f"{__name__}.{self.folder}.command").add_command(commands)
 
     def load(self) -> Study[Any]:
         """How its records are read, and what its page says.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from steepest.lab.cli.critical_batch import bound, branch, fit, measure, plot
+from steepest.lab.cli.critical_batch import bound, branch, fit, plot
 from steepest.lab.cli.options import Commands
+from steepest.lab.studies import KINDS
 
 
 def add_commands(commands: Commands) -> None:
@@ -13,5 +14,7 @@ def add_commands(commands: Commands) -> None:
         "critical-batch", help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
     )
     parts = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for part in (bound, measure, fit, plot, branch):
+    bound.add_command(parts)
+    KINDS["critical-batch"].add_command(parts)
+    for part in (fit, plot, branch):
         part.add_command(parts)

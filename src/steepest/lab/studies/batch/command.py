@@ -19,7 +19,7 @@ from steepest.lab.cli.options import (
     number,
 )
 from steepest.lab.cli.options import add_command as declare
-from steepest.lab.cli.studies import add_running, run_plan
+from steepest.lab.cli.study import add_running, run_plan
 
 EXAMPLES = """examples:
   steepest critical-batch measure --task digits --methods muon --batches 16:64:x2 --targets 0.2 --seeds 1
