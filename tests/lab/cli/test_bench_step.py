@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from steepest.lab import speed
+from steepest.lab import bench
 from steepest.lab.bench import SHAPE_SETS
 from steepest.lab.bench import contestants as everybody
 from steepest.lab.cli import main
@@ -41,9 +41,9 @@ def test_it_prints_a_row_per_contestant_and_the_floor(capsys):
 
 @pytest.mark.parametrize(("share", "told"), [(0.5, True), (1.0, False)])
 def test_it_says_when_the_machine_was_busy(capsys, monkeypatch, share, told):
-    measured = speed.measure
+    measured = bench.measure
     monkeypatch.setattr(
-        speed,
+        bench,
         "measure",
         lambda bench, tell: [dataclasses.replace(case, cpu_share=share) for case in measured(bench, tell=tell)],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from steepest.lab.cli.bench import accuracy, passes, scaling, step, train
+from steepest.lab.cli.bench import accuracy, cost, passes, scaling, step, train
 from steepest.lab.cli.options import Commands
 
 
@@ -15,3 +15,4 @@ def add_commands(commands: Commands) -> None:
     parts = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for part in (step, train, scaling, accuracy, passes):
         part.add_command(parts)
+    cost.add_commands(parts)

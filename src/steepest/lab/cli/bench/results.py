@@ -37,16 +37,16 @@ def write_results(
     name: str,
     content: Mapping[str, object],
     rows: Sequence[Mapping[str, object]],
-    draw: Callable[[], bytes],
+    draw: Callable[[], bytes] | None = None,
 ) -> None:
-    """Write NAME.json, NAME.csv and NAME.png.
+    """Write NAME.json, NAME.csv and, if there is something to draw, NAME.png.
 
     Args:
         directory: Made if it is not there.
         name: Of the files.
         content: Of the JSON.
         rows: Of the CSV, at least one, all with the same keys.
-        draw: Makes the PNG.
+        draw: Makes the PNG; None: there is none.
     """
     from steepest.lab.disk.files import make_directory, write_whole
     from steepest.lab.report.sheet import neutral
@@ -58,7 +58,8 @@ def write_results(
     writer.writerows({key: neutral(v) if isinstance(v, str) else v for key, v in row.items()} for row in rows)
     write_whole(directory / f"{name}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_whole(directory / f"{name}.csv", table.getvalue())
-    write_whole(directory / f"{name}.png", draw())
+    if draw is not None:
+        write_whole(directory / f"{name}.png", draw())
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,33 +1,27 @@
 """What Newton-Muon costs beyond Muon: training steps of both in turns, in one process.
 
-    python benchmarks/newton_muon.py --width 768 --tokens 8192 --pairs 24 --out results/newton_muon_cost
-
 Each pair is one training step (forward, backward, optimizer) of either, on models with the same weights and the same
 batch, in alternating order. Ordinary steps and steps that refresh are measured apart, and weighed as one refresh in
 `--every` steps: ratio = (every - 1) / every · median ordinary ratio + 1 / every · median refresh ratio. In the
 benchmark one step in four refreshes, so that both medians have enough pairs.
 """
 
-import argparse
-import csv
-import json
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from steepest import InputMoment, Muon, NewtonMuon, SteepestDescent
-from steepest.lab.disk.ledger import write_whole
 from steepest.lab.models.gpt import GPT, GPTConfig
-from steepest.lab.runs.environment import describe_environment
 
 WARM_UP = 4
 CYCLE = 4
 TINY = 1e-9  # learning rate: the weights stay where they are, so that every pair does the same work
-CASES: dict[str, dict[str, object]] = {
+CASES: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "full for every layer": {"structure": "full"},
     "paper_record4": {"preset": "paper_record4"},
@@ -37,7 +31,7 @@ CASES: dict[str, dict[str, object]] = {
 class Trainer:
     """A model and an optimizer."""
 
-    def __init__(self, config: GPTConfig, optimizer: type[SteepestDescent], **options: object) -> None:
+    def __init__(self, config: GPTConfig, optimizer: Callable[..., SteepestDescent], **options: object) -> None:
         torch.manual_seed(0)
         self.model = GPT(config)
         self.optimizer = optimizer(self.model, TINY, **options)
@@ -53,8 +47,16 @@ class Trainer:
         return time.perf_counter() - start
 
 
-def compare(name: str, config: GPTConfig, tokens: Tensor, *, every: int, pairs: int) -> dict[str, object]:
-    """One row of the table."""
+def newton_muon_cost(name: str, config: GPTConfig, tokens: Tensor, *, every: int, pairs: int) -> dict[str, object]:
+    """One row of the table.
+
+    Args:
+        name: A key of `CASES`.
+        config: Of the model.
+        tokens: (batch, time + 1), what a step reads.
+        every: Steps per refresh, for the weighed ratio.
+        pairs: Of training steps.
+    """
     options = dict(CASES[name])
     moment = InputMoment.preset(str(options.pop("preset", "default")), every=CYCLE, **options)
     base, newton = Trainer(config, Muon), Trainer(config, NewtonMuon, precondition=moment)
@@ -87,36 +89,3 @@ def compare(name: str, config: GPTConfig, tokens: Tensor, *, every: int, pairs: 
         "planned_bytes": planned,
         "held_bytes": held,
     }
-
-
-def main() -> None:
-    """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192], help="of a step")
-    parser.add_argument("--every", type=int, default=32, help="steps per refresh; default: %(default)s")
-    parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=None, help="where cost.csv and environment.json go")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    config = GPTConfig(vocabulary=256, layers=options.layers, width=options.width, head_size=64)
-    rows: list[dict[str, object]] = []
-    for tokens in options.tokens:
-        window = min(1024, tokens)
-        batch = torch.randint(256, (tokens // window, window + 1), generator=torch.Generator().manual_seed(0))
-        for name in CASES:
-            rows.append(compare(name, config, batch, every=options.every, pairs=options.pairs))
-            print(json.dumps(rows[-1]), flush=True)  # noqa: T201 - a command
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with (options.out / "cost.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["threads", *rows[0]])
-            writer.writeheader()
-            writer.writerows({"threads": options.threads, **row} for row in rows)
-        write_whole(options.out / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

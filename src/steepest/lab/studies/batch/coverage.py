@@ -1,7 +1,5 @@
 """How often intervals for critical batch sizes contain the truth.
 
-    python benchmarks/batch_size_coverage.py --replications 500 --out results/critical_batch
-
 Each replication draws steps to a target for 3 seeds at 8 batch sizes from a known curve, with log-normal noise, and
 asks for 90% intervals. "known" fits the family that the data are from. "AICc" is `estimate` as it is: the family is
 chosen, and the answer may be a range instead of a number; `covered` is then over the answers that are numbers, and
@@ -9,12 +7,8 @@ chosen, and the answer may be a range instead of a number; `covered` is then ove
 because they were not given enough steps ("budget"), or because no number of steps is enough ("never").
 """
 
-import argparse
-import csv
-import io
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -121,7 +115,7 @@ def measure(setting: Setting, *, replications: int, resamples: int) -> Tally:
     )
 
 
-def row(setting: Setting, tally: Tally, replications: int) -> dict[str, object]:
+def coverage_row(setting: Setting, tally: Tally, replications: int) -> dict[str, object]:
     """One line of the table."""
     share = tally.covered / tally.numbers if tally.numbers else math.nan
     error = math.sqrt(share * (1 - share) / tally.numbers) if tally.numbers else math.nan
@@ -142,29 +136,3 @@ def row(setting: Setting, tally: Tally, replications: int) -> dict[str, object]:
         "median_log_bias": f"{tally.bias:.4f}",
         "median_log_width": f"{tally.width:.4f}",
     }
-
-
-def main() -> None:
-    """Measure all settings and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replications", type=int, default=500)
-    parser.add_argument("--resamples", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=Path("results/critical_batch"))
-    options = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    for setting in settings():
-        tally = measure(setting, replications=options.replications, resamples=options.resamples)
-        rows.append(row(setting, tally, options.replications))
-        print(*rows[-1].values(), sep="\t", flush=True)  # noqa: T201 - a command
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    options.out.mkdir(parents=True, exist_ok=True)
-    partial = options.out / "coverage.csv.partial"
-    partial.write_text(text.getvalue())
-    partial.replace(options.out / "coverage.csv")
-
-
-if __name__ == "__main__":
-    main()
