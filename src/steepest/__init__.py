@@ -6,100 +6,54 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from steepest.anatomy import InputMoment, Plan, Rule, View, route
-    from steepest.geometry import (
-        Ada2,
-        AdaInf,
-        ColNorm,
-        Euclid,
-        Frobenius,
-        Hybrid,
-        Max,
-        Norm,
-        Nuclear,
-        RowNorm,
-        Scaled,
-        Schatten,
-        Sign,
-        Spectral,
-        Sum,
-    )
-    from steepest.linalg import describe, minimax, polar
-    from steepest.optim import (
-        Adam,
-        Fixed,
-        MissingInputsError,
-        Momo,
-        Muon,
-        MuonAdam,
-        MuonMax,
-        NewtonMuon,
-        NewtonMuonMax,
-        NonFiniteError,
-        PethickScion,
-        PolarGrad,
-        Scion,
-        SignDescent,
-        SteepestDescent,
-    )
+    from collections.abc import Iterable
+    from types import ModuleType
+
+    from steepest.anatomy import InputMoment as InputMoment
+    from steepest.anatomy import Plan as Plan
+    from steepest.anatomy import Role as Role
+    from steepest.anatomy import Rule as Rule
+    from steepest.anatomy import View as View
+    from steepest.anatomy import route as route
+    from steepest.batch_size import NoiseReport as NoiseReport
+    from steepest.batch_size import NoiseScale as NoiseScale
+    from steepest.geometry import *  # noqa: F403 - all of a room that is in its __all__
+    from steepest.linalg import COEFFICIENTS as COEFFICIENTS
+    from steepest.linalg import Coefficients as Coefficients
+    from steepest.linalg import describe as describe
+    from steepest.linalg import minimax as minimax
+    from steepest.linalg import polar as polar
+    from steepest.optim import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Ada2",
-    "AdaInf",
-    "Adam",
-    "ColNorm",
-    "Euclid",
-    "Fixed",
-    "Frobenius",
-    "Hybrid",
-    "InputMoment",
-    "Max",
-    "MissingInputsError",
-    "Momo",
-    "Muon",
-    "MuonAdam",
-    "MuonMax",
-    "NewtonMuon",
-    "NewtonMuonMax",
-    "NonFiniteError",
-    "Norm",
-    "Nuclear",
-    "PethickScion",
-    "Plan",
-    "PolarGrad",
-    "RowNorm",
-    "Rule",
-    "Scaled",
-    "Schatten",
-    "Scion",
-    "Sign",
-    "SignDescent",
-    "Spectral",
-    "SteepestDescent",
-    "Sum",
-    "View",
-    "describe",
-    "minimax",
-    "polar",
-    "route",
-]
-
-_ROOMS = ("linalg", "geometry", "anatomy", "optim", "parallel", "batch_size", "theory", "lab")
+_ROOMS = ("linalg", "geometry", "anatomy", "optim", "testing", "parallel", "batch_size", "theory", "lab")
+# Names of the rooms that are names of the package, too; None: all.
+_PUBLIC = {
+    "anatomy": ("InputMoment", "Plan", "Role", "Rule", "View", "route"),
+    "geometry": None,
+    "linalg": ("COEFFICIENTS", "Coefficients", "describe", "minimax", "polar"),
+    "optim": None,
+    "batch_size": ("NoiseReport", "NoiseScale"),
+}
 
 
 def __getattr__(name: str) -> object:
     """Bring in torch when something that needs it is asked for first: the command line answers, and ends, before."""
     if name in _ROOMS:
         return import_module(f"{__name__}.{name}")
-    if name not in __all__:
+    if name == "__all__" or not name.startswith("_"):
+        found = {name: getattr(room, name) for room, names in _public() for name in names}
+        globals().update(found, __all__=sorted(found))
+    if name not in globals():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    rooms = [import_module(f"{__name__}.{room}") for room in ("anatomy", "geometry", "linalg", "optim")]
-    found = getattr(next(room for room in rooms if name in room.__all__), name)
-    globals()[name] = found
-    return found
+    return globals()[name]
+
+
+def _public() -> list[tuple[ModuleType, Iterable[str]]]:
+    rooms = {name: import_module(f"{__name__}.{name}") for name in _PUBLIC}
+    return [(rooms[name], names or rooms[name].__all__) for name, names in _PUBLIC.items()]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    return sorted({*globals(), *_ROOMS, *(name for _, names in _public() for name in names)})

@@ -21,7 +21,8 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from steepest.geometry import Norm, completed
+from steepest.geometry import Norm
+from steepest.geometry.norm import completed
 from steepest.optim import Momo, SteepestDescent
 
 __all__ = ["NORM_LAWS", "RECIPE_LAWS", "check_norm", "check_recipe"]

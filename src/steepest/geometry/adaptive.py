@@ -9,6 +9,8 @@ from torch import Tensor
 from steepest.checks import check_fields, number
 from steepest.geometry.norm import MATRIX, Printed, sized_one
 
+__all__ = ["Ada2", "AdaInf"]
+
 SMALL = 1e-15  # the square of a number below may have lost digits
 
 

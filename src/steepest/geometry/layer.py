@@ -24,6 +24,8 @@ from steepest.linalg import (
     polars,
 )
 
+__all__ = ["NORMS", "ColNorm", "Frobenius", "RowNorm", "Sign", "Spectral", "get_norm"]
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

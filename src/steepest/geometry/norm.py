@@ -18,6 +18,8 @@ from torch import Tensor
 
 from steepest.geometry.text import Textual
 
+__all__ = ["Norm"]
+
 MATRIX = (-2, -1)
 
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from steepest.checks import choice, refusal, shown
 from steepest.names import unknown_name
 
+__all__ = ["PRODUCTS", "Combined", "Euclid", "Hybrid", "Max", "Product", "Sum", "get_product"]
+
 Label = str  # a role or the name of a parameter group
 
 

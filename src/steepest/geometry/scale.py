@@ -5,6 +5,8 @@ from typing import Literal, cast, get_args
 
 from steepest.checks import choice
 
+__all__ = ["ScaleRule", "scale_factor"]
+
 ScaleRule = Literal["original", "match_rms_adamw", "spectral", "none"]
 
 

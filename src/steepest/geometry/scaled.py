@@ -11,6 +11,8 @@ from steepest.geometry.layer import KINDS, check_norm
 from steepest.geometry.norm import Norm
 from steepest.geometry.text import Textual
 
+__all__ = ["Scaled"]
+
 SizeRule = Literal["sqrt_fan_out", "inverse_fan_in", "sqrt_size"]
 
 

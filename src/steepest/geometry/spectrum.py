@@ -12,6 +12,8 @@ from torch import Tensor
 from steepest.checks import check_fields, number
 from steepest.geometry.norm import Printed
 
+__all__ = ["Nuclear", "Schatten"]
+
 
 def _thin_svd(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD in float32 or wider; matrices with an entry that is not finite give NaN instead of an error."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import PlanRow
-from steepest.geometry import Norm, completed
+from steepest.geometry import Norm
+from steepest.geometry.norm import completed
 from steepest.linalg import polar
 from steepest.optim.bucket import Bucket
 from steepest.optim.momentum import debias

@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from steepest.geometry import Norm, completed
+from steepest.geometry import Norm
+from steepest.geometry.norm import completed
 from steepest.optim.applied import Applied
 from steepest.optim.bucket import apply_, gains, pull_, stay_finite
 from steepest.optim.diagnostics import StepRecord

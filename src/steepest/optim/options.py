@@ -11,7 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from steepest.anatomy import ROLES, Role
 from steepest.checks import Check, choice, flag, number, optional, pair, refusal, shown
-from steepest.geometry import AdaInf, Norm, Spectral, check_norm
+from steepest.geometry import AdaInf, Norm, Spectral
+from steepest.geometry.layer import check_norm
 from steepest.optim.elsewhere import ELSEWHERE, SORTING
 from steepest.optim.groups import plain
 from steepest.optim.step_size import MODEL_KEYS, Momo, StepSize

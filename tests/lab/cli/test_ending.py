@@ -113,8 +113,10 @@ def test_help_needs_no_torch():
 def test_the_names_of_the_library_are_where_they_are_said_to_be():
     for node in ast.walk(ast.parse(Path(steepest.__file__).read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("steepest."):
-            for alias in node.names:
-                assert getattr(steepest, alias.name) is getattr(importlib.import_module(node.module), alias.name)
+            room = importlib.import_module(node.module)
+            for name in room.__all__ if node.names[0].name == "*" else [alias.name for alias in node.names]:
+                assert getattr(steepest, name) is getattr(room, name)
+                assert name in steepest.__all__
     assert set(steepest.__all__) <= set(dir(steepest))
     assert steepest.optim is importlib.import_module("steepest.optim")
     with pytest.raises(AttributeError, match="has no attribute 'muon'"):
