@@ -283,6 +283,12 @@ def remove_directory(path: Path) -> None:
         os.rmdir(path.name, dir_fd=directory)
 
 
+def rename_directory(path: Path, name: str) -> None:
+    """Give a directory another name in the same place; errors as of `names_in`."""
+    with _told(path), _directory(path.parent) as directory:
+        os.rename(path.name, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
 def check_regular(path: Path, *, remedy: str = _REMEDY) -> None:
     """Refuse what is there unless it is a regular file inside its directory; for libraries that open it themselves.
 

@@ -30,7 +30,7 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that the numbers of a run depend on, apart from the machine.
+    """Everything that the numbers of a run depend on, apart from the machine, and how its options were found.
 
     Args:
         task: Name of the task.
@@ -41,7 +41,8 @@ class RunConfig:
         steps: Optimizer steps, at least 1.
         batch_size: Examples per step, at least 1.
         eval_every: Steps from one evaluation to the next, at least 1; the last step is always evaluated.
-        tuning: How the options were found; None for options chosen by hand, at an unknown budget.
+        tuning: How the options were found; None for options chosen by hand, at an unknown budget. No part of what the
+            run is.
         code: Version of the code that trains.
         data: Which data, exactly.
         schedule: Of the learning rate; see `rate_factor`.
@@ -180,9 +181,19 @@ def configure(
 def run_hash(config: RunConfig) -> str:
     """The name of the run's directory: 16 hexadecimal digits.
 
-    The name of the data does not count, its content does: a folder may be moved. Fields that older configs do not have
-    count only where they differ from what those runs did.
+    What the losses depend on counts, and nothing else: of the data the content, not the name, as a folder may be moved;
+    of the options what they are, not how they were found. Fields that older configs do not have count only where they
+    differ from what those runs did.
     """
+    return _hash(dataclasses.replace(config, tuning=None))
+
+
+def names_of(config: RunConfig) -> tuple[str, ...]:
+    """The names that the run's directory may have: today's, and that of older records, by the record of its tuning."""
+    return run_hash(config), _hash(config)
+
+
+def _hash(config: RunConfig) -> str:
     content = dataclasses.asdict(config)
     for field in dataclasses.fields(config):
         if field.default is not dataclasses.MISSING and content[field.name] == field.default:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from steepest.lab.methods import build_optimizer
 from steepest.lab.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from steepest.lab.runs.config import RunConfig, run_hash
+from steepest.lab.runs.config import RunConfig, names_of, run_hash
 from steepest.lab.runs.memory import peak_memory
 from steepest.lab.runs.recorder import Recorder
 from steepest.lab.runs.result import Final, Result
@@ -186,7 +186,7 @@ class Training:
             CheckpointError: If it is damaged or of another run.
         """
         state = load_checkpoint(path, keys=set(self._state()))
-        if state["run"] != run_hash(self.config):
+        if state["run"] not in names_of(self.config):
             raise CheckpointError(path, f"it is of the run {state['run']}, this is {run_hash(self.config)}")
         try:
             check_progress(state, self.order, steps=self.config.steps, batch_size=self.config.batch_size)

@@ -18,7 +18,7 @@ from steepest.lab.disk.files import (
 )
 from steepest.lab.disk.ledger import locked
 from steepest.lab.disk.packed import NAME, PACKED, RECORDS, RunFiles, StudyFiles, pack, unpack
-from steepest.lab.runs.config import run_hash
+from steepest.lab.runs.config import names_of, run_hash
 from steepest.lab.studies.records import open_study, read_run
 
 # What a run leaves beside its records, and nobody needs once it has ended.
@@ -113,8 +113,9 @@ def _records(files: RunFiles) -> dict[str, bytes]:
     """The files of a run that has ended, after a look at whether they can be read."""
     if not files.has("result.json"):
         raise RecordError(files.path, "the run has not ended", _RESUME)
-    if (right := run_hash(read_run(files).config)) != files.path.name:
-        raise files.error("config.json", f"its content belongs to a run named {right}")
+    config = read_run(files).config
+    if files.path.name not in names_of(config):
+        raise files.error("config.json", f"its content belongs to a run named {run_hash(config)}")
     return {name: read_bytes(files.path / name) for name in RECORDS if files.has(name)}
 
 

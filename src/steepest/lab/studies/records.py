@@ -17,7 +17,7 @@ from typing import Literal
 
 from steepest.lab.disk.fields import Fields, RecordError, parse_object
 from steepest.lab.disk.packed import NAME, RunFiles, StudyFiles
-from steepest.lab.runs.config import RunConfig, run_hash
+from steepest.lab.runs.config import RunConfig, names_of, run_hash
 from steepest.lab.runs.result import Final, Result, blocks, parse_result
 from steepest.lab.studies import KINDS
 
@@ -217,8 +217,8 @@ def find_run(
         if (run.config.method, run.config.seed, rate) != (method, seed, lr):
             actual, expected = _described(run.config.method, run.config.seed, rate), _described(method, seed, lr)
             raise files.error("config.json", f"the run is {actual}, study.json says {expected}")
-        if (right := run_hash(run.config)) != name:
-            changed = f"changed since the run began, its content belongs to a run named {right}"
+        if name not in names_of(run.config):
+            changed = f"changed since the run began, its content belongs to a run named {run_hash(run.config)}"
             raise files.error("config.json", changed)
     except RecordError as problem:
         return study.told(problem)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from steepest.lab.disk.fields import Fields, RecordError, parse_object, read_text
-from steepest.lab.disk.files import exists, make_directory, one_line, write_whole
+from steepest.lab.disk.files import exists, make_directory, one_line, rename_directory, write_whole
 from steepest.lab.disk.packed import NAME, PACKED, StudyFiles, unpacking
 from steepest.lab.methods import METHODS
 from steepest.lab.methods.tuned import OptionValue
-from steepest.lab.runs.config import RunConfig, run_hash
+from steepest.lab.runs.config import RunConfig, names_of, run_hash
 from steepest.lab.runs.version import code_version
 from steepest.lab.tasks.task import Task
 from steepest.names import near_miss, unknown_name
@@ -113,7 +113,7 @@ def run_directory(out: Path, config: RunConfig) -> Path:
 
 
 def write_study(out: Path, plan: StudyPlan, configs: Sequence[RunConfig], *, command: str) -> None:
-    """Write `study.json` and each run's `config.json`; what is there already stays.
+    """Write `study.json` and each run's `config.json`; what is there already stays, by the names of today.
 
     Args:
         out: Directory of the study, made if need be.
@@ -129,6 +129,8 @@ def write_study(out: Path, plan: StudyPlan, configs: Sequence[RunConfig], *, com
     path = out / "study.json"
     fresh = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "id": secrets.token_hex(6)}
     kept = _kept(path, plan) if exists(path) else {}
+    if kept:
+        _rename(out)
     for config in configs:
         directory = run_directory(out, config)
         make_directory(directory)
@@ -148,6 +150,17 @@ def write_study(out: Path, plan: StudyPlan, configs: Sequence[RunConfig], *, com
         **kept,
     }
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _rename(out: Path) -> None:
+    """Give runs of today's training code that have a name of an older rule the one by which they are found."""
+    for old in read_listing(out).runs:
+        directory = out / "runs" / old
+        if not exists(directory / "config.json"):
+            continue
+        config = read_config(directory)
+        if config.code == code_version() and old in names_of(config) and not exists(run_directory(out, config)):
+            rename_directory(directory, run_hash(config))
 
 
 def read_listing(out: Path) -> Listing:
