@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,6 +90,17 @@ def conditions(config: RunConfig) -> Description:
         ("batch size", str(config.batch_size)),
         ("evaluated every", str(config.eval_every)),
     )
+
+
+def fixed_options(config: RunConfig) -> Description:
+    """What all runs of a method have in common where its learning rate is what varies."""
+    fixed = {key: value for key, value in config.options.items() if key not in ("lr", "other_lr")}
+    return (("options", json.dumps(fixed, sort_keys=True)),)
+
+
+def finals(runs: Iterable[Run]) -> dict[int, float | None]:
+    """Final loss by seed of the runs that have ended; None for a diverged one."""
+    return {run.config.seed: run.result.final_loss for run in runs if run.result is not None}
 
 
 def _choices(config: RunConfig) -> Description:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from steepest.lab.report.statistics import Interval, Ratio, Summary
 from steepest.lab.studies.sweep.basin import Basin
+from steepest.lab.tasks.task import DataIdentity
 
 DASH = "\N{EN DASH}"
 GREATER = "\N{GREATER-THAN OR EQUAL TO}"
@@ -101,6 +102,16 @@ def width(basin: Basin) -> str:
 def decades(value: float) -> str:
     """A width in decades: two decimals, more for small ones, and none for nothing."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def seeds(numbers: Sequence[int]) -> str:
+    """How many seeds and which, such as "2 seeds (0, 1)"."""
+    return f"{counted(len(numbers), 'seed')} ({', '.join(map(str, numbers))})"
+
+
+def data(what: DataIdentity) -> str:
+    """Which data, exactly enough to find it."""
+    return f"Data: {plain(what.name)}, {size(what.bytes)}, SHA-256 {what.sha256[:12]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def milliseconds(value: float) -> str:

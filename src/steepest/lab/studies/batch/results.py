@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +9,7 @@ from statistics import median
 
 from steepest.batch_size.curve import Crossing, Estimate, Point, TimeOptimum, estimate, time_optimal
 from steepest.batch_size.curve_fit import ALL_FAMILIES
-from steepest.lab.report.comparable import Description, SetAside, agreeing
+from steepest.lab.report.comparable import Description, SetAside, agreeing, fixed_options
 from steepest.lab.runs.config import RunConfig
 from steepest.lab.studies.batch.crossings import run_crossing
 from steepest.lab.studies.batch.records import BatchRun, BatchStudy
@@ -180,7 +179,7 @@ def _comparable(study: BatchStudy) -> tuple[dict[str, tuple[BatchRun, ...]], tup
     kept: dict[str, tuple[BatchRun, ...]] = {}
     for arm in study.methods:
         names = {one.run.name for one in study.runs if one.asked.arm == arm}
-        own, others = agreeing([run for run in agreed if run.name in names], _fixed)
+        own, others = agreeing([run for run in agreed if run.name in names], fixed_options)
         aside += others
         used = {run.name for run in own}
         kept[arm] = tuple(one for one in study.runs if one.run.name in used)
@@ -198,11 +197,6 @@ def _conditions(config: RunConfig) -> Description:
         ("target", str(config.target)),
         ("watched from", str(config.watch_from)),
     )
-
-
-def _fixed(config: RunConfig) -> Description:
-    fixed = {key: value for key, value in config.options.items() if key not in ("lr", "other_lr")}
-    return (("options", json.dumps(fixed, sort_keys=True)),)
 
 
 def _arm(

@@ -97,18 +97,17 @@ def summary(report: BatchReport) -> str:
     study, unit = report.study, report.unit
     opening = f"{wording.listed([plain(name) for name in study.methods])} on the task {plain(study.task)}"
     sizes = ", ".join(f"{size:,}" for size in study.batches)
-    seeds = f"{wording.counted(len(study.seeds), 'seed')} ({', '.join(map(str, study.seeds))})"
     aims = ", ".join(f"{target:g}" for target in report.targets)
-    asked = f"{opening}, preset {plain(study.preset)}: batch sizes {sizes} in {unit}, targets {aims}, {seeds}"
+    asked = f"{opening}, preset {plain(study.preset)}: batch sizes {sizes} in {unit}, targets {aims}"
+    asked = f"{asked}, {wording.seeds(study.seeds)}"
     one = next((one.run for one in study.runs if one.run.train), None)
     if one is None:
         return f"{asked}. No run has been started."
     each = one.train[0].tokens / one.train[0].step / one.config.batch_size
     tokens = f" One counts {each:,.0f} tokens: multiply for batch sizes in tokens." if each > 1 else ""
-    data = one.config.data
     return (
-        f"{asked}.{tokens} Learning rates are constant, and runs end at the lowest target. Data: {plain(data.name)}, "
-        f"{wording.size(data.bytes)}, SHA-256 {data.sha256[:12]}\N{HORIZONTAL ELLIPSIS}"
+        f"{asked}.{tokens} Learning rates are constant, and runs end at the lowest target. "
+        f"{wording.data(one.config.data)}"
     )
 
 

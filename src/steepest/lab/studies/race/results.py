@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from steepest.lab.report.comparable import Comparable, comparable
+from steepest.lab.report.comparable import Comparable, comparable, finals
 from steepest.lab.report.statistics import (
     Ended,
     Ratio,
@@ -116,15 +116,15 @@ def read_race(study: Study) -> Race:
 def _method_result(
     name: str, runs: tuple[Run, ...], *, steps: Mapping[int, float | None], ratio: Ratio | None
 ) -> MethodResult:
-    finals = _finals(runs)
+    ended = finals(runs)
     results = [run.result for run in runs if run.result is not None]
     memory = [result.peak_memory_bytes for result in results]
     reached = _all_known(steps.values())
     return MethodResult(
         name=name,
         runs=runs,
-        finals=finals,
-        final=summarize(_all_known(finals.values())),
+        finals=ended,
+        final=summarize(_all_known(ended.values())),
         accuracy=summarize(_all_known(result.final_accuracy for result in results)),
         steps=steps,
         mean_steps=fmean(reached) if reached else None,
@@ -150,10 +150,6 @@ def _compared(runs: Iterable[Run]) -> dict[int, Ended]:
 
 def _ended(runs: Iterable[Run]) -> list[Run]:
     return [run for run in runs if run.result is not None]
-
-
-def _finals(runs: Iterable[Run]) -> dict[int, float | None]:
-    return {run.config.seed: run.result.final_loss for run in runs if run.result is not None}
 
 
 def _all_known(values: Iterable[float | None]) -> list[float]:

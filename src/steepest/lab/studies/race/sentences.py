@@ -87,7 +87,7 @@ def summary(race: Race) -> str:
     run = next((method.runs[0] for method in race.methods if method.runs), None)
     if run is None:
         return f"{opening}, {seeds}. No run has been started."
-    data, last = run.config.data, run.evals[-1] if run.evals else None
+    last = run.evals[-1] if run.evals else None
     ended = [one.result for method in race.methods for one in method.runs if one.result is not None]
     fresh = all(result.tuning_loss is not None for result in ended)
     examples = "that served for nothing else" if fresh else "by which options may have been chosen, too"
@@ -95,7 +95,7 @@ def summary(race: Race) -> str:
     return (
         f"{opening}: {wording.counted(run.config.steps, 'step')}{per_step}, {seeds}. "
         "Runs with the same seed start from the same weights and see the data in the same order. "
-        f"Data: {plain(data.name)}, {wording.size(data.bytes)}, SHA-256 {data.sha256[:12]}\N{HORIZONTAL ELLIPSIS} "
+        f"{wording.data(run.config.data)} "
         f"Lower loss is better; it is measured after the last step, on held-out data {examples}."
     )
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from steepest.lab.report.comparable import Description, SetAside, agreeing, conditions
+from steepest.lab.report.comparable import Description, SetAside, agreeing, conditions, finals, fixed_options
 from steepest.lab.runs.config import RunConfig
 from steepest.lab.studies.records import Run
 from steepest.lab.studies.sweep.basin import TOLERANCES, Basin, Best, Point, basin, best, expected_best, grid, unchanged
@@ -62,7 +61,7 @@ class MethodSweep:
 
     def finals(self, lr: float) -> dict[int, float | None]:
         """Final loss by seed of the runs at one learning rate that have ended; None for a diverged one."""
-        return _finals([run for run in self.runs if rate(run) == lr])
+        return finals([run for run in self.runs if rate(run) == lr])
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def comparable_settings(study: SweepStudy) -> tuple[dict[str, tuple[Run, ...]], 
     agreed, aside = agreeing(ordered, conditions)
     kept: dict[str, tuple[Run, ...]] = {}
     for name in study.methods:
-        own, others = agreeing([run for run in agreed if run.config.method == name], _fixed)
+        own, others = agreeing([run for run in agreed if run.config.method == name], fixed_options)
         aside += others
         kept[name] = ()
         for lr in study.lrs[name]:
@@ -164,17 +163,8 @@ def comparable_settings(study: SweepStudy) -> tuple[dict[str, tuple[Run, ...]], 
     return kept, aside
 
 
-def _fixed(config: RunConfig) -> Description:
-    fixed = {key: value for key, value in config.options.items() if key not in ("lr", "other_lr")}
-    return (("options", json.dumps(fixed, sort_keys=True)),)
-
-
 def _other(config: RunConfig) -> Description:
     return (("other_lr", str(config.options.get("other_lr"))),)
-
-
-def _finals(runs: Sequence[Run]) -> dict[int, float | None]:
-    return {run.config.seed: run.result.final_loss for run in runs if run.result is not None}
 
 
 def _losses(runs: Sequence[Run]) -> list[float]:

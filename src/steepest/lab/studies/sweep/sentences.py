@@ -83,18 +83,16 @@ def summary(sweep: Sweep) -> str:
     """Task, sizes, seeds and data in one paragraph."""
     study = sweep.study
     opening = f"{wording.listed([plain(name) for name in study.methods])} on the task {plain(study.task)}"
-    seeds = f"{wording.counted(len(study.seeds), 'seed')} ({', '.join(map(str, study.seeds))})"
     numbers = {len(lrs) for lrs in study.lrs.values()}
     rates = f"{min(numbers)} to {max(numbers)} learning rates" if len(numbers) > 1 else _rates(*numbers)
-    asked = f"{opening}, preset {plain(study.preset)}: {rates} each, {seeds}"
+    asked = f"{opening}, preset {plain(study.preset)}: {rates} each, {wording.seeds(study.seeds)}"
     run = next((method.runs[0] for method in sweep.methods if method.runs), None)
     if run is None:
         return f"{asked}. No run has been started."
-    data = run.config.data
     return (
         f"{asked}, {wording.counted(run.config.steps, 'step')}. "
         "Runs with the same seed start from the same weights and see the data in the same order. "
-        f"Data: {plain(data.name)}, {wording.size(data.bytes)}, SHA-256 {data.sha256[:12]}\N{HORIZONTAL ELLIPSIS} "
+        f"{wording.data(run.config.data)} "
         "Lower loss is better; it is measured on held-out data after the last step."
     )
 
