@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 
 from steepest.lab.disk.fields import RecordError
+from steepest.lab.engine import queue
 from steepest.lab.engine.queue import MOST_WAITING, open_queue
 from steepest.lab.engine.storage import StorageError, default_url
 from steepest.lab.runs.result import Result
@@ -125,6 +126,20 @@ def test_a_lost_database_costs_nothing(out):
         assert states(queue) == ["COMPLETE"] + ["WAITING"] * 3  # the finished run is shown, not trained
         drain(queue, train)
         assert len(train.runs) == len(set(train.runs)) == 4
+
+
+def test_a_study_goes_on_where_other_methods_are_known_than_when_it_was_begun(out, monkeypatch):
+    with monkeypatch.context() as before, opened(out) as first:
+        before.setitem(queue._DISTRIBUTIONS, "method", optuna.distributions.CategoricalDistribution(["adamw", "sgd"]))
+        before.setattr(queue, "MOST_WAITING", 2)
+        assert first.fill() == 4
+        assert states(first) == ["WAITING"] * 2
+    train = Training()
+    with opened(out) as second:
+        drain(second, train)
+        second.fill()
+        drain(second, train)
+    assert len(set(train.runs)) == 4
 
 
 def test_a_finished_run_that_still_waits_is_not_trained(out, race):

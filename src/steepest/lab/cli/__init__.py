@@ -17,13 +17,13 @@ from types import FrameType
 import steepest
 from steepest.lab.cli import bench, critical_batch, runs, studies, theory
 from steepest.lab.cli.hidden import without_passwords
-from steepest.lab.cli.options import METHODS, UsageError
+from steepest.lab.cli.options import UsageError
 from steepest.lab.cli.outcome import FAILED, INTERRUPTED, USAGE, failed
 from steepest.lab.cli.parser import Parser
 from steepest.lab.disk.files import DataError, RecordError
 from steepest.lab.engine.stopping import SIGNALS
 
-__all__ = ["METHODS", "main"]
+__all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,15 +15,23 @@ from steepest.lab.cli.hidden import FORM, may_hold_password
 from steepest.lab.cli.parser import Parser, first_example
 from steepest.lab.tasks import PRESETS, TASKS, entry
 
-# spelled out, so that --help does not wait for the lab; a test compares it with the registry
-METHODS = (
-    "adam, adamw, muon, muon-jordan, muon-nonic, muon-plain, muon-plain-wd, muon-wd, muonadam, muonadam-momo, "
-    "muonmax, muonmax-momo, newton-muon, polargrad, polargrad-momo, scion, scion-momo, sgd, torch-muon"
-)
-
 LARGEST = 2**63 - 1  # what a 64-bit number holds
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # argparse has no public name for what it returns
 Value = bool | int | float | str
+
+
+class _Methods:
+    """The names of all methods, looked up when a help text is printed: nothing else waits for the lab."""
+
+    def __str__(self) -> str:
+        from steepest.lab.methods import METHODS
+
+        return ", ".join(sorted(METHODS))
+
+
+def naming_methods(argument: argparse.Action) -> None:
+    """Let the help of an argument name all methods where it says %(known)s."""
+    vars(argument)["known"] = _Methods()
 
 
 class UsageError(Exception):

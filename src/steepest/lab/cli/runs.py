@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from steepest.lab.cli.options import (
-    METHODS,
     Commands,
     UsageError,
     add_command,
@@ -16,6 +15,7 @@ from steepest.lab.cli.options import (
     checking_usage,
     count,
     few,
+    naming_methods,
     path,
     seed,
 )
@@ -38,7 +38,7 @@ PLAN_EXAMPLES = """examples:
 def add_commands(commands: Commands) -> None:
     """Declare train and plan."""
     train = add_command(commands, "train", _train, "train one run", TRAIN_EXAMPLES, saves=True)
-    train.add_argument("--method", required=True, help=f"one of {METHODS}")
+    naming_methods(train.add_argument("--method", required=True, help="one of %(known)s"))
     train.add_argument("--seed", type=seed, default=0, help="of weights and data order; default: %(default)s")
     add_task(train)
     train.add_argument("--set", action="append", type=assignment, default=[], metavar="OPTION=VALUE")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steepest.lab.cli.options import (
-    METHODS,
     UsageError,
     add_task,
     assignment,
@@ -17,6 +16,7 @@ from steepest.lab.cli.options import (
     count,
     few,
     names,
+    naming_methods,
     path,
     racers,
 )
@@ -34,12 +34,13 @@ def add_study(parser: argparse.ArgumentParser, *, seeds: int, out: str) -> None:
         seeds: How many there are by default.
         out: As for `add_running`.
     """
-    parser.add_argument(
+    methods = parser.add_argument(
         "--methods",
         type=names,
         metavar="A,B,...",
-        help=f"of {METHODS}; default: {','.join(racers('text'))}, as far as they take the task's model",
+        help=f"of %(known)s; default: {','.join(racers('text'))}, as far as they take the task's model",
     )
+    naming_methods(methods)
     parser.add_argument("--seeds", type=few, default=seeds, metavar="N", help="runs of each; default: %(default)s")
     add_task(parser)
     parser.add_argument(

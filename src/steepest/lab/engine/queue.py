@@ -197,12 +197,15 @@ class Queue:
         state = TrialState.WAITING if result is None else TrialState.COMPLETE
         if result is not None and result.final_loss is None:
             state = TrialState.PRUNED
+        trials = self.study.get_trials(deepcopy=False)
+        # Whoever began the study may have known other methods, and a study keeps one list.
+        known = {**_DISTRIBUTIONS, **(trials[0].distributions if trials else {})}
         self.study.add_trial(
             optuna.create_trial(
                 state=state,
                 value=None if result is None else result.final_loss,
                 params=params,
-                distributions={name: _DISTRIBUTIONS[name] for name in params},
+                distributions={name: known[name] for name in params},
                 user_attrs={"run": run.name},
             )
         )

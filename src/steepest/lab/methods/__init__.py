@@ -5,6 +5,7 @@ that a search found for a task and preset.
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from steepest.lab.methods.tuned import TUNED, OptionValue, Tuned, Tuning
 from steepest.lab.tasks.task import Task
 from steepest.names import unknown_name
 from steepest.optim import Adam, Momo, Muon, MuonAdam, MuonMax, NewtonMuon, PolarGrad, Scion
+from steepest.optim.recipes import RECIPES
 
 
 def adamw(
@@ -77,31 +79,6 @@ def _matrices_and_rest(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     plan = route(model)
     matrices = plan.parameters("matrix")
     return matrices, [row.parameter for row in plan if row.trainable and row.role != "matrix"]
-
-
-def muon(
-    model: nn.Module,
-    *,
-    lr: float = 0.04,
-    other_lr: float = 0.01,
-    momentum: float = 0.95,
-    nesterov: bool = True,
-    weight_decay: float = 0.0,
-    beta1: float = 0.9,
-    beta2: float = 0.95,
-    coefficients: str = "auto",
-) -> Optimizer:
-    """steepest.Muon, with `other_lr` as its `adam_lr`, and both betas for the same parameters."""
-    return Muon(
-        model,
-        lr,
-        adam_lr=other_lr,
-        momentum=momentum,
-        nesterov=nesterov,
-        weight_decay=weight_decay,
-        betas=(beta1, beta2),
-        coefficients=coefficients,
-    )
 
 
 def newton_muon(
@@ -177,81 +154,73 @@ def adam(
     return optimizer
 
 
-def scion(
-    model: nn.Module,
-    *,
-    lr: float = 0.04,
-    other_lr: float = 0.008,
-    momentum: float = 0.95,
-    weight_decay: float = 0.0,
-) -> Optimizer:
-    """steepest.Scion."""
-    return Scion(model, lr, other_lr=other_lr, momentum=momentum, weight_decay=weight_decay)
-
-
-def scion_momo(
-    model: nn.Module,
-    *,
-    lr: float = 0.04,
-    other_lr: float = 0.008,
-    momentum: float = 0.95,
-    weight_decay: float = 0.0,
-    lower_bound: float = 0.0,
-    estimate_bound: bool = False,
-    dual: str = "cached",
-) -> Optimizer:
-    """steepest.Scion with Momo's step size."""
-    momo = Momo("auto" if estimate_bound else lower_bound)
-    rates: dict[str, Any] = {"other_lr": other_lr, "momentum": momentum, "weight_decay": weight_decay, "dual": dual}
-    return Scion(model, lr, step_size=momo, **rates)
-
-
-def _cell(recipe: Callable[..., Optimizer], lr: float, other_lr: float, *, momo: bool) -> Callable[..., Optimizer]:
-    """A method from a recipe of the grid with Adam's norm for what is no matrix.
+def from_recipe(
+    recipe: Callable[..., Optimizer], defaults: Mapping[str, OptionValue], *, momo: bool = False
+) -> Callable[..., Optimizer]:
+    """A method from a recipe, with plain options.
 
     Args:
-        recipe: The recipe, whose momentum is the first of both betas.
-        lr: Default learning rate.
-        other_lr: Default of the other one.
-        momo: Whether steps are Momo's.
+        recipe: Of `steepest.optim`.
+        defaults: Options and their defaults: keywords of the recipe, `other_lr` for everything that is no matrix, and
+            `beta1` and `beta2` for `betas`; `beta1` is the momentum where it is left out.
+        momo: Whether steps are Momo's, whose options are then among the method's.
     """
+    options: dict[str, OptionValue] = {**defaults, **(MOMO_OPTIONS if momo else {})}
+    adam = "adam_lr" in inspect.signature(recipe).parameters
 
-    def build(
-        model: nn.Module,
-        *,
-        lr: float = lr,
-        other_lr: float = other_lr,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        beta2: float = 0.95,
-    ) -> Optimizer:
-        rates = {"adam_lr": other_lr, "momentum": momentum, "weight_decay": weight_decay}
-        return recipe(model, lr, betas=(momentum, beta2), **rates)
+    def build(model: nn.Module, **given: Any) -> Optimizer:
+        chosen: dict[str, Any] = {**options, **given}
+        if adam and "other_lr" in chosen:
+            chosen["adam_lr"] = chosen.pop("other_lr")
+        if "beta2" in chosen:
+            chosen["betas"] = (chosen.pop("beta1", chosen.get("momentum")), chosen.pop("beta2"))
+        if momo:
+            bound, estimated = chosen.pop("lower_bound"), chosen.pop("estimate_bound")
+            chosen["step_size"] = Momo("auto" if estimated else bound)
+        return recipe(model, **chosen)
 
-    def build_momo(
-        model: nn.Module,
-        *,
-        lr: float = lr,
-        other_lr: float = other_lr,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        beta2: float = 0.95,
-        lower_bound: float = 0.0,
-        estimate_bound: bool = False,
-        dual: str = "cached",
-    ) -> Optimizer:
-        momo = Momo("auto" if estimate_bound else lower_bound)
-        rates = {"adam_lr": other_lr, "momentum": momentum, "weight_decay": weight_decay, "dual": dual}
-        return recipe(model, lr, betas=(momentum, beta2), step_size=momo, **rates)
-
-    return build_momo if momo else build
+    kinds = [inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    kinds += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=own) for name, own in options.items()]
+    vars(build)["__signature__"] = inspect.Signature(kinds)
+    return build
 
 
-GRID = {
-    "muonadam": (MuonAdam, 0.04, 0.02),
-    "polargrad": (PolarGrad, 0.5, 0.02),
-    "muonmax": (MuonMax, 0.02, 0.02),
+def plain_options(recipe: Callable[..., Optimizer]) -> dict[str, OptionValue]:
+    """Options of a recipe that are numbers and flags, with its own defaults: what a method of it has if no row says."""
+    own = {name: parameter.default for name, parameter in inspect.signature(recipe).parameters.items()}
+    return {name: value for name, value in own.items() if isinstance(value, bool | float) and name != "momo"}
+
+
+MOMO_OPTIONS: Mapping[str, OptionValue] = {"lower_bound": 0.0, "estimate_bound": False, "dual": "cached"}
+_RATES: Mapping[str, OptionValue] = {"momentum": 0.95, "weight_decay": 0.0}
+muon = from_recipe(
+    Muon,
+    {
+        "lr": 0.04,
+        "other_lr": 0.01,
+        "momentum": 0.95,
+        "nesterov": True,
+        "weight_decay": 0.0,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "coefficients": "auto",
+    },
+)
+# Name, recipe and options of the methods that have a plain version and one with Momo.
+_PAIRS: Mapping[str, tuple[type[Optimizer], Mapping[str, OptionValue]]] = {
+    "scion": (Scion, {"lr": 0.04, "other_lr": 0.008, **_RATES}),
+    "muonadam": (MuonAdam, {"lr": 0.04, "other_lr": 0.02, **_RATES, "beta2": 0.95}),
+    "polargrad": (PolarGrad, {"lr": 0.5, "other_lr": 0.02, **_RATES, "beta2": 0.95}),
+    "muonmax": (MuonMax, {"lr": 0.02, "other_lr": 0.02, **_RATES, "beta2": 0.95}),
 }
+_NAMED = {Adam, Muon, NewtonMuon, *(recipe for recipe, _ in _PAIRS.values())}
+# Recipes without a row: NewtonMuonMax is "newton-muon-max", with the recipe's own defaults.
+DERIVED: Mapping[str, tuple[type[Optimizer], Mapping[str, OptionValue]]] = {
+    re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower(): (recipe, plain_options(recipe))
+    for name, recipe in RECIPES.items()
+    if recipe not in _NAMED
+}
+_ALL_PAIRS = {**_PAIRS, **DERIVED}
 
 METHODS: Mapping[str, Callable[..., Optimizer]] = {
     "adamw": adamw,
@@ -265,10 +234,8 @@ METHODS: Mapping[str, Callable[..., Optimizer]] = {
     "muon-plain-wd": partial(muon, nesterov=False, weight_decay=0.1),
     "adam": adam,
     "newton-muon": newton_muon,
-    "scion": scion,
-    "scion-momo": scion_momo,
-    **{name: _cell(*pieces, momo=False) for name, pieces in GRID.items()},
-    **{f"{name}-momo": _cell(*pieces, momo=True) for name, pieces in GRID.items()},
+    **{name: from_recipe(recipe, options) for name, (recipe, options) in _ALL_PAIRS.items()},
+    **{f"{name}-momo": from_recipe(recipe, options, momo=True) for name, (recipe, options) in _ALL_PAIRS.items()},
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from steepest.lab.cli.bench.results import check_out, described, print_table, write_results
-from steepest.lab.cli.options import METHODS, Commands, checking_usage, count, few, names, path, racers
+from steepest.lab.cli.options import Commands, checking_usage, count, few, names, naming_methods, path, racers
 from steepest.lab.cli.options import add_command as declare
 from steepest.lab.cli.outcome import DONE
 from steepest.lab.tasks import TASKS
@@ -37,7 +37,7 @@ def add_command(commands: Commands) -> None:
     parser.add_argument("--preset", nargs="+", default=["demo"], help="demo, tiny and small; default: demo")
     parser.add_argument("--data", type=path, metavar="PATH", help="a file or folder for text, cifar10, fineweb")
     default = f"{','.join(racers('text'))},{','.join(OTHERS)} on text"
-    parser.add_argument("--methods", type=names, help=f"of {METHODS}; default: {default}")
+    naming_methods(parser.add_argument("--methods", type=names, help=f"of %(known)s; default: {default}"))
     parser.add_argument("--steps", type=count, default=32, metavar="N", help="of each method; default: %(default)s")
     parser.add_argument("--every", type=count, default=32, metavar="N", help="steps per refresh; default: %(default)s")
     parser.add_argument("--threads", type=few, default=1, metavar="N", help="CPU threads; default: %(default)s")

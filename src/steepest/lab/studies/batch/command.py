@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from steepest.lab.cli.options import (
-    METHODS,
     Commands,
     Value,
     add_task,
@@ -16,6 +15,7 @@ from steepest.lab.cli.options import (
     count,
     few,
     names,
+    naming_methods,
     number,
 )
 from steepest.lab.cli.options import add_command as declare
@@ -40,9 +40,8 @@ def add_command(commands: Commands) -> None:
     parser = declare(
         commands, "measure", _measure, "count the steps to a loss at many batch sizes", EXAMPLES, saves=True
     )
-    parser.add_argument(
-        "--methods", type=names, metavar="A,B,...", help=f"of {METHODS}; default: {','.join(DEFAULT_METHODS)}"
-    )
+    text = f"of %(known)s; default: {','.join(DEFAULT_METHODS)}"
+    naming_methods(parser.add_argument("--methods", type=names, metavar="A,B,...", help=text))
     parser.add_argument("--batches", required=True, metavar="SIZES", help="LOW:HIGH:xF or a list with commas")
     parser.add_argument("--targets", type=_losses, required=True, metavar="L,...", help="validation losses to reach")
     parser.add_argument(
