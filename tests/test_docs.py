@@ -12,6 +12,8 @@ import contextlib
 import io
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,9 @@ NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_python_example_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
+    module = types.ModuleType("page")  # where a class of a page is found when it is pickled
+    monkeypatch.setitem(sys.modules, "page", module)
+    names = vars(module)
     printed, end, text = "", None, page.read_text()
     for block in BLOCK.finditer(text):
         if block["kind"] == "python":

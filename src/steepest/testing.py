@@ -362,8 +362,11 @@ def copies_continue_on_their_own(make: Make) -> None:
         model = network()
         optimizer = make(model)
         train(model, optimizer, range(3))
-        twin_model, twin = clone((model, optimizer))
         law, remedy = f"a {way} goes on exactly", "Keep no function and no tensor outside of state and groups."
+        try:
+            twin_model, twin = clone((model, optimizer))
+        except Exception as error:
+            raise AssertionError(f"{_name(make)}: {law}, but it cannot be made: {error}. {remedy}") from error
         fine = str(twin.plan) == str(optimizer.plan)
         _hold(fine, _name(make), law, f"its plan became\n{twin.plan}", remedy)
         expected = train(model, optimizer, range(3, 6))

@@ -65,6 +65,9 @@ class Norm(ABC):
         if "lmo" in vars(cls) and "lmos" not in vars(cls):
             cls.lmos, cls.free_radius = Norm.lmos, Norm.free_radius
 
+    def __str__(self) -> str:
+        return type(self).__name__
+
     @abstractmethod
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Norm of W: (*batch, m, n) to (*batch,), in weight units."""

@@ -1,7 +1,8 @@
 """Named optimizers: each chooses the pieces of `SteepestDescent` and nothing else.
 
-A recipe is one class with `@recipe`. Options that mean the same everywhere stand in the typed dictionaries, once, with
-their texts; `help`, `inspect.signature` and editors show them with each recipe that has them.
+A recipe is one class with `@recipe`, and its name in `__all__`, from which all other lists are made. Options that mean
+the same everywhere stand in the typed dictionaries, once, with their texts; `help`, `inspect.signature` and editors
+show them with each recipe that has them.
 """
 
 import inspect
@@ -39,7 +40,6 @@ __all__ = [
 Rate = float | Tensor
 Betas = tuple[float, float] | None
 R = TypeVar("R", bound=type[SteepestDescent])
-RECIPES: dict[str, type[SteepestDescent]] = {}  # by name, in the order of this file
 
 # Learning rate of everything that is no matrix, relative to that of the matrices. Muon's is the ratio of
 # arXiv:2510.09827's default; under "match_rms_adamw" both kinds of update have one size, and one learning rate serves
@@ -122,7 +122,7 @@ TEXTS = _texts()
 
 
 def recipe(kind: R) -> R:
-    """Make a subclass of `SteepestDescent` a recipe: its options are checked, shown, documented, and its name known.
+    """Make a subclass of `SteepestDescent` a recipe: its options are checked, shown and documented.
 
     Args:
         kind: Its `__init__` takes `params`, `lr`, own keywords, and the shared ones as `**options: Unpack[...]`.
@@ -135,7 +135,6 @@ def recipe(kind: R) -> R:
         setattr(kind, "__init__", checked_options(signature=signature)(kind.__init__))  # noqa: B010 - no method of a type
     elsewhere = [TEXTS, *(texts_of(known.__doc__) for known in (*kind.__mro__[1:], *PIECES))]
     kind.__doc__ = with_all_texts(kind.__doc__ or kind.__name__, list(signature.parameters)[1:], elsewhere)
-    RECIPES[kind.__name__] = kind
     return kind
 
 
@@ -516,3 +515,6 @@ def _regularized(
         "regularized": True,
         **_rest(options, precondition),
     }
+
+
+RECIPES: dict[str, type[SteepestDescent]] = {name: globals()[name] for name in __all__}
