@@ -174,7 +174,6 @@ class Muon(SteepestDescent):
     `nesterov=True, coefficients="jordan"` the matrix update is that of `torch.optim.Muon`.
 
     Args:
-        params: A module, or as for `SteepestDescent`.
         lr: Learning rate of the matrices, in units of the spectral norm (times the scale) per step.
         momentum: Of the matrices.
         nesterov: Of the matrices.
@@ -236,7 +235,6 @@ class MuonAdam(SteepestDescent):
     shape, and a learning rate ratio of ten.
 
     Args:
-        params: A module, or as for `SteepestDescent`.
         lr: Learning rate of the matrices, in units of the spectral norm (times the scale) per step.
         momentum: Of the matrices, and the first of `betas` unless these are given.
         adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else lr / 10.
@@ -269,7 +267,6 @@ class Adam(SteepestDescent):
     """Adam, with decoupled weight decay for everything but vectors: steepest descent in Adam's own norm.
 
     Args:
-        params: A module, or as for `SteepestDescent`.
         lr: Learning rate, about the largest change of an entry per step.
         betas: Weights of the old averages of gradients and of their squares; None: (0.9, 0.999).
         **options: See `DecayedOptions`.
@@ -301,7 +298,6 @@ class SignDescent(SteepestDescent):
     """Descent in the largest entry: sign descent with momentum, or, regularised, times the sum of absolute entries.
 
     Args:
-        params: A module, or as for `SteepestDescent`.
         lr: Learning rate: the change of each entry per step.
         momentum: Weight of the old average of gradients.
         nesterov: Look ahead by one gradient.
@@ -340,7 +336,6 @@ class Scion(SteepestDescent):
     The cell that arXiv:2510.09827 calls Scion. `PethickScion` is Scion as its authors define it.
 
     Args:
-        params: A module, or as for `SteepestDescent`.
         lr: Learning rate of the matrices, in units of the spectral norm (times the scale) per step.
         momentum: Of everything.
         nesterov: Of everything.
@@ -379,7 +374,6 @@ class PethickScion(SteepestDescent):
     entries; the authors scale each of these entries instead.
 
     Args:
-        params: A module, or as for `SteepestDescent`.
         lr: Learning rate, the part of the way to the edge of the ball.
         momentum: Weight of the old average; the authors' argument is one minus this.
         radius: Of the ball of every layer but the head's.
@@ -425,7 +419,6 @@ class PolarGrad(SteepestDescent):
     Everything else has Adam's Euclidean norm, whose regularised step is Adam's.
 
     Args:
-        params: A module, or as for `SteepestDescent`.
         lr: Learning rate of the matrices, which move by lr · s² · ‖M‖_nuc · U Vᵀ with s the scale. The default is for
             a small language model; it changes with the size of gradients.
         momentum: Of the matrices, and the first of `betas` unless these are given.
@@ -459,7 +452,6 @@ class MuonMax(SteepestDescent):
     of matrices, so `lr` must be found anew when the depth of a model changes.
 
     Args:
-        params: A module, or as for `SteepestDescent`.
         lr: Learning rate of the matrices, which move by lr · s · Σ s ‖M‖_nuc · U Vᵀ with s the scale. The default is
             for a small language model; with Momo, too large is better than too small.
         momentum: Of the matrices, and the first of `betas` unless these are given.
