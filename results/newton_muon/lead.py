@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 from steepest.lab.disk.packed import StudyFiles
+from steepest.lab.studies.records import Listed
 
 STUDY = Path(__file__).parent / "tiny"
 
@@ -16,7 +17,7 @@ def main() -> None:
     """Print the mean difference of evaluation losses, its standard error and its sign per seed, every 100 steps."""
     losses: dict[tuple[str, int], dict[int, float]] = {}
     study = StudyFiles(STUDY)
-    for run in map(study.run, study.study().inner("runs").values):
+    for run in map(study.run, study.study(Listed).runs):
         config = json.loads(run.text("config.json"))
         rows = map(json.loads, run.lines("metrics.jsonl"))
         losses[config["method"], config["seed"]] = {r["step"]: r["loss"] for r in rows if r["kind"] == "eval"}

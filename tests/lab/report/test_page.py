@@ -195,7 +195,7 @@ def test_a_damaged_run_is_named_on_the_page(tmp_path: Path) -> None:
 
 def test_a_damaged_study_has_no_page(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text("{}")
-    with pytest.raises(RecordError, match=r"study\.json: format must be 1, got nothing\. Delete the file and repeat"):
+    with pytest.raises(RecordError, match=r"study\.json: format is missing\. Delete the file and repeat"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 

@@ -131,9 +131,14 @@ def test_finished_forks_are_kept_and_damaged_ones_named(parents, tmp_path, monke
     trained, train = [], train_branch
     assert train_branches(run, tmp_path, batches=(8, 16), window=window) == first
     assert trained == [1]
-    kept[1].write_text('{"format": 1, "batch_size": 7}\n')
-    with pytest.raises(RecordError, match=r"batch_size must be .* got 7\. Delete this file: only this branch"):
-        train_branches(run, tmp_path, batches=(8, 16), window=window)
+    other = {**json.loads(kept[1].read_text()), "batch_size": 7}
+    for content, message in (
+        ('{"format": 1}', "batch_size is missing"),
+        (json.dumps(other), "batch_size must be .* got 7"),
+    ):
+        kept[1].write_text(content)
+        with pytest.raises(RecordError, match=rf"{message}.*\. Delete this file: only this branch"):
+            train_branches(run, tmp_path, batches=(8, 16), window=window)
 
 
 def test_what_cannot_be_forked_is_refused(parents, tmp_path):

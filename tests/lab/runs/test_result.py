@@ -22,7 +22,7 @@ def test_no_file_is_no_result(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"status": "won"}, "status must be 'finished' or 'diverged', got 'won'"), ({"format": 2}, "format must be 1")],
+    [({"status": "won"}, "status must be 'diverged' or 'finished', got 'won'"), ({"format": 2}, "format must be 1")],
 )
 def test_a_damaged_file_is_refused(tmp_path, change, message):
     path = tmp_path / "result.json"

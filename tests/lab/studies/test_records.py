@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steepest.lab.disk.fields import Fields, RecordError
+from steepest.lab.disk.fields import RecordError, wrong
 from steepest.lab.disk.packed import RunFiles
 from steepest.lab.studies.records import Absent, Study, read_run, read_study
 from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, run_dir, write_study
@@ -89,8 +89,14 @@ def test_a_run_without_environment_is_still_a_run(study_dir: Path) -> None:
         (None, r"study\.json: no study here\. Give the directory that race or sweep was given as --out\."),
         (b"\xff\xfe", r"study\.json: the file cannot be read .*utf-8.* Delete the file and repeat the study's command"),
         (b"{", r"study\.json: not valid JSON .*Delete the file and repeat the study's command"),
-        (b"[" * 100_000, r"study\.json: not valid JSON .*recursion.* Delete the file and repeat the study's command"),
-        (b"[]", r"study\.json: expected a JSON object, got list\. Delete the file and repeat the study's command"),
+        (
+            b"[" * 100_000,
+            r"study\.json: the content must be an object\. Delete the file and repeat",
+        ),
+        (
+            b"[]",
+            r"study\.json: the content must be an object, got \[\]\. Delete the file",
+        ),
     ],
 )
 def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, message: str) -> None:
@@ -108,16 +114,16 @@ def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, mes
         ("format", 2, "format must be 1, got 2"),
         ("kind", "sweep", "kind must be 'race', got 'sweep'"),
         ("kind", "rally", "kind must be one of race, sweep, critical-batch, got 'rally'"),
-        ("methods", [], "methods must be a list of different, non-empty strings, got \\[\\]"),
-        ("methods", ["adamw", "adamw"], "methods must be a list of different"),
-        ("methods", ["adamw", 3], "methods must be a list of different"),
+        ("methods", [], r"methods must be a non-empty list, got \[\]"),
+        ("methods", ["adamw", "adamw"], "methods must be a list of different values, got"),
+        ("methods", ["adamw", 3], r"methods\.1 must be a string, got 3"),
         ("baseline", "sgd", r"baseline must be one of the methods \['adamw', 'muon'\], got 'sgd'"),
-        ("seeds", [0, -1], "seeds must be a list of different whole numbers of at least 0"),
-        ("seeds", [0, True], "seeds must be a list of different whole numbers"),
+        ("seeds", [0, -1], r"seeds\.1 must be a whole number of at least 0, got -1"),
+        ("seeds", [0, True], r"seeds\.1 must be a whole number, got True"),
         ("task", "", "task must be a non-empty string, got ''"),
         ("created", "yesterday", "created must be a time such as 2025-01-31T12:00:00"),
-        ("target", -1e101, r"target must be a loss of at most 1e\+100, got -1e\+101"),
-        ("target", "1.7", "target must be a finite number, got '1.7'"),
+        ("target", -1e101, r"target must be a finite number of at least -1e\+100, got -1e\+101"),
+        ("target", "1.7", "target must be a finite number or null, got '1.7'"),
         ("runs", [], "runs must be an object, got \\[\\]"),
         ("runs", {"../../etc": {}}, r"runs\.\.\./\.\./etc must be named by 16 hexadecimal digits"),
         (
@@ -145,15 +151,19 @@ def test_a_study_with_a_wrong_field(study_dir: Path, key: str, value: object, me
     [
         ("config.json", {"format": 9}, "format must be 1, got 9"),
         ("config.json", {"steps": 0}, "steps must be a whole number of at least 1, got 0"),
-        ("config.json", {"steps": True}, "steps must be a whole number of at least 1, got True"),
-        ("config.json", {"seed": 2**63}, "seed must be a whole number of at least 0"),
+        ("config.json", {"steps": True}, "steps must be a whole number, got True"),
+        (
+            "config.json",
+            {"seed": 2**63},
+            "seed must be a whole number of at most 9223372036854775807, got 9",
+        ),
         ("config.json", {"options": None}, "options must be an object, got None"),
         (
             "config.json",
             {"tuning": {"trials": -1, "source": None}},
             "tuning.trials must be a whole number of at least 0",
         ),
-        ("config.json", {"tuning": {"trials": 1}}, "tuning.source must be a non-empty string, got nothing"),
+        ("config.json", {"tuning": {"trials": 1}}, "tuning.source is missing"),
         (
             "config.json",
             {"tuning": {"trials": 1, "source": None, "edge": 1}},
@@ -164,12 +174,16 @@ def test_a_study_with_a_wrong_field(study_dir: Path, key: str, value: object, me
             {"data": {"name": "x", "sha256": "12", "bytes": 1}},
             "data.sha256 must be 64 hexadecimal digits",
         ),
-        ("result.json", {"status": "won"}, "status must be 'finished' or 'diverged', got 'won'"),
-        ("result.json", {"status": "diverged"}, "final_loss must be None, got 1"),
+        ("result.json", {"status": "won"}, "status must be 'diverged' or 'finished', got 'won'"),
+        ("result.json", {"status": "diverged"}, "final_loss must be null after divergence, got 1"),
         ("result.json", {"final_loss": None}, "final_loss must be a finite number, got None"),
-        ("result.json", {"train_s": -1.0}, "train_s must be a number of seconds of at least 0, got -1.0"),
-        ("result.json", {"train_s": 1e308}, r"train_s must be at most 1e\+100, got 1e\+308"),
-        ("result.json", {"final_accuracy": -1e308}, r"final_accuracy must be at most 1e\+100, got -1e\+308"),
+        ("result.json", {"train_s": -1.0}, "train_s must be a finite number of at least 0.0, got -1.0"),
+        ("result.json", {"train_s": 1e308}, r"train_s must be a finite number of at most 1e\+100, got 1e\+308"),
+        (
+            "result.json",
+            {"final_accuracy": -1e308},
+            r"final_accuracy must be a finite number of at least -1e\+100",
+        ),
         ("result.json", {"final_loss": 1e308}, r"final_loss is 1e\+308, but the last evaluation in metrics.jsonl is 1"),
         ("config.json", {"options": {"lr": 0.5}}, "changed since the run began, its content belongs to a run named"),
         ("config.json", {"code": "9"}, "changed since the run began, its content belongs to a run named [0-9a-f]{16}"),
@@ -193,9 +207,13 @@ def test_a_damaged_run_is_named_and_does_not_spoil_the_others(
     [
         (4, "garbage", "line 4: not valid JSON"),
         (1, '{"kind": "test"}', "line 1: kind must be 'train', 'eval', 'final' or 'diagnostics', got 'test'"),
-        (3, '{"kind": "train", "step": 1}', "line 3: step must be larger than 1|line 3: tokens must be a whole number"),
-        (2, '{"kind": "eval", "step": 0, "tokens": 0, "loss": NaN}', "line 2: not valid JSON .NaN is not a number"),
-        (2, '{"kind": "eval", "step": 0, "tokens": 0, "loss": 1e999}', "line 2: not valid JSON .1e999 is not a number"),
+        (3, '{"kind": "train", "step": 1}', "line 3: tokens is missing"),
+        (
+            2,
+            '{"kind": "eval", "step": 0, "tokens": 0, "loss": NaN}',
+            "line 2: not valid JSON .*character .byte 49.",
+        ),
+        (2, '{"kind": "eval", "step": 0, "tokens": 0, "loss": 1e999}', "line 2: loss must be a finite number"),
         (
             2,
             '{"kind": "eval", "step": 0, "tokens": 0, "loss": 1, "accuracy": null, "train_s": 0}',
@@ -204,7 +222,7 @@ def test_a_damaged_run_is_named_and_does_not_spoil_the_others(
         (
             2,
             '{"kind": "eval", "step": 1, "tokens": 0, "loss": 1, "accuracy": null, "train_s": 1e101}',
-            r"line 2: train_s must be a number of seconds of at most 1e\+100, got 1e\+101",
+            r"line 2: train_s must be a finite number of at most 1e\+100, got 1e\+101",
         ),
     ],
 )
@@ -254,5 +272,5 @@ def test_a_run_that_ends_at_a_loss_no_sum_can_hold_has_diverged(tmp_path: Path) 
 
 
 def test_long_values_are_cut_in_errors() -> None:
-    error = Fields(Path("a.json"), {"key": "x" * 500}, "Do this.").error("key", "short")
+    error = wrong("key", "short", "x" * 500)
     assert len(str(error)) < 150

@@ -1,150 +1,184 @@
-"""JSON from outside, read field by field: each value is checked for type and range, or an error says what to do."""
+"""JSON from outside, decoded into typed records: a value has the type and range that is declared, or is refused.
+
+The types below say more than a bare `int` or `str`; a record is any class that `msgspec` decodes. What one field cannot
+say of another stands in the `__post_init__` of the record, which raises what `wrong` returns.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+import msgspec
+from msgspec import Meta, inspect
 
 from steepest.lab.disk.files import RecordError, read_text
 
-__all__ = ["HIGHEST_RATE", "LARGEST", "LOWEST_RATE", "Fields", "RecordError", "parse_object", "read_text"]
+__all__ = ["HIGHEST_RATE", "HUGE", "LARGEST", "LOWEST_RATE", "RecordError", "decode", "parse_object", "read_text"]
 
 LOWEST_RATE, HIGHEST_RATE = 1e-30, 1e9  # a learning rate beyond is a mistake
 LARGEST = 2**63  # no step, seed, token or byte count is larger, and all smaller ones convert to float
+HUGE = 1e100  # float64 holds larger numbers, but not their sums; a loss above it has diverged
+
+Count = Annotated[int, Meta(ge=0, le=LARGEST - 1)]
+Positive = Annotated[int, Meta(ge=1, le=LARGEST - 1)]
+Text = Annotated[str, Meta(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Meta(min_length=1)]
+Counts = Annotated[tuple[Count, ...], Meta(min_length=1)]
+Seconds = Annotated[float, Meta(ge=0, le=HUGE)]
+Rate = Annotated[float, Meta(ge=LOWEST_RATE, lt=HIGHEST_RATE)]
+NAME = re.compile(r"^[0-9a-f]{16}\Z")  # of a run; it becomes a path
+RunName = Annotated[str, Meta(pattern=NAME.pattern)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+T = TypeVar("T")
+_WORDS = {
+    "int": "a whole number",
+    "float": "a finite number",
+    "str": "a string",
+    "bool": "true or false",
+    "object": "an object",
+    "array": "a list",
+    "null": "null",
+}
 
 
-@dataclass(frozen=True)
-class Fields:
-    """One JSON object of a file.
+class Versioned(msgspec.Struct):
+    """What every record says first: a later format may mean other things by the same keys."""
+
+    format: Literal[1]
+
+
+def decode(kind: type[T], text: str, path: Path, *, remedy: str, where: str = "") -> T:
+    """A record from its JSON text; keys that it does not declare are left out.
 
     Args:
+        kind: Of the record.
+        text: JSON, without NaN and infinity.
         path: The file, for error messages.
-        values: The object.
-        remedy: What to do when a field is wrong; ends every error message.
-        where: Place of the object inside the file, such as "line 3: " or "data."; empty at the top.
-    """
-
-    path: Path
-    values: Mapping[str, object]
-    remedy: str
-    where: str = ""
-
-    def error(self, key: str, expected: str) -> RecordError:
-        """The error to raise when `key` is not `expected`."""
-        got = repr(self.values[key])[:80] if key in self.values else "nothing"
-        return RecordError(self.path, f"{self.where}{key} must be {expected}, got {got}", self.remedy)
-
-    def expect(self, key: str, value: object) -> None:
-        """Check that a field has exactly this value."""
-        if self.values.get(key) != value:
-            raise self.error(key, repr(value))
-
-    def text(self, key: str) -> str:
-        """A string that is not empty."""
-        value = self.values.get(key)
-        if not isinstance(value, str) or not value:
-            raise self.error(key, "a non-empty string")
-        return value
-
-    def line(self, key: str) -> str:
-        """A string that is not empty, and whose characters all show."""
-        if not self.text(key).isprintable():
-            raise self.error(key, "a string without control characters")
-        return self.text(key)
-
-    def count(self, key: str, *, least: int = 0) -> int:
-        """A whole number of at least `least`."""
-        value = self.values.get(key)
-        if not _is_count(value, least):
-            raise self.error(key, f"a whole number of at least {least}")
-        return cast(int, value)
-
-    def real(self, key: str) -> float:
-        """A finite number."""
-        value = self.values.get(key)
-        if isinstance(value, float) and math.isfinite(value):
-            return value
-        if isinstance(value, int) and _is_count(value, -LARGEST):
-            return float(value)
-        raise self.error(key, "a finite number")
-
-    def seconds(self, key: str) -> float:
-        """A finite number of at least 0."""
-        value = self.real(key)
-        if value < 0:
-            raise self.error(key, "a number of seconds of at least 0")
-        return value
-
-    def real_or_none(self, key: str) -> float | None:
-        """A finite number, or null; the key must be there."""
-        return None if self._null(key) else self.real(key)
-
-    def count_or_none(self, key: str) -> int | None:
-        """A whole number, or null; the key must be there."""
-        return None if self._null(key) else self.count(key)
-
-    def text_or_none(self, key: str) -> str | None:
-        """A string that is not empty, or null; the key must be there."""
-        return None if self._null(key) else self.text(key)
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        """A list of different, non-empty strings, at least one."""
-        value = self.values.get(key)
-        items = cast(list[object], value) if isinstance(value, list) else []
-        if not items or not all(isinstance(item, str) and item for item in items) or len(set(items)) < len(items):
-            raise self.error(key, "a list of different, non-empty strings")
-        return tuple(cast(list[str], items))
-
-    def counts(self, key: str) -> tuple[int, ...]:
-        """A list of different whole numbers of at least 0, at least one."""
-        value = self.values.get(key)
-        items = cast(list[object], value) if isinstance(value, list) else []
-        if not items or not all(_is_count(item, 0) for item in items) or len(set(items)) < len(items):
-            raise self.error(key, "a list of different whole numbers of at least 0")
-        return tuple(cast(list[int], items))
-
-    def inner(self, key: str) -> Fields:
-        """A nested object."""
-        value = self.values.get(key)
-        if not isinstance(value, dict):
-            raise self.error(key, "an object")
-        return Fields(self.path, cast(dict[str, object], value), self.remedy, f"{self.where}{key}.")
-
-    def inner_or_none(self, key: str) -> Fields | None:
-        """A nested object, or null; the key must be there."""
-        return None if self._null(key) else self.inner(key)
-
-    def _null(self, key: str) -> bool:
-        return key in self.values and self.values[key] is None
-
-
-def parse_object(text: str, path: Path, *, remedy: str, where: str = "") -> Fields:
-    """One JSON object; NaN and infinity are not JSON.
+        remedy: What to do about it; ends every error message.
+        where: Place of the record inside the file, such as "line 3: "; empty for the whole file.
 
     Raises:
-        RecordError: If the text is anything else.
+        RecordError: If the text is anything else; it names file, key, what was expected, and what there is.
     """
     try:
-        value: object = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as problem:
+        return cast(T, _decoder(kind).decode(text))
+    except msgspec.ValidationError as problem:
+        raise RecordError(path, f"{where}{_told(kind, text, str(problem))}", remedy) from None
+    except (msgspec.DecodeError, ValueError, RecursionError) as problem:
         raise RecordError(path, f"{where}not valid JSON ({problem})", remedy) from None
-    if not isinstance(value, dict):
-        raise RecordError(path, f"{where}expected a JSON object, got {type(value).__name__}", remedy)
-    return Fields(path, cast(dict[str, object], value), remedy, where)
 
 
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < LARGEST
+def parse_object(text: str, path: Path, *, remedy: str, where: str = "") -> dict[str, Any]:
+    """A JSON object of which nothing is known; arguments and errors as of `decode`."""
+    return decode(dict[str, Any], text, path, remedy=remedy, where=where)
 
 
-def _finite(literal: str) -> float:
-    value = float(literal)
-    return value if math.isfinite(value) else _refuse_constant(literal)
+def wrong(key: str, expected: str, got: object) -> ValueError:
+    """What a record raises that contradicts itself: "KEY must be EXPECTED, got GOT"."""
+    return ValueError(f"{key} must be {expected}, got {repr(got)[:80]}")
 
 
-def _refuse_constant(literal: str) -> float:
-    raise ValueError(f"{literal} is not a number that JSON knows")
+def check_distinct(key: str, values: Iterable[object]) -> None:
+    """Refuse a list in which something occurs twice.
+
+    Raises:
+        ValueError: As of `wrong`.
+    """
+    if len(set(found := list(values))) < len(found):
+        raise wrong(key, "a list of different values", found)
+
+
+@functools.cache
+def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
+
+
+def _told(kind: Any, text: str, problem: str) -> str:
+    """What the library says, in the words of this house: by name of the key, and with what there is."""
+    found = re.search(r" - at (?:`key` in )?`\$([^`]*)`$", problem)
+    what, place = (problem[: found.start()], found[1]) if found else (problem, "")
+    try:
+        document: Any = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):  # damaged further on, too
+        document = None
+    keys: list[str] = []
+    value, known = document, True
+    whole = isinstance(document, dict) and place[1:] in document  # as "result.json" is one key
+    for name in [place[1:]] if whole else re.findall(r"[^.\[\]]+|(?<=\[)\.\.\.", place):
+        if name == "...":
+            name = _culprit(kind, document, keys, problem)
+        keys.append(name)
+        try:
+            value = value[int(name)] if isinstance(value, list) else value[name]
+        except (TypeError, LookupError, ValueError):
+            known = False
+    shown = ".".join(keys)
+    if other := re.match("Object (missing required|contains unknown) field `(.*)`", what):
+        return f"{'.'.join([*keys, other[2]])} {'is missing' if other[1].startswith('missing') else 'must be absent'}"
+    if "`key` in" in problem:
+        bad = next((key for key in cast(Mapping[str, object], value) if not NAME.match(key)), "")
+        return f"{shown}.{bad} must be named by 16 hexadecimal digits"
+    if (expected := _expected(kind, keys, what)) is None:
+        return what
+    got = f", got {repr(value)[:80]}" if known and document is not None else ""
+    return f"{shown or 'the content'} must be {expected}{got}"
+
+
+def _expected(kind: Any, keys: list[str], what: str) -> str | None:
+    """What a field must be; None if the record itself has said it."""
+    if what == "Number out of range":
+        return _WORDS["float"]
+    if what.startswith("Invalid RFC3339"):
+        return "a time such as 2025-01-31T12:00:00+00:00"
+    if what.startswith("Invalid "):
+        return _listed([repr(choice) for choice in _choices(inspect.type_info(kind), keys)])
+    match = re.match(r"Expected `([^`]*)`(?:, got `[^`]*`)?(.*)$", what, flags=re.DOTALL)
+    if match is None:
+        return None
+    names, limit = match[1].split(" | "), match[2]
+    types = _listed([_WORDS.get(name, name) for name in names if name != "int" or "float" not in names])
+    if digits := re.search(r"\{(\d+)\}\\+Z'$", limit):
+        return f"{digits[1]} hexadecimal digits"
+    if limit == " of length >= 1":
+        return types.replace("a ", "a non-empty ", 1)
+    return types + limit.replace(" >= ", " of at least ").replace(" <= ", " of at most ").replace(" < ", " below ")
+
+
+def _listed(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _choices(info: inspect.Type, keys: list[str]) -> list[object]:
+    """The values of a field that may have some only; of a key that tells kinds of records apart, these."""
+    options = info.types if isinstance(info, inspect.UnionType) else (info,)
+    if not keys:
+        return [value for one in options if isinstance(one, inspect.LiteralType) for value in one.values]
+    records = [one for one in options if isinstance(one, inspect.StructType | inspect.DataclassType)]
+    for record in records:
+        for field in record.fields:
+            if field.encode_name == keys[0]:
+                return _choices(field.type, keys[1:])
+    return [record.tag for record in records if isinstance(record, inspect.StructType)]
+
+
+def _culprit(kind: Any, document: Any, keys: list[str], problem: str) -> str:
+    """Which entry of an object is meant, of which the library says only that it is one of them."""
+
+    def with_only(value: Any, keys: list[str], entry: str) -> Any:
+        if not keys:
+            return {entry: value[entry]}
+        return {**value, keys[0]: with_only(value[keys[0]], keys[1:], entry)}
+
+    inner = functools.reduce(lambda value, key: value[key], keys, document)
+    for entry in inner:
+        try:
+            msgspec.convert(with_only(document, keys, entry), kind)
+        except msgspec.ValidationError as again:
+            if str(again) == problem:
+                return str(entry)
+    return "..."

@@ -10,7 +10,9 @@ import re
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
-from steepest.lab.disk.fields import RecordError, parse_object
+import msgspec
+
+from steepest.lab.disk.fields import Count, RecordError, Text, decode, parse_object
 from steepest.lab.disk.files import exists, open_to_append, read_lines, remove_unfinished, write_all, write_whole
 
 __all__ = ["MetricsFile", "RunBusyError", "locked", "write_whole"]
@@ -97,12 +99,16 @@ def _line(row: Mapping[str, object]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
+class _Row(msgspec.Struct):
+    kind: Text
+    step: Count
+
+
 def _rows_until(path: Path, step: int) -> list[Mapping[str, object]]:
     """The rows of the first `step` steps, the evaluation after the last of them included."""
     rows: list[Mapping[str, object]] = []
     for number, line in enumerate(read_lines(path, remedy=_REMEDY), start=1):
-        fields = parse_object(line, path, remedy=_REMEDY, where=f"line {number}: ")
-        fields.text("kind")
-        if fields.count("step") <= step:
-            rows.append(fields.values)
+        where = f"line {number}: "
+        if decode(_Row, line, path, remedy=_REMEDY, where=where).step <= step:
+            rows.append(parse_object(line, path, remedy=_REMEDY, where=where))
     return rows

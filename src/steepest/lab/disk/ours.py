@@ -65,7 +65,7 @@ def _is_begun(directory: Path, content: Content, names: set[str]) -> bool:
 def _is_foreign(path: Path, keys: set[str]) -> bool:
     """Whether a file is readable, and not ours; what is wrong with others says who reads them."""
     try:
-        return not keys <= parse_object(read_text(path), path, remedy=_REMEDY).values.keys()
+        return not keys <= parse_object(read_text(path), path, remedy=_REMEDY).keys()
     except RecordError:
         return False
 
@@ -82,6 +82,6 @@ def _is_bench(path: Path) -> bool:
     if not exists(path):
         return False
     try:
-        return {"command", "commit", "environment"} <= parse_object(read_text(path), path, remedy=_REMEDY).values.keys()
+        return {"command", "commit", "environment"} <= parse_object(read_text(path), path, remedy=_REMEDY).keys()
     except RecordError:
         return False

@@ -11,23 +11,25 @@ import json
 import lzma
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
+from typing import Literal, TypeVar, cast
 
-from steepest.lab.disk.fields import Fields, parse_object
+import msgspec
+
+from steepest.lab.disk.fields import RunName, Text, decode
 from steepest.lab.disk.files import MOST_BYTES, RecordError, exists, open_to_read, read_lines, read_text
 
 PACKED = "runs.jsonl.xz"
-REQUIRED = ("config.json", "metrics.jsonl", "result.json")
 RECORDS = ("config.json", "environment.json", "metrics.jsonl", "result.json")
 FORMAT = 1
 MOST_UNPACKED_BYTES = 2**29
 MOST_MEMORY = 2**27  # that unpacking may take; what we write needs a tenth
-NAME = re.compile("[0-9a-f]{16}")
 STUDY_REMEDY = "Delete the file and repeat the study's command: finished runs are found by their content."
 
+T = TypeVar("T")
 _PIECE = 2**20
 _DAMAGED = "Take the packed file anew from where it came: this one is not as it was packed."
 _NO_STUDY = "Give the directory that race or sweep was given as --out."
@@ -116,18 +118,21 @@ class StudyFiles:
         if not self.packed and not exists(directory / "study.json"):
             raise RecordError(directory / "study.json", "no study here", _NO_STUDY)
 
-    def study(self) -> Fields:
+    def study(self, kind: type[T]) -> T:
         """The content of `study.json`.
+
+        Args:
+            kind: Of the record that it is read as.
 
         Raises:
             RecordError: If it is damaged.
         """
         if self.packed:
-            rows = _rows(self.directory / PACKED)
-            text, path = _first(next(rows)), self.directory / PACKED / "study.json"
-            return parse_object(text, path, remedy=_DAMAGED)
+            path = self.directory / PACKED
+            first = decode(_First, next(_lines(path)), path, remedy=_DAMAGED, where="line 1: ")
+            return decode(kind, first.study, path / "study.json", remedy=_DAMAGED)
         path = self.directory / "study.json"
-        return parse_object(read_text(path, remedy=STUDY_REMEDY), path, remedy=STUDY_REMEDY)
+        return decode(kind, read_text(path, remedy=STUDY_REMEDY), path, remedy=STUDY_REMEDY)
 
     def run(self, name: str) -> RunFiles:
         """The records of a run, which may have none.
@@ -188,58 +193,45 @@ def unpack(path: Path) -> tuple[bytes, Mapping[str, Mapping[str, bytes]]]:
     Raises:
         RecordError: If the file is missing, no regular file, too large, cut short, or not what `pack` writes.
     """
-    rows = _rows(path)
-    study = _first(next(rows)).encode()
+    lines = _lines(path)
+    first = decode(_First, next(lines), path, remedy=_DAMAGED, where="line 1: ")
     runs: dict[str, Mapping[str, bytes]] = {}
-    for row in rows:
-        name = row.text("run")
-        if not NAME.fullmatch(name) or name in runs:
-            raise row.error("run", "16 hexadecimal digits that name no other run")
-        _only(row, ("run", *RECORDS))
-        runs[name] = {key: _content(row, key) for key in RECORDS if key in row.values or key in REQUIRED}
-    return study, runs
+    for number, line in enumerate(lines, start=2):
+        row = decode(_Line, line, path, remedy=_DAMAGED, where=f"line {number}: ")
+        if row.run in runs:
+            raise RecordError(path, f"line {number}: run {row.run} is there already", _DAMAGED)
+        files = cast(dict[str, str | None], msgspec.to_builtins(row))
+        runs[row.run] = {key: text.encode() for key in RECORDS if (text := files[key]) is not None}
+    return first.study.encode(), runs
 
 
-def _first(row: Fields) -> str:
-    _only(row, ("format", "study.json"))
-    row.expect("format", FORMAT)
-    return _content(row, "study.json").decode()
+class _First(msgspec.Struct, forbid_unknown_fields=True):
+    format: Literal[1]
+    study: Text = msgspec.field(name="study.json")
 
 
-def _content(row: Fields, key: str) -> bytes:
-    try:
-        return row.text(key).encode()
-    except UnicodeEncodeError:
-        raise row.error(key, "text") from None
+class _Line(msgspec.Struct, forbid_unknown_fields=True):
+    run: RunName
+    config: Text = msgspec.field(name="config.json")
+    metrics: Text = msgspec.field(name="metrics.jsonl")
+    result: Text = msgspec.field(name="result.json")
+    environment: Text | None = msgspec.field(name="environment.json", default=None)
 
 
-def _only(row: Fields, known: Sequence[str]) -> None:
-    for key in row.values:
-        if key not in known:
-            raise row.error(key, f"absent: a line has {', '.join(known)}")
-
-
-def _rows(path: Path) -> Iterator[Fields]:
-    """The objects of a packed file, at least one."""
-    number = 0
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a packed file, at least one."""
+    line, number = bytearray(), 0
     with open_to_read(path, remedy=_DAMAGED, most=MOST_UNPACKED_BYTES) as file:
-        for number, line in enumerate(_lines(file, path), start=1):
-            yield parse_object(line, path, remedy=_DAMAGED, where=f"line {number}: ")
-    if number == 0:
-        raise RecordError(path, "the file is empty", _DAMAGED)
-
-
-def _lines(file: BufferedReader, path: Path) -> Iterator[str]:
-    line = bytearray()
-    for piece in _pieces(file, path):
-        for end in re.findall(rb"[^\n]*\n|[^\n]+", piece):  # and not at other ends of lines
-            line += end
-            if len(line) > MOST_BYTES:
-                raise RecordError(path, f"a line has more than {MOST_BYTES} bytes", _DAMAGED)
-            if end.endswith(b"\n"):
-                yield _text(line, path)
-                line.clear()
-    if line:
+        for piece in _pieces(file, path):
+            for end in re.findall(rb"[^\n]*\n|[^\n]+", piece):  # and not at other ends of lines
+                line += end
+                if len(line) > MOST_BYTES:
+                    raise RecordError(path, f"a line has more than {MOST_BYTES} bytes", _DAMAGED)
+                if end.endswith(b"\n"):
+                    yield _text(line, path)
+                    line.clear()
+                    number += 1
+    if line or not number:
         raise RecordError(path, "the last line is cut short", _DAMAGED)
 
 

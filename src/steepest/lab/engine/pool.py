@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 import steepest
-from steepest.lab.disk.fields import parse_object
+from steepest.lab.disk.fields import Count, decode
 from steepest.lab.disk.files import RecordError, append_line, exists, one_line, open_to_append, read_tail
 from steepest.lab.engine.stopping import POLL_S
 from steepest.lab.engine.worker import BUSY, FULL, INTERRUPTED
@@ -164,6 +166,12 @@ def last_words(run_dir: Path) -> str:
     return one_line(lines[-1]) if lines else "no reason was recorded"
 
 
+class _Row(msgspec.Struct):
+    kind: str
+    step: Count = 0
+    loss: float | None = None
+
+
 def read_progress(run_dir: Path, *, steps: int) -> Progress:
     """How far a run is, from the last whole line of its metrics.
 
@@ -179,9 +187,9 @@ def read_progress(run_dir: Path, *, steps: int) -> Progress:
         metrics = run_dir / "metrics.jsonl"
         lines = read_tail(metrics, size=4096).split(b"\n")[:-1]
         for line in reversed(lines):
-            row = parse_object(line.decode(), metrics, remedy="")
-            if row.text("kind") == "train":
-                step, loss = min(row.count("step"), steps), row.real_or_none("loss")
+            row = decode(_Row, line.decode(), metrics, remedy="")
+            if row.kind == "train":
+                step, loss = min(row.step, steps), row.loss
                 break
     except (OSError, ValueError):
         pass  # a display may be late or show nothing; the records themselves are read with care elsewhere

@@ -7,6 +7,8 @@ there. A method without an entry at demo runs with the defaults of its signature
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from steepest.lab.disk.fields import Count, Text
+
 OptionValue = bool | int | float | str
 
 
@@ -20,9 +22,9 @@ class Tuning:
         edge: Whether the best setting lay at the edge of what was tried.
     """
 
-    trials: int | None
-    source: str | None
-    edge: bool
+    trials: Count | None
+    source: Text | None
+    edge: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args
 
+import msgspec
 import torch
 
-from steepest.lab.disk.fields import Fields, RecordError, parse_object, read_text
+from steepest.lab.disk.fields import RecordError, decode, read_text
 from steepest.lab.disk.files import digest, exists, make_directory, one_line, write_whole
 from steepest.lab.disk.ledger import locked
 from steepest.lab.disk.ours import refusal
@@ -336,17 +337,19 @@ def _known(loss: float | None) -> float:
     return math.inf if loss is None else loss
 
 
+class _Stored(msgspec.Struct):
+    format: Literal[1]
+    batch_size: int
+    repeat: int
+    losses: tuple[float, ...]
+    final_loss: float | None
+
+
 def _read(path: Path, batch: int, repeat: int) -> Branch | None:
     if not exists(path):
         return None
-    fields = parse_object(read_text(path, remedy=_BRANCH), path, remedy=_BRANCH)
-    for key, value in (("format", FORMAT), ("batch_size", batch), ("repeat", repeat)):
-        fields.expect(key, value)
-    return Branch(batch, repeat, _losses(fields), fields.real_or_none("final_loss"))
-
-
-def _losses(fields: Fields) -> tuple[float, ...]:
-    values = fields.values.get("losses")
-    if not isinstance(values, list) or not all(isinstance(value, float | int) for value in values):  # pyright: ignore[reportUnknownVariableType]
-        raise fields.error("losses", "a list of numbers")
-    return tuple(map(float, values))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    stored = decode(_Stored, read_text(path, remedy=_BRANCH), path, remedy=_BRANCH)
+    if (stored.batch_size, stored.repeat) != (batch, repeat):
+        problem = f"batch_size must be {batch} and repeat {repeat}, got {stored.batch_size} and {stored.repeat}"
+        raise RecordError(path, problem, _BRANCH)
+    return Branch(batch, repeat, stored.losses, stored.final_loss)

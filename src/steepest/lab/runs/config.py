@@ -6,13 +6,12 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from steepest.lab.disk.fields import LARGEST, Fields, parse_object
+from steepest.lab.disk.fields import LARGEST, Count, Positive, RecordError, Text, Versioned, decode, parse_object, wrong
 from steepest.lab.methods import resolve
 from steepest.lab.methods.tuned import OptionValue, Tuning
 from steepest.lab.runs.schedule import Schedule
@@ -55,16 +54,16 @@ class RunConfig:
         ValueError: If a number is out of range, or the schedule is unknown.
     """
 
-    task: str
-    preset: str
-    method: str
+    task: Text
+    preset: Text
+    method: Text
     options: Mapping[str, OptionValue]
-    seed: int
-    steps: int
-    batch_size: int
-    eval_every: int
+    seed: Count
+    steps: Positive
+    batch_size: Positive
+    eval_every: Positive
     tuning: Tuning | None
-    code: str
+    code: Text
     data: DataIdentity
     schedule: Schedule = "cooldown"
     target: float | None = None
@@ -82,6 +81,9 @@ class RunConfig:
         for name, least in (("seed", 0), ("steps", 1), ("batch_size", 1), ("eval_every", 1)):
             if not least <= (value := getattr(self, name)) < LARGEST:
                 raise ValueError(f"{name} must be a whole number of at least {least} and below 2^63, got {value}.")
+        for name, value in self.options.items():
+            if isinstance(value, int) and not -LARGEST < value < LARGEST:
+                raise wrong(f"options.{name}", "a number between -2^63 and 2^63", value)
 
     def to_json(self) -> str:
         """The content of `config.json`."""
@@ -99,27 +101,15 @@ class RunConfig:
         Raises:
             RecordError: If anything is missing, unknown, of the wrong type or out of range; it names file and key.
         """
-        fields = parse_object(text, path, remedy=remedy)
-        _only(fields, {"format", *(field.name for field in dataclasses.fields(cls))})
-        fields.expect("format", FORMAT)
-        tuning = fields.inner_or_none("tuning")
-        return cls(
-            task=fields.text("task"),
-            preset=fields.text("preset"),
-            method=fields.text("method"),
-            options=_options(fields.inner("options")),
-            seed=fields.count("seed"),
-            steps=fields.count("steps", least=1),
-            batch_size=fields.count("batch_size", least=1),
-            eval_every=fields.count("eval_every", least=1),
-            tuning=None if tuning is None else _tuning(tuning),
-            code=fields.text("code"),
-            data=_data(fields.inner("data")),
-            schedule=_one_of(fields, "schedule", "cooldown", get_args(Schedule)),
-            part=_one_of(fields, "part", "report", get_args(Part)),
-            target=_loss(fields, "target"),
-            watch_from=_loss(fields, "watch_from"),
-        )
+        decode(Versioned, text, path, remedy=remedy)
+        content = parse_object(text, path, remedy=remedy)
+        try:
+            _check_known(content, cls, "format")
+            _check_known(content.get("data"), DataIdentity, inside="data.")
+            _check_known(content.get("tuning"), Tuning, inside="tuning.")
+        except ValueError as unknown:
+            raise RecordError(path, str(unknown), remedy) from None
+        return decode(cls, text, path, remedy=remedy)
 
 
 def configure(
@@ -203,44 +193,9 @@ def _hash(config: RunConfig) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def _only(fields: Fields, valid: set[str]) -> None:
-    for key in fields.values:
-        if key not in valid:
-            raise fields.error(key, f"absent. {unknown_name('key', key, valid)[:-1]}")
-
-
-def _options(fields: Fields) -> dict[str, OptionValue]:
-    options: dict[str, OptionValue] = {}
-    for key, value in fields.values.items():
-        if not isinstance(value, bool | int | float | str):
-            raise fields.error(key, "a number, true, false or a string")
-        if isinstance(value, int) and not -LARGEST < value < LARGEST:
-            raise fields.error(key, "a number between -2^63 and 2^63")
-        options[key] = value
-    return options
-
-
-def _tuning(fields: Fields) -> Tuning:
-    _only(fields, {field.name for field in dataclasses.fields(Tuning)})
-    edge = fields.values.get("edge", False)
-    if not isinstance(edge, bool):
-        raise fields.error("edge", "true or false")
-    return Tuning(fields.count_or_none("trials"), fields.text_or_none("source"), edge)
-
-
-def _loss(fields: Fields, key: str) -> float | None:
-    return fields.real_or_none(key) if key in fields.values else None
-
-
-def _one_of(fields: Fields, key: str, default: str, known: tuple[Any, ...]) -> Any:
-    value = fields.values.get(key, default)
-    if value not in known:
-        raise fields.error(key, f"one of {', '.join(known)}")
-    return value
-
-
-def _data(fields: Fields) -> DataIdentity:
-    _only(fields, {field.name for field in dataclasses.fields(DataIdentity)})
-    if not re.fullmatch(r"[0-9a-f]{64}", fields.text("sha256")):
-        raise fields.error("sha256", "64 hexadecimal digits")
-    return DataIdentity(fields.text("name"), fields.text("sha256"), fields.count("bytes"))
+def _check_known(content: object, record: type, *more: str, inside: str = "") -> None:
+    """Refuse keys that a record does not have: a misspelled one would be left out."""
+    known = {*more, *(field.name for field in dataclasses.fields(record))}
+    for key in content if isinstance(content, dict) else ():
+        if key not in known:
+            raise ValueError(f"{inside}{key} must be absent. {unknown_name('key', str(key), known)[:-1]}")

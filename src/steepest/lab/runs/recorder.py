@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
+
+import msgspec
 
 from steepest.lab.disk.ledger import MetricsFile
 from steepest.lab.runs.result import Final
@@ -67,7 +68,7 @@ class Recorder:
 
     def final(self, final: Final, *, step: int) -> None:
         """Record what the run is judged by."""
-        self._metrics.append({"kind": "final", "step": step, **dataclasses.asdict(final)})
+        self._metrics.append({"kind": "final", "step": step, **msgspec.structs.asdict(final)})
         self._events.add_scalar("loss/final", final.loss, step)
 
     def diagnostics(self, numbers: Mapping[str, float], *, step: int) -> None:

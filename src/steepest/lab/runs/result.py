@@ -6,18 +6,21 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Literal
 
-from steepest.lab.disk.fields import LARGEST, Fields, parse_object, read_text
+import msgspec
+from msgspec import Meta
+
+from steepest.lab.disk.fields import HUGE, LARGEST, Count, Seconds, Text, Versioned, decode, read_text, wrong
 from steepest.lab.disk.files import exists
 from steepest.lab.tasks.held_out import BLOCKS
 
 FORMAT = 1
+Blocks = Annotated[tuple[Annotated[float, Meta(gt=-LARGEST, lt=LARGEST)], ...], Meta(max_length=BLOCKS)]
 _REMEDY = "Delete this file and repeat the command: the run goes on from its last checkpoint."
 
 
-@dataclass(frozen=True)
-class Final:
+class Final(msgspec.Struct, frozen=True, tag_field="kind", tag="final"):
     """What a run that ended is judged by: the evaluation of the whole of its part.
 
     Args:
@@ -29,7 +32,7 @@ class Final:
 
     loss: float
     accuracy: float | None
-    blocks: tuple[float, ...]
+    blocks: Blocks
     tuning_loss: float
 
 
@@ -53,16 +56,21 @@ class Result:
     """
 
     status: Literal["finished", "diverged"]
-    steps: int
+    steps: Count
     final_loss: float | None
-    final_accuracy: float | None
-    train_s: float
-    optimizer_s: float
-    forward_backward_s: float
-    peak_memory_bytes: int
-    finished: str
-    final_blocks: tuple[float, ...] = ()
+    final_accuracy: Annotated[float, Meta(ge=-HUGE, le=HUGE)] | None
+    train_s: Seconds
+    optimizer_s: Seconds
+    forward_backward_s: Seconds
+    peak_memory_bytes: Count
+    finished: Text
+    final_blocks: Blocks = ()
     tuning_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.final_loss is None) != (self.status == "diverged"):
+            expected = "null after divergence" if self.status == "diverged" else "a finite number"
+            raise wrong("final_loss", expected, self.final_loss)
 
     def to_json(self) -> str:
         """The content of `result.json`."""
@@ -89,45 +97,5 @@ def parse_result(text: str, *, path: Path, remedy: str) -> Result:
     Raises:
         RecordError: If anything is missing, of the wrong type or out of range.
     """
-    fields = parse_object(text, path, remedy=remedy)
-    fields.expect("format", FORMAT)
-    status = _status(fields)
-    if status == "diverged":
-        fields.expect("final_loss", None)
-    return Result(
-        status=status,
-        steps=fields.count("steps"),
-        final_loss=fields.real("final_loss") if status == "finished" else None,
-        final_accuracy=fields.real_or_none("final_accuracy"),
-        train_s=fields.seconds("train_s"),
-        optimizer_s=fields.seconds("optimizer_s"),
-        forward_backward_s=fields.seconds("forward_backward_s"),
-        peak_memory_bytes=fields.count("peak_memory_bytes"),
-        finished=fields.text("finished"),
-        final_blocks=blocks(fields, "final_blocks"),
-        tuning_loss=fields.real_or_none("tuning_loss") if "tuning_loss" in fields.values else None,
-    )
-
-
-def blocks(fields: Fields, key: str) -> tuple[float, ...]:
-    """A list of at most `BLOCKS` losses, or nothing in an older record.
-
-    Raises:
-        RecordError: If it is anything else.
-    """
-    value = fields.values.get(key, [])
-    items = cast(list[object], value) if isinstance(value, list) else [None]
-    if len(items) > BLOCKS or not all(_is_loss(item) for item in items):
-        raise fields.error(key, f"a list of at most {BLOCKS} losses")
-    return tuple(float(cast(float, item)) for item in items)
-
-
-def _is_loss(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-
-
-def _status(fields: Fields) -> Literal["finished", "diverged"]:
-    status = fields.text("status")
-    if status not in ("finished", "diverged"):
-        raise fields.error("status", "'finished' or 'diverged'")
-    return status
+    decode(Versioned, text, path, remedy=remedy)
+    return decode(Result, text, path, remedy=remedy)

@@ -186,7 +186,7 @@ def _record_environment(run_dir: Path, *, resuming: bool) -> None:
     content = describe_environment()
     if resuming and exists(path):
         remedy = "Delete this file and repeat the command: only the description of the machine is lost."
-        content = _taken_over(parse_object(read_text(path, remedy=remedy), path, remedy=remedy).values, content)
+        content = _taken_over(parse_object(read_text(path, remedy=remedy), path, remedy=remedy), content)
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -223,5 +224,5 @@ class Training:
             "diverged": self.diverged,
             "losses": self.losses,
             "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),
-            "final": None if final is None else dataclasses.asdict(final),
+            "final": None if final is None else msgspec.structs.asdict(final),
         }

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from steepest.lab.disk.fields import NAME
 from steepest.lab.disk.files import (
     RecordError,
     exists,
@@ -17,9 +18,9 @@ from steepest.lab.disk.files import (
     write_whole,
 )
 from steepest.lab.disk.ledger import locked
-from steepest.lab.disk.packed import NAME, PACKED, RECORDS, RunFiles, StudyFiles, pack, unpack
+from steepest.lab.disk.packed import PACKED, RECORDS, RunFiles, StudyFiles, pack, unpack
 from steepest.lab.runs.config import names_of, run_hash
-from steepest.lab.studies.records import open_study, read_run
+from steepest.lab.studies.records import Listed, open_study, read_run
 
 # What a run leaves beside its records, and nobody needs once it has ended.
 _LEFT = re.compile(r"lock|worker\.log|checkpoint\.pt|events\.out\.tfevents\.[\w.-]+")
@@ -48,7 +49,7 @@ def pack_study(study_dir: Path, *, delete: bool = False) -> Path:
     """
     packed = study_dir / PACKED
     study = StudyFiles(study_dir)
-    listed = open_study(study).inner("runs").values.keys()
+    listed = open_study(study, Listed).runs.keys()
     with locked(study_dir):
         names = _run_names(study_dir)
         if not study.packed:
@@ -79,7 +80,7 @@ def unpack_study(study_dir: Path) -> int:
     packed = study_dir / PACKED
     if not (files := StudyFiles(study_dir)).packed:
         raise RecordError(study_dir, "the study is not packed, or unpacked already", "Nothing needs to be done.")
-    open_study(files)
+    open_study(files, Listed)
     with locked(study_dir):
         study, runs = unpack(packed)
         for name, run in runs.items():

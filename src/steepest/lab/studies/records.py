@@ -9,46 +9,76 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar, cast
 
-from steepest.lab.disk.fields import Fields, RecordError, parse_object
-from steepest.lab.disk.packed import NAME, RunFiles, StudyFiles
+import msgspec
+from msgspec import Meta
+from msgspec.structs import force_setattr
+
+from steepest.lab.disk.fields import (
+    HUGE,
+    Count,
+    Counts,
+    Positive,
+    RecordError,
+    RunName,
+    Seconds,
+    Text,
+    Texts,
+    check_distinct,
+    decode,
+    parse_object,
+    wrong,
+)
+from steepest.lab.disk.packed import RunFiles, StudyFiles
 from steepest.lab.runs.config import RunConfig, names_of, run_hash
-from steepest.lab.runs.result import Final, Result, blocks, parse_result
+from steepest.lab.runs.result import Final, Result, parse_result
 from steepest.lab.studies import KINDS
 
-FORMAT = 1
-HUGE = 1e100  # float64 holds larger numbers, but not their sums; a loss above it has diverged
-
+T = TypeVar("T")
 Status = Literal["finished", "diverged", "unfinished"]
 
 
-@dataclass(frozen=True)
-class TrainRow:
+class _Row(msgspec.Struct, frozen=True, tag_field="kind"):
+    """One line of `metrics.jsonl`."""
+
+
+class TrainRow(_Row, frozen=True, tag="train"):
     """One optimizer step, counted from 1. Seconds; `train_s` is cumulative and leaves evaluations out."""
 
-    step: int
-    tokens: int
+    step: Positive
+    tokens: Count
     loss: float | None
     lr: float
-    forward_backward_s: float
-    optimizer_s: float
-    train_s: float
+    forward_backward_s: Seconds
+    optimizer_s: Seconds
+    train_s: Seconds
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "loss", _bounded(self.loss))
 
 
-@dataclass(frozen=True)
-class EvalRow:
+class EvalRow(_Row, frozen=True, tag="eval"):
     """One evaluation after `step` steps; `loss` is None where it was not finite."""
 
-    step: int
-    tokens: int
+    step: Count
+    tokens: Count
     loss: float | None
     accuracy: float | None
-    train_s: float
+    train_s: Seconds
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "loss", _bounded(self.loss))
+
+
+class Diagnostics(_Row, frozen=True, tag="diagnostics"):
+    """Numbers of an optimizer, for the eye: no report reads them."""
+
+    numbers: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -97,6 +127,65 @@ class Study:
     absent: tuple[Absent, ...]
 
 
+class Listed(msgspec.Struct, frozen=True):
+    """What `study.json` says of all kinds of study.
+
+    Raises:
+        ValueError: If a method or a seed is there twice.
+    """
+
+    task: Text
+    preset: Text
+    methods: Texts
+    seeds: Counts
+    command: Text
+    created: datetime
+    runs: Mapping[RunName, object]
+
+    def __post_init__(self) -> None:
+        check_distinct("methods", self.methods)
+        check_distinct("seeds", self.seeds)
+
+
+class _RaceRun(msgspec.Struct):
+    method: Text
+    seed: Count
+
+
+class _Race(Listed, frozen=True, kw_only=True):
+    kind: Literal["race"]
+    baseline: str
+    target: Annotated[float, Meta(ge=-HUGE, le=HUGE)] | None = None
+    runs: Mapping[RunName, _RaceRun]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_baseline(self.baseline, self.methods)
+        self.names()
+
+    def names(self) -> Mapping[tuple[str, int], str]:
+        """The directories of the runs."""
+        names: dict[tuple[str, int], str] = {}
+        for name, run in self.runs.items():
+            if run.method not in self.methods or run.seed not in self.seeds:
+                among = f"one of the methods {list(self.methods)} with one of the seeds {list(self.seeds)}"
+                raise wrong(f"runs.{name}", among, (run.method, run.seed))
+            if other := names.get((run.method, run.seed)):
+                only = f"the only run of {run.method!r} with seed {run.seed}, which {other} is already"
+                raise ValueError(f"runs.{name} must be {only}")
+            names[run.method, run.seed] = name
+        return names
+
+
+class _Head(msgspec.Struct):
+    format: Literal[1]
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise wrong("kind", f"one of {', '.join(KINDS)}", self.kind)
+
+
 def read_study(study_dir: Path) -> Study:
     """Read a race and all of its runs.
 
@@ -109,44 +198,43 @@ def read_study(study_dir: Path) -> Study:
         RecordError: If `study.json` is missing, damaged, or not a race.
     """
     files = StudyFiles(study_dir)
-    study = open_study(files)
-    study.expect("kind", "race")
-    methods, seeds = study.texts("methods"), study.counts("seeds")
-    names = _run_names(study, methods, seeds)
+    study = open_study(files, _Race)
+    names = study.names()
     runs: list[Run] = []
     absent: list[Absent] = []
-    for method in methods:
-        for seed in seeds:
+    for method in study.methods:
+        for seed in study.seeds:
             found = find_run(files, names.get((method, seed)), method=method, seed=seed)
             if isinstance(found, Run):
                 runs.append(found)
             else:
                 absent.append(Absent(method, seed, found))
     return Study(
-        task=study.text("task"),
-        preset=study.text("preset"),
-        methods=methods,
-        baseline=baseline(study, methods),
-        seeds=seeds,
-        target=_target(study),
-        command=study.text("command"),
-        created=time_of(study, "created"),
+        task=study.task,
+        preset=study.preset,
+        methods=study.methods,
+        baseline=study.baseline,
+        seeds=study.seeds,
+        target=study.target,
+        command=study.command,
+        created=study.created,
         runs=tuple(runs),
         absent=tuple(absent),
     )
 
 
-def open_study(files: StudyFiles) -> Fields:
+def open_study(files: StudyFiles, kind: type[T]) -> T:
     """The content of `study.json`, of a known format and kind.
+
+    Args:
+        files: The records of the study.
+        kind: Of the record that it is read as.
 
     Raises:
         RecordError: If the file is damaged, or of another format or kind.
     """
-    study = files.study()
-    study.expect("format", FORMAT)
-    if study.values.get("kind") not in KINDS:
-        raise study.error("kind", f"one of {', '.join(KINDS)}")
-    return study
+    files.study(_Head)
+    return files.study(kind)
 
 
 def read_kind(study_dir: Path) -> str:
@@ -155,43 +243,17 @@ def read_kind(study_dir: Path) -> str:
     Raises:
         RecordError: As `open_study`, or if there is no study.
     """
-    return open_study(StudyFiles(study_dir)).text("kind")
+    return StudyFiles(study_dir).study(_Head).kind
 
 
-def baseline(study: Fields, methods: tuple[str, ...]) -> str:
-    """The method that the others are compared with.
-
-    Raises:
-        RecordError: If it is not one of the methods.
-    """
-    if study.text("baseline") not in methods:
-        raise study.error("baseline", f"one of the methods {list(methods)}")
-    return study.text("baseline")
-
-
-def time_of(study: Fields, key: str) -> datetime:
-    """A time, ISO 8601.
+def check_baseline(baseline: str, methods: Sequence[str]) -> None:
+    """Refuse to compare with a method that does not take part.
 
     Raises:
-        RecordError: If it is not one.
+        ValueError: If it is not one of the methods.
     """
-    try:
-        return datetime.fromisoformat(study.text(key))
-    except ValueError:
-        raise study.error(key, "a time such as 2025-01-31T12:00:00+00:00") from None
-
-
-def named_runs(study: Fields) -> dict[str, Fields]:
-    """The entries under "runs" by the names of their directories.
-
-    Raises:
-        RecordError: If a name could not have been given to a run; it becomes a path.
-    """
-    runs = study.inner("runs")
-    for name in runs.values:
-        if not NAME.fullmatch(name):
-            raise runs.error(name, "named by 16 hexadecimal digits")
-    return {name: runs.inner(name) for name in runs.values}
+    if baseline not in methods:
+        raise wrong("baseline", f"one of the methods {list(methods)}", baseline)
 
 
 def find_run(
@@ -252,21 +314,22 @@ def check_positive(files: RunFiles, run: Run) -> None:
     """
     if all(row.loss is None or row.loss > 0 for row in run.evals):
         return
-    for fields in _rows(files):
-        loss = fields.real_or_none("loss") if fields.text("kind") == "eval" else None
-        if loss is not None and loss <= 0:
-            raise fields.error("loss", "above 0, as steps to a loss are found by its logarithm")
+    for number, row in enumerate(_rows(files), start=1):
+        if isinstance(row, EvalRow) and row.loss is not None and row.loss <= 0:
+            needed = f"line {number}: loss must be above 0, as steps to a loss are found by its logarithm"
+            raise files.error("metrics.jsonl", f"{needed}, got {row.loss}")
 
 
-def _rows(files: RunFiles) -> Iterator[Fields]:
+def _rows(files: RunFiles) -> Iterator[TrainRow | EvalRow | Final | Diagnostics]:
+    """The rows of a run; a last line without its line end is still being written, and left out."""
+    kinds = cast("type[TrainRow | EvalRow | Final | Diagnostics]", TrainRow | EvalRow | Final | Diagnostics)
     path = files.path / "metrics.jsonl"
     for number, line in enumerate(files.lines("metrics.jsonl"), start=1):
-        yield parse_object(line, path, remedy=files.remedy, where=f"line {number}: ")
+        yield decode(kinds, line, path, remedy=files.remedy, where=f"line {number}: ")
 
 
 def _environment(files: RunFiles) -> Mapping[str, object]:
-    path = files.path / "environment.json"
-    return parse_object(files.text("environment.json"), path, remedy=files.lost).values
+    return parse_object(files.text("environment.json"), files.path / "environment.json", remedy=files.lost)
 
 
 def _bounded(loss: float | None) -> float | None:
@@ -279,97 +342,30 @@ def _diverged_if_huge(result: Result | None) -> Result | None:
     return dataclasses.replace(result, status="diverged", final_loss=None, final_accuracy=None)
 
 
-def _target(study: Fields) -> float | None:
-    target = study.real_or_none("target") if "target" in study.values else None
-    if target != _bounded(target):
-        raise study.error("target", f"a loss of at most {HUGE:g}")
-    return target
-
-
-def _seconds(fields: Fields, key: str) -> float:
-    if fields.seconds(key) > HUGE:
-        raise fields.error(key, f"a number of seconds of at most {HUGE:g}")
-    return fields.seconds(key)
-
-
-def _run_names(study: Fields, methods: tuple[str, ...], seeds: tuple[int, ...]) -> dict[tuple[str, int], str]:
-    runs = study.inner("runs")
-    names: dict[tuple[str, int], str] = {}
-    for name, run in named_runs(study).items():
-        key = run.text("method"), run.count("seed")
-        if key[0] not in methods or key[1] not in seeds:
-            raise runs.error(name, f"one of the methods {list(methods)} with one of the seeds {list(seeds)}")
-        if key in names:
-            raise runs.error(name, f"the only run of {key[0]!r} with seed {key[1]}, which {names[key]} is already")
-        names[key] = name
-    return names
-
-
 def _described(method: str, seed: int, lr: object) -> str:
     return f"{method!r} with seed {seed}" + ("" if lr is None else f" and lr {lr}")
 
 
 def _metrics(files: RunFiles) -> tuple[tuple[TrainRow, ...], tuple[EvalRow, ...], Final | None]:
-    """The rows of a run; a last line without its line end is still being written, and left out."""
     train: list[TrainRow] = []
     evals: list[EvalRow] = []
     final: Final | None = None
-    for fields in _rows(files):
-        match fields.text("kind"):
-            case "train":
-                train.append(_train_row(fields))
-                _check_order(fields, [row.step for row in train[-2:]])
-            case "eval":
-                evals.append(_eval_row(fields))
-                _check_order(fields, [row.step for row in evals[-2:]])
-            case "final":
-                final = _final(fields)
-            case "diagnostics":  # for the eye: no report reads them
-                fields.inner("numbers")
-            case _:
-                raise fields.error("kind", "'train', 'eval', 'final' or 'diagnostics'")
+    for number, row in enumerate(_rows(files), start=1):
+        if isinstance(row, Final):
+            final = row
+        elif not isinstance(row, Diagnostics):
+            before = train if isinstance(row, TrainRow) else evals
+            if before and row.step <= before[-1].step:
+                order = f"step must be larger than {before[-1].step}, the one before it, got {row.step}"
+                raise files.error("metrics.jsonl", f"line {number}: {order}")
+            train.append(row) if isinstance(row, TrainRow) else evals.append(row)
     return tuple(train), tuple(evals), final
-
-
-def _check_order(fields: Fields, steps: list[int]) -> None:
-    if len(steps) == 2 and steps[1] <= steps[0]:
-        raise fields.error("step", f"larger than {steps[0]}, the one before it")
-
-
-def _train_row(fields: Fields) -> TrainRow:
-    return TrainRow(
-        step=fields.count("step", least=1),
-        tokens=fields.count("tokens"),
-        loss=_bounded(fields.real_or_none("loss")),
-        lr=fields.real("lr"),
-        forward_backward_s=_seconds(fields, "forward_backward_s"),
-        optimizer_s=_seconds(fields, "optimizer_s"),
-        train_s=_seconds(fields, "train_s"),
-    )
-
-
-def _eval_row(fields: Fields) -> EvalRow:
-    return EvalRow(
-        step=fields.count("step"),
-        tokens=fields.count("tokens"),
-        loss=_bounded(fields.real_or_none("loss")),
-        accuracy=fields.real_or_none("accuracy"),
-        train_s=_seconds(fields, "train_s"),
-    )
-
-
-def _final(fields: Fields) -> Final:
-    accuracy = fields.real_or_none("accuracy")
-    return Final(fields.real("loss"), accuracy, blocks(fields, "blocks"), fields.real("tuning_loss"))
 
 
 def _agree(
     files: RunFiles, result: Result | None, config: RunConfig, evals: tuple[EvalRow, ...], final: Final | None
 ) -> None:
     """Refuse a finished run whose result is not what the last rows of its own metrics say."""
-    for key, value in (("train_s", result and result.train_s), ("final_accuracy", result and result.final_accuracy)):
-        if value is not None and abs(value) > HUGE:
-            raise files.error("result.json", f"{key} must be at most {HUGE:g}, got {value:g}")
     if result is None or result.status == "diverged":
         return
     last = evals[-1] if evals else None

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steepest.lab.disk.files import make_directory, remove, write_whole
-from steepest.lab.disk.packed import StudyFiles
+from steepest.lab.disk.files import RecordError, make_directory, remove, write_whole
+from steepest.lab.disk.packed import STUDY_REMEDY
 from steepest.lab.studies import KINDS
-from steepest.lab.studies.records import open_study, read_kind
+from steepest.lab.studies.records import read_kind
 
 if TYPE_CHECKING:
     from steepest.lab.report.page import Content
@@ -60,7 +60,8 @@ def write_plots(study_dir: Path, kind: str) -> tuple[Path, ...]:
         RecordError: If `study.json` is missing, damaged, or of a study of another kind.
         ModuleNotFoundError: If the libraries that draw are not installed.
     """
-    open_study(StudyFiles(study_dir)).expect("kind", kind)
+    if (other := read_kind(study_dir)) != kind:
+        raise RecordError(study_dir / "study.json", f"kind must be {kind!r}, got {other!r}", STUDY_REMEDY)
     try:
         from steepest.lab.report.page import pictures
 

@@ -11,9 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar
 
-from steepest.lab.disk.fields import Fields, RecordError, parse_object, read_text
-from steepest.lab.disk.files import exists, make_directory, one_line, rename_directory, write_whole
-from steepest.lab.disk.packed import NAME, PACKED, StudyFiles, unpacking
+import msgspec
+
+from steepest.lab.disk.fields import NAME, RecordError, RunName, Text, decode, read_text, wrong
+from steepest.lab.disk.files import exists, make_directory, names_in, one_line, rename_directory, write_whole
+from steepest.lab.disk.packed import PACKED, StudyFiles, unpacking
 from steepest.lab.methods import METHODS
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, names_of, run_hash
@@ -154,11 +156,14 @@ def write_study(out: Path, plan: StudyPlan, configs: Sequence[RunConfig], *, com
 
 def _rename(out: Path) -> None:
     """Give runs of today's training code that have a name of an older rule the one by which they are found."""
-    for old in read_listing(out).runs:
+    for old in names_in(out / "runs") if exists(out / "runs") else ():
         directory = out / "runs" / old
-        if not exists(directory / "config.json"):
+        if not NAME.match(old) or not exists(directory / "config.json"):
             continue
-        config = read_config(directory)
+        try:
+            config = read_config(directory)
+        except RecordError:  # which is told when it is trained or reported
+            continue
         if config.code == code_version() and old in names_of(config) and not exists(run_directory(out, config)):
             rename_directory(directory, run_hash(config))
 
@@ -171,14 +176,9 @@ def read_listing(out: Path) -> Listing:
     """
     if (files := StudyFiles(out)).packed:
         raise RecordError(out / PACKED, "the runs of this study are packed", unpacking(out))
-    study = files.study()
-    runs: dict[str, str] = {}
-    for name in (listed := study.inner("runs")).values:
-        if not NAME.fullmatch(name):  # it becomes a path
-            raise listed.error(name, "named by 16 hexadecimal digits")
-        runs[name] = listed.inner(name).text("method")
-    where = f"{study.line('kind')} {study.line('task')}-{study.line('preset')}"
-    return Listing(f"{where} {study.line('id')} {code_version()}", runs)
+    study = files.study(_Listed)
+    runs = {name: run.method for name, run in study.runs.items()}
+    return Listing(f"{study.kind} {study.task}-{study.preset} {study.id} {code_version()}", runs)
 
 
 def read_config(run: Path) -> RunConfig:
@@ -194,16 +194,35 @@ def read_config(run: Path) -> RunConfig:
 
 def _kept(path: Path, plan: StudyPlan) -> dict[str, str]:
     """What stays of the study that is there, after a look at whether it is the same one."""
-    old = parse_object(read_text(path, remedy=_REMEDY), path, remedy=_REMEDY)
-    there, here = _subject(old), (plan.kind, plan.task.name, plan.task.preset)
-    if there != here:
+    old = decode(_Old, read_text(path, remedy=_REMEDY), path, remedy=_REMEDY)
+    if (old.kind, old.task, old.preset) != (plan.kind, plan.task.name, plan.task.preset):
         raise StudyMismatchError(
-            f"{path.parent} holds a {one_line(there[0])} on {there[1]!r} at preset {there[2]!r}, "
-            f"not a {here[0]} on {here[1]!r} at {here[2]!r}. Choose another --out."
+            f"{path.parent} holds a {one_line(old.kind)} on {old.task!r} at preset {old.preset!r}, "
+            f"not a {plan.kind} on {plan.task.name!r} at {plan.task.preset!r}. Choose another --out."
         )
-    kept = {"created": old.text("created")}
-    return kept | ({"id": old.text("id")} if "id" in old.values else {})
+    return {"created": old.created} | ({} if old.id is None else {"id": old.id})
 
 
-def _subject(study: Fields) -> tuple[str, str, str]:
-    return study.text("kind"), study.text("task"), study.text("preset")
+class _Old(msgspec.Struct):
+    kind: Text
+    task: Text
+    preset: Text
+    created: Text
+    id: Text | None = None
+
+
+class _Method(msgspec.Struct):
+    method: Text
+
+
+class _Listed(msgspec.Struct):
+    kind: Text
+    task: Text
+    preset: Text
+    id: Text
+    runs: dict[RunName, _Method]
+
+    def __post_init__(self) -> None:
+        for key in ("kind", "task", "preset", "id"):
+            if not (value := getattr(self, key)).isprintable():
+                raise wrong(key, "a string without control characters", value)

@@ -5,6 +5,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from steepest.lab.disk.fields import Count, Sha256, Text
 from steepest.lab.tasks.held_out import Evaluation, Part
 
 PresetName = Literal["demo", "tiny", "small"]
@@ -15,9 +16,9 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, first dimension: examples
 class DataIdentity:
     """Which data, exactly: runs are compared only if their `sha256` is the same."""
 
-    name: str
-    sha256: str
-    bytes: int
+    name: Text
+    sha256: Sha256
+    bytes: Count
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import cast
+from typing import Annotated, Literal
 
-from steepest.lab.disk.fields import HIGHEST_RATE, LOWEST_RATE, Fields, RecordError
+import msgspec
+from msgspec import Meta
+
+from steepest.lab.disk.fields import HUGE, Count, Positive, Rate, RecordError, RunName, Text, Texts, wrong
 from steepest.lab.disk.packed import StudyFiles
-from steepest.lab.studies.records import HUGE, Run, check_positive, find_run, named_runs, open_study, time_of
+from steepest.lab.studies.records import Listed, Run, check_positive, find_run, open_study
 
 _SHORT = (("weight_decay=", "wd="),)  # so that arms with different values stay apart beside a curve
 
@@ -104,6 +107,66 @@ class BatchStudy:
         return next((arm.name for arm in self.arms if arm.method == "adamw"), self.arms[0].name)
 
 
+class _BatchRun(msgspec.Struct):
+    method: Text
+    arm: Text
+    batch_size: Count
+    lr: Rate
+    seed: Count
+    tunes: bool
+
+
+class _Batches(Listed, frozen=True, kw_only=True):
+    kind: Literal["critical-batch"]
+    arms: Texts
+    batches: Annotated[tuple[Positive, ...], Meta(min_length=1)]
+    targets: Annotated[tuple[Annotated[float, Meta(gt=0, le=HUGE)], ...], Meta(min_length=1)]
+    runs: Mapping[RunName, _BatchRun]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if list(self.batches) != sorted(set(self.batches)):
+            raise wrong("batches", "a list of whole numbers of at least 1, rising", self.batches)
+        if list(self.targets) != sorted(set(self.targets), reverse=True):
+            raise wrong("targets", f"a list of losses above 0 and at most {HUGE:g}, falling", self.targets)
+        self.asked()
+
+    def all_arms(self) -> tuple[ArmRecord, ...]:
+        """What is compared."""
+        arms: list[ArmRecord] = []
+        for label in self.arms:
+            method = next((name for name in self.methods if label == name or label.startswith(f"{name} ")), None)
+            if method is None:
+                expected = f"a list of the methods {list(self.methods)} with what was changed of them"
+                raise wrong("arms", expected, self.arms)
+            changes = re.findall(r"(\w+)=(\S+)", label[len(method) :])
+            arms.append(ArmRecord(label, method, tuple(changes)))
+        if len({arm.name for arm in arms}) < len(arms):
+            raise wrong("arms", "a list of arms with different names", self.arms)
+        return tuple(arms)
+
+    def asked(self) -> Mapping[str, Asked]:
+        """The runs by the names of their directories, in the order of arms, batch sizes, rates and seeds."""
+        arms = {arm.label: arm for arm in self.all_arms()}
+        places = {arm.name: place for place, arm in enumerate(arms.values())}
+        found: dict[str, Asked] = {}
+        rates: dict[tuple[str, int], float] = {}
+        for name, run in self.runs.items():
+            if run.arm not in arms or run.method != arms[run.arm].method:
+                raise wrong(f"runs.{name}.arm", f"one of the arms {list(arms)}, and of its method", run.arm)
+            one = Asked(arms[run.arm].name, run.batch_size, run.lr, run.seed, run.tunes)
+            if one.batch_size not in self.batches or (one.seed in self.seeds) == one.tunes:
+                among = f"at one of the batch sizes {list(self.batches)}, with one of the seeds {list(self.seeds)}"
+                raise wrong(f"runs.{name}", among, (one.batch_size, one.seed))
+            if one in found.values():
+                raise ValueError(f"runs.{name} must be the only run of its arm, batch size, learning rate and seed")
+            if not one.tunes and (rate := rates.setdefault((one.arm, one.batch_size), one.lr)) != one.lr:
+                raise wrong(f"runs.{name}.lr", f"{rate}, as for the other seeds of that batch size", one.lr)
+            found[name] = one
+        order = {name: (places[one.arm], one.batch_size, one.tunes, one.lr, one.seed) for name, one in found.items()}
+        return {name: found[name] for name in sorted(found, key=order.__getitem__)}
+
+
 def read_batch_study(study_dir: Path) -> BatchStudy:
     """Read a batch-size study and all of its runs.
 
@@ -116,10 +179,8 @@ def read_batch_study(study_dir: Path) -> BatchStudy:
         RecordError: If `study.json` is missing, damaged, or not a batch-size study.
     """
     files = StudyFiles(study_dir)
-    study = open_study(files)
-    study.expect("kind", "critical-batch")
-    arms = _arms(study)
-    asked = _asked(study, {arm.label: arm for arm in arms})
+    study = open_study(files, _Batches)
+    arms, asked = study.all_arms(), study.asked()
     runs: list[BatchRun] = []
     absent: list[AbsentRun] = []
     by_name = {arm.name: arm for arm in arms}
@@ -130,78 +191,18 @@ def read_batch_study(study_dir: Path) -> BatchStudy:
         else:
             absent.append(AbsentRun(one, found))
     return BatchStudy(
-        task=study.text("task"),
-        preset=study.text("preset"),
+        task=study.task,
+        preset=study.preset,
         arms=arms,
-        seeds=study.counts("seeds"),
-        batches=_batches(study),
-        targets=_targets(study),
-        command=study.text("command"),
-        created=time_of(study, "created"),
+        seeds=study.seeds,
+        batches=study.batches,
+        targets=study.targets,
+        command=study.command,
+        created=study.created,
         asked=tuple(asked.values()),
         runs=tuple(runs),
         absent=tuple(absent),
     )
-
-
-def _arms(study: Fields) -> tuple[ArmRecord, ...]:
-    methods, labels = study.texts("methods"), study.texts("arms")
-    arms: list[ArmRecord] = []
-    for label in labels:
-        method = next((name for name in methods if label == name or label.startswith(f"{name} ")), None)
-        if method is None:
-            raise study.error("arms", f"a list of the methods {list(methods)} with what was changed of them")
-        changes = re.findall(r"(\w+)=(\S+)", label[len(method) :])
-        arms.append(ArmRecord(label, method, tuple(changes)))
-    if len({arm.name for arm in arms}) < len(arms):
-        raise study.error("arms", "a list of arms with different names")
-    return tuple(arms)
-
-
-def _batches(study: Fields) -> tuple[int, ...]:
-    batches = study.counts("batches")
-    if min(batches) < 1 or list(batches) != sorted(batches):
-        raise study.error("batches", "a list of whole numbers of at least 1, rising")
-    return batches
-
-
-def _targets(study: Fields) -> tuple[float, ...]:
-    value = study.values.get("targets")
-    items = cast(list[object], value) if isinstance(value, list) else []
-    targets = [float(item) for item in items if isinstance(item, int | float) and 0 < item <= HUGE]
-    if not targets or len(targets) < len(items) or targets != sorted(set(targets), reverse=True):
-        raise study.error("targets", f"a list of losses above 0 and at most {HUGE:g}, falling")
-    return tuple(targets)
-
-
-def _asked(study: Fields, arms: Mapping[str, ArmRecord]) -> dict[str, Asked]:
-    """The runs by the names of their directories, in the order of arms, batch sizes, rates and seeds."""
-    runs, batches, seeds = study.inner("runs"), _batches(study), study.counts("seeds")
-    places = {arm.name: place for place, arm in enumerate(arms.values())}
-    found: dict[str, Asked] = {}
-    rates: dict[tuple[str, int], float] = {}
-    for name, run in named_runs(study).items():
-        if not isinstance(tunes := run.values.get("tunes"), bool):
-            raise run.error("tunes", "true or false")
-        one = Asked(_arm_of(run, arms), run.count("batch_size"), run.real("lr"), run.count("seed"), tunes)
-        if one.batch_size not in batches or (one.seed in seeds) == one.tunes:
-            raise runs.error(name, f"at one of the batch sizes {list(batches)}, with one of the seeds {list(seeds)}")
-        if not LOWEST_RATE <= one.lr < HIGHEST_RATE:
-            raise run.error("lr", f"above 0 and below {HIGHEST_RATE:g}")
-        if one in found.values():
-            raise runs.error(name, "the only run of its arm, batch size, learning rate and seed")
-        if not one.tunes and rates.setdefault((one.arm, one.batch_size), one.lr) != one.lr:
-            raise run.error("lr", f"{rates[one.arm, one.batch_size]}, as for the other seeds of that batch size")
-        found[name] = one
-    order = {name: (places[one.arm], one.batch_size, one.tunes, one.lr, one.seed) for name, one in found.items()}
-    return {name: found[name] for name in sorted(found, key=order.__getitem__)}
-
-
-def _arm_of(run: Fields, arms: Mapping[str, ArmRecord]) -> str:
-    label = run.text("arm")
-    if label not in arms or run.text("method") != arms[label].method:
-        raise run.error("arm", f"one of the arms {list(arms)}, and of its method")
-    return arms[label].name
 
 
 def _find(study: StudyFiles, name: str, asked: Asked, arm: ArmRecord) -> Run | str | None:

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import cast
+from typing import Annotated, Literal, cast
 
-from steepest.lab.disk.fields import HIGHEST_RATE, LOWEST_RATE, Fields
+import msgspec
+from msgspec import Meta
+
+from steepest.lab.disk.fields import Count, Rate, RunName, Text, check_distinct, wrong
 from steepest.lab.disk.packed import StudyFiles
-from steepest.lab.studies.records import Absent, Run, baseline, find_run, named_runs, open_study, time_of
+from steepest.lab.studies.records import Absent, Listed, Run, check_baseline, find_run, open_study
 
 Key = tuple[str, float, int]  # method, learning rate, seed
 
@@ -39,6 +42,47 @@ class SweepStudy:
         return len(self.seeds) * sum(map(len, self.lrs.values()))
 
 
+class _SweepRun(msgspec.Struct):
+    method: Text
+    lr: float
+    seed: Count
+
+
+class _Sweep(Listed, frozen=True, kw_only=True):
+    kind: Literal["sweep"]
+    baseline: str
+    lrs: Mapping[str, Annotated[tuple[Rate, ...], Meta(min_length=1)]]
+    runs: Mapping[RunName, _SweepRun]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_baseline(self.baseline, self.methods)
+        for method in self.methods:
+            if method not in self.lrs:
+                raise ValueError(f"lrs.{method} is missing")
+            check_distinct(f"lrs.{method}", self.lrs[method])
+        self.names()
+
+    @property
+    def rates(self) -> Mapping[str, tuple[float, ...]]:
+        """The learning rates of each method, rising."""
+        return {method: tuple(sorted(self.lrs[method])) for method in self.methods}
+
+    def names(self) -> Mapping[Key, str]:
+        """The directories of the runs."""
+        names: dict[Key, str] = {}
+        for name, run in self.runs.items():
+            key = run.method, run.lr, run.seed
+            if run.method not in self.methods or run.lr not in self.lrs[run.method] or run.seed not in self.seeds:
+                among = "one of the methods with one of its learning rates and one of the seeds"
+                raise wrong(f"runs.{name}", among, key)
+            if other := names.get(key):
+                only = f"the only run of {run.method!r} with lr {run.lr} and seed {run.seed}, which {other} is already"
+                raise ValueError(f"runs.{name} must be {only}")
+            names[key] = name
+        return names
+
+
 def read_sweep(study_dir: Path) -> SweepStudy:
     """Read a sweep and all of its runs.
 
@@ -51,12 +95,9 @@ def read_sweep(study_dir: Path) -> SweepStudy:
         RecordError: If `study.json` is missing, damaged, or not a sweep.
     """
     files = StudyFiles(study_dir)
-    study = open_study(files)
-    study.expect("kind", "sweep")
-    methods, seeds = study.texts("methods"), study.counts("seeds")
-    lrs = {method: _lrs(study.inner("lrs"), method) for method in methods}
+    study = open_study(files, _Sweep)
+    methods, seeds, lrs, names = study.methods, study.seeds, study.rates, study.names()
     asked = [(method, lr, seed) for method in methods for lr in lrs[method] for seed in seeds]
-    names = _run_names(study, asked)
     runs: list[Run] = []
     absent: list[Absent] = []
     for method, lr, seed in asked:
@@ -66,14 +107,14 @@ def read_sweep(study_dir: Path) -> SweepStudy:
         else:
             absent.append(Absent(method, seed, found, lr))
     return SweepStudy(
-        task=study.text("task"),
-        preset=study.text("preset"),
+        task=study.task,
+        preset=study.preset,
         methods=methods,
-        baseline=baseline(study, methods),
+        baseline=study.baseline,
         seeds=seeds,
         lrs=lrs,
-        command=study.text("command"),
-        created=time_of(study, "created"),
+        command=study.command,
+        created=study.created,
         runs=tuple(runs),
         absent=tuple(absent),
     )
@@ -82,28 +123,3 @@ def read_sweep(study_dir: Path) -> SweepStudy:
 def rate(run: Run) -> float:
     """The learning rate of a run that `read_sweep` has found."""
     return cast(float, run.config.options["lr"])
-
-
-def _lrs(fields: Fields, method: str) -> tuple[float, ...]:
-    value = fields.values.get(method)
-    items = cast(list[object], value) if isinstance(value, list) else []
-    rates = {float(item) for item in items if isinstance(item, int | float) and LOWEST_RATE <= item < HIGHEST_RATE}
-    if not rates or len(rates) < len(items):
-        raise fields.error(method, f"a list of different numbers above 0 and below {HIGHEST_RATE:g}")
-    return tuple(sorted(rates))
-
-
-def _run_names(study: Fields, asked: list[Key]) -> dict[Key, str]:
-    runs = study.inner("runs")
-    names: dict[Key, str] = {}
-    for name, run in named_runs(study).items():
-        key = run.text("method"), run.real("lr"), run.count("seed")
-        if key not in asked:
-            raise runs.error(name, "one of the methods with one of its learning rates and one of the seeds")
-        if key in names:
-            method, lr, seed = key
-            raise runs.error(
-                name, f"the only run of {method!r} with lr {lr} and seed {seed}, which {names[key]} is already"
-            )
-        names[key] = name
-    return names
