@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -100,33 +100,40 @@ def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
 
 def _told(kind: Any, text: str, problem: str) -> str:
     """What the library says, in the words of this house: by name of the key, and with what there is."""
-    found = re.search(r" - at (?:`key` in )?`\$([^`]*)`$", problem)
-    what, place = (problem[: found.start()], found[1]) if found else (problem, "")
-    try:
-        document: Any = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):  # damaged further on, too
-        document = None
-    keys: list[str] = []
-    value, known = document, True
+    found = re.search(r" - at (`key` in )?`\$([^`]*)`$", problem)
+    what, place = (problem[: found.start()], found[2]) if found else (problem, "")
+    document, keys = _document(text), list[str]()
     whole = isinstance(document, dict) and place[1:] in document  # as "result.json" is one key
     for name in [place[1:]] if whole else re.findall(r"[^.\[\]]+|(?<=\[)\.\.\.", place):
-        if name == "...":
-            name = _culprit(kind, document, keys, problem)
-        keys.append(name)
-        try:
-            value = value[int(name)] if isinstance(value, list) else value[name]
-        except (TypeError, LookupError, ValueError):
-            known = False
-    shown = ".".join(keys)
+        keys.append(_culprit(kind, document, keys, problem) if name == "..." else name)
+    value = _value(document, keys)
     if other := re.match("Object (missing required|contains unknown) field `(.*)`", what):
         return f"{'.'.join([*keys, other[2]])} {'is missing' if other[1].startswith('missing') else 'must be absent'}"
-    if "`key` in" in problem:
-        bad = next((key for key in cast(Mapping[str, object], value) if not NAME.match(key)), "")
-        return f"{shown}.{bad} must be named by 16 hexadecimal digits"
+    if found and found[1]:
+        bad = next((key for key in value if not NAME.match(key)), "?") if isinstance(value, dict) else "?"
+        return f"{'.'.join([*keys, bad])} must be named by 16 hexadecimal digits"
     if (expected := _expected(kind, keys, what)) is None:
         return what
-    got = f", got {repr(value)[:80]}" if known and document is not None else ""
-    return f"{shown or 'the content'} must be {expected}{got}"
+    got = "" if value is ... else f", got {repr(value)[:80]}"
+    return f"{'.'.join(keys) or 'the content'} must be {expected}{got}"
+
+
+def _document(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):  # damaged further on, too
+        return ...
+
+
+def _value(document: Any, keys: list[str]) -> Any:
+    """What stands there, or `...`: of a key that is there twice, it is the last, and another may be meant."""
+    value = document
+    for key in keys:
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (LookupError, TypeError, ValueError):
+            return ...
+    return value
 
 
 def _expected(kind: Any, keys: list[str], what: str) -> str | None:
@@ -167,18 +174,18 @@ def _choices(info: inspect.Type, keys: list[str]) -> list[object]:
 
 
 def _culprit(kind: Any, document: Any, keys: list[str], problem: str) -> str:
-    """Which entry of an object is meant, of which the library says only that it is one of them."""
+    """Which entry of an object is meant, of which the library says only that it is one of them; "?" if none can be."""
 
     def with_only(value: Any, keys: list[str], entry: str) -> Any:
         if not keys:
             return {entry: value[entry]}
         return {**value, keys[0]: with_only(value[keys[0]], keys[1:], entry)}
 
-    inner = functools.reduce(lambda value, key: value[key], keys, document)
-    for entry in inner:
+    inner = _value(document, keys)
+    for entry in inner if isinstance(inner, dict) else ():
         try:
             msgspec.convert(with_only(document, keys, entry), kind)
         except msgspec.ValidationError as again:
             if str(again) == problem:
                 return str(entry)
-    return "..."
+    return "?"

@@ -8,8 +8,9 @@ it, and what two files both say is compared. Text is kept as it is: whoever disp
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +41,7 @@ from steepest.lab.runs.result import Final, Result, parse_result
 from steepest.lab.studies import KINDS
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 Status = Literal["finished", "diverged", "unfinished"]
 
 
@@ -165,16 +167,9 @@ class _Race(Listed, frozen=True, kw_only=True):
 
     def names(self) -> Mapping[tuple[str, int], str]:
         """The directories of the runs."""
-        names: dict[tuple[str, int], str] = {}
-        for name, run in self.runs.items():
-            if run.method not in self.methods or run.seed not in self.seeds:
-                among = f"one of the methods {list(self.methods)} with one of the seeds {list(self.seeds)}"
-                raise wrong(f"runs.{name}", among, (run.method, run.seed))
-            if other := names.get((run.method, run.seed)):
-                only = f"the only run of {run.method!r} with seed {run.seed}, which {other} is already"
-                raise ValueError(f"runs.{name} must be {only}")
-            names[run.method, run.seed] = name
-        return names
+        among = f"one of the methods {list(self.methods)} with one of the seeds {list(self.seeds)}"
+        asked = set(itertools.product(self.methods, self.seeds))
+        return by_content({name: (run.method, run.seed) for name, run in self.runs.items()}, asked, among)
 
 
 class _Head(msgspec.Struct):
@@ -244,6 +239,27 @@ def read_kind(study_dir: Path) -> str:
         RecordError: As `open_study`, or if there is no study.
     """
     return StudyFiles(study_dir).study(_Head).kind
+
+
+def by_content(runs: Mapping[str, K], asked: Collection[K], among: str) -> dict[K, str]:
+    """The names of runs by what is asked for.
+
+    Args:
+        runs: What each is, by name.
+        asked: What they may be, each once.
+        among: The same in words, for error messages.
+
+    Raises:
+        ValueError: If a run is nothing of that, or what another one is already.
+    """
+    names: dict[K, str] = {}
+    for name, content in runs.items():
+        if content not in asked:
+            raise wrong(f"runs.{name}", among, content)
+        if content in names:
+            raise ValueError(f"runs.{name} must be the only run of {content}, which {names[content]} is already")
+        names[content] = name
+    return names
 
 
 def check_baseline(baseline: str, methods: Sequence[str]) -> None:

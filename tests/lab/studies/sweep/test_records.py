@@ -66,7 +66,7 @@ def test_the_kinds_of_studies_are_told_apart(study_dir: Path, tmp_path: Path) ->
         (
             "runs",
             {str(i) * 16: {"method": "muon", "seed": 0, "lr": 1} for i in (0, 1)},
-            r"runs\.1{16} must be the only run of 'muon' with lr 1\.0 and seed 0, which 0{16} is already",
+            r"runs\.1{16} must be the only run of \('muon', 1\.0, 0\), which 0{16} is already",
         ),
     ],
 )

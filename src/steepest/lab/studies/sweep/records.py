@@ -11,9 +11,9 @@ from typing import Annotated, Literal, cast
 import msgspec
 from msgspec import Meta
 
-from steepest.lab.disk.fields import Count, Rate, RunName, Text, check_distinct, wrong
+from steepest.lab.disk.fields import Count, Rate, RunName, Text, check_distinct
 from steepest.lab.disk.packed import StudyFiles
-from steepest.lab.studies.records import Absent, Listed, Run, check_baseline, find_run, open_study
+from steepest.lab.studies.records import Absent, Listed, Run, by_content, check_baseline, find_run, open_study
 
 Key = tuple[str, float, int]  # method, learning rate, seed
 
@@ -70,17 +70,13 @@ class _Sweep(Listed, frozen=True, kw_only=True):
 
     def names(self) -> Mapping[Key, str]:
         """The directories of the runs."""
-        names: dict[Key, str] = {}
-        for name, run in self.runs.items():
-            key = run.method, run.lr, run.seed
-            if run.method not in self.methods or run.lr not in self.lrs[run.method] or run.seed not in self.seeds:
-                among = "one of the methods with one of its learning rates and one of the seeds"
-                raise wrong(f"runs.{name}", among, key)
-            if other := names.get(key):
-                only = f"the only run of {run.method!r} with lr {run.lr} and seed {run.seed}, which {other} is already"
-                raise ValueError(f"runs.{name} must be {only}")
-            names[key] = name
-        return names
+        among = "one of the methods with one of its learning rates and one of the seeds"
+        runs = {name: (run.method, run.lr, run.seed) for name, run in self.runs.items()}
+        return by_content(runs, self.asked(), among)
+
+    def asked(self) -> list[Key]:
+        """What the runs are, in the order of methods, rising rates and seeds."""
+        return [(method, lr, seed) for method in self.methods for lr in self.rates[method] for seed in self.seeds]
 
 
 def read_sweep(study_dir: Path) -> SweepStudy:
@@ -96,11 +92,10 @@ def read_sweep(study_dir: Path) -> SweepStudy:
     """
     files = StudyFiles(study_dir)
     study = open_study(files, _Sweep)
-    methods, seeds, lrs, names = study.methods, study.seeds, study.rates, study.names()
-    asked = [(method, lr, seed) for method in methods for lr in lrs[method] for seed in seeds]
+    names = study.names()
     runs: list[Run] = []
     absent: list[Absent] = []
-    for method, lr, seed in asked:
+    for method, lr, seed in study.asked():
         found = find_run(files, names.get((method, lr, seed)), method=method, seed=seed, lr=lr)
         if isinstance(found, Run):
             runs.append(found)
@@ -109,10 +104,10 @@ def read_sweep(study_dir: Path) -> SweepStudy:
     return SweepStudy(
         task=study.task,
         preset=study.preset,
-        methods=methods,
+        methods=study.methods,
         baseline=study.baseline,
-        seeds=seeds,
-        lrs=lrs,
+        seeds=study.seeds,
+        lrs=study.rates,
         command=study.command,
         created=study.created,
         runs=tuple(runs),
