@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from steepest.anatomy import route
-from steepest.lab.methods import METHODS, build_optimizer
+from steepest.lab.methods import METHODS, build_optimizer, options_of
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.quadratic import EXAMPLES
 from steepest.optim import SteepestDescent
@@ -85,7 +85,8 @@ def test_the_weight_is_routed_as_a_matrix(task):
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"torch-muon"}))  # its AdamW would have no parameters
 def test_every_method_descends(task, method):
     model = task.build_model(0)
-    optimizer = build_optimizer(method, model, {"lr": 0.02})
+    radius = options_of(method).get("radius", 1)  # where there is a ball, a rate is a part of its radius
+    optimizer = build_optimizer(method, model, {"lr": 0.02 / radius})
     for step in range(30):
         loss = task.loss(model, task.batch(torch.arange(64) + 64 * step))
         loss.backward()

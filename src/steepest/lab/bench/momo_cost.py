@@ -70,14 +70,14 @@ def momo_cost(task: Task, name: str, dual: str, *, pairs: int) -> dict[str, obje
     momo = Trainer(task, RECIPES[name], dual=dual, step_size=Momo())
     times: list[tuple[tuple[float, float], tuple[float, float]]] = []
     for index in range(WARM_UP + pairs):
-        batch = task.batch(torch.arange(task.budget.batch_size) + index)
+        batch = task.batch(torch.arange(task.budget.batch_size, device="cpu") + index)
         if index % 2:
             second, first = momo.seconds(batch), base.seconds(batch)
         else:
             first, second = base.seconds(batch), momo.seconds(batch)
         times.append((first, second))
     times = times[WARM_UP:]
-    batch = task.batch(torch.arange(task.budget.batch_size))
+    batch = task.batch(torch.arange(task.budget.batch_size, device="cpu"))
     median = statistics.median
     quarters = statistics.quantiles([m[0] / b[0] for b, m in times], n=4)
     return {

@@ -87,7 +87,8 @@ def _newton(options: argparse.Namespace) -> int:
     rows: list[dict[str, object]] = []
     for tokens in options.tokens:
         window = min(1024, tokens)
-        batch = torch.randint(256, (tokens // window, window + 1), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        batch = torch.randint(256, (tokens // window, window + 1), generator=generator, device="cpu")
         for name in CASES:
             row = newton_muon_cost(name, config, batch, every=options.every, pairs=options.pairs)
             rows.append({"threads": options.threads, **row})
