@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OUT ?= out/demo
 export MPLBACKEND := Agg
 
-.PHONY: setup race test lint types speed clean
+.PHONY: setup race test quick lint types speed clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,11 @@ types: setup
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# What to run while working: without the tests that take long, need a browser or need a database server.
+QUICK := -q -n 2 -m "not slow and not browser and not postgres"
+quick: lint types
+	$(BIN)/python -m pytest $(QUICK)
 
 # Every measurement of results/speed. Leave the machine alone meanwhile: about fifteen minutes on two cores.
 SPEED ?= results/speed

@@ -22,7 +22,10 @@ QUOTED = "s3cr3t-%7B%25%7D"
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 COMMAND = ("sweep", "--task", "digits", "--methods", "sgd", "--lrs", "0.03,0.1", "--seeds", 1, "--steps", 80)
 
-pytestmark = pytest.mark.skipif(not PROGRAMS, reason="PostgreSQL is not installed: apt-get install postgresql")
+pytestmark = [
+    pytest.mark.postgres,
+    pytest.mark.skipif(not PROGRAMS, reason="PostgreSQL is not installed: apt-get install postgresql"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from selenium.webdriver import Chrome
 
 from tests.lab.browser import BROWSER, requests, show
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on the PATH")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(BROWSER is None, reason="no chromium on the PATH")]
 
 SCENARIOS = ("clear", "diverged", "hostile", "many")
 

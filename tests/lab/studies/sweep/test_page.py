@@ -118,6 +118,7 @@ def test_the_same_records_give_the_same_bytes_and_a_stale_figure_is_removed(tmp_
     assert [path.name for path in (study / "plots").iterdir()] == ["mine.png"]
 
 
+@pytest.mark.browser
 @in_browser
 @pytest.mark.parametrize("name", ["sweep-clear", "sweep-nine", "sweep-hostile", "sweep-troubled"])
 def test_every_figure_is_drawn_in_a_browser_and_nothing_is_fetched(
@@ -137,6 +138,7 @@ def test_every_figure_is_drawn_in_a_browser_and_nothing_is_fetched(
     assert chrome.execute_script(key) == "flex"
 
 
+@pytest.mark.browser
 @in_browser
 @pytest.mark.parametrize("name", ["sweep-nine", "sweep-hostile", "sweep-troubled"])
 def test_a_phone_never_scrolls_sideways(chrome: Chrome, pages: dict[str, Path], name: str) -> None:
