@@ -11,7 +11,7 @@ from steepest import Adam, Muon
 from steepest.batch_size.noise import NoiseScale
 from steepest.batch_size.noise_collect import too_few
 from tests.batch_size.noisy_loops import MICRO, PER, STEPS, loss_of, network
-from tests.ranks import join_ranks, leave_ranks
+from tests.processes import join_ranks, leave_ranks
 
 WORLD = 2
 KINDS = ("euclidean", "l1", "nuclear", "alignment")

@@ -14,7 +14,7 @@ from steepest import Adam, Momo, Muon, MuonAdam, MuonMax, PolarGrad, Scion
 from steepest.optim.clipping import _unread, compared
 from steepest.optim.sample import ENTRIES, spaced
 from tests.optim.training import backward, batch, network
-from tests.ranks import join_ranks, leave_ranks
+from tests.processes import join_ranks, leave_ranks
 
 WIDE, BOUND, BETA = torch.float64, 0.5, 0.95
 METHODS = {

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steepest import Momo, Muon, MuonMax
-from tests.ranks import join_ranks, leave_ranks
+from tests.processes import join_ranks, leave_ranks
 
 WORLD, STEPS, EXAMPLES = 2, 4, 8
 

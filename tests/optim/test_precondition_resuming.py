@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from steepest import InputMoment, Muon, NewtonMuon, NewtonMuonMax
 from steepest.optim.precondition import INPUT_LEADER, INPUT_SUM, UNSETTLED
 from tests.optim.training import assert_same, snapshot
-from tests.ranks import join_ranks, leave_ranks
+from tests.processes import join_ranks, leave_ranks
 
 EVERY, STEPS, PARTS = 3, 10, 2
 METHODS = {

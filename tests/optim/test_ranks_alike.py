@@ -22,7 +22,7 @@ from steepest import (
     SignDescent,
     SteepestDescent,
 )
-from tests.ranks import join_ranks, leave_ranks
+from tests.processes import join_ranks, leave_ranks
 
 WORLD = 2
 METHODS = {

@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from steepest.batch_size.noise_layers import Layer
+from steepest.ranks import is_sharded, local
 
 Store = Literal["cpu"]
 
@@ -68,7 +69,7 @@ class MicroBatches:
             parameter = layer.parameter
             if parameter.requires_grad:
                 self._heard.add(parameter)
-                if sharded(parameter):
+                if is_sharded(parameter):
                     self._handles.append(parameter.register_post_accumulate_grad_hook(self._accumulated))
                 else:
                     node = _accumulator(parameter)
@@ -101,7 +102,7 @@ class MicroBatches:
 
     def of(self, layer: Layer) -> Tensor:
         """(J, *local shape): one gradient per micro-batch, zero where the parameter was not used."""
-        zero = torch.zeros_like(local(layer.parameter))
+        zero = torch.zeros_like(local([layer.parameter])[0])
         return torch.stack([own.get(layer.parameter, zero).to(zero.device) for own in self._gradients])
 
     def check(self) -> None:
@@ -136,7 +137,7 @@ class MicroBatches:
 
     def _accumulated(self, parameter: Tensor) -> None:
         gradient = cast(Tensor, parameter.grad)
-        total = local(gradient).detach()
+        total = local([gradient])[0].detach()
         before = self._totals.get(parameter)
         own = self._micro_batch(parameter)
         if before is not None and before[0] is not gradient:  # set to None and made anew
@@ -201,16 +202,6 @@ class _Arrival:
             self._record.arrived(self._parameter, gradients[0])
 
 
-def sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor."""
-    return hasattr(tensor, "full_tensor")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of it that is here."""
-    return cast(Any, tensor).to_local() if sharded(tensor) else tensor
-
-
 class Ranks:
     """How micro-batches of several ranks come together; with one rank, nothing is exchanged.
 
@@ -223,7 +214,7 @@ class Ranks:
     """
 
     def __init__(self, layers: Sequence[Layer], group: "dist.ProcessGroup | None") -> None:
-        kinds = {sharded(layer.parameter) for layer in layers}
+        kinds = {is_sharded(layer.parameter) for layer in layers}
         if len(kinds) > 1:
             raise ValueError(
                 "The optimizer has sharded parameters (DTensor) and plain ones, whose micro-batches are not of the "

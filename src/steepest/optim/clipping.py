@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from steepest.notices import warn
 from steepest.optim.arrivals import Arrivals
-from steepest.optim.ranks import world_size
 from steepest.optim.sample import ENTRIES, spaced
 from steepest.optim.step_size import scalar_type
+from steepest.ranks import world_size
 
 WHOLE = 4096  # above, every number is near one over a whole number
 FINE = 1e-5  # relative, of gradients' rounding; with more, factors are alike that have nothing to do with each other

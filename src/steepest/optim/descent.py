@@ -55,12 +55,12 @@ from steepest.optim.parameters import (
     refuse_repeats,
 )
 from steepest.optim.precondition import Preconditioner, drop_moments, precondition_options
-from steepest.optim.ranks import decide, sharded
 from steepest.optim.rates import Rates
 from steepest.optim.saved import check_mapping, check_saved
 from steepest.optim.sees_inputs import SeesInputs
 from steepest.optim.state import DUAL, check_fits, check_state, ensure_state, restored
 from steepest.optim.step_size import MODEL_KEYS, StepSize
+from steepest.ranks import decide, sharded
 
 ByRole = Mapping[Role, Any]
 # What a group needs for a step; where one is missing, the group was not made by add_param_group.

@@ -24,7 +24,6 @@ from steepest.optim.ball import beyond_ball
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.losses import Loss
 from steepest.optim.move import Move
-from steepest.optim.ranks import sharded
 from steepest.optim.step_size import (
     Chosen,
     Fixed,
@@ -38,6 +37,7 @@ from steepest.optim.step_size import (
     scalar_type,
 )
 from steepest.optim.weight_changes import Changes
+from steepest.ranks import check_layout
 
 DualMode = Literal["cached", "stale"]
 RECENT = 10  # losses
@@ -141,23 +141,8 @@ class GlobalStep:
         Raises:
             ValueError: If so.
         """
-        if not sharded([row.parameter]):
-            return
-        dtype = row.parameter.dtype
-        if row.trainable and dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"{row.name!r} is a sharded DTensor of {dtype}, but sharded parameters must be of float32 or float64. "
-                "Compute in half precision with fully_shard(..., "
-                f"mp_policy=MixedPrecisionPolicy(param_dtype={dtype})) on a model in float32, or use "
-                "DistributedDataParallel."
-            )
-        if self.regularized or not self.streams:
-            what = "Momo" if self.momo else "regularised descent" if self.regularized else f"product={self.product}"
-            raise ValueError(
-                f"{row.name!r} is a sharded DTensor, but {what} needs dual norms, and those are known of whole "
-                "parameters only. Use DistributedDataParallel; or constrained descent in the largest of the layers' "
-                "norms without Momo, as in Muon, Scion or Adam."
-            )
+        what = "Momo" if self.momo else "regularised descent" if self.regularized else f"product={self.product}"
+        check_layout(row.name, row.parameter, whole=None if self.streams and not self.regularized else what)
 
     def check(self, groups: Sequence[Group]) -> None:
         """Refuse groups with different momenta under Momo: losses are averaged once, with the weights of all gradients.

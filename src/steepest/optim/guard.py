@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steepest.checks import choice
 from steepest.notices import warn
-from steepest.optim.ranks import local
+from steepest.ranks import local
 
 OnNonFinite = Literal["skip", "raise"]
 REMEDY = (

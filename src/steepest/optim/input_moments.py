@@ -14,9 +14,9 @@ from torch import Tensor
 from steepest.anatomy import InputMoment, InputWatch, PlanRow, Reader, find_readers, given_rows
 from steepest.notices import warn
 from steepest.optim.applied import Applied
-from steepest.optim.ranks import summed, unanimous
 from steepest.optim.refresh import INPUT_MASS, INPUT_MOMENT, INPUT_POWERS, Outcome, ensure_moments, refresh_
 from steepest.optim.state import state_dtype
+from steepest.ranks import summed, unanimous
 
 INPUT_LEADER = "input_leader"  # 0-d, number of the reader whose moment a reader uses; UNSETTLED until that is known
 UNSETTLED = -1.0

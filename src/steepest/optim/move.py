@@ -15,8 +15,8 @@ from steepest.optim.bucket import apply_, gains, pull_, stay_finite
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.load import SHARES, Load
 from steepest.optim.momentum import average_, debias, forget_, look_ahead
-from steepest.optim.ranks import agree, laid_out, local, sharded
 from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, state_dtype
+from steepest.ranks import agree, laid_out, local, sharded
 
 Group = dict[str, Any]
 # Below, the point that decay pulls toward would be too far away for float32; above one over it, too near.

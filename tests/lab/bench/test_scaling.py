@@ -4,9 +4,10 @@ import re
 import pytest
 
 from steepest.lab.bench import scaling
+from steepest.lab.bench.cost_model import cost
+from steepest.lab.bench.machine import Machine
 from steepest.lab.bench.scaling import ASPECTS, LAYERS, SIDE, WIDTHS, Point, measure_scaling, points, predict, stride
 from steepest.lab.bench.scaling_png import scaling_png
-from steepest.parallel import Machine, cost
 
 MACHINE = Machine(((64, 100e9),), *[((2**20, 10e9),)] * 3, 1e-6)
 SMALL = [Point("width", 8, ((8, 8), (16, 8))), Point("layers", 2, ((8, 8),) * 2), Point("aspect", 3, ((4, 12),))]

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from steepest.lab.bench import scaling
+from steepest.lab.bench.machine import Machine
 from steepest.lab.cli import main
-from steepest.parallel import Machine
 
 MACHINE = Machine(((64, 100e9),), *[((2**20, 10e9),)] * 3, 1e-6)
 SIZES = ["--widths", "8", "16", "--layers", "1", "--aspects", "2", "--rounds", "3"]

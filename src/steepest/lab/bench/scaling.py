@@ -11,11 +11,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from steepest.lab.bench.cost_model import cost
+from steepest.lab.bench.machine import Machine, calibrate, typical
 from steepest.lab.bench.memory import peak_extra_bytes
 from steepest.lab.bench.shapes import gpt2
 from steepest.lab.bench.timing import Quartiles, order, quartiles
 from steepest.optim import Muon
-from steepest.parallel import Machine, calibrate, cost, typical
 
 Varied = Literal["width", "layers", "aspect"]
 Clock = Callable[[], float]

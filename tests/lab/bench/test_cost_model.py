@@ -1,8 +1,6 @@
 import dataclasses
-import itertools
 import math
 import re
-from collections import Counter
 
 import pytest
 import torch
@@ -12,11 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steepest import Muon
+from steepest.anatomy import LINEAR
+from steepest.lab.bench.cost_model import ALL_TRAFFIC, LOAD_TRAFFIC, LONG_TRAFFIC, cost, count_work
+from steepest.lab.bench.machine import Machine
 from steepest.linalg import symmetric
 from steepest.linalg.polar import flops, polars
 from steepest.linalg.products import SMALLEST_ONE_BY_ONE, has_onednn
-from steepest.parallel import Machine, assign, cost, count_work
-from steepest.parallel.balance import ALL_TRAFFIC, LOAD_TRAFFIC, LONG_TRAFFIC
+from steepest.optim.bucket import Bucket
+from steepest.optim.load import SHARES, default_cap, loads
 
 FREE = ((1, 1e300),)
 TABLES = ("products", "passes", "fresh", "transposed")
@@ -67,11 +68,14 @@ def counted(shapes):
         weight.grad = torch.ones_like(weight)
     optimizer = Muon(weights, weight_decay=0.1)
     optimizer.step()
+    sets = [Bucket((torch.empty(rows, columns),) * count, LINEAR) for count, rows, columns in shapes]
+    cap = default_cap(sets)
+    parts = [[torch.stack(bucket.parameters) for bucket in load.buckets] for load in loads(sets, memory_cap=cap)]
     with Counting() as counts:
         optimizer.step()
     with Counting() as polar:
-        for shape in shapes:
-            polars([torch.ones(shape)], times=[-1.0])
+        for part in parts:  # as a step divides them
+            polars(part, times=[-1.0] * len(part), memory_cap=(SHARES - 2) * cap // SHARES)
     one_by_one = min(shapes[0][1:]) >= SMALLEST_ONE_BY_ONE and has_onednn()
     return counts.calls - one_by_one * polar.calls, counts.bytes - polar.bytes
 
@@ -141,48 +145,3 @@ def test_empty_buckets_are_refused(shapes):
     text = f"A step takes buckets of shapes (B, m, n) with numbers of at least 1, got {shapes}. Leave empty ones out."
     with pytest.raises(ValueError, match=re.escape(text)):
         cost(shapes, USUAL)
-
-
-COSTS = st.lists(st.floats(0, 1e6), max_size=7)
-
-
-@given(COSTS, st.integers(1, 5))
-def test_everything_has_one_owner(costs, ranks):
-    shares = assign(costs, ranks)
-    assert len(shares) == ranks
-    assert sorted(itertools.chain(*shares)) == list(range(len(costs)))
-    assert all(share == sorted(share) for share in shares)
-
-
-@given(COSTS, st.integers(1, 3))
-def test_the_longest_share_keeps_the_bound(costs, ranks):
-    longest = max(sum(costs[index] for index in share) for share in assign(costs, ranks))
-    best = min(
-        max(sum(c for c, rank in zip(costs, owners, strict=True) if rank == r) for r in range(ranks))
-        for owners in itertools.product(range(ranks), repeat=len(costs))
-    )
-    assert longest <= (4 / 3 - 1 / (3 * ranks)) * best * (1 + 1e-12)
-
-
-def test_the_bound_is_reached():
-    shares = assign([3, 3, 2, 2, 2], 2)
-    assert max(sum((3, 3, 2, 2, 2)[index] for index in share) for share in shares) == 7  # 6 would do; 7/6 is the bound
-
-
-def test_equal_costs_are_dealt_in_order():
-    assert assign([1.0] * 6, 4) == [[0, 4], [1, 5], [2], [3]]
-    assert Counter(map(len, assign([2.0] * 100, 8))) == {13: 4, 12: 4}
-
-
-@pytest.mark.parametrize(
-    ("costs", "ranks", "text"),
-    [
-        ([1.0], 0, "assign takes ranks of at least 1, got 0."),
-        ([1.0, -2.0], 2, "got costs[1] = -2.0."),
-        ([float("nan")], 2, "got costs[0] = nan."),
-        ([1.0, float("inf")], 2, "got costs[1] = inf."),
-    ],
-)
-def test_work_that_cannot_be_shared_out_is_refused(costs, ranks, text):
-    with pytest.raises(ValueError, match=re.escape(text)):
-        assign(costs, ranks)

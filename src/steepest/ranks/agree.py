@@ -3,7 +3,7 @@
 The group is torch's default one, and that of a sharded tensor's mesh where there is one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,29 +24,6 @@ def exchange_device(preferred: torch.device) -> torch.device:
     """
     backends = [entry.partition(":")[0] for entry in torch.distributed.get_backend_config().split(",")]
     return preferred if preferred.type in backends else torch.device(backends[0])
-
-
-def local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this rank has of tensors: whole ones, and shards.
-
-    Args:
-        tensors: Plain or sharded.
-
-    Returns:
-        Plain tensors, without entries where a rank has no part.
-    """
-    parts: Sequence[Any] = tensors
-    return [part.to_local() if _is_sharded(part) else part for part in parts]
-
-
-def laid_out(tensor: Any, like: Any) -> Tensor:
-    """A sharded tensor in the same parts as another; all ranks that keep a part take part."""
-    return tensor.redistribute(like.device_mesh, like.placements) if _is_sharded(like) else tensor
-
-
-def sharded(tensors: Iterable[Any]) -> list[Any]:
-    """Those of some tensors that are sharded."""
-    return [tensor for tensor in tensors if _is_sharded(tensor)]
 
 
 def decide(
@@ -111,11 +88,6 @@ def agree(flag: Tensor, sharded: Sequence[Any]) -> Tensor:
     for group in groups * len(meshes):  # so that an answer passes from one mesh to another
         torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MIN, group=group)
     return number.bool()
-
-
-def _is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor, whose module is not there in every build of torch."""
-    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:

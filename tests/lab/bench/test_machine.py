@@ -6,9 +6,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from steepest.lab.bench.machine import (
+    CALLS,
+    CHAINS,
+    PASS_BYTES,
+    REPETITIONS,
+    SIDES,
+    TRANSPOSED_BYTES,
+    Machine,
+    calibrate,
+    rate_at,
+    typical,
+)
 from steepest.linalg.polar import polars
-from steepest.parallel import Machine, calibrate, typical
-from steepest.parallel.machine import CALLS, CHAINS, PASS_BYTES, REPETITIONS, SIDES, TRANSPOSED_BYTES, rate_at
 
 PASSES = ((2**10, 100e9), (2**20, 10e9))
 MACHINE = Machine(((64, 50e9), (256, 200e9)), PASSES, PASSES, PASSES, 1e-6)
