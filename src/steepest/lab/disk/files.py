@@ -19,6 +19,8 @@ from collections.abc import Callable, Generator, Iterator
 from io import BufferedReader, FileIO
 from pathlib import Path
 
+from steepest.lab.errors import Failure
+
 MOST_BYTES = 2**26  # of a record that is read whole
 MOST_ROWS_BYTES = 2**32  # of rows that are read one by one
 MOST_LINE_BYTES = 2**24
@@ -47,7 +49,7 @@ _UNFINISHED = re.compile(
 )
 
 
-class RecordError(ValueError):
+class RecordError(Failure, ValueError):
     """A stored file is unreadable or contradicts another one; the text names the file, the problem and the remedy."""
 
     def __init__(self, path: Path, problem: str, remedy: str) -> None:
@@ -55,7 +57,7 @@ class RecordError(ValueError):
         super().__init__(one_line(f"{path}: {problem}. {remedy}"))
 
 
-class DataError(ValueError):
+class DataError(Failure, ValueError):
     """Data of the user that changed or turned out to be damaged while it was read."""
 
 

@@ -14,13 +14,14 @@ import msgspec
 
 from steepest.lab.disk.fields import Count, RecordError, Text, decode, parse_object
 from steepest.lab.disk.files import exists, open_to_append, read_lines, remove_unfinished, write_all, write_whole
+from steepest.lab.errors import Failure
 
 __all__ = ["MetricsFile", "RunBusyError", "locked", "write_whole"]
 
 _REMEDY = "Delete the run's directory and repeat the command: only this run is trained again."
 
 
-class RunBusyError(RuntimeError):
+class RunBusyError(Failure, RuntimeError):
     """Another process is writing to the run's directory."""
 
 

@@ -26,6 +26,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 
 from steepest.lab.disk.fields import RecordError
 from steepest.lab.disk.files import exists
+from steepest.lab.errors import Failure
 
 BEAT_S = 10
 GRACE_S = 60  # without a beat for so long, a worker counts as dead and its run is given to another
@@ -44,7 +45,7 @@ _BEATS = text(
 FORM = "postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE"
 
 
-class StorageError(RuntimeError):
+class StorageError(Failure, RuntimeError):
     """The database cannot be used; the text repeats nothing of a server's URL: any part of it may be a password.
 
     Args:

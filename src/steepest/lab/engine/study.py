@@ -23,6 +23,7 @@ from steepest.lab.engine.pool import STOP_S, Pool, last_words
 from steepest.lab.engine.queue import Queue, damaged_runs, missing_runs, open_queue
 from steepest.lab.engine.stopping import attend
 from steepest.lab.engine.storage import GRACE_S, StorageError, default_url, parse_url
+from steepest.lab.errors import Failure
 from steepest.lab.runs.version import code_version
 from steepest.lab.studies.report import write_report
 from steepest.lab.studies.study import StudyMismatchError, StudyPlan, read_config, read_listing, write_study
@@ -33,7 +34,7 @@ QUIET_S = 5.0  # without a run of its own, until a command says what it waits fo
 PATIENCE_S = 120.0  # a database that does not answer for so long is given up; runs go on meanwhile
 
 
-class FailedRunsError(RuntimeError):
+class FailedRunsError(Failure, RuntimeError):
     """Some runs ended with an error; the others are complete and in the report."""
 
 

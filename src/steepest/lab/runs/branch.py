@@ -28,6 +28,7 @@ from steepest.lab.disk.fields import RecordError, decode, read_text
 from steepest.lab.disk.files import digest, exists, make_directory, one_line, write_whole
 from steepest.lab.disk.ledger import locked
 from steepest.lab.disk.ours import refusal
+from steepest.lab.errors import UsageError
 from steepest.lab.runs.config import RunConfig, run_hash
 from steepest.lab.runs.schedule import rate_factor
 from steepest.lab.runs.train import load_task, using_threads
@@ -45,7 +46,7 @@ _RUN = (
 _BRANCH = "Delete this file: only this branch is trained again."
 
 
-class NoBranchError(ValueError):
+class NoBranchError(UsageError, ValueError):
     """The run cannot be forked as asked."""
 
 

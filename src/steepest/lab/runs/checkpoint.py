@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from steepest.lab.disk.files import RecordError, one_line, open_to_read, write_whole
+from steepest.lab.errors import Failure
 
 _REMEDY = "Delete this file and repeat the command: the run starts again from step 0, nothing else is lost."
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Failure, RuntimeError):
     """A checkpoint cannot be used; the text says why and what to do."""
 
     def __init__(self, path: Path, problem: str) -> None:

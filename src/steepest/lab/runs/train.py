@@ -20,6 +20,7 @@ from steepest.lab.disk.fields import parse_object, read_text
 from steepest.lab.disk.files import exists, make_directory, one_line, remove, write_whole
 from steepest.lab.disk.ledger import locked
 from steepest.lab.disk.ours import refusal
+from steepest.lab.errors import UsageError
 from steepest.lab.runs.config import RunConfig, run_hash
 from steepest.lab.runs.environment import describe_environment
 from steepest.lab.runs.recorder import Recorder
@@ -36,7 +37,7 @@ class Interrupted(Exception):  # noqa: N818 - like KeyboardInterrupt, it reports
     """The run was asked to stop; it is saved and goes on when `train_run` is called again."""
 
 
-class RunMismatchError(ValueError):
+class RunMismatchError(UsageError, ValueError):
     """The directory, the data or the code is not what the config says."""
 
 

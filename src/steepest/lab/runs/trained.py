@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from steepest.lab.disk.fields import RecordError, read_text
 from steepest.lab.disk.files import exists
+from steepest.lab.errors import UsageError
 from steepest.lab.methods.combined import CombinedOptimizer
 from steepest.lab.runs.config import RunConfig
 from steepest.lab.runs.train import load_task, using_threads
@@ -23,7 +24,7 @@ _SECOND_MOMENTS = ("exp_avg_sq", "second_moment")  # torch's name and ours
 _REMEDY = "Give the directory of a run, such as --out of `steepest train --keep-checkpoint`."
 
 
-class NoCheckpointError(ValueError):
+class NoCheckpointError(UsageError, ValueError):
     """The run's directory holds no trained weights."""
 
 

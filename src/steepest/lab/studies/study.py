@@ -16,6 +16,7 @@ import msgspec
 from steepest.lab.disk.fields import NAME, RecordError, RunName, Text, decode, read_text, wrong
 from steepest.lab.disk.files import exists, make_directory, names_in, one_line, rename_directory, write_whole
 from steepest.lab.disk.packed import PACKED, StudyFiles, unpacking
+from steepest.lab.errors import UsageError
 from steepest.lab.methods import METHODS
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, names_of, run_hash
@@ -27,7 +28,7 @@ FORMAT = 1
 _REMEDY = "Choose another --out, or delete the file: runs that still fit are found by their content."
 
 
-class StudyMismatchError(ValueError):
+class StudyMismatchError(UsageError, ValueError):
     """The output directory holds a study of something else, or is no place for one."""
 
 
