@@ -10,44 +10,42 @@ import torch
 def cases(names, values):
     """As `pytest.mark.parametrize`, but all cases are one test; every case that fails is named.
 
-    For laws that hold for hundreds of alike inputs, each too small to be a test of its own. Stacked, they make a grid.
-    Each case starts with the same seeds, a `tmp_path` of its own, and a `monkeypatch` that is undone after it; all else
-    that the test asks for is shared by its cases.
+    For laws that hold for many alike inputs, each too small to be a test of its own. Stacked, they make a grid. Values
+    in a dict are named by their keys. Each case starts with the same seeds, a `tmp_path` of its own, and a
+    `monkeypatch` that is undone after it; all else that the test asks for is shared by its cases.
     """
+    names = [name.strip() for name in names.split(",")]
+    entries = [entry(names, *pair) for pair in (values.items() if isinstance(values, dict) else enumerate(values))]
 
     def decorate(test):
-        grid = [(names, list(values)), *getattr(test, "grid", [])]
+        grid = [entries, *getattr(test, "grid", [])]
         single = getattr(test, "single", test)
-        filled = {name for part, _ in grid for name in words(part)}
 
-        @functools.wraps(single)
+        @functools.wraps(test)
         def every(subtests, **asked):
-            for number, chosen in enumerate(itertools.product(*(part for _, part in grid))):
-                case = {}
-                for (part, _), value in zip(grid, chosen, strict=True):
-                    case |= named(words(part), value)
-                with subtests.test(**case):
-                    run(single, {**asked, **case}, number)
+            for number, chosen in enumerate(itertools.product(*grid)):
+                given = {name: value for _, part in chosen for name, value in part.items()}
+                with subtests.test(**{name: shown for part, _ in chosen for name, shown in part.items()}):
+                    run(single, {**asked, **given}, number)
 
-        needed = [each for each in inspect.signature(single).parameters.values() if each.name not in filled]
-        subtests = inspect.Parameter("subtests", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        every.__signature__ = inspect.Signature([subtests, *needed])
+        asked = [parameter for name, parameter in inspect.signature(test).parameters.items() if name not in names]
+        if test is single:
+            asked.insert(0, inspect.Parameter("subtests", inspect.Parameter.POSITIONAL_OR_KEYWORD))
+        every.__signature__ = inspect.Signature(asked)
         every.grid, every.single = grid, single
         return every
 
     return decorate
 
 
-def words(names):
-    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-
-
-def named(names, value):
+def entry(names, key, value):
+    """What a case is called by, and its values; both by name."""
     if hasattr(value, "marks"):  # a pytest.param
-        value = value.values
+        key, value = value.id or key, value.values
     elif len(names) == 1:
         value = (value,)
-    return dict(zip(names, value, strict=True))
+    values = dict(zip(names, value, strict=True))
+    return {names[0]: key} if isinstance(key, str) else values, values
 
 
 def run(test, given, number):

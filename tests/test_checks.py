@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from steepest.checks import check_keywords, choice, flag, number, optional, pair, shown, whole
+from tests.cases import cases
 
 PART = number(high=1.0)
 
@@ -40,7 +41,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("option", range(len(REFUSED)))
+@cases("option", range(len(REFUSED)))
 def test_a_refusal_names_option_value_and_expectation(option):
     check, value, error, message = REFUSED[option]
     with pytest.raises(error, match=re.escape(message)):

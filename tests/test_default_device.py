@@ -16,6 +16,7 @@ from torch import nn
 import steepest
 from steepest import batch_size, theory
 from steepest.linalg import COEFFICIENTS, get_coefficients, minimax
+from tests.cases import cases
 from tests.optim.training import RECIPES
 
 SOURCE = Path(steepest.__file__).parent
@@ -102,7 +103,7 @@ def train(net, optimizer, steps=3):
         optimizer.step(loss=float(loss.detach()))
 
 
-@pytest.mark.parametrize("name", ALL)
+@cases("name", ALL)
 @pytest.mark.usefixtures("_elsewhere")
 def test_every_recipe_trains_saves_and_loads(name):
     net = model()

@@ -20,6 +20,7 @@ import pytest
 
 from steepest.lab.cli import main
 from steepest.linalg import COEFFICIENTS
+from tests.cases import cases
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(page for room in ("docs", "results") for page in (ROOT / room).rglob("*.md"))]
@@ -95,9 +96,9 @@ def test_spaces_and_the_last_digits_of_a_machine_do_not_count(was, becomes):
     compare(TABLE.replace(was, becomes), TABLE, 0.01)
 
 
-@pytest.mark.parametrize("tolerance", [None, 0.01])
-@pytest.mark.parametrize(
-    ("was", "becomes"),
+@cases("tolerance", [None, 0.01])
+@cases(
+    "was, becomes",
     [("2,018", "2,118"), ("165", "168"), ("total", "sum"), ("to 287", "or more"), ("kind  scale  interval\n", "")],
 )
 def test_a_wrong_figure_in_a_page_is_found(was, becomes, tolerance):
@@ -111,14 +112,14 @@ def test_numbers_are_exact_unless_a_page_says_otherwise():
     compare(TABLE, TABLE.replace("165", "166"), tolerance_of("numbers within 1%"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@cases("page", PAGES)
 def test_every_link_to_a_file_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@cases("page", PAGES)
 def test_no_page_is_half_written(page):
     assert not re.search(r"^[A-Z_]{5,}$", page.read_text(), flags=re.MULTILINE)
 

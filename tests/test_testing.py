@@ -15,6 +15,7 @@ from steepest import Ada2, AdaInf, ColNorm, Frobenius, InputMoment, Muon, Newton
 from steepest.geometry import NORMS, Norm
 from steepest.optim.recipes import RECIPES
 from steepest.testing import NORM_LAWS, RECIPE_LAWS, check_norm, check_recipe, network
+from tests.cases import cases
 from tests.optim import training
 
 PAGE = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
@@ -40,14 +41,14 @@ def test_every_recipe_and_every_norm_has_its_row():
     assert sorted(norms) == sorted([*(kind.__name__ for kind in NORMS.values()), "Scaled"])
 
 
-@pytest.mark.parametrize("law", NORM_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("norm", EXACT, ids=repr)
+@cases("law", NORM_LAWS)
+@cases("norm", EXACT)
 def test_norms_keep_the_law(norm, law):
     law(norm, 1e-12)
 
 
-@pytest.mark.parametrize("law", RECIPE_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("name", HELD)
+@cases("law", RECIPE_LAWS)
+@cases("name", HELD)
 def test_recipes_keep_the_law(name, law):
     law(HELD[name])
 
@@ -127,8 +128,8 @@ def test_a_norm_need_not_derive_from_ours():
     check_norm(Plain())
 
 
-@pytest.mark.parametrize(
-    ("norm", "message"),
+@cases(
+    "norm, message",
     [
         (Uphill(), r"dual\(M\) = -<M, lmo\(M\)>, but .* D, to be added, not -D\."),
         (Long(), r"primal\(lmo\(M\)\) = 1, but at shape \(1, 1\) they differ by 0.5"),
@@ -140,7 +141,6 @@ def test_a_norm_need_not_derive_from_ours():
         (Doubled(), "lmos is radius times lmo of each, but at radius 0.25 they differ by"),
         (Claiming(), "singular values of directions are polar_scale, but .* Return None from polar_scale"),
     ],
-    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
 )
 def test_a_norm_with_a_fault_is_found_out(norm, message):
     with pytest.raises(AssertionError, match=message):

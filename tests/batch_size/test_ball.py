@@ -12,6 +12,7 @@ import steepest
 from steepest.batch_size.ball import Ball, frank_wolfe_gap
 from steepest.geometry import scale_factor
 from steepest.linalg import COEFFICIENTS, overshoot, polar
+from tests.cases import cases
 
 SCALES = ["original", "match_rms_adamw", "spectral", "none"]
 
@@ -85,7 +86,7 @@ def descend(gradient_of, *, lr, decay, steps, coefficients=None, start=0.0, size
     return seen
 
 
-@pytest.mark.parametrize("coefficients", [None, *COEFFICIENTS])
+@cases("coefficients", [None, *COEFFICIENTS])
 def test_a_constant_gradient_leads_to_the_edge(coefficients):
     """With singular values at which the polynomial overshoots most: the radius is not only an upper bound."""
     gradient = -torch.eye(4, dtype=torch.float64)
@@ -160,7 +161,7 @@ def test_numbers_of_known_settings():
     ]
 
 
-@pytest.mark.parametrize("name", COEFFICIENTS)
+@cases("name", COEFFICIENTS)
 def test_the_overshoot_is_the_largest_value_of_the_map(name):
     x = torch.cat(
         [torch.logspace(-9, 0, 100_001, dtype=torch.float64), torch.linspace(0, 1, 100_001, dtype=torch.float64)]
@@ -170,7 +171,7 @@ def test_the_overshoot_is_the_largest_value_of_the_map(name):
     assert overshoot(name) == pytest.approx(max(1.0, largest), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in COEFFICIENTS if COEFFICIENTS[name].certify().bears(torch.bfloat16)])
+@cases("name", [name for name in COEFFICIENTS if COEFFICIENTS[name].certify().bears(torch.bfloat16)])
 def test_products_in_bfloat16_add_up_to_two_percent(name, rng):
     """Ranks from one to full, and singular values that fall off fast or slowly."""
     left, right = torch.randn(40, 16, 1, generator=rng), torch.randn(40, 1, 32, generator=rng)
@@ -226,8 +227,8 @@ def test_the_gap_is_zero_at_a_stationary_point_on_the_edge(rng):
     assert float(frank_wolfe_gap(gradient, u @ vh, weight_decay=0.0)) == pytest.approx(4.5)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+@cases(
+    "call, message",
     [
         (lambda: Ball(lr=0.0, weight_decay=0.1), "Ball: lr must be finite and above 0, got 0.0."),
         (lambda: Ball(lr=0.1, weight_decay=0.1, scale=math.inf), "Ball: scale must be finite and above 0, got inf."),

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from steepest.batch_size.bound_shapes import LogCurve, PowerCurve
 from steepest.batch_size.bounds import Bound, Problem, Setting, bound, inverse_batch_noise, lag, noise_factor
 from steepest.optim.momentum import average_, look_ahead
+from tests.cases import cases
 
 PROBLEM = Problem(smoothness=4.4, noise=32.0, gap=1.5, gradient=3.4)
 positive = st.floats(1e-3, 1e3)
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.7, 0.9, 0.95, 0.99])
+@cases("nesterov", [False, True])
+@cases("momentum", [0.0, 0.7, 0.9, 0.95, 0.99])
 def test_the_factors_are_those_of_the_weights(momentum, nesterov):
     """Feed ones and zeros through the library's averages: the weights themselves, and what their sums must be."""
     past = 4000
@@ -35,8 +36,8 @@ def test_the_factors_are_those_of_the_weights(momentum, nesterov):
     assert lag(momentum, nesterov=nesterov) == pytest.approx(float(still_missing.sum()), rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("momentum", "plain", "nesterov"),
+@cases(
+    "momentum, plain, nesterov",
     [(0.0, 1, 1), (0.7, 0.1765, 0.3025), (0.9, 0.05263, 0.07063), (0.95, 0.02564, 0.03039), (0.99, 0.005025, 0.005223)],
 )
 def test_the_table_of_noise_factors(momentum, plain, nesterov):
@@ -46,8 +47,8 @@ def test_the_table_of_noise_factors(momentum, plain, nesterov):
     assert noise_factor(momentum, nesterov=True) <= triangle + 1e-12
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.7, 0.9, 0.95])
+@cases("nesterov", [False, True])
+@cases("momentum", [0.0, 0.7, 0.9, 0.95])
 def test_the_measured_variance_of_an_average_is_that_of_its_factor(momentum, nesterov, rng):
     """200,000 entries: the variance of each average has a relative deviation of 0.3%."""
     buffer = torch.zeros(200_000)
@@ -85,8 +86,8 @@ def test_a_scale_is_a_longer_step_and_a_wider_ball(star_convex):
         assert getattr(scaled, name) == pytest.approx(getattr(plain, name))
 
 
-@pytest.mark.parametrize(
-    ("momentum", "plain", "nesterov"),
+@cases(
+    "momentum, plain, nesterov",
     [(0.0, 2304, 2304), (0.7, 407, 697), (0.9, 121, 163), (0.95, 59, 70), (0.99, 11.6, 12.0), (0.999, 1.15, 1.15)],
 )
 def test_numbers_of_the_best_batch_size(momentum, plain, nesterov):
@@ -133,7 +134,7 @@ CURVES = [PowerCurve(7.0, 11.0, p, q) for p, q in itertools.product((0.3, 0.5, 1
 CURVES += [LogCurve(0.01, ratio, 11.0) for ratio in (1.001, 2.0, 16.7, 1e6)]
 
 
-@pytest.mark.parametrize("curve", CURVES, ids=str)
+@cases("curve", CURVES)
 def test_the_cost_falls_to_its_one_minimum_and_rises(curve):
     grid = [curve.least * (1 + 10 ** (e / 200)) for e in range(-1600, 801)]
     cost = [b * curve.steps(b) for b in grid]
@@ -224,8 +225,8 @@ def test_a_start_that_is_good_enough_is_said_to_be():
     assert good.critical(1.19).status == "reachable"
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+@cases(
+    "call, message",
     [
         (lambda: Setting(0.0), "Setting: lr must be finite and above 0, got 0.0"),
         (lambda: Setting(math.nan), "Setting: lr must be finite and above 0, got nan"),

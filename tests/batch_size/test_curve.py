@@ -4,6 +4,7 @@ import pytest
 from steepest.batch_size.curve import Answer, Point, estimate, fit, lack_of_fit, levels, recommendation
 from steepest.batch_size.curve_fit import as_runs
 from tests.batch_size.curves import HALVES, OCTAVES, runs
+from tests.cases import cases
 
 # b K(b) of Muon (lr .02, momentum .9) on a noisy 8 x 16 quadratic; 8 and 16 do not get there.
 QUADRATIC = {32: 18389, 64: 15744, 128: 22101, 256: 36267, 512: 64000}
@@ -17,8 +18,8 @@ def few(points, **options):
     return estimate(points, resamples=200, **options)
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize(("sigma", "knee"), [(0.02, 2000.0), (0.1, 2000.0), (0.1, 130.0), (0.1, 20.0)])
+@cases("seed", range(20))
+@cases("sigma, knee", [(0.02, 2000.0), (0.1, 2000.0), (0.1, 130.0), (0.1, 20.0)])
 def test_the_hyperbola_has_no_interior_minimum(seed, sigma, knee):
     """Not even where noise alone makes one: with B_crit = 2000, b K(b) rises by 1% from 16 to 32."""
     found = few(runs("H", sigma=sigma, seed=seed, parameters=(knee,)), families=["H"])
@@ -37,8 +38,8 @@ def test_noise_did_make_minima_of_the_hyperbola():
     assert sum(16 < b < 2048 for b in least) > 5
 
 
-@pytest.mark.parametrize("sigma", [0.0, 0.05])
-@pytest.mark.parametrize(("key", "truth", "sizes"), [("S", 31.5, HALVES), ("I", 28.0, HALVES), ("U", 52.0, OCTAVES)])
+@cases("sigma", [0.0, 0.05])
+@cases("key, truth, sizes", [("S", 31.5, HALVES), ("I", 28.0, HALVES), ("U", 52.0, OCTAVES)])
 def test_a_minimum_inside_is_a_number(key, truth, sizes, sigma):
     found = few(runs(key, sizes, sigma=sigma, seed=4))
     assert found.b_star.kind == "point"
@@ -182,8 +183,8 @@ def test_the_sentence_without_numbers():
     assert "1 seed, 7 batch sizes 8 to 512)" in text
 
 
-@pytest.mark.parametrize(
-    ("answer", "text"),
+@cases(
+    "answer, text",
     [
         (Answer("point", 130.0, 95.0, 180.0), "= 130 [95, 180]"),
         (Answer("point", 130.0, None, 180.0), "= 130 [open, 180]"),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from steepest.batch_size.curve_crossing import first_crossing, first_crossings
 from steepest.batch_size.curve_fit import Point
+from tests.cases import cases
 
 
 @given(
@@ -64,8 +65,8 @@ def test_evaluations_too_far_apart_say_so():
     assert first_crossing(fine[::10].tolist(), np.exp(-fine[::10] / 50).tolist(), 0.25).coarse
 
 
-@pytest.mark.parametrize(
-    ("steps", "losses", "target", "window", "message"),
+@cases(
+    "steps, losses, target, window, message",
     [
         ([], [], 1.0, 1, "as many losses as steps and at least one, got 0 steps"),
         ([0, 1], [1.0], 1.0, 1, "got 2 steps and 1 losses"),

@@ -3,17 +3,18 @@ import pytest
 
 from steepest.batch_size.curve_families import FAMILIES, family
 from tests.batch_size.curves import OCTAVES, TRUTH, curve, shape, theta
+from tests.cases import cases
 
 X = np.log(np.array(OCTAVES, dtype=float))
 POLES = [key for key, one in FAMILIES.items() if one.pole]
 
 
-@pytest.mark.parametrize("key", FAMILIES)
+@cases("key", FAMILIES)
 def test_shapes_are_the_formulas(key):
     np.testing.assert_allclose(1000 * np.exp(shape(key).log_shape(theta(key), X)), curve(key, OCTAVES), rtol=1e-12)
 
 
-@pytest.mark.parametrize("key", FAMILIES)
+@cases("key", FAMILIES)
 def test_slopes_are_derivatives(key):
     one, at = shape(key), theta(key)
     slopes = one.slopes(at, X)
@@ -69,8 +70,8 @@ def test_out_of_reach_at_and_below_the_pole(key):
     assert (shape(key).slopes(at, X)[:2, 0] == 0).all()
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2, 1.0])
-@pytest.mark.parametrize("key", [*FAMILIES, "P>1"])
+@cases("share", [0.05, 0.2, 1.0])
+@cases("key", [*FAMILIES, "P>1"])
 def test_overhead_is_what_it_says(key, share):
     values = (90.0, 2.0) if key == "P>1" else TRUTH[key]
     key = key[0]

@@ -4,10 +4,11 @@ import pytest
 from steepest.batch_size.curve_families import FAMILIES
 from steepest.batch_size.curve_fit import Point, choose, fit
 from tests.batch_size.curves import HALVES, OCTAVES, TRUTH, curve, runs, shape, theta
+from tests.cases import cases
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize("key", FAMILIES)
+@cases("seeds", [1, 3])
+@cases("key", FAMILIES)
 def test_without_noise_the_truth_comes_back(key, seeds):
     found = fit(runs(key, seeds=seeds), key)
     for name, value in zip(found.family.parameters, TRUTH[key], strict=True):
@@ -18,7 +19,7 @@ def test_without_noise_the_truth_comes_back(key, seeds):
     assert found.steps(300) == pytest.approx(curve(key, [300])[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("key", ["H", "S", "I", "P", "U"])
+@cases("key", ["H", "S", "I", "P", "U"])
 def test_without_noise_the_family_itself_is_chosen(key):
     """Without noise a family that contains the true one fits as well, and only its size speaks against it."""
     choice = choose(runs(key))

@@ -8,6 +8,7 @@ from steepest.batch_size.curve_families import FAMILIES
 from steepest.batch_size.curve_fit import as_runs, fit
 from steepest.batch_size.curve_likelihood import best_of_starts, hazard, hazard_slope, maximise
 from tests.batch_size.curves import OCTAVES, TRUTH, curve, runs, shape, theta
+from tests.cases import cases
 
 
 def minus_loglik(parameters, key, data):
@@ -17,8 +18,8 @@ def minus_loglik(parameters, key, data):
     return -np.where(data.stopped, normal.logsf(data.y), normal.logpdf(data.y)).sum()
 
 
-@pytest.mark.parametrize("budget", [np.inf, 4000.0], ids=["all arrive", "some stopped"])
-@pytest.mark.parametrize("key", ["H", "P", "S", "W"])
+@cases("budget", [np.inf, 4000.0])
+@cases("key", ["H", "P", "S", "W"])
 def test_no_general_optimiser_does_better(key, budget):
     data = as_runs(runs(key, sigma=0.1, seed=1, budget=budget))
     found = best_of_starts(shape(key), data.x, data.y, data.stopped)
@@ -41,7 +42,7 @@ def test_without_stopped_runs_it_is_least_squares():
     assert found.sigma[0] == pytest.approx(np.sqrt((plain.fun**2).mean()), rel=1e-6)
 
 
-@pytest.mark.parametrize("key", FAMILIES)
+@cases("key", FAMILIES)
 def test_many_data_sets_are_fitted_as_one_by_one(key):
     sets = [as_runs(runs(key, sigma=0.08, seed=seed, budget=6000.0)) for seed in range(4)]
     x, y, stopped = sets[0].x, np.stack([one.y for one in sets]), np.stack([one.stopped for one in sets])

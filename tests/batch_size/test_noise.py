@@ -23,6 +23,7 @@ from tests.batch_size.noisy_loops import (
     train_step,
     values,
 )
+from tests.cases import cases
 
 F64 = torch.float64
 
@@ -58,7 +59,7 @@ def clip(model):
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
 
 
-@pytest.mark.parametrize(
+@cases(
     "options",
     [
         {"divide": 1, "losses": "whole", "factor": 1.0},
@@ -69,7 +70,6 @@ def clip(model):
         {"store": "cpu"},
         {"samples": None, "told": True},
     ],
-    ids=str,
 )
 def test_how_losses_are_scaled_and_gradients_kept_changes_nothing(options):
     if options.pop("losses", "") == "whole":

@@ -8,12 +8,13 @@ from torch.utils.checkpoint import checkpoint
 
 from steepest.batch_size.noise import NoiseScale
 from tests.batch_size.noisy_loops import ALL, MICRO, PER, STEPS, loss_of, measured, network, sgd, train, values
+from tests.cases import cases
 
 F64 = torch.float64
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
+@cases(
+    "options, message",
     [
         ({"every": 0}, "NoiseScale: every must be at least 1, got 0"),
         ({"every": 2.5}, "every must be a whole number, got 2.5"),
@@ -45,7 +46,7 @@ def test_options_are_checked(options, message):
         NoiseScale(model, sgd(model), **options)
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan"), "2", None, torch.ones(2)])
+@cases("value", [0, -1.0, float("nan"), "2", None, torch.ones(2)])
 def test_what_a_function_says_of_the_scale_is_checked_when_it_is_asked(value):
     model = network()
     optimizer = sgd(model)
@@ -64,8 +65,8 @@ def test_a_function_may_return_the_tensor_that_a_scaler_keeps():
     noise.close()
 
 
-@pytest.mark.parametrize("kind", ["two", "meta", "array", "in a list"])
-@pytest.mark.parametrize("key", ["format", "samples", "layers", "kinds", "unit"])
+@cases("kind", ["two", "meta", "array", "in a list"])
+@cases("key", ["format", "samples", "layers", "kinds", "unit"])
 def test_a_saved_option_that_is_a_tensor_is_refused_by_name(key, kind):
     tensors = {"two": torch.ones(2), "meta": torch.tensor(1.0, device="meta"), "array": np.ones(2)}
     model = network()

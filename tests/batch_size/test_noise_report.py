@@ -11,6 +11,7 @@ from torch import nn
 from steepest.batch_size.noise import NoiseScale
 from steepest.geometry import Spectral
 from tests.batch_size.noisy_loops import ALL, MICRO, PER, loss_of, measured, network, sgd, train_step, values
+from tests.cases import cases
 
 F64 = torch.float64
 
@@ -138,19 +139,19 @@ WRONG_RECORDS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG)
+@cases("change, message", WRONG)
 def test_a_damaged_state_is_refused_and_nothing_changes(change, message):
     refused({**measured().state_dict(), **change}, message)
 
 
-@pytest.mark.parametrize("key", measured().state_dict())
+@cases("key", measured().state_dict())
 def test_a_state_without_an_entry_is_refused(key):
     saved = measured().state_dict()
     del saved[key]
     refused(saved, f"{key}")
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG_RECORDS)
+@cases("change, message", WRONG_RECORDS)
 def test_a_damaged_measurement_is_refused_and_nothing_changes(change, message):
     saved = measured().state_dict()
     saved["records"][-1] = {**saved["records"][-1], **change}

@@ -8,6 +8,7 @@ import torch
 import steepest
 from steepest.batch_size.noise import NoiseScale
 from tests.batch_size.noisy_loops import ALL, PER, measured, network, sgd, train, values
+from tests.cases import cases
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about torch.jit.script, which it uses
@@ -71,7 +72,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS)
+@cases("wrap", WRAPPERS)
 def test_a_wrapped_optimizer_is_measured_like_the_one_inside(wrap):
     model = network()
     optimizer = WRAPPERS[wrap](sgd(model))

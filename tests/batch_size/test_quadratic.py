@@ -7,6 +7,7 @@ import steepest
 from steepest.batch_size.ball import frank_wolfe_gap
 from steepest.batch_size.bounds import Setting, bound
 from tests.batch_size.quadratic import CURVATURE, FAN_IN, FAN_OUT, TARGET, Muons, gradient, loss, problem, steps_to
+from tests.cases import cases
 
 BATCHES = [1, 16, 256]
 FOUR = [(False, 0.0), (True, 0.0), (False, 0.5), (True, 0.5)]
@@ -27,8 +28,8 @@ def test_the_smoothness_and_the_noise_are_upper_bounds(rng):
     assert nuclear(CURVATURE * aligned).item() == pytest.approx(problem().smoothness)
 
 
-@pytest.mark.parametrize(("nesterov", "decay"), FOUR)
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@cases("nesterov, decay", FOUR)
+@cases("momentum", [0.0, 0.9])
 def test_every_run_is_below_the_bound_of_its_setting(nesterov, decay, momentum):
     muons, steps = Muons(BATCHES, lr=0.02, momentum=momentum, nesterov=nesterov, weight_decay=decay), 400
     total = torch.zeros(muons.seeds, len(BATCHES), dtype=torch.float64)

@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 
 from steepest.batch_size.ratio import Ratio, batch_for, block_length, ratio_of_means, student_quantile
+from tests.cases import cases
 
 F64 = torch.float64
 
@@ -19,8 +20,8 @@ def autoregression(count, phi, generator, width=1):
     return torch.stack(series).squeeze(-1)
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30, 101, 5000])
-@pytest.mark.parametrize("probability", [0.6, 0.95, 0.995])
+@cases("freedom", [1, 2, 3, 4, 7, 30, 101, 5000])
+@cases("probability", [0.6, 0.95, 0.995])
 def test_quantiles_are_those_of_student(freedom, probability):
     tolerance = 1e-9 if freedom <= 1000 else 1e-3
     assert math.isclose(student_quantile(probability, freedom), stats.t.ppf(probability, freedom), rel_tol=tolerance)
@@ -180,8 +181,8 @@ def test_a_curve_that_still_rises_gives_a_lower_end(rng):
     assert math.isinf(ratio.high)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+@cases(
+    "call, message",
     [
         (lambda: ratio_of_means(torch.ones(2), torch.ones(3)), r"shapes \(2,\) and \(3,\)"),
         (lambda: ratio_of_means(torch.ones(0), torch.ones(0)), "n >= 1"),

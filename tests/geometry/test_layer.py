@@ -19,6 +19,7 @@ from steepest.geometry import (
     get_norm,
     scale_factor,
 )
+from tests.cases import cases
 
 
 def moments(shape, rng):
@@ -68,8 +69,8 @@ def test_adams_two_norms_agree_on_the_length_of_its_step(rng):
     torch.testing.assert_close(Ada2().lmo(m, v) * Ada2().dual(m, v), AdaInf().lmo(m, v))
 
 
-@pytest.mark.parametrize("norm", [Nuclear(), Schatten(p=3.0), RowNorm(), ColNorm(), Ada2()], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@cases("norm", [Nuclear(), Schatten(p=3.0), RowNorm(), ColNorm(), Ada2()])
+@cases("dtype", [torch.bfloat16, torch.float32])
 def test_types_are_kept_and_a_bad_matrix_spoils_itself_only(norm, dtype, rng):
     m = torch.randn(2, 3, 4, generator=rng).to(dtype)
     v = torch.ones_like(m)
@@ -107,8 +108,8 @@ def test_norms_print_their_name_and_what_was_changed():
     assert str(Mine()) == "Mine"
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
+@cases(
+    "call, error, message",
     [
         (lambda: get_norm("spectra"), ValueError, "Unknown norm 'spectra': did you mean 'spectral'?"),
         (lambda: get_norm(Spectral), TypeError, "norm must be a name or an object such as Spectral(), got <class"),
@@ -144,8 +145,8 @@ def test_the_error_says_what_came_and_what_was_expected(call, error, message):
         call()
 
 
-@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-20, 1e20, 2e37])
-@pytest.mark.parametrize("norm", [Ada2(), Frobenius(), RowNorm(), ColNorm()], ids=str)
+@cases("size", [1e-38, 1e-30, 1e-20, 1e20, 2e37])
+@cases("norm", [Ada2(), Frobenius(), RowNorm(), ColNorm()])
 def test_small_and_large_entries_stay_in_range(norm, size, rng):
     m = size * (0.25 + torch.rand(2, 3, 4, generator=rng))
     v = torch.ones(2, 3, 4) if norm.adapts else None

@@ -28,6 +28,7 @@ from steepest.geometry import (
     Sum,
     get_product,
 )
+from tests.cases import cases
 from tests.reference.maximise import layer_slope, least, product_slope
 
 LAYERS = [
@@ -49,7 +50,7 @@ INF = float("inf")
 F, ETA = 3.0, 0.7  # the model's value at no step, and the learning rate
 SCALED = [Scaled(ColNorm(), "sqrt_fan_out"), Scaled(Sign(), "inverse_fan_in"), Scaled(Frobenius(), "sqrt_size")]
 CASES = [*pairs(LAYERS, OTHERS, TREES), *pairs(SCALED, [Sign()], TREES)]
-each_case = pytest.mark.parametrize(("layer", "other", "tree"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+each_case = cases("layer, other, tree", CASES)
 
 
 def moments(index):
@@ -133,7 +134,7 @@ def closed_form(dual, floor, *, regularized):
 
 
 @each_case
-@pytest.mark.parametrize("regularized", [False, True], ids=["constrained", "regularized"])
+@cases("regularized", [False, True])
 def test_the_closed_form_optimum_is_what_a_search_finds(layer, other, tree, regularized, rng):
     space = Space(layer, other, tree)
     slopes = [searched_slope(norm, index) for index, norm in enumerate(space.norms)]
@@ -218,7 +219,7 @@ def test_which_norms_are_separable():
     assert not any(Hybrid().separable(regularized=regularized) for regularized in (False, True))
 
 
-@pytest.mark.parametrize("tree", TREES, ids=str)
+@cases("tree", TREES)
 def test_zero_duals_give_a_zero_total_and_finite_coefficients(tree):
     space = tree.covering(list(dict.fromkeys(LABELS)))
     combined = space.combine(per_label([torch.zeros(())] * len(LABELS)))
@@ -249,7 +250,7 @@ def test_a_node_without_children_takes_every_label_and_unused_labels_are_dropped
     assert Sum(Max("a"), "b").covering(["b"]).labels() == ["b"]
 
 
-@pytest.mark.parametrize("tree", [*TREES, Hybrid("a", Sum("b", "c"))], ids=str)
+@cases("tree", [*TREES, Hybrid("a", Sum("b", "c"))])
 def test_a_tree_prints_as_what_builds_it(tree):
     again = eval(repr(tree), {kind.__name__: kind for kind in PRODUCTS.values()})
     assert again == tree
@@ -269,8 +270,8 @@ def test_names_and_trees_are_taken():
     assert get_product(Max("a")) == Max("a")
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
+@cases(
+    "call, error, message",
     [
         (lambda: Max(3), TypeError, "Max takes nodes and labels such as 'matrix', got 3."),
         (lambda: Euclid("a", Max), TypeError, "Euclid takes nodes and labels such as 'matrix', got <class"),

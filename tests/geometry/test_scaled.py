@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from steepest import AdaInf, ColNorm, Frobenius, Scaled, Sign, Spectral
+from tests.cases import cases
 
 NORMS = [
     (Scaled(ColNorm(), "sqrt_fan_out"), lambda m, n: math.sqrt(m)),
@@ -16,8 +17,8 @@ NORMS = [
 ]
 
 
-@pytest.mark.parametrize(("norm", "factor"), NORMS, ids=lambda value: str(value) if isinstance(value, Scaled) else "")
-@pytest.mark.parametrize("shape", [(3, 5), (2, 4, 3), (1, 7)], ids=str)
+@cases("norm, factor", NORMS)
+@cases("shape", [(3, 5), (2, 4, 3), (1, 7)])
 def test_contract(norm, factor, shape, rng):
     m = torch.randn(shape, generator=rng, dtype=torch.float64)
     v = m.square() + 0.3 if norm.adapts else None

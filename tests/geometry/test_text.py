@@ -8,6 +8,7 @@ import torch
 from steepest import Scaled, Schatten, Sign, Spectral, View, minimax
 from steepest.geometry import NORMS, get_norm
 from steepest.geometry.text import Textual, built, text_of
+from tests.cases import cases
 
 SEVERAL = [
     *(kind() for kind in NORMS.values()),
@@ -19,7 +20,7 @@ SEVERAL = [
 ]
 
 
-@pytest.mark.parametrize("norm", SEVERAL, ids=str)
+@cases("norm", SEVERAL)
 def test_the_text_of_a_norm_builds_it(norm):
     text = text_of(norm)
     assert type(text) is str
@@ -35,7 +36,7 @@ def test_the_text_of_a_view_builds_it(view):
     assert view != View(groups=7)
 
 
-@pytest.mark.parametrize(
+@cases(
     "text",
     [
         "Spectral(scale='orig')",

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from steepest.linalg import COEFFICIENTS, Coefficients, describe, get_coefficients, minimax
 from steepest.linalg.coefficients import LARGEST_PEAK, ROUNDING, SLACK
 from steepest.linalg.odd_polynomial import image, stationary
+from tests.cases import cases
 
 # Images of [l, 1] as peers' tables give them: computed by others, in float64, on a fine grid.
 PUBLISHED = [
@@ -57,7 +58,7 @@ PAPER_EIGHT_STEPS = (
 )
 
 
-@pytest.mark.parametrize("name", COEFFICIENTS)
+@cases("name", COEFFICIENTS)
 def test_every_set_shipped_is_safe_where_the_normaliser_can_land(name):
     chosen = COEFFICIENTS[name]
     assert chosen.certify().safe
@@ -70,13 +71,13 @@ def test_every_set_shipped_is_safe_where_the_normaliser_can_land(name):
         assert x.max() <= LARGEST_PEAK
 
 
-@pytest.mark.parametrize(("name", "lower", "low", "high"), PUBLISHED)
+@cases("name, lower, low, high", PUBLISHED)
 def test_images_agree_with_the_published_ones(name, lower, low, high):
     found = COEFFICIENTS[name].certify(lower).image
     assert found == pytest.approx((low, high), abs=6e-4)
 
 
-@pytest.mark.parametrize(("name", "slope"), SLOPES.items())
+@cases("name, slope", SLOPES.items())
 def test_slopes_agree_with_the_published_ones(name, slope):
     assert COEFFICIENTS[name].certify().slope == pytest.approx(slope, abs=0.6)
 
@@ -185,8 +186,8 @@ def test_describe_shows_every_step_and_the_certificate():
     assert lines[-1].endswith("safe: yes")
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
+@cases(
+    "call, error, message",
     [
         (
             lambda: get_coefficients("jordn"),

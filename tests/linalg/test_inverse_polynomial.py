@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from steepest.linalg.inverse_polynomial import PLANS, SLACK, InversePlan, _iterate, polynomial_inverse
 from steepest.linalg.spd import damped_inverse
+from tests.cases import cases
 
-every_plan = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"eps {plan.smallest}")
+every_plan = cases("plan", PLANS)
 
 
 def budget(plan, dtype):
@@ -67,7 +68,7 @@ def test_each_plan_leaves_what_is_stated_but_for_its_thousandth(plan, largest):
 
 
 @every_plan
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@cases("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_spectra_that_fill_the_interval_are_inverted(plan, dtype, rng):
     """The recursion by itself, where alpha plays no part."""
     scaled = rotated(spectra(plan.smallest, 96), rng)
@@ -89,7 +90,7 @@ def test_the_recursion_is_its_scalar_map_on_the_eigenvalues(plan, rng):
 
 
 @every_plan
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@cases("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_at_the_smallest_ridge_of_a_plan_the_inverse_is_as_close_as_it_says(plan, dtype, rng):
     wide = torch.promote_types(dtype, torch.float32)
     spectrum = torch.logspace(-9, -0.5, 64, dtype=torch.float64).repeat(3, 1)
@@ -194,8 +195,8 @@ def test_no_negative_eigenvalue_passes_for_an_inverted_one(plan, rng):
     assert not inverted.any()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+@cases(
+    "arguments, message",
     [
         ((0.01, 0.0085, PLANS[0].steps), "smallest=0.01, residual=0.0085, and steps that leave 0.2659"),
         ((0.0, 0.5, PLANS[0].steps), "takes smallest in (0, 1)"),

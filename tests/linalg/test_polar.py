@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from steepest.linalg import COEFFICIENTS, flops, get_coefficients, minimax, polar, polars
 from steepest.linalg.plan import Iteration
+from tests.cases import cases
 from tests.linalg.counting import Products
 
 TOO_WIDE = ["nonic", "cans"]  # for half precision
@@ -26,9 +27,9 @@ def norm_of(singular_values: torch.Tensor, name: str) -> torch.Tensor:
     return torch.linalg.vector_norm(singular_values, ord=order, dim=-1, keepdim=True)
 
 
-@pytest.mark.parametrize("method", POLYNOMIAL)
-@pytest.mark.parametrize("name", ["nonic", "jordan", "polar_express", "cans", "cubic12"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@cases("method", POLYNOMIAL)
+@cases("name", ["nonic", "jordan", "polar_express", "cans", "cubic12"])
+@cases("shape", SHAPES)
 def test_it_is_the_scalar_map_on_the_singular_values(method, name, shape, rng):
     g = torch.randn(shape, generator=rng, dtype=torch.float64)
     torch.testing.assert_close(
@@ -39,7 +40,7 @@ def test_it_is_the_scalar_map_on_the_singular_values(method, name, shape, rng):
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@cases("shape", SHAPES)
 def test_svd_is_orthogonal_and_attains_the_nuclear_norm(shape, rng):
     g = torch.randn(shape, generator=rng, dtype=torch.float64)
     factor = polar(g, method="svd")
@@ -51,16 +52,16 @@ def test_svd_is_orthogonal_and_attains_the_nuclear_norm(shape, rng):
 
 # float32 carries 24 bits, bfloat16 8; five steps multiply a rounding error by up to the map's slope on small singular
 # values, so the bound is on how far the image's singular values leave the certified interval.
-@pytest.mark.parametrize("method", ["newton-schulz", "gram"])
-@pytest.mark.parametrize(
-    ("name", "dtype", "margin"),
+@cases("method", ["newton-schulz", "gram"])
+@cases(
+    "name, dtype, margin",
     [
         ("nonic", torch.float32, 1e-4),
         ("polar_express", torch.float32, 1e-4),
         ("polar_express", torch.bfloat16, 0.06),
     ],
 )
-@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 96)], ids=str)
+@cases("shape", [(64, 64), (64, 256), (256, 96)])
 def test_low_precision_stays_in_the_certified_interval(name, method, dtype, margin, shape, rng):
     u, _ = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=rng, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=rng, dtype=torch.float64))
@@ -83,8 +84,8 @@ def spectra(rows):
     yield torch.where(index == 0, 1.0, 1e-5 * ones)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
+@cases(
+    "name, dtype",
     [
         (name, dtype)
         for name in [*COEFFICIENTS, "eight of jordan", "minimax(1e-5, 8)"]
@@ -129,16 +130,16 @@ def test_the_memory_cap_is_kept(monkeypatch, rng):
     assert sizes == [[2, 3], [5]]
 
 
-@pytest.mark.parametrize("method", ["svd", *POLYNOMIAL])
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-10, 1e10, 1e30, 1e37])
+@cases("method", ["svd", *POLYNOMIAL])
+@cases("scale", [1e-38, 1e-30, 1e-10, 1e10, 1e30, 1e37])
 def test_scale_does_not_matter(method, scale, rng):
     g = torch.randn(2, 5, 9, generator=rng)
     torch.testing.assert_close(polar(g * scale, method=method), polar(g, method=method), rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("method", ["svd", *POLYNOMIAL])
-@pytest.mark.parametrize("rows", [5, 200])
-@pytest.mark.parametrize("scale", [1e-38, 1e-40, 1e-44])
+@cases("method", ["svd", *POLYNOMIAL])
+@cases("rows", [5, 200])
+@cases("scale", [1e-38, 1e-40, 1e-44])
 def test_subnormal_numbers_stay_numbers(method, rows, scale, rng):
     g = torch.randn(rows, 2 * rows, generator=rng) * scale
     assert polar(g, method=method).isfinite().all()
@@ -160,8 +161,8 @@ def test_rank_one_keeps_its_direction(method, rng):
     torch.testing.assert_close(factor, expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in COEFFICIENTS if name not in TOO_WIDE])
-@pytest.mark.parametrize("method", ["newton-schulz", "gram"])
+@cases("name", [name for name in COEFFICIENTS if name not in TOO_WIDE])
+@cases("method", ["newton-schulz", "gram"])
 def test_rank_one_in_bfloat16_descends(name, method, rng):
     g = torch.outer(torch.randn(64, generator=rng), torch.randn(256, generator=rng))
     factor = polar(g, method=method, coefficients=name, dtype=torch.bfloat16)
@@ -169,8 +170,8 @@ def test_rank_one_in_bfloat16_descends(name, method, rng):
     assert 0.6 < gain < 1.3
 
 
-@pytest.mark.parametrize("method", ["svd", *POLYNOMIAL])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@cases("method", ["svd", *POLYNOMIAL])
+@cases("bad", [torch.nan, torch.inf])
 def test_a_non_finite_and_a_zero_matrix_leave_their_neighbour_alone(method, bad, rng):
     g = torch.randn(3, 4, 10, generator=rng)
     expected = polar(g, method=method)[0]
@@ -234,8 +235,8 @@ def test_operations_are_counted_as_they_are_done():
         flops(4, 4, method="svd")
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
+@cases(
+    "call, error, message",
     [
         (lambda: polar(torch.ones(3)), ValueError, "polar takes (*batch, m, n), got shape (3,)"),
         (
@@ -270,10 +271,10 @@ def test_the_error_says_what_came_and_what_was_expected(call, error, message):
 SIZES = [(3, 40, 90), (2, 130, 70), (2, 200, 300), (3, 257, 257), (1, 300, 161), (2, 390, 400)]
 
 
-@pytest.mark.parametrize("coefficients", ["nonic", "polar_express"])
-@pytest.mark.parametrize("method", ["newton-schulz", "gram"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", SIZES, ids=str)
+@cases("coefficients", ["nonic", "polar_express"])
+@cases("method", ["newton-schulz", "gram"])
+@cases("dtype", [torch.float32, torch.float64])
+@cases("shape", SIZES)
 def test_blocks_and_single_matrices_are_the_scalar_map(coefficients, method, dtype, shape, rng):
     """Sizes on both sides of every threshold, divisible by the number of blocks or not."""
     g = torch.randn(shape, generator=rng, dtype=dtype)

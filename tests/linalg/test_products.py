@@ -6,6 +6,7 @@ import torch
 
 from steepest.linalg import polar, products, symmetric
 from steepest.linalg.products import OneByOne, Together, has_onednn, products_for
+from tests.cases import cases
 from tests.linalg.counting import Products
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ def blocks_of(a, parts):
     return torch.stack([a[:, cut[row], cut[column]] for row in range(parts) for column in range(row, parts)])
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 4, 6])
+@cases("parts", [1, 2, 3, 4, 6])
 def test_blocks_are_the_whole_matrices(parts, rng):
     a, b, c = commuting(2, 12, rng)
     cut_a, cut_b, cut_c = (blocks_of(one, parts) for one in (a, b, c))
@@ -42,7 +43,7 @@ def test_blocks_are_the_whole_matrices(parts, rng):
     torch.testing.assert_close(whole(symmetric.gram([tall, x], parts))[:2], x @ x.mT)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 4, 6])
+@cases("parts", [1, 2, 3, 4, 6])
 def test_the_work_is_that_share_of_a_whole_product(parts, rng):
     a = blocks_of(commuting(2, 12, rng)[0], parts)
     with Products() as counted:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steepest.linalg.spd import ATTEMPTS, KNOWN, damped_factor, damped_inverse, damped_power, diagonal_power, ridge_unit
+from tests.cases import cases
 
 DTYPES = [torch.float32, torch.float64]
 UNITS = ["trace", "frobenius", "spectral"]
@@ -14,8 +15,8 @@ WAYS = {
     "factor": damped_factor,
     "root": lambda moment, ridge, **options: damped_power(moment, ridge, 0.5, **options),
 }
-every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_way = cases("way", WAYS)
+every_dtype = cases("dtype", DTYPES)
 
 
 def second_moments(batch, n, samples, rng, dtype=torch.float64):
@@ -53,7 +54,7 @@ def tolerance(dtype, condition=1e4):
 
 
 @every_dtype
-@pytest.mark.parametrize("n", [1, 2, 7, 33])
+@cases("n", [1, 2, 7, 33])
 def test_the_inverse_is_the_inverse(n, dtype, rng):
     moment, ridge = second_moments(5, n, 2 * n, rng, dtype), torch.logspace(-3, 1, 5, dtype=dtype)
     power, ok, raised = damped_inverse(moment, ridge)
@@ -65,7 +66,7 @@ def test_the_inverse_is_the_inverse(n, dtype, rng):
 
 
 @every_dtype
-@pytest.mark.parametrize("exponent", [-1, 0, 0.25, 0.5, 1, 1.37, 2])
+@cases("exponent", [-1, 0, 0.25, 0.5, 1, 1.37, 2])
 def test_a_power_is_that_of_the_eigenvalues(exponent, dtype, rng):
     moment, ridge = second_moments(3, 12, 20, rng, dtype), torch.tensor([0.001, 0.1, 10], dtype=dtype)
     power, ok, raised = damped_power(moment, ridge, exponent)
@@ -105,7 +106,7 @@ def test_the_factor_is_lower_triangular_and_solves(dtype, rng):
 
 
 @every_dtype
-@pytest.mark.parametrize("exponent", [-0.5, 0.5, 1, 2])
+@cases("exponent", [-0.5, 0.5, 1, 2])
 def test_a_diagonal_matrix_is_its_diagonal(exponent, dtype, rng):
     diagonal = torch.rand(3, 8, generator=rng, dtype=dtype)
     diagonal[0, 3] = 0
@@ -144,7 +145,7 @@ def test_rotating_the_inputs_rotates_the_result(way, rng):
 
 
 @every_way
-@pytest.mark.parametrize("exponent_of_two", [-80, -20, 20, 80])
+@cases("exponent_of_two", [-80, -20, 20, 80])
 def test_the_units_of_the_moment_do_not_matter(way, exponent_of_two, rng):
     moment, ridge = second_moments(4, 6, 3, rng, torch.float32), torch.tensor([0.5, 1e-3, 1e-9, 0])
     expected, scaled = way(moment, ridge), way(moment * 2.0**exponent_of_two, ridge * 2.0**exponent_of_two)
@@ -194,7 +195,7 @@ BAD = {
 
 
 @every_way
-@pytest.mark.parametrize(("spoil", "ridge"), BAD.values(), ids=BAD.keys())
+@cases("spoil, ridge", BAD)
 def test_a_bad_matrix_is_marked_and_its_neighbours_keep_every_bit(way, spoil, ridge, rng):
     moment, ridges = second_moments(4, 6, 12, rng, torch.float32), torch.full((4,), 0.05)
     expected = way(moment, ridges)
@@ -256,7 +257,7 @@ def test_a_rank_deficient_moment_stays_below_what_its_ridge_allows(way, dtype, r
 
 
 @every_dtype
-@pytest.mark.parametrize("swallowed", [0, 1e-30, 1e-20])
+@cases("swallowed", [0, 1e-30, 1e-20])
 def test_a_ridge_that_rounding_swallows_is_raised_rather_than_believed(swallowed, dtype, rng):
     """Cholesky factors of singular matrices mostly exist, with pivots of rounding's making."""
     moment = second_moments(8, 24, 12, rng, dtype)
@@ -291,8 +292,8 @@ def test_nothing_has_no_inverse_but_a_ridge_has(way):
 
 
 @every_dtype
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("size", [0, 1e-30, 1e-3, 1, 1e3, 1e30, 3e38])
+@cases("unit", UNITS)
+@cases("size", [0, 1e-30, 1e-3, 1, 1e3, 1e30, 3e38])
 def test_each_unit_of_a_multiple_of_the_identity_is_the_multiple(unit, size, dtype):
     moment = size * torch.eye(7, dtype=dtype).expand(2, 7, 7)
     torch.testing.assert_close(ridge_unit(moment, unit), torch.full((2,), size, dtype=dtype), rtol=1e-6, atol=0)
@@ -311,8 +312,8 @@ def test_units_are_ordered_and_as_defined(n, samples, seed, decades):
     assert (frobenius <= spectral * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@cases("unit", UNITS)
+@cases("bad", [torch.nan, torch.inf])
 def test_a_moment_that_is_not_finite_has_no_unit_and_its_neighbour_keeps_its_own(unit, bad, rng):
     moment = second_moments(2, 5, 9, rng)
     expected = ridge_unit(moment, unit)[0]

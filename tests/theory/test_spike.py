@@ -7,6 +7,7 @@ import torch
 
 from steepest.theory import contraction, iterations, path
 from steepest.theory.spike import SPIKE_METHODS
+from tests.cases import cases
 
 SIZE, RANK = 16, 8
 
@@ -50,9 +51,9 @@ def run(method, kappa, *, steps, rng, start=(1.0, 1.0, 1.0)):
     return torch.stack(seen)
 
 
-@pytest.mark.parametrize("method", SPIKE_METHODS)
-@pytest.mark.parametrize(("kappa", "steps"), [(2.0, 19), (4.0, 32), (16.0, 40), (64.0, 10), (256.0, 6)])
-@pytest.mark.parametrize("start", [(1.0, 1.0, 1.0), (0.3, -0.8, 1.0)], ids=str)
+@cases("method", SPIKE_METHODS)
+@cases("kappa, steps", [(2.0, 19), (4.0, 32), (16.0, 40), (64.0, 10), (256.0, 6)])
+@cases("start", [(1.0, 1.0, 1.0), (0.3, -0.8, 1.0)])
 def test_three_numbers_follow_the_matrices(method, kappa, steps, start, rng):
     """To the end for small kappa; rounding then mixes Muon's bulk modes, the sooner the larger kappa is."""
     steps = min(steps, len(path(method, kappa, start=start).bounds) - 1)
@@ -65,16 +66,16 @@ def test_three_numbers_follow_the_matrices(method, kappa, steps, start, rng):
     torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("kappa", "muon"), [(2.0, 17), (4.0, 31)])
+@cases("seed", range(3))
+@cases("kappa, muon", [(2.0, 17), (4.0, 31)])
 def test_real_matrices_take_as_many_steps(kappa, muon, seed):
     for method, steps in zip(SPIKE_METHODS, (iterations(kappa)["gradient-descent"].reached, muon, 13), strict=True):
         seen = run(method, kappa, steps=steps, rng=torch.Generator().manual_seed(seed)).abs().amax((1, 2))
         assert (seen <= 1e-3).nonzero().flatten().tolist() == [steps], method
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kappa", [16.0, 64.0])
+@cases("seed", range(3))
+@cases("kappa", [16.0, 64.0])
 def test_real_matrices_arrive_when_the_bound_says(kappa, seed):
     """Although rounding mixes Muon's bulk modes."""
     steps = iterations(kappa)["muon"].guaranteed
@@ -83,8 +84,8 @@ def test_real_matrices_arrive_when_the_bound_says(kappa, seed):
     assert (seen <= 2 * path("muon", kappa).bounds).all()
 
 
-@pytest.mark.parametrize(
-    ("kappa", "descent", "muon"),
+@cases(
+    "kappa, descent, muon",
     [
         (1.0, 1, (13, 13, 13)),
         (2.0, 7, (17, 17, 19)),
@@ -101,8 +102,8 @@ def test_numbers_of_steps(kappa, descent, muon):
     assert set(vars(found["newton-muon"]).values()) == {13}
 
 
-@pytest.mark.parametrize("method", SPIKE_METHODS)
-@pytest.mark.parametrize("kappa", [1.0, 1.5, 7.0, 300.0])
+@cases("method", SPIKE_METHODS)
+@cases("kappa", [1.0, 1.5, 7.0, 300.0])
 def test_no_start_within_the_bound_leaves_it(method, kappa, rng):
     starts = 2 * torch.rand(30, 3, generator=rng, dtype=torch.float64) - 1
     corners = [[a, b, c] for a in (-1.0, 0.0, 1.0) for b in (1e-9, 1.0) for c in (0.0, -1.0)]
@@ -132,8 +133,8 @@ def test_where_it_starts_at_the_goal_nothing_is_to_do():
     assert {tuple(vars(steps).values()) for steps in iterations(4.0, eps=2.0).values()} == {(0, 0, 0)}
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+@cases(
+    "call, message",
     [
         (lambda: contraction("mun", 2.0), "Unknown method 'mun': did you mean 'muon'?"),
         (lambda: contraction("muon", 0.5), "kappa must be a finite number of at least 1, got 0.5"),

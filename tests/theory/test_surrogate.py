@@ -13,6 +13,7 @@ from steepest.theory import (
     surrogate,
     surrogate_score,
 )
+from tests.cases import cases
 
 SHAPES = [(4, 7), (6, 6), (9, 5)]
 
@@ -123,8 +124,8 @@ def reparametrised(rng, a):
 FAMILY = {"muon": (0.0, 0.0), "half": (0.5, 0.0), "newton-muon": (1.0, 0.0), "whitened": (0.5, 0.5)}
 
 
-@pytest.mark.parametrize(("inner", "outer"), FAMILY.values(), ids=FAMILY)
-@pytest.mark.parametrize("ridge", [0.0, 0.2])
+@cases("inner, outer", FAMILY)
+@cases("ridge", [0.0, 0.2])
 def test_a_rotation_of_inputs_rotates_the_step(inner, outer, ridge, rng):
     rotation, left = (torch.linalg.qr(normal(rng, n, n))[0] for n in (6, 5))
     gradient, k, turned, turned_k = reparametrised(rng, rotation)
