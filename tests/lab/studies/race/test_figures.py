@@ -18,17 +18,21 @@ from steepest.lab.report.matplotlib_png import to_png
 from steepest.lab.report.palette import PAPER, styles
 from steepest.lab.report.plotly_html import Theme, to_plotly
 from steepest.lab.studies.race.figures import KEYS, figures
+from steepest.lab.studies.race.records import RaceStudy
 from steepest.lab.studies.race.results import read_race
 from steepest.lab.studies.records import read_study
 from tests.lab.synthetic import HOSTILE, Pace, loss_at, write_scenario, write_study
 
 
 def drawn(study_dir: Path, paces: dict[str, Pace], **changes: Any) -> dict[str, Figure]:
-    return {figure.key: figure for figure in figures(read_race(read_study(write_study(study_dir, paces, **changes))))}
+    return {
+        figure.key: figure
+        for figure in figures(read_race(read_study(write_study(study_dir, paces, **changes), RaceStudy)))
+    }
 
 
 def scenario(study_dir: Path, name: str) -> dict[str, Figure]:
-    return {figure.key: figure for figure in figures(read_race(read_study(write_scenario(study_dir, name))))}
+    return {figure.key: figure for figure in figures(read_race(read_study(write_scenario(study_dir, name), RaceStudy)))}
 
 
 def test_there_are_four_figures_each_with_a_known_key(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from steepest.lab.report.figure import Figure
 from steepest.lab.report.matplotlib_png import to_png
 from steepest.lab.report.palette import styles
 from steepest.lab.report.plotly_html import to_plotly
+from steepest.lab.studies.records import read_study
 from steepest.lab.studies.sweep.figures import KEYS, figures
-from steepest.lab.studies.sweep.records import read_sweep
+from steepest.lab.studies.sweep.records import SweepStudy
 from steepest.lab.studies.sweep.results import read_results
 from tests.lab.synthetic import FINE, Valley, write_scenario, write_sweep
 
@@ -28,12 +29,12 @@ STEEP = replace(PLAIN, slope=4.0, most=50.0, limit=2.0)
 
 
 def drawn(study_dir: Path, valleys: Mapping[str, Valley], **changes: Any) -> dict[str, Figure]:
-    sweep = read_results(read_sweep(write_sweep(study_dir, valleys, **changes)))
+    sweep = read_results(read_study(write_sweep(study_dir, valleys, **changes), SweepStudy))
     return {figure.key: figure for figure in figures(sweep)}
 
 
 def scenario(study_dir: Path, name: str) -> dict[str, Figure]:
-    sweep = read_results(read_sweep(write_scenario(study_dir, name)))
+    sweep = read_results(read_study(write_scenario(study_dir, name), SweepStudy))
     return {figure.key: figure for figure in figures(sweep)}
 
 
