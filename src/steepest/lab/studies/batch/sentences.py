@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from steepest.batch_size.curve import Answer, recommendation
-from steepest.batch_size.curve_answers import size_text
+from steepest.batch_size.curve import Answer, recommendation, size_text
 from steepest.lab.report import wording
 from steepest.lab.report.page import Fact
 from steepest.lab.report.wording import plain
