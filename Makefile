@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= out/demo
-export MPLBACKEND := Agg
 
 .PHONY: setup race test quick lint types speed clean
 

@@ -21,7 +21,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
-DRAWN = "return document.querySelectorAll('figure.drawn .plot svg.main-svg').length"
+DRAWN = "return document.querySelectorAll('figure.drawn .plot svg.marks').length"
 
 
 def show(chrome: Chrome, page: Path, *, width: int = 1280, height: int = 900, theme: str = "light") -> None:

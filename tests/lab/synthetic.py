@@ -119,7 +119,7 @@ def _write_run(run: Path, config: RunConfig, pace: Pace) -> None:
     shift = shared.gauss(0, 0.02) + own.gauss(0, pace.noise)
     last = pace.stops.get(seed, pace.diverges.get(seed, STEPS))
     environment = {"python": "3.11.7", "torch": "2.13.0", "cpu model": "Example CPU", "threads": 1, "git commit": None}
-    environment |= {"packages": {"numpy": "2.4.6", "plotly": "7.1.0"}, **pace.environment}
+    environment |= {"packages": {"numpy": "2.4.6", "scipy": "1.17.1"}, **pace.environment}
     rows = [_eval(pace, 0, shift, 0.0)]
     seconds = 0.0
     for step in range(1, last + 1):

@@ -7,14 +7,13 @@ import statistics
 
 import pytest
 import torch
-from matplotlib.container import BarContainer
 
 from steepest.lab.bench import Bench, measure
 from steepest.lab.bench import step as step_module
 from steepest.lab.bench.contestants import CONTESTANTS
 from steepest.lab.bench.step import largest_bucket
 from steepest.lab.bench.step_files import rows_csv, step_content, write_step
-from steepest.lab.bench.step_png import draw
+from steepest.lab.bench.step_png import panel
 
 BENCH = Bench(widths=(16, 8), layers=1, peers=("torch-fp32", "torch", "heavyball"), pairs=4, warm_up=1)
 
@@ -110,15 +109,16 @@ def test_everything_is_written_and_can_be_read(cases, tmp_path):
 
 
 def test_the_picture_has_a_panel_per_width_with_bars_floors_and_the_reason(cases):
-    panels = draw(cases).axes
-    assert [panel.get_title(loc="left").split(":")[0] for panel in panels] == ["gpt2 8", "gpt2 16"]
-    for panel, case in zip(panels, cases, strict=True):
-        bars = [bar for container in panel.containers if isinstance(container, BarContainer) for bar in container]
-        assert [bar.get_width() for bar in bars] == [row.milliseconds.median for row in case.rows[:3]]
-        floors = [line.get_xdata()[0] for line in panel.get_lines()]
-        assert floors == [1e3 * floor.seconds for floor in case.floors.values()]
-        assert "gone" in [text.get_text() for text in panel.texts]
-        assert [label.get_text() for label in panel.get_yticklabels()] == [row.contestant for row in case.rows]
+    panels = [panel(case) for case in cases]
+    assert [figure.title.split(":")[0] for figure in panels] == ["gpt2 8", "gpt2 16"]
+    for figure, case in zip(panels, cases, strict=True):
+        assert [bar.length for bar in figure.bars] == [row.milliseconds.median for row in case.rows[:3]]
+        lines = [(curve.name.split(":")[0], curve.x[0]) for curve in figure.curves if curve.name]
+        assert lines == [(f"floor of {dtype} products", 1e3 * floor.seconds) for dtype, floor in case.floors.items()]
+        quartiles = [curve.x for curve in figure.curves if not curve.name]
+        assert quartiles == [(row.milliseconds.low, row.milliseconds.high) for row in case.rows[:3]]
+        assert "gone" in [label.text for label in figure.labels]
+        assert [name for _, name in figure.y.ticks] == [row.contestant for row in case.rows]
 
 
 def test_threads_are_set_for_the_benchmark_alone(monkeypatch):

@@ -21,7 +21,7 @@ def test_every_figure_is_drawn_and_nothing_is_fetched_or_complained_of(
 ) -> None:
     show(chrome, pages[name])
     figures = chrome.execute_script("return document.querySelectorAll('figure').length")
-    marks = "f.querySelector('.plot path.point, .plot path.js-line')"
+    marks = "f.querySelector('.plot .mark-symbol path, .plot .mark-line path')"
     with_marks = f"return [...document.querySelectorAll('figure')].filter(f => {marks}).length"
     assert chrome.execute_script(with_marks) == figures == 4
     asked = requests(chrome)
@@ -33,9 +33,9 @@ def test_every_figure_is_drawn_and_nothing_is_fetched_or_complained_of(
 def test_hostile_names_do_nothing(chrome: Chrome, pages: dict[str, Path]) -> None:
     show(chrome, pages["hostile"])  # an alert would make every later command fail
     assert chrome.execute_script("return document.querySelectorAll('img[src=x], b').length") == 0
-    assert chrome.execute_script("return document.scripts.length") == 3
-    labels = chrome.execute_script("return [...document.querySelectorAll('.annotation text')].map(t => t.textContent)")
-    assert "</script><script>al…" in labels
+    assert chrome.execute_script("return document.scripts.length") == 2
+    texts = "return [...document.querySelectorAll('.plot .mark-text text')].map(text => text.textContent)"
+    assert "</script><script>al…" in chrome.execute_script(texts)
     chrome.execute_script(
         "const s = document.createElement('script'); s.text = 'window.intruded = 1'; document.body.append(s)"
     )
@@ -75,7 +75,8 @@ def test_names_too_long_to_stand_beside_a_curve_are_in_a_key(chrome: Chrome, pag
 def test_a_dark_page_has_light_text_and_dark_figures(chrome: Chrome, pages: dict[str, Path]) -> None:
     show(chrome, pages["clear"], theme="dark")
     paper = "return getComputedStyle(document.body).backgroundColor"
-    label = "return document.querySelector('#loss-steps .annotation text').style.fill"
+    texts = "[...document.querySelectorAll('#loss-steps .plot text')]"
+    label = f"return {texts}.find(text => text.textContent == 'muonadam').getAttribute('fill')"
     assert chrome.execute_script(paper) == "rgb(20, 23, 27)"
     dark = chrome.execute_script(label)
     show(chrome, pages["clear"])
@@ -86,7 +87,8 @@ def test_print_shows_the_static_figures(chrome: Chrome, pages: dict[str, Path]) 
     show(chrome, pages["clear"])
     pdf = base64.b64decode(chrome.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
     assert pdf.startswith(b"%PDF")
-    assert pdf.count(b"/Subtype /Image") >= 4
+    sizes = "return [...document.querySelectorAll('figure img')].map(image => image.naturalWidth)"
+    assert chrome.execute_script(sizes) == [820] * 4
     chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     displays = "return ['img', '.plot'].map(s => getComputedStyle(document.querySelector('figure ' + s)).display)"
     assert chrome.execute_script(displays) == ["block", "none"]

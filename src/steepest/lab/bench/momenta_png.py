@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from io import BytesIO
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import Literal
 
 from steepest.lab.bench.momenta import NORMAL, Finding
-from steepest.lab.report.palette import PAPER, styles
+from steepest.lab.report.figure import Axis, Dots, Figure, Label, Rule, evenly, named
+from steepest.lab.report.palette import GUIDE, styles
+from steepest.lab.report.vega import to_png
 
 
 def momenta_png(findings: Sequence[Finding]) -> bytes:
@@ -23,36 +20,35 @@ def momenta_png(findings: Sequence[Finding]) -> bytes:
     Returns:
         The PNG.
     """
-    names = list(dict.fromkeys(found.coefficients for found in findings))
-    size = (9.6, 1.8 + 0.36 * len(names))
-    canvas = FigureCanvasAgg(Figure(size, dpi=150, layout="constrained", facecolor=PAPER["light"]))
-    left, right = canvas.figure.subplots(1, 2, sharey=True)
-    _draw(left, findings, "distance", "distance ‖Q - U Vᵀ‖ / √k")
-    _draw(right, findings, "alignment", "alignment <M, Q> / ‖M‖ nuclear")
-    right.axvline(1, color="#5f6873", linewidth=1, zorder=0)
-    left.set_xlim(left=0)
-    left.set_yticks(range(len(names)), names)
-    left.invert_yaxis()
-    handles, labels = left.get_legend_handles_labels()
-    canvas.figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    buffer = BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    left = _panel(findings, "distance", "distance ‖Q - U Vᵀ‖ / √k")
+    right = _panel(findings, "alignment", "alignment <M, Q> / ‖M‖ nuclear")
+    return to_png(left, right, columns=2, width=330)
 
 
-def _draw(axes: Axes, findings: Sequence[Finding], quantity: str, label: str) -> None:
-    axes.set_facecolor(PAPER["light"])
+def _panel(findings: Sequence[Finding], quantity: Literal["distance", "alignment"], title: str) -> Figure:
     names = list(dict.fromkeys(found.coefficients for found in findings))
-    sources = list(dict.fromkeys(found.source for found in findings))
-    looks = styles(sources, baseline=NORMAL)
-    for source, mark in zip(sources, itertools.cycle("osD^vP"), strict=False):
-        own = [found for found in findings if found.source == source and found.reason is None]
-        values = [getattr(found, quantity) for found in own]
-        places = [names.index(found.coefficients) for found in own]
-        axes.scatter(values, places, marker=mark, color=looks[source].light, label=source)
-    for place in {names.index(found.coefficients) for found in findings if found.reason is not None}:
-        axes.annotate("refused", (0.02, place), xycoords=("axes fraction", "data"), va="center", color="#5f6873")
-    axes.set_xlabel(label)
-    axes.grid(color="#e6e6df", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    looks = styles(list(dict.fromkeys(found.source for found in findings)), baseline=NORMAL)
+    dots: list[Dots] = []
+    for source, look in looks.items():
+        own = [found for found in findings if found.source == source]
+        known = [(value, -float(names.index(one.coefficients))) for one in own if (value := getattr(one, quantity))]
+        if known:
+            x, y = zip(*known, strict=True)
+            dots.append(Dots(source, look, "mean", x, y, ()))
+    near = quantity == "alignment"
+    values = [value for own in dots for value in own.x] + [1.0] * near
+    margin = 0.06 * ((max(values) - min(values)) or 1.0) if values else 1.0
+    low, high = (min(values) - margin if near else 0.0, max(values, default=0.0) + margin)
+    refused = {names.index(found.coefficients) for found in findings if found.reason is not None}
+    return Figure(
+        key=quantity,
+        title=quantity,
+        caption="",
+        x=Axis(title, low, high, ticks=evenly(low, high, most=5)),
+        y=named([""] * len(names) if near else names),
+        height=34 * len(names),
+        dots=tuple(dots),
+        rule=Rule("x", 1.0, "") if near else None,
+        labels=tuple(Label(low, -float(row), "refused", GUIDE, bold=False) for row in sorted(refused)),
+        keyed=near,
+    )

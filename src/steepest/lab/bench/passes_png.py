@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from io import BytesIO
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from steepest.lab.bench.passes import PLAIN, Passes
-from steepest.lab.report.palette import PAPER, styles
+from steepest.lab.report.figure import Axis, Bar, Figure, Label, named, whisker
+from steepest.lab.report.palette import TEXT, styles
+from steepest.lab.report.vega import to_png
 
 
 def passes_png(cases: Mapping[str, Passes]) -> bytes:
@@ -21,23 +19,25 @@ def passes_png(cases: Mapping[str, Passes]) -> bytes:
     Returns:
         The PNG.
     """
-    size = (2.0 + 3.6 * len(cases), 2.4)
-    canvas = FigureCanvasAgg(Figure(size, dpi=150, layout="constrained", facecolor=PAPER["light"]))
-    panels = canvas.figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
-    for axes, (title, case) in zip(panels, cases.items(), strict=True):
-        names = [row.way for row in case.rows]
-        looks = styles(names, baseline=PLAIN)
-        axes.set_facecolor(PAPER["light"])
-        axes.barh(names, [row.ratio.median for row in case.rows], color=[looks[name].light for name in names])
-        for place, row in enumerate(case.rows):
-            axes.hlines(place, row.ratio.low, row.ratio.high, color="black", linewidth=1.2)
-            text = f" {row.ratio.median:.3f}, {row.ms.median:.3g} ms"
-            axes.text(row.ratio.high, place, text, va="center", fontsize=8)
-        axes.set_xlim(0, 1.5 * max(row.ratio.high for row in case.rows))
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("time / that of the plain calls")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
-    buffer = BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    panels = [_panel(title, case) for title, case in cases.items()]
+    return to_png(*panels, columns=len(panels), width=300)
+
+
+def _panel(title: str, case: Passes) -> Figure:
+    names = [row.way for row in case.rows]
+    looks = styles(names, baseline=PLAIN)
+    rows = [(-float(i), row) for i, row in enumerate(case.rows)]
+    return Figure(
+        key="passes",
+        title=title,
+        caption="",
+        x=Axis("time / that of the plain calls", 0.0, 1.6 * max(row.ratio.high for row in case.rows)),
+        y=named(names),
+        height=36 * len(names),
+        bars=tuple(Bar(looks[row.way], y, 0.7, row.ratio.median, 1.0, "") for y, row in rows),
+        curves=tuple(whisker(TEXT, row.ratio.low, row.ratio.high, y) for y, row in rows),
+        labels=tuple(
+            Label(row.ratio.high, y, f"{row.ratio.median:.3f}, {row.ms.median:.3g} ms", TEXT, bold=False)
+            for y, row in rows
+        ),
+    )

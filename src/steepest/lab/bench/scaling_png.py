@@ -1,29 +1,25 @@
-"""Time of a step against each axis of the scaling study, measured and predicted, as a PNG."""
+"""Time and memory of a step against each axis of the scaling study, measured and predicted, as a PNG."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter, NullLocator
 
 from steepest.lab.bench.scaling import OF_ASPECT, SIDE, Row, Varied
-from steepest.lab.report.palette import PAPER, styles
+from steepest.lab.report.figure import Axis, Curve, Dots, Figure, around
+from steepest.lab.report.palette import styles
+from steepest.lab.report.vega import to_png
 
 _TITLES: dict[Varied, str] = {
     "width": "width of one layer",
     "layers": f"layers of width {SIDE}",
     "aspect": f"long side / {SIDE}, of {OF_ASPECT} matrices",
 }
-_MARKS = ("measured", "predicted", "extra memory")
+_LOOKS = styles(("measured", "predicted", "extra memory"), baseline="extra memory")
 
 
 def scaling_png(rows: Sequence[Row]) -> bytes:
-    """One panel per axis, both scales logarithmic: median and quartiles as dots, the prediction as a line.
+    """A column per axis, all scales logarithmic: above the time, median and quartiles as dots and whiskers and the
+    prediction as a line; below the memory.
 
     Args:
         rows: Of the study; an axis without rows has no panel.
@@ -34,38 +30,52 @@ def scaling_png(rows: Sequence[Row]) -> bytes:
     present: dict[Varied, list[Row]] = {}
     for row in rows:
         present.setdefault(row.point.axis, []).append(row)
-    size = (1.0 + 4.2 * len(present), 4.2)
-    canvas = FigureCanvasAgg(Figure(size, dpi=150, layout="constrained", facecolor=PAPER["light"]))
-    panels = canvas.figure.subplots(1, len(present), squeeze=False)[0]
-    handles = [_draw(axes, axis, own) for axes, (axis, own) in zip(panels, present.items(), strict=True)]
-    canvas.figure.legend(handles[0], _MARKS, loc="outside lower center", ncols=3, frameon=False)
-    buffer = BytesIO()
-    canvas.print_png(buffer)
-    return buffer.getvalue()
+    last = list(present)[-1]
+    times = [_time(axis, own, keyed=axis == last) for axis, own in present.items()]
+    return to_png(*times, *(_memory(axis, own) for axis, own in present.items()), columns=len(present), width=300)
 
 
-def _draw(axes: Axes, axis: Varied, rows: Sequence[Row]) -> list[Line2D]:
-    """Draw a panel; returns what the key is to show."""
-    colours = {name: style.light for name, style in styles(_MARKS, baseline="extra memory").items()}
-    values = [row.point.value for row in rows]
-    medians = [row.ms.median for row in rows]
-    axes.set_facecolor(PAPER["light"])
-    axes.vlines(values, [row.ms.low for row in rows], [row.ms.high for row in rows], color=colours["measured"])
-    dots = axes.plot(values, medians, "o", color=colours["measured"])
-    line = axes.plot(values, [row.predicted_ms for row in rows], color=colours["predicted"])
-    memory = axes.twinx()
-    megabytes = [row.peak_extra_bytes / 2**20 for row in rows]
-    dotted = memory.plot(values, megabytes, ":", marker="s", markersize=4, color=colours["extra memory"])
-    axes.set_xscale("log")
-    for each, label in ((axes, "milliseconds of a step"), (memory, "peak extra memory, MiB")):
-        each.set_yscale("log")
-        each.yaxis.set_major_formatter("{x:g}")
-        each.yaxis.set_minor_formatter(NullFormatter())
-        each.set_ylabel(label)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=8)
-    axes.set_xlabel(_TITLES[axis])
-    axes.grid(color="#e6e6df", linewidth=0.8)
+def _time(axis: Varied, rows: Sequence[Row], *, keyed: bool) -> Figure:
+    x = _values(axis, rows)
+    places = tuple(place for place, _ in x.ticks or ())
     worst = max(rows, key=lambda row: abs(row.error))
-    axes.set_title(f"largest error of the prediction: {worst.error:+.0%} at {worst.point.value}", fontsize=9)
-    return [*dots, *line, *dotted]
+    ends = [end for row in rows for end in (row.ms.low, row.ms.high, row.predicted_ms)]
+    measured, predicted = _LOOKS["measured"], _LOOKS["predicted"]
+    medians = Dots("measured", measured, "mean", places, tuple(row.ms.median for row in rows), ())
+    quartiles = (
+        Curve("measured", measured, (place, place), (row.ms.low, row.ms.high), (), (), bare=True)
+        for place, row in zip(places, rows, strict=True)
+    )
+    line = Curve("predicted", predicted, places, tuple(row.predicted_ms for row in rows), (), (), bare=True)
+    return Figure(
+        key="time",
+        title=f"largest error of the prediction: {worst.error:+.0%} at {worst.point.value}",
+        caption="",
+        x=x,
+        y=around("milliseconds of a step", ends),
+        height=240,
+        curves=(*quartiles, line),
+        dots=(medians,),
+        keyed=keyed,
+    )
+
+
+def _memory(axis: Varied, rows: Sequence[Row]) -> Figure:
+    x = _values(axis, rows)
+    megabytes = tuple(row.peak_extra_bytes / 2**20 for row in rows)
+    places = tuple(place for place, _ in x.ticks or ())
+    return Figure(
+        key="memory",
+        title="peak extra memory",
+        caption="",
+        x=x,
+        y=around("peak extra memory, MiB", megabytes),
+        height=140,
+        curves=(Curve("extra memory", _LOOKS["extra memory"], places, megabytes, (), ()),),
+    )
+
+
+def _values(axis: Varied, rows: Sequence[Row]) -> Axis:
+    values = [float(row.point.value) for row in rows]
+    ticks = tuple((value, f"{value:g}") for value in values)
+    return Axis(_TITLES[axis], min(values) / 1.15, max(values) * 1.15, logarithmic=True, ticks=ticks)

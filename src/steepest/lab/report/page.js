@@ -2,25 +2,28 @@
 (() => {
   const plots = JSON.parse(document.getElementById("plots").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const touch = matchMedia("(pointer: coarse)").matches;
-  const config = { displayModeBar: false, responsive: true, doubleClick: "reset" };
+  const hover = { name: "hover", select: { type: "point", nearest: true, on: "pointerover", clear: "pointerout" } };
 
-  const draw = () => {
-    for (const [key, themes] of Object.entries(plots)) {
-      const figure = document.getElementById(key);
-      const { data, layout } = structuredClone(themes[dark.matches ? "dark" : "light"]);
-      layout.dragmode = touch ? false : "zoom"; // a finger scrolls the page
-      figure.classList.add("drawn");
-      const place = figure.querySelector(".plot");
-      if (layout.meta.keyed || layout.margin.r > place.clientWidth / 3) { // no room for names beside the curves
-        figure.classList.add("keyed");
-        layout.annotations = layout.annotations.filter((label) => !label.xshift);
-        layout.margin.r = 16;
-      }
-      Plotly.react(place, data, layout, config);
+  for (const [key, spec] of Object.entries(plots)) {
+    const figure = document.getElementById(key);
+    const place = figure.querySelector(".plot");
+    const without = (...names) => { spec.layer = spec.layer.filter(({ name }) => !names.includes(name)); };
+    figure.classList.add("drawn");
+    if (spec.usermeta.keyed || spec.usermeta.room > place.clientWidth / 3) { // no room for names beside the curves
+      figure.classList.add("keyed");
+      without("names", "key");
     }
-  };
-
-  draw();
-  dark.addEventListener("change", draw);
+    if (place.clientWidth < 480) without("zone"); // it is in the caption, too
+    for (const points of spec.layer.filter(({ name }) => name === "points")) points.params = [hover];
+    const font = getComputedStyle(document.body).fontFamily;
+    const options = { actions: false, ast: true, renderer: "svg", config: { font }, tooltip: { theme: "custom" } };
+    vegaEmbed(place, spec, options).then(({ view }) => {
+      const paint = () => view.signal("dark", dark.matches).runAsync();
+      dark.addEventListener("change", paint);
+      return paint();
+    }).catch((problem) => {
+      figure.classList.remove("drawn", "keyed");
+      console.error(problem);
+    });
+  }
 })();

@@ -15,16 +15,14 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from steepest.lab.report.figure import Figure
-from steepest.lab.report.matplotlib_png import to_png
 from steepest.lab.report.notices import Notice
 from steepest.lab.report.palette import styles
-from steepest.lab.report.plotly_html import to_plotly
 from steepest.lab.report.table import Column
+from steepest.lab.report.vega import script, to_png, to_svg, to_vega
 from steepest.lab.report.wording import plain, shortened
-from steepest.lab.runs.records import Run
+from steepest.lab.studies.records import Run
 
 # strokes and outlines of the legend, on a canvas of 34 by 12
 _DASHES = {"solid": "", "dash": "7 3.5", "dot": "2 2.4", "dashdot": "7 3 2 3", "longdash": "12 4"}
@@ -201,20 +199,20 @@ def render(content: Content, *, directory: str) -> Page:
     """
     images = pictures(content.figures)
     study = content.study
-    scripts = [Markup(get_plotlyjs()), Markup(_part("page.js"))]  # ours, not from outside: not to be escaped
+    drawing = Markup(script(_part("page.js")))  # ours, not from outside: not to be escaped
     text = (
         _environment()
         .get_template("page.html.j2")
         .render(
             **{one.name: getattr(content, one.name) for one in fields(content)},
-            policy=_policy(scripts),
-            scripts=scripts,
+            policy=_policy(drawing),
+            script=drawing,
             css=Markup(_part("page.css")),
             looks=styles(study.methods, baseline=study.baseline),
             dashes=_DASHES,
             markers=_MARKERS,
-            drawn=[(figure, base64.b64encode(images[f"{figure.key}.png"]).decode()) for figure in content.figures],
-            plots={figure.key: _themes(figure) for figure in content.figures},
+            drawn=[(figure, base64.b64encode(to_svg(figure).encode()).decode()) for figure in content.figures],
+            plots={figure.key: to_vega(figure) for figure in content.figures},
             options=lambda result: _options(result, content.hidden),
             created=f"{study.created.day} {study.created:%B %Y}",
             directory=plain(shlex.quote(directory)),
@@ -238,15 +236,10 @@ def _part(name: str) -> str:
     return files("steepest.lab.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _policy(scripts: list[Markup]) -> str:
-    """Content security policy: these scripts and no others, and no request to anywhere."""
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
-
-
-def _themes(figure: Figure) -> dict[str, object]:
-    return {"light": to_plotly(figure, theme="light"), "dark": to_plotly(figure, theme="dark")}
+def _policy(script: str) -> str:
+    """Content security policy: this script and no other, and no request to anywhere."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
 
 
 def _options(result: HasRuns, hidden: Sequence[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ Dash = Literal["solid", "dash", "dot", "dashdot", "longdash"]
 Marker = Literal["circle", "square", "triangle", "diamond", "cross", "x"]
 
 PAPER = {"light": "#fcfcfa", "dark": "#14171b"}
+MUTED, INK = ("#5f6873", "#9aa4af"), ("#1b1f24", "#e8eaed")  # (on light, on dark)
 
 # (on light, on dark); the first is the baseline's
 _COLOURS = (
@@ -45,6 +46,10 @@ class Style:
     def colour(self, theme: Literal["light", "dark"]) -> str:
         """Hexadecimal colour on the given background."""
         return self.light if theme == "light" else self.dark
+
+
+TEXT = Style(-1, *INK, dash="solid", marker="circle")  # of what is no method's
+GUIDE = Style(-1, *MUTED, dash="dot", marker="circle")
 
 
 def styles(methods: Sequence[str], *, baseline: str) -> dict[str, Style]:

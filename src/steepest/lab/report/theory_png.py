@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from steepest.lab.report.figure import Axis, Curve, Dots, Figure, decades, end_labels
-from steepest.lab.report.matplotlib_png import to_png
+from steepest.lab.report.figure import Axis, Curve, Dots, Figure, decades, end_labels, named
 from steepest.lab.report.palette import Style, styles
+from steepest.lab.report.vega import to_png
 from steepest.theory import LayerDirections, Steps
 from steepest.theory.spike import SPIKE_METHODS, SpikeMethod
 
@@ -93,7 +93,7 @@ def _dots(key: str, title: str, x_title: str, rows: Mapping[str, Row]) -> bytes:
         title=title,
         caption="",
         x=Axis(x_title, 0.0, 1.05),
-        y=Axis("", 0.4 - len(rows), 0.6, ticks=tuple((-float(y), label) for y, label in enumerate(rows))),
+        y=named(list(rows)),
         height=110 + max(60 * len(rows), 26 * len(names)),
         dots=tuple(dots),
         above=f"not shown: {missing} without positive curvature" if missing else "",

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from steepest.lab.disk.fields import RecordError
-from steepest.lab.studies.batch.records import BatchStudy
-from steepest.lab.studies.records import read_study
+from steepest.lab.studies.batch.records import read_batch_study
 from tests.lab.studies.batch.cases import written
 
 
@@ -33,20 +32,19 @@ def edit_run(study_dir: Path, **changes: Any) -> str:
 
 
 def test_what_was_written_is_read(study_dir: Path) -> None:
-    records = read_study(study_dir, BatchStudy)
-    study = records.study
+    study = read_batch_study(study_dir)
     assert (study.task, study.preset, study.methods, study.baseline) == ("digits", "demo", ("muon",), "muon")
     assert (study.seeds, study.batches, study.targets) == ((0, 1, 2), (16, 32), (0.1, 0.05))
-    ended = [one for one, run in records.found.items() if run.result is not None]
+    ended = [one.asked for one in study.runs if one.run.result is not None]
     assert {(one.batch_size, one.tunes) for one in ended} == {(32, True)}
-    assert {one.seed for one in records.found if not one.tunes} == {0, 1, 2}
-    assert {one.batch_size for one in records.found} == {16, 32}
-    assert len(records.asked) == len(records.found) + len(records.absent)
-    assert all(run.config.options["lr"] == one.lr for one, run in records.found.items())
+    assert {one.asked.seed for one in study.runs if not one.asked.tunes} == {0, 1, 2}
+    assert {one.asked.batch_size for one in study.runs} == {16, 32}
+    assert len(study.asked) == len(study.runs) + len(study.absent)
+    assert all(one.run.config.options["lr"] == one.asked.lr for one in study.runs)
 
 
 def test_long_options_are_shortened_in_names(tmp_path_factory: pytest.TempPathFactory) -> None:
-    study = read_study(written(tmp_path_factory, "varied"), BatchStudy).study
+    study = read_batch_study(written(tmp_path_factory, "varied"))
     assert study.methods == ("muon momentum=0.8", "muon momentum=0.9")
     assert study.arms[0].changes == (("momentum", "0.8"),)
 
@@ -68,7 +66,7 @@ def test_long_options_are_shortened_in_names(tmp_path_factory: pytest.TempPathFa
 def test_a_damaged_study_is_refused(study_dir: Path, key: str, value: object, message: str) -> None:
     edit(study_dir, **{key: value})
     with pytest.raises(RecordError, match=message):
-        read_study(study_dir, BatchStudy)
+        read_batch_study(study_dir)
 
 
 @pytest.mark.parametrize(
@@ -88,21 +86,20 @@ def test_a_damaged_study_is_refused(study_dir: Path, key: str, value: object, me
 def test_a_run_that_was_not_asked_for_is_refused(study_dir: Path, changes: dict[str, Any], message: str) -> None:
     edit_run(study_dir, **changes)
     with pytest.raises(RecordError, match=message):
-        read_study(study_dir, BatchStudy)
+        read_batch_study(study_dir)
 
 
 def test_a_run_listed_twice_is_refused(study_dir: Path) -> None:
     runs = json.loads((study_dir / "study.json").read_text())["runs"]
     edit(study_dir, runs=runs | {"0" * 16: next(iter(runs.values()))})
     with pytest.raises(RecordError, match="must be the only run of its arm, batch size, learning rate and seed"):
-        read_study(study_dir, BatchStudy)
+        read_batch_study(study_dir)
 
 
 def test_a_run_of_another_batch_size_is_told(study_dir: Path) -> None:
-    found = read_study(study_dir, BatchStudy).found
-    own = next(run.name for one, run in found.items() if one.batch_size == 32 and one.tunes)
+    own = next(one for one in read_batch_study(study_dir).runs if one.asked.batch_size == 32 and one.asked.tunes)
     study = json.loads((study_dir / "study.json").read_text())
-    run = study["runs"][own] | {"batch_size": 16}
-    edit(study_dir, runs={own: run})
-    [problem] = read_study(study_dir, BatchStudy).absent.values()
-    assert "the run has batch_size 32 instead of 16. Delete the directory" in (problem or "")
+    run = study["runs"][own.run.name] | {"batch_size": 16}
+    edit(study_dir, runs={own.run.name: run})
+    [absent] = read_batch_study(study_dir).absent
+    assert "the run has batch_size 32 instead of 16. Delete the directory" in (absent.problem or "")

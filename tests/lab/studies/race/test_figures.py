@@ -1,11 +1,12 @@
-"""Figures as plain data, and the two ways they are drawn."""
+"""Figures as plain data, and as they are drawn."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,25 +15,21 @@ from PIL import Image
 
 from steepest.lab.report import wording
 from steepest.lab.report.figure import Figure
-from steepest.lab.report.matplotlib_png import to_png
 from steepest.lab.report.palette import PAPER, styles
-from steepest.lab.report.plotly_html import Theme, to_plotly
+from steepest.lab.report.vega import to_png, to_vega
 from steepest.lab.studies.race.figures import KEYS, figures
-from steepest.lab.studies.race.records import RaceStudy
 from steepest.lab.studies.race.results import read_race
 from steepest.lab.studies.records import read_study
+from tests.lab.drawn import layers, rows
 from tests.lab.synthetic import HOSTILE, Pace, loss_at, write_scenario, write_study
 
 
 def drawn(study_dir: Path, paces: dict[str, Pace], **changes: Any) -> dict[str, Figure]:
-    return {
-        figure.key: figure
-        for figure in figures(read_race(read_study(write_study(study_dir, paces, **changes), RaceStudy)))
-    }
+    return {figure.key: figure for figure in figures(read_race(read_study(write_study(study_dir, paces, **changes))))}
 
 
 def scenario(study_dir: Path, name: str) -> dict[str, Figure]:
-    return {figure.key: figure for figure in figures(read_race(read_study(write_scenario(study_dir, name), RaceStudy)))}
+    return {figure.key: figure for figure in figures(read_race(read_study(write_scenario(study_dir, name))))}
 
 
 def test_there_are_four_figures_each_with_a_known_key(tmp_path: Path) -> None:
@@ -95,11 +92,9 @@ def test_losses_over_decades_are_drawn_on_a_logarithmic_axis(tmp_path: Path) -> 
     assert small.y.logarithmic
     assert 0 < small.y.low < 0.02 < small.y.high
     assert not drawn(tmp_path / "large", {"adamw": Pace()})["loss-steps"].y.logarithmic
-    layout = to_plotly(small, theme="light")["layout"]
-    assert isinstance(layout, dict)
-    assert layout["yaxis"]["range"][0] == pytest.approx(np.log10(small.y.low))
-    assert layout["annotations"][0]["y"] == pytest.approx(np.log10(small.labels[0].y))
-    assert layout["yaxis"]["tickvals"] == [place for place, _ in small.y.ticks or ()]
+    y = layers(small)["names"][0]["encoding"]["y"]
+    assert (y["scale"]["type"], y["scale"]["domain"]) == ("log", [small.y.low, small.y.high])
+    assert y["axis"]["values"] == [place for place, _ in small.y.ticks or ()]
     assert to_png(small).startswith(b"\x89PNG")
 
 
@@ -116,13 +111,13 @@ def test_ticks_stay_few_over_many_decades(tmp_path: Path, end: float) -> None:
 
 def test_hovering_shows_losses_as_they_are_written_elsewhere(tmp_path: Path) -> None:
     figures = drawn(tmp_path, {"adamw": Pace(end=0.0017, drop=0), "muon": Pace(end=0.0011, drop=0)}, seeds=(0, 1))
-    difference, curves = (to_plotly(figures[key], theme="light")["data"] for key in ("difference", "loss-steps"))
+    difference, curves = (layers(figures[key])["points"] for key in ("difference", "loss-steps"))
     texts = json.dumps([difference, curves], ensure_ascii=False)
     assert ".3f" not in texts
     for row in figures["difference"].rows:
         assert wording.signed(row.mean) in texts
     for curve in figures["loss-steps"].curves:
-        assert f'"{wording.loss(curve.y[-1])} (' in texts
+        assert f": {wording.loss(curve.y[-1])} (" in texts
 
 
 @pytest.mark.parametrize("name", ["many", "hostile", "clear"])
@@ -140,24 +135,39 @@ def test_labels_with_room_are_moved_up_as_much_as_down(tmp_path: Path, name: str
     assert np.mean([label.y for label in figure.labels]) == pytest.approx(np.mean(ends))
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_plotly_gets_every_curve_band_label_and_rule(tmp_path: Path, theme: Theme) -> None:
+def test_every_curve_band_label_and_rule_is_drawn(tmp_path: Path) -> None:
     figure = scenario(tmp_path, "clear")["loss-steps"]
-    page = json.loads(json.dumps(to_plotly(figure, theme=theme), allow_nan=False))
-    lines = [trace for trace in page["data"] if "name" in trace]
-    assert [trace["name"] for trace in lines] == ["adamw", "muon", "muonadam"]
-    assert [trace["y"] for trace in lines] == [list(curve.y) for curve in figure.curves]
-    assert len([trace for trace in page["data"] if trace.get("fill") == "toself"]) == 3
-    assert len(page["layout"]["annotations"]) == 4
-    assert page["layout"]["shapes"][0]["y0"] == figure.rule.value if figure.rule else False
+    drawn = layers(figure)
+    lines, points = rows(drawn["line"]), rows(drawn["points"])
+    for curve in figure.curves:
+        own = [row for row in lines if row["light"] == curve.style.light]
+        assert {row["dark"] for row in own} == {curve.style.dark}
+        framed = {(x, y) for x, y in zip(curve.x, curve.y, strict=True) if y <= figure.y.high}
+        assert framed <= {(row["x"], row["y"]) for row in own}
+        assert framed == {(row["x"], row["y"]) for row in points if row["light"] == curve.style.light}
+        assert own[0]["y"] == pytest.approx(figure.y.high)  # cut where it comes into the frame
+    assert {row["line"] for row in rows(drawn["area"])} == {0, 1, 2}
+    assert sorted(row["text"] for row in rows(drawn["names"])) == ["adamw", "muon", "muonadam"]
+    assert figure.rule is not None
+    assert rows(drawn["rule"]) == [{"y": figure.rule.value}]
+    assert rows(drawn["text"]) == [{"y": figure.rule.value, "text": figure.rule.text}]
 
 
-def test_plotly_gets_names_escaped_for_its_own_markup(tmp_path: Path) -> None:
+def test_names_are_data_and_never_markup_or_expressions(tmp_path: Path) -> None:
     for figure in scenario(tmp_path, "hostile").values():
-        text = json.dumps(to_plotly(figure, theme="light"))
-        assert "<img" not in text
-        assert "</script" not in text
-        assert "&lt;" in text
+        expressions = [value for key, value in walk(to_vega(figure)) if key == "expr"]
+        assert expressions
+        assert not any(name[:8] in text for text in expressions for name in HOSTILE)
+        labels = [value for key, value in walk(to_vega(figure)) if key == "labelExpr"]
+        assert all(text.startswith("[") and text.endswith("datum.value)]") for text in labels)
+
+
+def walk(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a tree, with its value."""
+    for key, value in tree.items() if isinstance(tree, dict) else (("", one) for one in tree):
+        yield key, value
+        if isinstance(value, dict | list):
+            yield from walk(value)
 
 
 @pytest.mark.parametrize("key", ["difference", "loss-steps"])
@@ -173,7 +183,7 @@ def test_the_png_is_the_same_each_time_and_shows_each_method(tmp_path: Path, key
         assert close.sum() > 200
 
 
-def test_matplotlib_draws_any_name(tmp_path: Path) -> None:
+def test_any_name_is_drawn(tmp_path: Path) -> None:
     figures = drawn(tmp_path, {name: Pace() for name in HOSTILE}, seeds=(0, 1))
     for key in ("difference", "loss-steps"):
         assert to_png(figures[key]).startswith(b"\x89PNG")
@@ -197,7 +207,7 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_colours_can_be_read_as_text(theme: Theme) -> None:
+def test_colours_can_be_read_as_text(theme: Literal["light", "dark"]) -> None:
     """Contrast by WCAG 2.2, success criterion 1.4.3."""
     for look in styles([str(i) for i in range(8)], baseline="0").values():
         dim, bright = sorted((luminance(look.colour(theme)), luminance(PAPER[theme])))
@@ -224,7 +234,7 @@ OKLAB = [
 
 @pytest.mark.parametrize("blindness", BLINDNESS)
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_six_colours_stay_apart_for_red_green_blind_readers(theme: Theme, blindness: str) -> None:
+def test_six_colours_stay_apart_for_red_green_blind_readers(theme: Literal["light", "dark"], blindness: str) -> None:
     """A distance of 0.02 in Oklab can just be seen; ask for more than twice that."""
     looks = styles([str(i) for i in range(6)], baseline="0").values()
     seen = np.array([np.clip(BLINDNESS[blindness] @ linear(look.colour(theme)), 0, 1) for look in looks])

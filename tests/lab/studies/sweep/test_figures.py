@@ -1,4 +1,4 @@
-"""The figures of a sweep as plain data, and as the two libraries draw them."""
+"""The figures of a sweep as plain data, and as they are drawn."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import pytest
 from PIL import Image
 
 from steepest.lab.report.figure import Figure
-from steepest.lab.report.matplotlib_png import to_png
 from steepest.lab.report.palette import styles
-from steepest.lab.report.plotly_html import to_plotly
-from steepest.lab.studies.records import read_study
+from steepest.lab.report.vega import to_png, to_vega
 from steepest.lab.studies.sweep.figures import KEYS, figures
-from steepest.lab.studies.sweep.records import SweepStudy
+from steepest.lab.studies.sweep.records import read_sweep
 from steepest.lab.studies.sweep.results import read_results
+from tests.lab.drawn import layers, rows
 from tests.lab.synthetic import FINE, Valley, write_scenario, write_sweep
 
 PLAIN = Valley(0.1, FINE, flat=0.5)
@@ -29,12 +28,12 @@ STEEP = replace(PLAIN, slope=4.0, most=50.0, limit=2.0)
 
 
 def drawn(study_dir: Path, valleys: Mapping[str, Valley], **changes: Any) -> dict[str, Figure]:
-    sweep = read_results(read_study(write_sweep(study_dir, valleys, **changes), SweepStudy))
+    sweep = read_results(read_sweep(write_sweep(study_dir, valleys, **changes)))
     return {figure.key: figure for figure in figures(sweep)}
 
 
 def scenario(study_dir: Path, name: str) -> dict[str, Figure]:
-    sweep = read_results(read_study(write_scenario(study_dir, name), SweepStudy))
+    sweep = read_results(read_sweep(write_scenario(study_dir, name)))
     return {figure.key: figure for figure in figures(sweep)}
 
 
@@ -97,8 +96,8 @@ def test_losses_over_decades_have_a_logarithmic_axis(tmp_path: Path) -> None:
     assert figure.y.logarithmic
     assert 0 < figure.y.low < figure.y.high
     assert to_png(figure).startswith(b"\x89PNG")
-    layout: Any = to_plotly(figure, theme="dark")["layout"]
-    assert layout["yaxis"]["range"] == pytest.approx([math.log10(figure.y.low), math.log10(figure.y.high)])
+    scale = layers(figure)["points"][0]["encoding"]["y"]["scale"]
+    assert (scale["type"], scale["domain"]) == ("log", [figure.y.low, figure.y.high])
 
 
 def test_bars_are_nested_and_labelled(tmp_path: Path) -> None:
@@ -155,11 +154,26 @@ def test_the_png_is_the_same_each_time_and_shows_each_method(tmp_path: Path, key
         assert close.sum() > 200
 
 
-def test_hostile_names_are_escaped_and_drawn(tmp_path: Path) -> None:
+def test_every_mark_bar_and_zone_is_drawn(tmp_path: Path) -> None:
+    shown = scenario(tmp_path, "sweep-clear")
+    losses, basins = layers(shown["lr_sweep"]), shown["basins"]
+    drawn = [(row["x"], row["y"], row["light"]) for row in rows(losses["points"])]
+    for dots in shown["lr_sweep"].dots:
+        assert {(x, y, dots.style.light) for x, y in zip(dots.x, dots.y, strict=True)} <= set(drawn)
+    assert len(drawn) == sum(len(dots.x) for dots in shown["lr_sweep"].dots)
+    zone = shown["lr_sweep"].zone
+    assert zone is not None
+    assert rows(losses["rect"]) == [{"y": zone.low, "y2": zone.high}]
+    assert rows(losses["zone"]) == [{"text": f"shaded: {zone.text}"}]
+    keyed = [row["text"] for row in rows(losses["key"])]
+    assert keyed == list(dict.fromkeys(dots.name for dots in shown["lr_sweep"].dots))
+    ends = [(row["x"], row["x2"], row["text"]) for row in rows(layers(basins)["rect"])]
+    assert ends == [(0.0, bar.length, bar.text) for bar in basins.bars]
+
+
+def test_hostile_names_are_drawn(tmp_path: Path) -> None:
     for figure in scenario(tmp_path, "sweep-hostile").values():
-        text = json.dumps(to_plotly(figure, theme="light"), allow_nan=False)
-        assert "<img" not in text
-        assert "</script" not in text
+        json.dumps(to_vega(figure), allow_nan=False)
         assert to_png(figure).startswith(b"\x89PNG")
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
-from steepest.batch_size.curve import Estimate, bootstrap, percentiles, size_text
+from steepest.batch_size.curve import Estimate, bootstrap, percentiles
+from steepest.batch_size.curve_answers import size_text
 from steepest.lab.report import wording
-from steepest.lab.report.figure import Axis, Curve, Dots, Figure, Rule, Sort, decades
-from steepest.lab.report.palette import Style, styles
+from steepest.lab.report.figure import Axis, Curve, Dots, Figure, Rule, Sort, around
+from steepest.lab.report.palette import GUIDE, Style, styles
 from steepest.lab.studies.batch.ratio import SampleRatio, reference, sample_ratios
 from steepest.lab.studies.batch.results import ArmResult, BatchReport, TargetResult
 from steepest.lab.studies.batch.varied import KEYS as VARIED
@@ -21,7 +21,6 @@ from steepest.lab.studies.batch.varied import varied_figures
 KEYS = ("steps", "samples", "token_ratio", "learning_rates", *VARIED)
 FINENESS = 80  # places of a curve
 _HEIGHT = 460
-GUIDE = Style(-1, "#5f6873", "#9aa4af", dash="dot", marker="circle")
 _Marks = dict[Sort, list[tuple[float, float, str]]]
 
 
@@ -50,18 +49,6 @@ def batch_axis(report: BatchReport) -> Axis:
     )
 
 
-def value_axis(title: str, values: Iterable[float], *, margin: float = 1.25) -> Axis:
-    """A logarithmic axis around values above 0."""
-    known = sorted(values)
-    low, high = known[0] / margin, known[-1] * margin
-    ticks = decades(low, high)
-    if len(ticks) < 3:
-        ticks = tuple(
-            (float(place), f"{place:g}") for place in MaxNLocator(5).tick_values(low, high) if low <= place <= high
-        )
-    return Axis(title, low, high, logarithmic=True, ticks=ticks)
-
-
 def dots(name: str, style: Style, marks: Mapping[Sort, Sequence[tuple[float, float, str]]]) -> Iterator[Dots]:
     """Marks of each sort that has some."""
     for sort, found in marks.items():
@@ -78,7 +65,7 @@ def _steps(
     values = [y for own in marks.values() for group in own.values() for _, y, _ in group]
     if not values:
         return None
-    y = value_axis(f"samples b K(b) ({report.unit})" if power else "steps K(b)", values)
+    y = around(f"samples b K(b) ({report.unit})" if power else "steps K(b)", values)
     curves = [_fitted(one.name, looks[one.name], one.estimate, power, y) for one in shown if one.estimate is not None]
     what = "Samples" if power else "Steps"
     level = 100 * next((one.estimate.level for one in shown if one.estimate is not None), 0.9)
@@ -162,7 +149,7 @@ def _ratios(report: BatchReport, shown: Sequence[TargetResult], looks: Mapping[s
             f"all batch sizes. Arrows: {short} was stopped, the true ratio is above."
         ),
         x=batch_axis(report),
-        y=value_axis(f"samples of {short} / samples", [1.0, *(end for end in ends if end is not None)]),
+        y=around(f"samples of {short} / samples", [1.0, *(end for end in ends if end is not None)]),
         height=_HEIGHT - 40,
         curves=tuple(curve for arm, ratios in found.items() for curve in _ratio_lines(arm, looks[arm], ratios)),
         dots=tuple(group for arm, ratios in found.items() for group in dots(arm, looks[arm], _ratio_marks(ratios))),
@@ -199,7 +186,7 @@ def _rates(report: BatchReport, looks: Mapping[str, Style]) -> Figure | None:
     if not found:
         return None
     rates = [rate for arm in found for rate in arm.rates]
-    y = value_axis("best learning rate tried", [rate.lr for rate in rates], margin=1.6)
+    y = around("best learning rate tried", [rate.lr for rate in rates], margin=1.6)
     edges = any(rate.at_edge for rate in rates)
     first = report.leading if report.leading.rates else found[0]
     return Figure(

@@ -5,16 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import quantiles
 
-from matplotlib.ticker import MaxNLocator
-
 from steepest.lab.report import wording
-from steepest.lab.report.figure import Axis, Bar, Curve, Dots, Figure, Label, Rule, Sort, Zone, decades, end_labels
+from steepest.lab.report.figure import (
+    Axis,
+    Bar,
+    Curve,
+    Dots,
+    Figure,
+    Label,
+    Rule,
+    Sort,
+    Zone,
+    decades,
+    end_labels,
+    evenly,
+    named,
+    pieces,
+)
 from steepest.lab.report.palette import Style, styles
-from steepest.lab.studies.sweep.basin import TOLERANCES, Basin, Point
+from steepest.lab.studies.sweep.basin import TOLERANCES, Basin
 from steepest.lab.studies.sweep.results import WIDE, MethodSweep, Sweep
-from steepest.lab.studies.sweep.sentences import width
 
 KEYS = ("lr_sweep", "basins", "expected_best")
 MARKS: Mapping[Sort, str] = {
@@ -51,11 +64,7 @@ class _Frame:
 
     def axis(self) -> Axis:
         low, high = self.place(-1.06 * _FRAME), self.place(_LANE * len(self.lanes) or 0.03 * _FRAME)
-        if self.logarithmic:
-            ticks = decades(self.floor, self.ceiling)
-        else:
-            places = [float(place) for place in MaxNLocator(5).tick_values(low, self.ceiling)]
-            ticks = tuple((place, f"{place:.6g}") for place in places if low <= place <= self.ceiling)
+        ticks = decades(self.floor, self.ceiling) if self.logarithmic else evenly(low, self.ceiling)
         return Axis("final evaluation loss", low, high, logarithmic=self.logarithmic, ticks=ticks)
 
 
@@ -81,7 +90,7 @@ def _losses(sweep: Sweep, looks: _Looks) -> Figure | None:
         x=x,
         y=frame.axis(),
         height=_FRAME + _LANE * len(frame.lanes) + _AROUND,
-        curves=tuple(curve for method in sweep.methods for curve in _lines(method, looks[method.name], frame)),
+        curves=tuple(curve for method in sweep.methods for curve in _lines(method, looks[method.name], frame, x)),
         dots=tuple(dots),
         zone=zone,
         rule=Rule("y", frame.ceiling, "") if frame.lanes else None,
@@ -131,33 +140,15 @@ def _rates(sweep: Sweep) -> Axis:
     return Axis("learning rate", low, high, logarithmic=True, ticks=decades(low, high))
 
 
-def _lines(method: MethodSweep, style: Style, frame: _Frame) -> Iterator[Curve]:
-    for piece in _pieces(method.points, frame):
-        if len(piece) > 1:
-            x, y = zip(*piece, strict=True)
-            yield Curve(method.name, style, x, y, (), (), bare=True)
-
-
-def _pieces(points: Sequence[Point], frame: _Frame) -> Iterator[list[tuple[float, float]]]:
+def _lines(method: MethodSweep, style: Style, frame: _Frame, rates: Axis) -> Iterator[Curve]:
     """The line through the means, cut where it leaves the frame and where a point has no mean."""
-    piece: list[tuple[float, float]] = []
-    before: tuple[float, float] | None = None
-    for point in points:
-        here = None if point.loss is None else (point.lr, point.loss.mean)
-        if here and before and (before[1] <= frame.ceiling) != (here[1] <= frame.ceiling):
-            piece.append((_crossing(before, here, frame), frame.ceiling))
-        if here and here[1] <= frame.ceiling:
-            piece.append(here)
-        else:
-            yield piece
-            piece = []
-        before = here
-    yield piece
-
-
-def _crossing(left: tuple[float, float], right: tuple[float, float], frame: _Frame) -> float:
-    low, high, at = frame.scale(left[1]), frame.scale(right[1]), frame.scale(frame.ceiling)
-    return left[0] * (right[0] / left[0]) ** ((at - low) / (high - low))
+    heights = Axis("", -math.inf, frame.ceiling, logarithmic=frame.logarithmic)
+    for known, points in groupby(method.points, key=lambda point: point.loss is not None):
+        means = [(point.lr, point.loss.mean) for point in points if point.loss is not None]
+        for piece in pieces(means, rates, heights) if known else ():
+            if len(piece) > 1:
+                x, y = zip(*piece, strict=True)
+                yield Curve(method.name, style, x, y, (), (), bare=True)
 
 
 def _dots(method: MethodSweep, style: Style, frame: _Frame) -> Iterator[Dots]:
@@ -191,9 +182,9 @@ def _widths(sweep: Sweep, looks: _Looks) -> Figure | None:
         style = looks[method.name]
         bars += _nested(method, style, -i + 0.1)
         if own := method.own.get(WIDE):
-            text = f"within 5% of its own best: {width(own)}"
+            text = f"within 5% of its own best: {wording.width(own)}"
             bars.append(Bar(style, -i - 0.27, 0.14, own.width, 0.45, text))
-        labels.append(Label(method.of_all[WIDE].width, -i + 0.1, width(method.of_all[WIDE]), style))
+        labels.append(Label(method.of_all[WIDE].width, -i + 0.1, wording.width(method.of_all[WIDE]), style))
     open_ended = any(basin.open_ended for method in shown for basin in _bars_of(method))
     return Figure(
         key="basins",
@@ -204,12 +195,7 @@ def _widths(sweep: Sweep, looks: _Looks) -> Figure | None:
             + (" \N{GREATER-THAN OR EQUAL TO}: the basin goes on beyond what was tried." if open_ended else "")
         ),
         x=Axis("decades of learning rate", 0.0, 1.02 * longest),
-        y=Axis(
-            "",
-            -len(shown) + 0.45,
-            0.5,
-            ticks=tuple((-float(i), wording.shortened(method.name, length=18)) for i, method in enumerate(shown)),
-        ),
+        y=named([wording.shortened(method.name, length=18) for method in shown]),
         height=_AROUND + 44 * len(shown),
         bars=tuple(bars),
         labels=tuple(labels),
@@ -224,7 +210,7 @@ def _bars_of(method: MethodSweep) -> tuple[Basin, ...]:
 def _nested(method: MethodSweep, style: Style, y: float) -> Iterator[Bar]:
     for tolerance, opacity in zip(reversed(TOLERANCES), (0.35, 0.5, 1.0), strict=True):
         found = method.of_all[tolerance]
-        text = f"within {100 * tolerance:g}% of the best of all: {width(found)}"
+        text = f"within {100 * tolerance:g}% of the best of all: {wording.width(found)}"
         yield Bar(style, y, 0.46, found.width, opacity, text)
 
 
