@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from steepest.lab.report import wording
 from steepest.lab.report.statistics import Interval, Ratio, Summary
-from steepest.lab.studies.sweep.basin import Basin
 
 
 def spaced(text: str) -> str:
@@ -36,9 +35,9 @@ def test_short_names_stay_whole() -> None:
     [
         (wording.rate(0.0316227766), "0.03162"),
         (wording.rate(3e-5), "3e-05"),
-        (wording.width(Basin(1.618, (), open_ended=False)), "1.62"),
-        (wording.width(Basin(0.0046, (), open_ended=True)), "≥ 0.0046"),
-        (wording.width(Basin(0.0, (), open_ended=False)), "0"),
+        (wording.decades(1.618), "1.62"),
+        (wording.decades(0.0046, more=True), "≥ 0.0046"),
+        (wording.decades(0.0), "0"),
         (wording.listed([]), ""),
         (wording.listed(["a"]), "a"),
         (wording.listed(["a", "b", "c"]), "a, b and c"),

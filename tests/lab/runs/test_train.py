@@ -20,10 +20,10 @@ from steepest.lab.methods import METHODS
 from steepest.lab.runs import train
 from steepest.lab.runs.checkpoint import CheckpointError
 from steepest.lab.runs.config import RunConfig, configure
+from steepest.lab.runs.records import read_run
 from steepest.lab.runs.schedule import cooldown
 from steepest.lab.runs.train import Interrupted, RunMismatchError, train_run
 from steepest.lab.runs.training import Training
-from steepest.lab.studies.records import read_run
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.task import DataIdentity
 

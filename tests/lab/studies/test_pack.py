@@ -14,11 +14,12 @@ from steepest.lab.disk.files import RecordError
 from steepest.lab.disk.ledger import RunBusyError, locked
 from steepest.lab.disk.packed import PACKED
 from steepest.lab.studies import pack
-from steepest.lab.studies.batch.records import read_batch_study
+from steepest.lab.studies.batch.records import BatchStudy
 from steepest.lab.studies.pack import pack_study, unpack_study
+from steepest.lab.studies.race.records import RaceStudy
 from steepest.lab.studies.records import read_study
 from steepest.lab.studies.report import write_report
-from steepest.lab.studies.sweep.records import read_sweep
+from steepest.lab.studies.sweep.records import SweepStudy
 from tests.lab.studies.batch.cases import written
 from tests.lab.synthetic import Pace, Valley, run_dir, write_study, write_sweep
 
@@ -63,15 +64,15 @@ def test_a_packed_study_is_read_like_its_runs(
     kind: str, study: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     if kind == "race":
-        path, read = study, read_study
+        path, listed = study, RaceStudy
     elif kind == "sweep":
         path = write_sweep(tmp_path / "sweep", {"adamw": Valley(0.01, [0.1, 0.01], limit=0.05)}, seeds=(0, 1))
-        read = read_sweep
+        listed = SweepStudy
     else:
-        path, read = shutil.copytree(written(tmp_path_factory, "clear"), tmp_path / "batch"), read_batch_study
-    before = read(path)
+        path, listed = shutil.copytree(written(tmp_path_factory, "clear"), tmp_path / "batch"), BatchStudy
+    before = read_study(path, listed)
     pack_study(path, delete=True)
-    assert read(path) == before
+    assert read_study(path, listed) == before
 
 
 def test_the_report_of_a_packed_study_is_that_of_its_runs(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +143,7 @@ def test_nothing_is_deleted_before_it_was_read_back(study: Path, monkeypatch: py
 
 
 def test_a_deletion_that_was_cut_short_goes_on(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, last = read_study(study), max((study / "runs").iterdir())
+    before, last = read_study(study, RaceStudy), max((study / "runs").iterdir())
 
     def stop(path: Path) -> None:
         if path.parent == last:
@@ -152,11 +153,11 @@ def test_a_deletion_that_was_cut_short_goes_on(study: Path, monkeypatch: pytest.
     monkeypatch.setattr(pack, "remove", stop)
     with pytest.raises(KeyboardInterrupt):
         pack_study(study, delete=True)
-    assert read_study(study) == before
+    assert read_study(study, RaceStudy) == before
     monkeypatch.undo()
     pack_study(study, delete=True)
     assert not (study / "runs").exists()
-    assert read_study(study) == before
+    assert read_study(study, RaceStudy) == before
 
 
 def test_what_differs_from_the_packed_file_is_never_lost(study: Path) -> None:

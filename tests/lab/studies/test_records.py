@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from steepest.lab.disk.fields import RecordError
 from steepest.lab.disk.packed import RunFiles
-from steepest.lab.studies.records import Absent, Study, read_run, read_study
+from steepest.lab.runs.records import read_run
+from steepest.lab.studies.race.records import RaceStudy
+from steepest.lab.studies.records import Asked, Recorded, read_study
 from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, run_dir, write_study
 
 DELETED = "Delete the directory [0-9a-f]{16} and repeat the study's command"
@@ -31,23 +33,24 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(values))
 
 
-def only_problem(study: Study) -> str:
-    [absent] = study.absent
-    assert absent.problem is not None
-    return absent.problem
+def only_problem(study: Recorded[RaceStudy, Asked]) -> str:
+    [problem] = study.absent.values()
+    assert problem is not None
+    return problem
 
 
 def test_what_was_written_is_read(study_dir: Path) -> None:
-    study = read_study(study_dir)
+    records = read_study(study_dir, RaceStudy)
+    study = records.study
     assert (study.task, study.preset, study.methods, study.baseline) == ("text", "demo", ("adamw", "muon"), "adamw")
-    assert (study.seeds, study.target, study.created.year, study.absent) == ((0, 1), None, 2025, ())
-    assert [(run.config.method, run.config.seed) for run in study.runs] == [
+    assert (study.seeds, study.target, study.created.year, records.absent) == ((0, 1), None, 2025, {})
+    assert [(run.config.method, run.config.seed) for run in records.runs] == [
         ("adamw", 0),
         ("adamw", 1),
         ("muon", 0),
         ("muon", 1),
     ]
-    run = study.runs[2]
+    run = records.runs[2]
     assert run.status == "finished"
     assert run.config.options == {"lr": 0.02}
     assert run.config.tuning is not None
@@ -62,11 +65,11 @@ def test_what_was_written_is_read(study_dir: Path) -> None:
 
 def test_runs_not_started_going_on_and_diverged_are_told_apart(tmp_path: Path) -> None:
     pace = Pace(stops={1: 37}, diverges={2: 64}, absent=(3,))
-    study = read_study(write_study(tmp_path, {"adamw": pace}, seeds=(0, 1, 2, 3)))
+    study = read_study(write_study(tmp_path, {"adamw": pace}, seeds=(0, 1, 2, 3)), RaceStudy)
     assert [run.status for run in study.runs] == ["finished", "unfinished", "diverged"]
     assert study.runs[1].evals[-1].step == 30
     assert study.runs[2].evals[-1].loss is None
-    assert study.absent == (Absent("adamw", 3, None),)
+    assert study.absent == {Asked(method="adamw", seed=3, lr=None): None}
 
 
 def test_a_line_still_being_written_is_left_out(study_dir: Path) -> None:
@@ -105,7 +108,7 @@ def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, mes
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(RecordError, match=message):
-        read_study(study_dir)
+        read_study(study_dir, RaceStudy)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def test_a_study_with_a_wrong_field(study_dir: Path, key: str, value: object, me
     edit(study_dir / "study.json", lambda study: study.update({key: value}))
     remedy = "Delete the file and repeat the study's command"
     with pytest.raises(RecordError, match=rf"study\.json: {message}.*\. {remedy}"):
-        read_study(study_dir)
+        read_study(study_dir, RaceStudy)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,7 @@ def test_a_damaged_run_is_named_and_does_not_spoil_the_others(
 ) -> None:
     run = run_dir(study_dir, "muon", 1)
     edit(run / file, lambda values: values.update(change))
-    study = read_study(study_dir)
+    study = read_study(study_dir, RaceStudy)
     assert len(study.runs) == 3
     assert re.match(rf"runs/{run.name}/{file}: .*{message}.*{DELETED}", only_problem(study))
 
@@ -231,18 +234,18 @@ def test_a_damaged_row_is_named(study_dir: Path, number: int, line: str, message
     lines = path.read_text().splitlines()
     lines[number - 1] = line
     path.write_text("\n".join(lines) + "\n")
-    assert re.search(rf"metrics\.jsonl: ({message}).*{DELETED}", only_problem(read_study(study_dir)))
+    assert re.search(rf"metrics\.jsonl: ({message}).*{DELETED}", only_problem(read_study(study_dir, RaceStudy)))
 
 
 def test_a_finished_run_needs_its_rows(study_dir: Path) -> None:
     (run_dir(study_dir, "adamw", 0) / "metrics.jsonl").unlink()
-    assert re.search(rf"metrics\.jsonl: the file is missing. {DELETED}", only_problem(read_study(study_dir)))
+    assert re.search(rf"metrics\.jsonl: the file is missing. {DELETED}", only_problem(read_study(study_dir, RaceStudy)))
 
 
 def test_a_damaged_environment_costs_only_itself(study_dir: Path) -> None:
     (run_dir(study_dir, "adamw", 0) / "environment.json").write_text("?")
     expected = r"environment\.json: not valid JSON .*Delete this file: only the description of the machine is lost\."
-    assert re.search(expected, only_problem(read_study(study_dir)))
+    assert re.search(expected, only_problem(read_study(study_dir, RaceStudy)))
 
 
 JSON = st.recursive(
@@ -258,13 +261,13 @@ def test_no_value_of_a_config_gets_through_as_another_kind_of_error(study_dir: P
     run = run_dir(study_dir, "muon", 0)
     original = (run / "config.json").read_text()
     edit(run / "config.json", lambda config: config.update({key: value}))
-    study = read_study(study_dir)  # raises nothing: the run is either read or listed as absent
+    study = read_study(study_dir, RaceStudy)  # raises nothing: the run is either read or listed as absent
     (run / "config.json").write_text(original)
     assert len(study.runs) + len(study.absent) == 4
 
 
 def test_a_run_that_ends_at_a_loss_no_sum_can_hold_has_diverged(tmp_path: Path) -> None:
-    [run] = read_study(write_study(tmp_path, {"adamw": Pace(end=1e308)}, seeds=(0,))).runs
+    [run] = read_study(write_study(tmp_path, {"adamw": Pace(end=1e308)}, seeds=(0,)), RaceStudy).runs
     assert run.status == "diverged"
     assert run.result is not None
     assert run.result.final_loss is None

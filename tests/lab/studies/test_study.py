@@ -9,6 +9,7 @@ from steepest.lab.methods.tuned import Tuning
 from steepest.lab.runs.config import names_of, run_hash
 from steepest.lab.studies.pack import pack_study
 from steepest.lab.studies.race.plan import Race
+from steepest.lab.studies.race.records import RaceStudy
 from steepest.lab.studies.records import read_study
 from steepest.lab.studies.study import read_listing, run_directory, write_study
 from steepest.lab.tasks import make_task
@@ -37,17 +38,17 @@ def written_before(out, configs):
 
 def test_a_study_of_older_names_is_read(tmp_path):
     study = made_up(tmp_path, {"adamw": Pace(), "muon": Pace(1.7)}, seeds=(0,))
-    before, text = read_study(study), (study / "study.json").read_text()
+    before, text = read_study(study, RaceStudy), (study / "study.json").read_text()
     for run in before.runs:
         new, old = names_of(run.config)
         assert run.name == new != old
         (study / "runs" / new).rename(study / "runs" / old)
         text = text.replace(new, old)
     (study / "study.json").write_text(text)
-    renamed = tuple(dataclasses.replace(run, name=names_of(run.config)[1]) for run in before.runs)
-    assert read_study(study) == dataclasses.replace(before, runs=renamed)
+    renamed = {one: dataclasses.replace(run, name=names_of(run.config)[1]) for one, run in before.found.items()}
+    assert read_study(study, RaceStudy).found == renamed
     pack_study(study, delete=True)
-    assert read_study(study) == dataclasses.replace(before, runs=renamed)
+    assert read_study(study, RaceStudy).found == renamed
 
 
 def test_a_repeated_study_finds_its_runs_though_the_record_of_their_tuning_has_moved(race, tmp_path):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from steepest.lab.report import wording
-from steepest.lab.report.comparable import SetAside
 from steepest.lab.report.wording import plain
+from steepest.lab.runs.comparable import SetAside
+from steepest.lab.runs.records import Run
 from steepest.lab.runs.version import code_version
-from steepest.lab.studies.records import Run
 
 Level = Literal["stop", "warning", "note"]
 GO_ON = "Repeat the study's command to go on; finished runs are kept."

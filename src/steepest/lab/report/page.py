@@ -22,7 +22,7 @@ from steepest.lab.report.palette import styles
 from steepest.lab.report.table import Column
 from steepest.lab.report.vega import script, to_png, to_svg, to_vega
 from steepest.lab.report.wording import plain, shortened
-from steepest.lab.studies.records import Run
+from steepest.lab.runs.records import Run
 
 # strokes and outlines of the legend, on a canvas of 34 by 12
 _DASHES = {"solid": "", "dash": "7 3.5", "dot": "2 2.4", "dashdot": "7 3 2 3", "longdash": "12 4"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steepest.lab.report.statistics import Interval, Ratio, Summary
-from steepest.lab.studies.sweep.basin import Basin
 from steepest.lab.tasks.task import DataIdentity
 
 DASH = "\N{EN DASH}"
@@ -94,14 +93,9 @@ def rate(lr: float) -> str:
     return f"{lr:.4g}"
 
 
-def width(basin: Basin) -> str:
-    """Decades, such as "1.62"; "≥ 1.62" where the basin goes on beyond what was tried."""
-    return f"{GREATER + FIXED if basin.open_ended else ''}{decades(basin.width)}"
-
-
-def decades(value: float) -> str:
-    """A width in decades: two decimals, more for small ones, and none for nothing."""
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+def decades(value: float, *, more: bool = False) -> str:
+    """A width in decades: two decimals, more for small ones, and none for nothing; "≥ 1.62" if it may be more."""
+    return f"{GREATER + FIXED if more else ''}{value:{'.2f' if value >= 0.1 else '.2g'}}"
 
 
 def seeds(numbers: Sequence[int]) -> str:

@@ -20,7 +20,8 @@ from steepest.lab.disk.files import (
 from steepest.lab.disk.ledger import locked
 from steepest.lab.disk.packed import PACKED, RECORDS, RunFiles, StudyFiles, pack, unpack
 from steepest.lab.runs.config import names_of, run_hash
-from steepest.lab.studies.records import Listed, open_study, read_run
+from steepest.lab.runs.records import read_run
+from steepest.lab.studies.records import Listed, open_study
 
 # What a run leaves beside its records, and nobody needs once it has ended.
 _LEFT = re.compile(r"lock|worker\.log|checkpoint\.pt|events\.out\.tfevents\.[\w.-]+")

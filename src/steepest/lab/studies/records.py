@@ -1,136 +1,69 @@
-"""Stored records of runs and of a race, read back and validated: what is in the files, or an error, never a guess.
+"""A study read back: what its `study.json` asks for, the runs that exist, and what is wrong with the others.
 
-A study directory holds `study.json` and one directory per run under `runs/`, or all of that in one packed file. The
-files may have been edited, cut short or sent by a stranger, so every field is checked before anything is computed from
-it, and what two files both say is compared. Text is kept as it is: whoever displays it escapes it.
+A study directory holds `study.json` and one directory per run under `runs/`, or all of that in one packed file. A kind
+of study declares what its `study.json` holds, a `Listed`, and which runs that asks for; all else is the same for all.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
-from msgspec.structs import force_setattr
 
-from steepest.lab.disk.fields import (
-    HUGE,
-    Count,
-    Counts,
-    Positive,
-    RecordError,
-    RunName,
-    Seconds,
-    Text,
-    Texts,
-    check_distinct,
-    decode,
-    parse_object,
-    wrong,
-)
+from steepest.lab.disk.fields import Counts, RecordError, RunName, Text, Texts, check_distinct, wrong
 from steepest.lab.disk.packed import RunFiles, StudyFiles
-from steepest.lab.runs.config import RunConfig, names_of, run_hash
-from steepest.lab.runs.result import Final, Result, parse_result
+from steepest.lab.runs.config import names_of, run_hash
+from steepest.lab.runs.records import Run, read_run
 from steepest.lab.studies import KINDS
 
-T = TypeVar("T")
-K = TypeVar("K", bound=Hashable)
-Status = Literal["finished", "diverged", "unfinished"]
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A run that a study asks for.
 
-class _Row(msgspec.Struct, frozen=True, tag_field="kind"):
-    """One line of `metrics.jsonl`."""
-
-
-class TrainRow(_Row, frozen=True, tag="train"):
-    """One optimizer step, counted from 1. Seconds; `train_s` is cumulative and leaves evaluations out."""
-
-    step: Positive
-    tokens: Count
-    loss: float | None
-    lr: float
-    forward_backward_s: Seconds
-    optimizer_s: Seconds
-    train_s: Seconds
-
-    def __post_init__(self) -> None:
-        force_setattr(self, "loss", _bounded(self.loss))
-
-
-class EvalRow(_Row, frozen=True, tag="eval"):
-    """One evaluation after `step` steps; `loss` is None where it was not finite."""
-
-    step: Count
-    tokens: Count
-    loss: float | None
-    accuracy: float | None
-    train_s: Seconds
-
-    def __post_init__(self) -> None:
-        force_setattr(self, "loss", _bounded(self.loss))
-
-
-class Diagnostics(_Row, frozen=True, tag="diagnostics"):
-    """Numbers of an optimizer, for the eye: no report reads them."""
-
-    numbers: dict[str, object]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run. `name` is its directory under `runs/`; `result` is None while it has not ended."""
-
-    name: str
-    config: RunConfig
-    environment: Mapping[str, object]
-    train: tuple[TrainRow, ...]
-    evals: tuple[EvalRow, ...]
-    result: Result | None
-
-    @property
-    def status(self) -> Status:
-        """Whether the run has ended, and how."""
-        return "unfinished" if self.result is None else self.result.status
-
-
-@dataclass(frozen=True)
-class Absent:
-    """A run the study asks for that cannot be used; `problem` is None when it has simply not been started.
-
-    `lr` is the learning rate where the study asks for several.
+    Args:
+        method: That trains it.
+        seed: Of weights and order of examples.
+        lr: Learning rate; None where the study does not choose it.
     """
 
     method: str
     seed: int
-    problem: str | None
-    lr: float | None = None
+    lr: float | None
+
+    @property
+    def name(self) -> str:
+        """What is compared."""
+        return self.method
+
+    def __str__(self) -> str:
+        return f"{self.method!r} with seed {self.seed}" + ("" if self.lr is None else f" and lr {self.lr}")
+
+    def check(self, run: Run, files: RunFiles) -> None:
+        """Refuse a run that is another one.
+
+        Args:
+            run: What its files say.
+            files: These, for error messages.
+
+        Raises:
+            RecordError: If they differ.
+        """
+        rate: Any = None if self.lr is None else run.config.options.get("lr")
+        own = Asked(method=run.config.method, seed=run.config.seed, lr=rate)
+        if (own.method, own.seed, own.lr) != (self.method, self.seed, self.lr):
+            raise files.error("config.json", f"the run is {own}, study.json says {self}")
 
 
-@dataclass(frozen=True)
-class Study:
-    """A race: what was asked for (`study.json`), the runs that exist, and those that do not."""
-
-    task: str
-    preset: str
-    methods: tuple[str, ...]
-    baseline: str
-    seeds: tuple[int, ...]
-    target: float | None
-    command: str
-    created: datetime
-    runs: tuple[Run, ...]
-    absent: tuple[Absent, ...]
+A = TypeVar("A", bound=Asked)
 
 
-class Listed(msgspec.Struct, frozen=True):
-    """What `study.json` says of all kinds of study.
+class Listed(msgspec.Struct, Generic[A], frozen=True, kw_only=True):
+    """What `study.json` says of all kinds of study; each adds its own.
 
     Raises:
         ValueError: If a method or a seed is there twice.
@@ -138,38 +71,64 @@ class Listed(msgspec.Struct, frozen=True):
 
     task: Text
     preset: Text
-    methods: Texts
+    listed_methods: Texts = msgspec.field(name="methods")
     seeds: Counts
     command: Text
     created: datetime
     runs: Mapping[RunName, object]
 
     def __post_init__(self) -> None:
-        check_distinct("methods", self.methods)
+        check_distinct("methods", self.listed_methods)
         check_distinct("seeds", self.seeds)
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What is compared, as a page calls it."""
+        return self.listed_methods
 
-class _RaceRun(msgspec.Struct):
-    method: Text
-    seed: Count
+    def asked(self) -> Mapping[A, str | None]:
+        """Every run that is asked for, in the order of a report, with its directory; None if that is not listed."""
+        raise NotImplementedError
 
 
-class _Race(Listed, frozen=True, kw_only=True):
-    kind: Literal["race"]
-    baseline: str
-    target: Annotated[float, Meta(ge=-HUGE, le=HUGE)] | None = None
-    runs: Mapping[RunName, _RaceRun]
+S = TypeVar("S", bound=Listed[Any])
+T = TypeVar("T")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_baseline(self.baseline, self.methods)
-        self.names()
 
-    def names(self) -> Mapping[tuple[str, int], str]:
-        """The directories of the runs."""
-        among = f"one of the methods {list(self.methods)} with one of the seeds {list(self.seeds)}"
-        asked = set(itertools.product(self.methods, self.seeds))
-        return by_content({name: (run.method, run.seed) for name, run in self.runs.items()}, asked, among)
+@dataclass(frozen=True)
+class Recorded(Generic[S, A]):
+    """All records of a study.
+
+    Args:
+        study: What was asked for.
+        found: The runs that exist.
+        absent: Those that cannot be used, and why; None for one that has simply not been started.
+    """
+
+    study: S
+    found: Mapping[A, Run]
+    absent: Mapping[A, str | None]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs that exist."""
+        return tuple(self.found.values())
+
+    @property
+    def by_name(self) -> dict[str, list[Run]]:
+        """The runs that exist of each method, or whatever is compared."""
+        names = self.study.methods
+        return {name: [run for one, run in self.found.items() if one.name == name] for name in names}
+
+    @property
+    def asked(self) -> tuple[A, ...]:
+        """Every run, in the study's order."""
+        return tuple(self.study.asked())
+
+    @property
+    def waiting(self) -> int:
+        """How many runs have not ended."""
+        return len(self.asked) - sum(run.result is not None for run in self.runs)
 
 
 class _Head(msgspec.Struct):
@@ -181,41 +140,29 @@ class _Head(msgspec.Struct):
             raise wrong("kind", f"one of {', '.join(KINDS)}", self.kind)
 
 
-def read_study(study_dir: Path) -> Study:
-    """Read a race and all of its runs.
+def read_study(study_dir: Path, kind: type[S]) -> Recorded[S, Any]:
+    """Read a study and all of its runs.
 
     A run that cannot be read does not spoil the others: it is listed in `absent` with what is wrong with it.
 
     Args:
         study_dir: The directory that holds `study.json`, or a packed study.
+        kind: What `study.json` holds.
 
     Raises:
-        RecordError: If `study.json` is missing, damaged, or not a race.
+        RecordError: If `study.json` is missing, damaged, or of another kind.
     """
     files = StudyFiles(study_dir)
-    study = open_study(files, _Race)
-    names = study.names()
-    runs: list[Run] = []
-    absent: list[Absent] = []
-    for method in study.methods:
-        for seed in study.seeds:
-            found = find_run(files, names.get((method, seed)), method=method, seed=seed)
-            if isinstance(found, Run):
-                runs.append(found)
-            else:
-                absent.append(Absent(method, seed, found))
-    return Study(
-        task=study.task,
-        preset=study.preset,
-        methods=study.methods,
-        baseline=study.baseline,
-        seeds=study.seeds,
-        target=study.target,
-        command=study.command,
-        created=study.created,
-        runs=tuple(runs),
-        absent=tuple(absent),
-    )
+    study = open_study(files, kind)
+    found: dict[Any, Run] = {}
+    absent: dict[Any, str | None] = {}
+    for asked, name in study.asked().items():
+        run = _find(files, name, asked)
+        if isinstance(run, Run):
+            found[asked] = run
+        else:
+            absent[asked] = run
+    return Recorded(study, found, absent)
 
 
 def open_study(files: StudyFiles, kind: type[T]) -> T:
@@ -241,8 +188,8 @@ def read_kind(study_dir: Path) -> str:
     return StudyFiles(study_dir).study(_Head).kind
 
 
-def by_content(runs: Mapping[str, K], asked: Collection[K], among: str) -> dict[K, str]:
-    """The names of runs by what is asked for.
+def named(runs: Mapping[str, A], asked: Sequence[A], among: str) -> dict[A, str | None]:
+    """What is asked for, each with the name of its run, or None.
 
     Args:
         runs: What each is, by name.
@@ -252,13 +199,13 @@ def by_content(runs: Mapping[str, K], asked: Collection[K], among: str) -> dict[
     Raises:
         ValueError: If a run is nothing of that, or what another one is already.
     """
-    names: dict[K, str] = {}
-    for name, content in runs.items():
-        if content not in asked:
-            raise wrong(f"runs.{name}", among, content)
-        if content in names:
-            raise ValueError(f"runs.{name} must be the only run of {content}, which {names[content]} is already")
-        names[content] = name
+    names: dict[A, str | None] = dict.fromkeys(asked)
+    for name, one in runs.items():
+        if one not in names:
+            raise wrong(f"runs.{name}", among, str(one))
+        if names[one] is not None:
+            raise ValueError(f"runs.{name} must be the only run of {one}, which {names[one]} is already")
+        names[one] = name
     return names
 
 
@@ -272,129 +219,16 @@ def check_baseline(baseline: str, methods: Sequence[str]) -> None:
         raise wrong("baseline", f"one of the methods {list(methods)}", baseline)
 
 
-def find_run(
-    study: StudyFiles, name: str | None, *, method: str, seed: int, lr: float | None = None
-) -> Run | str | None:
-    """The run that a study asks for, or what is wrong with it, or None if it has not been started.
-
-    Args:
-        study: Whose run it is.
-        name: Of its directory under `runs/`; None if the study names none.
-        method: What its `config.json` must say; with `seed`.
-        seed: See `method`.
-        lr: Likewise, unless None.
-
-    Raises:
-        RecordError: If the study is packed, and the packed file damaged.
-    """
+def _find(study: StudyFiles, name: str | None, asked: Asked) -> Run | str | None:
+    """The run that a study asks for, or what is wrong with it, or None if it has not been started."""
     if name is None or not (files := study.run(name)).has("config.json"):
         return None
     try:
         run = read_run(files)
-        rate = None if lr is None else run.config.options.get("lr")
-        if (run.config.method, run.config.seed, rate) != (method, seed, lr):
-            actual, expected = _described(run.config.method, run.config.seed, rate), _described(method, seed, lr)
-            raise files.error("config.json", f"the run is {actual}, study.json says {expected}")
+        asked.check(run, files)
         if name not in names_of(run.config):
             changed = f"changed since the run began, its content belongs to a run named {run_hash(run.config)}"
             raise files.error("config.json", changed)
     except RecordError as problem:
         return study.told(problem)
     return run
-
-
-def read_run(files: RunFiles) -> Run:
-    """Read one run, finished or not. A run that ended at a loss above `HUGE` counts as diverged.
-
-    Raises:
-        RecordError: If a file is damaged, or `result.json` does not follow from the rows of `metrics.jsonl`.
-    """
-    config = RunConfig.from_json(files.text("config.json"), path=files.path / "config.json", remedy=files.remedy)
-    result_path = files.path / "result.json"
-    result = (
-        parse_result(files.text("result.json"), path=result_path, remedy=files.remedy)
-        if files.has("result.json")
-        else None
-    )
-    train, evals, final = _metrics(files) if files.has("metrics.jsonl") or result else ((), (), None)
-    _agree(files, result, config, evals, final)
-    environment = _environment(files) if files.has("environment.json") else {}
-    return Run(files.path.name, config, environment, train, evals, _diverged_if_huge(result))
-
-
-def check_positive(files: RunFiles, run: Run) -> None:
-    """Refuse a run with an evaluation that has no logarithm, for studies that go by it.
-
-    Raises:
-        RecordError: It names the line.
-    """
-    if all(row.loss is None or row.loss > 0 for row in run.evals):
-        return
-    for number, row in enumerate(_rows(files), start=1):
-        if isinstance(row, EvalRow) and row.loss is not None and row.loss <= 0:
-            needed = f"line {number}: loss must be above 0, as steps to a loss are found by its logarithm"
-            raise files.error("metrics.jsonl", f"{needed}, got {row.loss}")
-
-
-def _rows(files: RunFiles) -> Iterator[TrainRow | EvalRow | Final | Diagnostics]:
-    """The rows of a run; a last line without its line end is still being written, and left out."""
-    kinds = cast("type[TrainRow | EvalRow | Final | Diagnostics]", TrainRow | EvalRow | Final | Diagnostics)
-    path = files.path / "metrics.jsonl"
-    for number, line in enumerate(files.lines("metrics.jsonl"), start=1):
-        yield decode(kinds, line, path, remedy=files.remedy, where=f"line {number}: ")
-
-
-def _environment(files: RunFiles) -> Mapping[str, object]:
-    return parse_object(files.text("environment.json"), files.path / "environment.json", remedy=files.lost)
-
-
-def _bounded(loss: float | None) -> float | None:
-    return None if loss is None or abs(loss) > HUGE else loss
-
-
-def _diverged_if_huge(result: Result | None) -> Result | None:
-    if result is None or _bounded(result.final_loss) == result.final_loss:
-        return result
-    return dataclasses.replace(result, status="diverged", final_loss=None, final_accuracy=None)
-
-
-def _described(method: str, seed: int, lr: object) -> str:
-    return f"{method!r} with seed {seed}" + ("" if lr is None else f" and lr {lr}")
-
-
-def _metrics(files: RunFiles) -> tuple[tuple[TrainRow, ...], tuple[EvalRow, ...], Final | None]:
-    train: list[TrainRow] = []
-    evals: list[EvalRow] = []
-    final: Final | None = None
-    for number, row in enumerate(_rows(files), start=1):
-        if isinstance(row, Final):
-            final = row
-        elif not isinstance(row, Diagnostics):
-            before = train if isinstance(row, TrainRow) else evals
-            if before and row.step <= before[-1].step:
-                order = f"step must be larger than {before[-1].step}, the one before it, got {row.step}"
-                raise files.error("metrics.jsonl", f"line {number}: {order}")
-            train.append(row) if isinstance(row, TrainRow) else evals.append(row)
-    return tuple(train), tuple(evals), final
-
-
-def _agree(
-    files: RunFiles, result: Result | None, config: RunConfig, evals: tuple[EvalRow, ...], final: Final | None
-) -> None:
-    """Refuse a finished run whose result is not what the last rows of its own metrics say."""
-    if result is None or result.status == "diverged":
-        return
-    last = evals[-1] if evals else None
-    early = config.target is not None and 0 < result.steps <= config.steps
-    if last is None or last.step != result.steps or not (early or result.steps == config.steps):
-        got = f"the last evaluation is at step {last.step if last else None}, the result at step {result.steps}"
-        raise files.error("result.json", f"the run counts as finished with {config.steps} steps, but {got}")
-    if (final is None) != (result.tuning_loss is None):
-        there, missing = ("result.json", "metrics.jsonl") if final is None else ("metrics.jsonl", "result.json")
-        raise files.error("result.json", f"{there} has the evaluation of a whole part, {missing} has not")
-    if final is not None and (final.tuning_loss, final.blocks) != (result.tuning_loss, result.final_blocks):
-        raise files.error("result.json", "tuning_loss or final_blocks are not those of the final row in metrics.jsonl")
-    own, recorded = _bounded(result.final_loss), _bounded(final.loss) if final is not None else last.loss
-    if recorded != own and (recorded is None or own is None or not math.isclose(recorded, own, rel_tol=1e-6)):
-        problem = f"final_loss is {result.final_loss}, but the last evaluation in metrics.jsonl is {recorded}"
-        raise files.error("result.json", problem)

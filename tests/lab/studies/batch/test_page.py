@@ -12,8 +12,9 @@ import pytest
 
 from steepest.lab.studies.batch.figures import figures
 from steepest.lab.studies.batch.model import look
-from steepest.lab.studies.batch.records import read_batch_study
+from steepest.lab.studies.batch.records import BatchStudy
 from steepest.lab.studies.batch.results import read_report
+from steepest.lab.studies.records import read_study
 from steepest.lab.studies.report import write_plots, write_report
 from tests.lab.report.test_page import Page
 from tests.lab.studies.batch.cases import CASES, written
@@ -88,7 +89,7 @@ def test_hostile_names_are_text(pages: dict[str, Path], tmp_path: Path) -> None:
 
 def test_the_tables_hold_every_run_and_answer(pages: dict[str, Path]) -> None:
     folder = pages["clear"].parent
-    study = read_batch_study(folder)
+    study = read_study(folder, BatchStudy)
     assert len(rows(folder / "rows.csv")) == len(study.asked)
     answers = {(row["arm"], row["target"]): row for row in rows(folder / "estimates.csv")}
     assert answers["adamw", "0.05"]["family"] == "H"
@@ -110,7 +111,7 @@ def test_plots_alone_and_stale_ones_go(pages: dict[str, Path], tmp_path: Path) -
 
 
 def test_figures_show_fits_inside_their_frame_and_stopped_runs(pages: dict[str, Path]) -> None:
-    drawn = {one.key: one for one in figures(read_report(read_batch_study(pages["clear"].parent)))}
+    drawn = {one.key: one for one in figures(read_report(read_study(pages["clear"].parent, BatchStudy)))}
     assert list(drawn) == ["steps", "samples", "token_ratio", "learning_rates"]
     for figure in drawn.values():
         heights = [y for curve in figure.curves for y in (*curve.y, *curve.low, *curve.high)]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from steepest.lab.disk.fields import RecordError
-from steepest.lab.studies.batch.records import read_batch_study
+from steepest.lab.studies.batch.records import BatchStudy
+from steepest.lab.studies.records import read_study
 from tests.lab.studies.batch.cases import written
 
 
@@ -32,19 +33,20 @@ def edit_run(study_dir: Path, **changes: Any) -> str:
 
 
 def test_what_was_written_is_read(study_dir: Path) -> None:
-    study = read_batch_study(study_dir)
+    records = read_study(study_dir, BatchStudy)
+    study = records.study
     assert (study.task, study.preset, study.methods, study.baseline) == ("digits", "demo", ("muon",), "muon")
     assert (study.seeds, study.batches, study.targets) == ((0, 1, 2), (16, 32), (0.1, 0.05))
-    ended = [one.asked for one in study.runs if one.run.result is not None]
+    ended = [one for one, run in records.found.items() if run.result is not None]
     assert {(one.batch_size, one.tunes) for one in ended} == {(32, True)}
-    assert {one.asked.seed for one in study.runs if not one.asked.tunes} == {0, 1, 2}
-    assert {one.asked.batch_size for one in study.runs} == {16, 32}
-    assert len(study.asked) == len(study.runs) + len(study.absent)
-    assert all(one.run.config.options["lr"] == one.asked.lr for one in study.runs)
+    assert {one.seed for one in records.found if not one.tunes} == {0, 1, 2}
+    assert {one.batch_size for one in records.found} == {16, 32}
+    assert len(records.asked) == len(records.found) + len(records.absent)
+    assert all(run.config.options["lr"] == one.lr for one, run in records.found.items())
 
 
 def test_long_options_are_shortened_in_names(tmp_path_factory: pytest.TempPathFactory) -> None:
-    study = read_batch_study(written(tmp_path_factory, "varied"))
+    study = read_study(written(tmp_path_factory, "varied"), BatchStudy).study
     assert study.methods == ("muon momentum=0.8", "muon momentum=0.9")
     assert study.arms[0].changes == (("momentum", "0.8"),)
 
@@ -66,7 +68,7 @@ def test_long_options_are_shortened_in_names(tmp_path_factory: pytest.TempPathFa
 def test_a_damaged_study_is_refused(study_dir: Path, key: str, value: object, message: str) -> None:
     edit(study_dir, **{key: value})
     with pytest.raises(RecordError, match=message):
-        read_batch_study(study_dir)
+        read_study(study_dir, BatchStudy)
 
 
 @pytest.mark.parametrize(
@@ -86,20 +88,21 @@ def test_a_damaged_study_is_refused(study_dir: Path, key: str, value: object, me
 def test_a_run_that_was_not_asked_for_is_refused(study_dir: Path, changes: dict[str, Any], message: str) -> None:
     edit_run(study_dir, **changes)
     with pytest.raises(RecordError, match=message):
-        read_batch_study(study_dir)
+        read_study(study_dir, BatchStudy)
 
 
 def test_a_run_listed_twice_is_refused(study_dir: Path) -> None:
     runs = json.loads((study_dir / "study.json").read_text())["runs"]
     edit(study_dir, runs=runs | {"0" * 16: next(iter(runs.values()))})
     with pytest.raises(RecordError, match="must be the only run of its arm, batch size, learning rate and seed"):
-        read_batch_study(study_dir)
+        read_study(study_dir, BatchStudy)
 
 
 def test_a_run_of_another_batch_size_is_told(study_dir: Path) -> None:
-    own = next(one for one in read_batch_study(study_dir).runs if one.asked.batch_size == 32 and one.asked.tunes)
+    found = read_study(study_dir, BatchStudy).found
+    own = next(run.name for one, run in found.items() if one.batch_size == 32 and one.tunes)
     study = json.loads((study_dir / "study.json").read_text())
-    run = study["runs"][own.run.name] | {"batch_size": 16}
-    edit(study_dir, runs={own.run.name: run})
-    [absent] = read_batch_study(study_dir).absent
-    assert "the run has batch_size 32 instead of 16. Delete the directory" in (absent.problem or "")
+    run = study["runs"][own] | {"batch_size": 16}
+    edit(study_dir, runs={own: run})
+    [problem] = read_study(study_dir, BatchStudy).absent.values()
+    assert "the run has batch_size 32 instead of 16. Delete the directory" in (problem or "")

@@ -7,16 +7,17 @@ import math
 import pytest
 
 from steepest.lab.studies.batch.ratio import reference, sample_ratios
-from steepest.lab.studies.batch.records import read_batch_study
+from steepest.lab.studies.batch.records import BatchStudy
 from steepest.lab.studies.batch.results import BatchReport, read_report
 from steepest.lab.studies.batch.varied import varied
+from steepest.lab.studies.records import read_study
 from steepest.lab.tasks import entry
 from tests.lab.studies.batch.cases import written
 
 
 @pytest.fixture(scope="module")
 def clear(tmp_path_factory: pytest.TempPathFactory) -> BatchReport:
-    return read_report(read_batch_study(written(tmp_path_factory, "clear")))
+    return read_report(read_study(written(tmp_path_factory, "clear"), BatchStudy))
 
 
 def test_the_known_batch_sizes_are_found(clear: BatchReport) -> None:
@@ -67,18 +68,18 @@ def test_a_step_costs_what_it_costs(clear: BatchReport) -> None:
 
 def test_a_target_below_all_is_refused(clear: BatchReport) -> None:
     with pytest.raises(ValueError, match=r"The target 0\.01 is below 0\.05, at which the runs of this study ended"):
-        read_report(clear.study, targets=(0.01,))
+        read_report(clear.records, targets=(0.01,))
 
 
 def test_nothing_is_made_up_while_rates_are_sought(tmp_path_factory: pytest.TempPathFactory) -> None:
-    report = read_report(read_batch_study(written(tmp_path_factory, "started")))
+    report = read_report(read_study(written(tmp_path_factory, "started"), BatchStudy))
     assert [one.refusal for one in report.results] == ["No run to be counted has ended."] * 2
     assert report.shown == 0.05
     assert reference(report) is None
 
 
 def test_arms_that_differ_in_one_option_are_put_side_by_side(tmp_path_factory: pytest.TempPathFactory) -> None:
-    report = read_report(read_batch_study(written(tmp_path_factory, "varied")))
+    report = read_report(read_study(written(tmp_path_factory, "varied"), BatchStudy))
     [one] = varied(report)
     assert (one.method, one.option, [value for value, _ in one.values]) == ("muon", "momentum", [0.8, 0.9])
 

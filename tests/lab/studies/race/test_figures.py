@@ -18,6 +18,7 @@ from steepest.lab.report.figure import Figure
 from steepest.lab.report.palette import PAPER, styles
 from steepest.lab.report.vega import to_png, to_vega
 from steepest.lab.studies.race.figures import KEYS, figures
+from steepest.lab.studies.race.records import RaceStudy
 from steepest.lab.studies.race.results import read_race
 from steepest.lab.studies.records import read_study
 from tests.lab.drawn import layers, rows
@@ -25,11 +26,14 @@ from tests.lab.synthetic import HOSTILE, Pace, loss_at, write_scenario, write_st
 
 
 def drawn(study_dir: Path, paces: dict[str, Pace], **changes: Any) -> dict[str, Figure]:
-    return {figure.key: figure for figure in figures(read_race(read_study(write_study(study_dir, paces, **changes))))}
+    return {
+        figure.key: figure
+        for figure in figures(read_race(read_study(write_study(study_dir, paces, **changes), RaceStudy)))
+    }
 
 
 def scenario(study_dir: Path, name: str) -> dict[str, Figure]:
-    return {figure.key: figure for figure in figures(read_race(read_study(write_scenario(study_dir, name))))}
+    return {figure.key: figure for figure in figures(read_race(read_study(write_scenario(study_dir, name), RaceStudy)))}
 
 
 def test_there_are_four_figures_each_with_a_known_key(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+from steepest.lab.studies.race.records import RaceStudy
 from steepest.lab.studies.race.results import Race, read_race
 from steepest.lab.studies.records import read_study
 from tests.lab.synthetic import STEPS, Pace, write_study
 
 
 def race(study_dir: Path, paces: dict[str, Pace], **changes: Any) -> Race:
-    return read_race(read_study(write_study(study_dir, paces, **changes)))
+    return read_race(read_study(write_study(study_dir, paces, **changes), RaceStudy))
 
 
 def test_a_method_of_twice_the_speed_needs_half_the_steps(tmp_path: Path) -> None:

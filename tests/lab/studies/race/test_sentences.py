@@ -11,17 +11,18 @@ import pytest
 
 from steepest.lab.report.statistics import Interval
 from steepest.lab.studies.race import notices, sentences
+from steepest.lab.studies.race.records import RaceStudy
 from steepest.lab.studies.race.results import Race, read_race
 from steepest.lab.studies.records import read_study
 from tests.lab.synthetic import Pace, run_dir, write_scenario, write_study
 
 
 def race(study_dir: Path, paces: dict[str, Pace], **changes: Any) -> Race:
-    return read_race(read_study(write_study(study_dir, paces, **changes)))
+    return read_race(read_study(write_study(study_dir, paces, **changes), RaceStudy))
 
 
 def scenario(study_dir: Path, name: str) -> Race:
-    return read_race(read_study(write_scenario(study_dir, name)))
+    return read_race(read_study(write_scenario(study_dir, name), RaceStudy))
 
 
 def told(read: Race) -> str:
@@ -198,7 +199,7 @@ def test_a_damaged_run_is_noticed_with_its_file(tmp_path: Path) -> None:
     expected = (
         rf"1 of 6 runs missing: muon, seed 1: runs/{run.name}/result\.json: not valid JSON .* Delete the directory"
     )
-    assert re.search(expected, noticed(read_race(read_study(study))))
+    assert re.search(expected, noticed(read_race(read_study(study, RaceStudy))))
 
 
 def test_the_facts_say_by_how_much_and_how_sure(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from PIL import Image
 from steepest.lab.report.figure import Figure
 from steepest.lab.report.palette import styles
 from steepest.lab.report.vega import to_png, to_vega
+from steepest.lab.studies.records import read_study
 from steepest.lab.studies.sweep.figures import KEYS, figures
-from steepest.lab.studies.sweep.records import read_sweep
+from steepest.lab.studies.sweep.records import SweepStudy
 from steepest.lab.studies.sweep.results import read_results
 from tests.lab.drawn import layers, rows
 from tests.lab.synthetic import FINE, Valley, write_scenario, write_sweep
@@ -28,12 +29,12 @@ STEEP = replace(PLAIN, slope=4.0, most=50.0, limit=2.0)
 
 
 def drawn(study_dir: Path, valleys: Mapping[str, Valley], **changes: Any) -> dict[str, Figure]:
-    sweep = read_results(read_sweep(write_sweep(study_dir, valleys, **changes)))
+    sweep = read_results(read_study(write_sweep(study_dir, valleys, **changes), SweepStudy))
     return {figure.key: figure for figure in figures(sweep)}
 
 
 def scenario(study_dir: Path, name: str) -> dict[str, Figure]:
-    sweep = read_results(read_sweep(write_scenario(study_dir, name)))
+    sweep = read_results(read_study(write_scenario(study_dir, name), SweepStudy))
     return {figure.key: figure for figure in figures(sweep)}
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from steepest.lab.disk.fields import RecordError
-from steepest.lab.studies.records import Absent, read_kind
-from steepest.lab.studies.sweep.records import rate, read_sweep
+from steepest.lab.studies.records import Asked, read_kind, read_study
+from steepest.lab.studies.sweep.records import SweepStudy, rate
 from tests.lab.synthetic import Pace, Valley, write_study, write_sweep
 
 
@@ -27,19 +27,21 @@ def edit(study_dir: Path, **changes: Any) -> None:
 
 
 def test_what_was_written_is_read(study_dir: Path) -> None:
-    study = read_sweep(study_dir)
-    assert (study.methods, study.baseline, study.seeds, study.asked) == (("adamw", "muon"), "adamw", (0, 1), 6)
+    records = read_study(study_dir, SweepStudy)
+    study = records.study
+    assert (study.methods, study.baseline, study.seeds) == (("adamw", "muon"), "adamw", (0, 1))
+    assert len(records.asked) == 6
     assert study.lrs == {"adamw": (0.01, 0.1), "muon": (1.0,)}
-    found = [(run.config.method, rate(run), run.config.seed) for run in study.runs]
+    found = [(run.config.method, rate(run), run.config.seed) for run in records.runs]
     assert found == [("adamw", 0.01, 0), ("adamw", 0.01, 1), ("adamw", 0.1, 0), ("adamw", 0.1, 1), ("muon", 1.0, 0)]
-    assert study.absent == (Absent("muon", 1, None, 1.0),)
+    assert records.absent == {Asked(method="muon", seed=1, lr=1.0): None}
 
 
 def test_the_kinds_of_studies_are_told_apart(study_dir: Path, tmp_path: Path) -> None:
     assert read_kind(study_dir) == "sweep"
     assert read_kind(write_study(tmp_path / "race", {"adamw": Pace()}, seeds=(0,))) == "race"
     with pytest.raises(RecordError, match="kind must be 'sweep', got 'race'"):
-        read_sweep(tmp_path / "race")
+        read_study(tmp_path / "race", SweepStudy)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_the_kinds_of_studies_are_told_apart(study_dir: Path, tmp_path: Path) ->
         (
             "runs",
             {str(i) * 16: {"method": "muon", "seed": 0, "lr": 1} for i in (0, 1)},
-            r"runs\.1{16} must be the only run of \('muon', 1\.0, 0\), which 0{16} is already",
+            r"runs\.1{16} must be the only run of 'muon' with seed 0 and lr 1\.0, which 0{16} is already",
         ),
     ],
 )
@@ -74,7 +76,7 @@ def test_a_sweep_with_a_wrong_field(study_dir: Path, key: str, value: object, me
     edit(study_dir, **{key: value})
     remedy = "Delete the file and repeat the study's command"
     with pytest.raises(RecordError, match=rf"study\.json: {message}.*\. {remedy}"):
-        read_sweep(study_dir)
+        read_study(study_dir, SweepStudy)
 
 
 def test_a_run_of_another_rate_is_named_and_does_not_spoil_the_others(study_dir: Path) -> None:
@@ -82,7 +84,7 @@ def test_a_run_of_another_rate_is_named_and_does_not_spoil_the_others(study_dir:
     low, high = (next(n for n, run in runs.items() if (run["lr"], run["seed"]) == (lr, 0)) for lr in (0.01, 0.1))
     runs[low]["lr"], runs[high]["lr"] = 0.1, 0.01
     edit(study_dir, runs=runs)
-    study = read_sweep(study_dir)
+    study = read_study(study_dir, SweepStudy)
     assert len(study.runs) == 3
-    problems = {absent.lr: absent.problem or "" for absent in study.absent}
+    problems = {one.lr: problem or "" for one, problem in study.absent.items()}
     assert re.search("the run is 'adamw' with seed 0 and lr 0.1, study.json says .* lr 0.01. Delete", problems[0.01])

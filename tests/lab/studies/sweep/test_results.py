@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from steepest.lab.studies.sweep.records import read_sweep
+from steepest.lab.studies.records import read_study
+from steepest.lab.studies.sweep.records import SweepStudy
 from steepest.lab.studies.sweep.results import WIDE, Sweep, comparable_settings, read_results
 from tests.lab.synthetic import FINE, UNTRAINED, Valley, grid_of, write_sweep
 
@@ -18,7 +19,7 @@ EXACT = Valley(0.1, grid_of(1e-4, 100, 601), flat=0.5, slope=1.0, tilt=0.0, nois
 
 
 def results(study_dir: Path, valleys: Mapping[str, Valley], **changes: Any) -> Sweep:
-    return read_results(read_sweep(write_sweep(study_dir, valleys, **changes)))
+    return read_results(read_study(write_sweep(study_dir, valleys, **changes), SweepStudy))
 
 
 def test_widths_best_and_expectation_of_a_known_valley(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_losses_not_above_zero_have_no_basin(tmp_path: Path) -> None:
 
 
 def test_the_other_rate_may_go_along_but_other_options_may_not_change(tmp_path: Path) -> None:
-    study = read_sweep(write_sweep(tmp_path, {"a": replace(EXACT, lrs=[0.01, 0.1, 1.0])}, seeds=(0, 1)))
+    study = read_study(write_sweep(tmp_path, {"a": replace(EXACT, lrs=[0.01, 0.1, 1.0])}, seeds=(0, 1)), SweepStudy)
     kept, aside = comparable_settings(study)
     assert (len(kept["a"]), aside) == (6, ())
     runs = list(study.runs)
@@ -97,14 +98,14 @@ def test_the_other_rate_may_go_along_but_other_options_may_not_change(tmp_path: 
         options = {**runs[i].config.options, key: value}
         runs[i] = replace(runs[i], config=replace(runs[i].config, options=options))
     runs[2] = replace(runs[2], config=replace(runs[2].config, code="9"))
-    kept, aside = comparable_settings(replace(study, runs=tuple(runs)))
+    kept, aside = comparable_settings(replace(study, found=dict(zip(study.found, runs, strict=True))))
     assert kept["a"] == (runs[1], runs[3], runs[4])
     reasons = {one.run.name: [key for key, _, _ in one.differences] for one in aside}
     assert reasons == {runs[0].name: ["options"], runs[2].name: ["code"], runs[5].name: ["other_lr"]}
 
 
 def test_without_the_untrained_model_nothing_is_expected(tmp_path: Path) -> None:
-    study = read_sweep(write_sweep(tmp_path, {"a": replace(EXACT, lrs=FINE)}, seeds=(0,)))
+    study = read_study(write_sweep(tmp_path, {"a": replace(EXACT, lrs=FINE)}, seeds=(0,)), SweepStudy)
     cut = tuple(replace(run, evals=run.evals[1:]) for run in study.runs)
     sweep = read_results(replace(study, runs=cut))
     assert sweep.untrained is None

@@ -12,9 +12,10 @@ import pytest
 
 from steepest.lab.report.notices import Notice
 from steepest.lab.runs.version import code_version
+from steepest.lab.studies.records import read_study
 from steepest.lab.studies.sweep import notices as lr_notices
 from steepest.lab.studies.sweep import sentences as lr_sentences
-from steepest.lab.studies.sweep.records import read_sweep
+from steepest.lab.studies.sweep.records import SweepStudy
 from steepest.lab.studies.sweep.results import Sweep, read_results
 from tests.lab.synthetic import FINE, Valley, write_scenario, write_sweep
 
@@ -23,7 +24,7 @@ WIDE = Valley(0.12, FINE, flat=1.2)
 
 
 def results(study_dir: Path, valleys: Mapping[str, Valley], **changes: Any) -> Sweep:
-    return read_results(read_sweep(write_sweep(study_dir, valleys, **changes)))
+    return read_results(read_study(write_sweep(study_dir, valleys, **changes), SweepStudy))
 
 
 def headline(study_dir: Path, valleys: Mapping[str, Valley], **changes: Any) -> str:
@@ -127,7 +128,7 @@ def test_a_clean_sweep_has_no_notices(tmp_path: Path) -> None:
 
 
 def test_every_trouble_has_its_notice(tmp_path: Path) -> None:
-    notices = lr_notices.notices(read_results(read_sweep(write_scenario(tmp_path, "sweep-troubled"))))
+    notices = lr_notices.notices(read_results(read_study(write_scenario(tmp_path, "sweep-troubled"), SweepStudy)))
     assert titles(notices) == [
         "Not ranked: the methods were not tried alike",
         "A learning rate that changed nothing",
@@ -169,7 +170,7 @@ def test_negative_losses_one_seed_and_damaged_runs_have_notices(tmp_path: Path) 
     path = write_sweep(tmp_path, {"adamw": replace(NARROW, best=-2.0)}, seeds=(0,))
     run = min((path / "runs").iterdir())
     (run / "metrics.jsonl").write_text("?\n")
-    notices = lr_notices.notices(read_results(read_sweep(path)))
+    notices = lr_notices.notices(read_results(read_study(path, SweepStudy)))
     assert titles(notices)[:2] == ["No basins", "1 of 9\N{NO-BREAK SPACE}runs missing"]
     assert f"seed 0: runs/{run.name}/metrics.jsonl: line 1: not valid JSON" in notices[1].lines[0]
     assert any("One seed: how much" in line for line in notices[-1].lines)
@@ -188,7 +189,7 @@ def test_runs_whose_config_is_all_there_is_have_not_started_and_say_nothing_of_t
     for run in sorted((path / "runs").iterdir())[:2]:
         for name in ("metrics.jsonl", "result.json", "environment.json"):
             (run / name).unlink()
-    [notice] = lr_notices.notices(read_results(read_sweep(path)))
+    [notice] = lr_notices.notices(read_results(read_study(path, SweepStudy)))
     assert notice.title == "2 of 18\N{NO-BREAK SPACE}runs missing"
     assert notice.lines[0] == "adamw: 2\N{NO-BREAK SPACE}runs not started"
 
@@ -196,15 +197,15 @@ def test_runs_whose_config_is_all_there_is_have_not_started_and_say_nothing_of_t
 def test_machines_that_differ_are_named(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, {"adamw": NARROW}, seeds=(0, 1))
     (min((path / "runs").iterdir()) / "environment.json").write_text('{"python": "3.12"}')
-    [notice] = lr_notices.notices(read_results(read_sweep(path)))
+    [notice] = lr_notices.notices(read_results(read_study(path, SweepStudy)))
     assert (notice.level, notice.title) == ("note", "More than one environment")
     assert "python" in notice.lines[0]
     assert notice.lines[0].endswith("so may their losses.")
 
 
 def test_runs_of_another_code_are_named_with_their_learning_rate(tmp_path: Path) -> None:
-    study = read_sweep(write_sweep(tmp_path, {"adamw": NARROW}, seeds=(0,)))
+    study = read_study(write_sweep(tmp_path, {"adamw": NARROW}, seeds=(0,)), SweepStudy)
     other = replace(study.runs[0], config=replace(study.runs[0].config, code="9"))
-    sweep = read_results(replace(study, runs=(other, *study.runs[1:])))
+    sweep = read_results(replace(study, found=study.found | {next(iter(study.found)): other}))
     notice = next(notice for notice in lr_notices.notices(sweep) if "other conditions" in notice.title)
     assert notice.lines[0] == f"adamw, lr 0.001, seed 0: code 9 instead of {code_version()}"

@@ -44,18 +44,19 @@ def add_command(commands: Commands) -> None:
 def _fit(options: argparse.Namespace) -> int:
     from steepest.batch_size.curve import family
     from steepest.lab.disk.fields import RecordError
-    from steepest.lab.studies.batch.records import read_batch_study
+    from steepest.lab.studies.batch.records import BatchStudy
     from steepest.lab.studies.batch.results import read_report
+    from steepest.lab.studies.records import read_study
 
     try:
-        study = read_batch_study(options.directory)
+        records = read_study(options.directory, BatchStudy)
     except RecordError as failure:
         return failed(failure)
     with checking_usage():
         for key in options.families:
             family(key)
         targets = sorted(set(options.target), reverse=True)
-        report = read_report(study, targets=targets, families=options.families, level=options.level)
+        report = read_report(records, targets=targets, families=options.families, level=options.level)
     if options.json:
         print(json.dumps(_content(report), indent=2, allow_nan=False))
         return DONE
@@ -89,8 +90,8 @@ def _lines(result: TargetResult, report: BatchReport) -> list[str]:
 def _content(report: BatchReport) -> dict[str, object]:
     return {
         "unit": report.unit,
-        "listed": len(report.study.asked),
-        "ended": sum(one.run.result is not None for one in report.study.runs),
+        "listed": len(report.records.asked),
+        "ended": sum(run.result is not None for run in report.records.runs),
         "results": [_result(one, report.unit) for one in report.results],
         "learning_rates": [
             {"arm": arm.name, "batch_size": one.batch_size, "lr": one.lr, "tried": one.tried, "at_edge": one.at_edge}

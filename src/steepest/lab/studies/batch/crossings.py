@@ -7,8 +7,8 @@ import statistics
 from dataclasses import replace
 
 from steepest.batch_size.curve_crossing import Crossing, first_crossing
+from steepest.lab.runs.records import Run
 from steepest.lab.runs.schedule import SMOOTHED
-from steepest.lab.studies.records import Run
 
 
 def run_crossing(run: Run, target: float) -> Crossing:

@@ -8,8 +8,7 @@ from statistics import fmean
 
 import numpy as np
 
-from steepest.batch_size.curve import Estimate, bootstrap, percentiles
-from steepest.batch_size.curve_answers import size_text
+from steepest.batch_size.curve import Estimate, bootstrap, percentiles, size_text
 from steepest.lab.report import wording
 from steepest.lab.report.figure import Axis, Curve, Dots, Figure, Rule, Sort, around
 from steepest.lab.report.palette import GUIDE, Style, styles

@@ -10,10 +10,10 @@ from steepest.lab.report import wording
 from steepest.lab.report.notices import GO_ON, Notice, cut, machines, notice, older, ordered, set_aside
 from steepest.lab.report.wording import plain
 from steepest.lab.report.wording import shortened as short
+from steepest.lab.runs.records import Run
 from steepest.lab.studies.batch.model import ModelFacts
 from steepest.lab.studies.batch.results import Arrival, BatchReport, TargetResult
 from steepest.lab.studies.batch.sentences import untuned
-from steepest.lab.studies.records import Run
 
 _MOMENTA = ("momentum", "beta1")
 
@@ -21,7 +21,7 @@ _MOMENTA = ("momentum", "beta1")
 def notices(report: BatchReport, model: ModelFacts) -> tuple[Notice, ...]:
     """All notices, the most serious first."""
     runs = [run for arm in report.arms for run in arm.runs]
-    arms = {one.run.name: one.asked.arm for one in report.study.runs}
+    arms = {run.name: one.name for one, run in report.records.found.items()}
     return ordered(
         (
             set_aside(report.set_aside, partial(_who, arms)),
@@ -44,20 +44,19 @@ def notices(report: BatchReport, model: ModelFacts) -> tuple[Notice, ...]:
 
 
 def _missing(report: BatchReport) -> Notice | None:
-    study = report.study
+    records = report.records
     broken = [
-        f"{plain(one.asked.arm)}, b = {one.asked.batch_size}, lr {wording.rate(one.asked.lr)}, seed {one.asked.seed}: "
-        f"{plain(one.problem)}"
-        for one in study.absent
-        if one.problem is not None
+        f"{plain(one.name)}, b = {one.batch_size}, lr {wording.rate(one.lr)}, seed {one.seed}: {plain(problem)}"
+        for one, problem in records.absent.items()
+        if problem is not None
     ]
-    waiting = [one.asked for one in study.absent if one.problem is None]
-    waiting += [one.asked for one in study.runs if one.run.result is None]
-    idle = Counter((one.arm, one.batch_size) for one in waiting)
+    waiting = [one for one, problem in records.absent.items() if problem is None]
+    waiting += [one for one, run in records.found.items() if run.result is None]
+    idle = Counter((one.name, one.batch_size) for one in waiting)
     lines = [f"{plain(arm)}, b = {size}: {wording.counted(n, 'run')} not ended" for (arm, size), n in idle.items()]
     tuning = wording.counted(len(searching := untuned(report)), "learning rate")
     search = [f"{tuning} still to be found, after which more runs follow"] * bool(searching)
-    title = f"{len(broken) + len(waiting)} of {wording.counted(len(study.asked), 'listed run')} missing"
+    title = f"{len(broken) + len(waiting)} of {wording.counted(len(records.asked), 'listed run')} missing"
     return notice("warning", title, (*search, *cut([*broken, *lines])), GO_ON)
 
 

@@ -10,10 +10,11 @@ from steepest.lab.studies.batch import sentences
 from steepest.lab.studies.batch.figures import KEYS, figures
 from steepest.lab.studies.batch.model import look
 from steepest.lab.studies.batch.notices import notices
-from steepest.lab.studies.batch.records import read_batch_study
+from steepest.lab.studies.batch.records import BatchStudy
 from steepest.lab.studies.batch.results import ArmResult, BatchReport, Rate, read_report
 from steepest.lab.studies.batch.sheets import tables
 from steepest.lab.studies.batch.table import columns
+from steepest.lab.studies.records import read_study
 
 
 def content(report: BatchReport) -> Content:
@@ -52,7 +53,7 @@ def _told(one: Rate) -> str:
 
 
 def _read(study_dir: Path) -> BatchReport:
-    return read_report(read_batch_study(study_dir))
+    return read_report(read_study(study_dir, BatchStudy))
 
 
 STUDY = Study(_read, content)

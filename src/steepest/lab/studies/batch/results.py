@@ -9,11 +9,12 @@ from statistics import median
 
 from steepest.batch_size.curve import Crossing, Estimate, Point, TimeOptimum, estimate, time_optimal
 from steepest.batch_size.curve_fit import ALL_FAMILIES
-from steepest.lab.report.comparable import Description, SetAside, agreeing, fixed_options
+from steepest.lab.runs.comparable import Description, SetAside, comparable, fixed_options
 from steepest.lab.runs.config import RunConfig
+from steepest.lab.runs.records import Run
 from steepest.lab.studies.batch.crossings import run_crossing
-from steepest.lab.studies.batch.records import BatchRun, BatchStudy
-from steepest.lab.studies.records import Run
+from steepest.lab.studies.batch.records import BatchAsked, BatchStudy
+from steepest.lab.studies.records import Recorded
 from steepest.lab.tasks import entry
 
 LEVEL = 0.9  # of all intervals
@@ -112,17 +113,22 @@ class BatchReport:
     """A batch-size study with everything computed that the report shows.
 
     Args:
-        study: What was read.
+        records: What was read.
         set_aside: Runs made under other conditions; no number comes from them.
         arms: Results in the study's order.
         targets: Losses, falling.
     """
 
-    study: BatchStudy
+    records: Recorded[BatchStudy, BatchAsked]
     set_aside: tuple[SetAside, ...]
     arms: tuple[ArmResult, ...]
     targets: tuple[float, ...]
     unit: str = field(default="examples")
+
+    @property
+    def study(self) -> BatchStudy:
+        """What was asked for."""
+        return self.records.study
 
     @property
     def shown(self) -> float:
@@ -147,7 +153,7 @@ class BatchReport:
 
 
 def read_report(
-    study: BatchStudy,
+    records: Recorded[BatchStudy, BatchAsked],
     *,
     targets: Sequence[float] = (),
     families: Sequence[str] = ALL_FAMILIES,
@@ -156,7 +162,7 @@ def read_report(
     """Compute all numbers of the report from the stored runs.
 
     Args:
-        study: What was read.
+        records: What was read.
         targets: Losses, falling; none: those of the study.
         families: Keys of the shapes of K(b) to choose from.
         level: Of the intervals.
@@ -164,26 +170,14 @@ def read_report(
     Raises:
         ValueError: If a target is below all those of the study, before which its runs ended, or as for `estimate`.
     """
+    study = records.study
     aims = tuple(targets) or study.targets
     if min(aims) < study.targets[-1]:
         problem = f"The target {min(aims):g} is below {study.targets[-1]:g}, at which the runs of this study ended"
         raise ValueError(f"{problem}. Give higher ones, or measure again with lower ones.")
-    kept, aside = _comparable(study)
-    arms = tuple(_arm(study, name, runs, aims, families, level) for name, runs in kept.items())
-    return BatchReport(study, aside, arms, aims, entry(study.task).examples)
-
-
-def _comparable(study: BatchStudy) -> tuple[dict[str, tuple[BatchRun, ...]], tuple[SetAside, ...]]:
-    """The runs that agree on data and code, at each batch size on length, and within an arm on fixed options."""
-    agreed, aside = agreeing([one.run for one in study.runs], _conditions)
-    kept: dict[str, tuple[BatchRun, ...]] = {}
-    for arm in study.methods:
-        names = {one.run.name for one in study.runs if one.asked.arm == arm}
-        own, others = agreeing([run for run in agreed if run.name in names], fixed_options)
-        aside += others
-        used = {run.name for run in own}
-        kept[arm] = tuple(one for one in study.runs if one.run.name in used)
-    return kept, aside
+    kept, aside = comparable(records.by_name, fixed_options, first=study.methods[0], shared=_conditions)
+    arms = tuple(_arm(records, name, runs, aims, families, level) for name, runs in kept.items())
+    return BatchReport(records, aside, arms, aims, entry(study.task).examples)
 
 
 def _conditions(config: RunConfig) -> Description:
@@ -200,22 +194,22 @@ def _conditions(config: RunConfig) -> Description:
 
 
 def _arm(
-    study: BatchStudy,
+    records: Recorded[BatchStudy, BatchAsked],
     name: str,
-    runs: Sequence[BatchRun],
+    runs: Sequence[Run],
     targets: Sequence[float],
     families: Sequence[str],
     level: float,
 ) -> ArmResult:
-    own = tuple(one.run for one in runs if not one.asked.tunes)
+    tuning = {run.name for one, run in records.found.items() if one.tunes}
+    own = tuple(run for run in runs if run.name not in tuning)
     seconds = _seconds(own)
     ended = [run for run in own if run.result is not None and run.evals]
     results = tuple(_result(name, target, ended, seconds, families, level) for target in targets)
-    return ArmResult(name, own, _rates(study, name), seconds, results)
+    return ArmResult(name, own, _rates([one for one in records.asked if one.name == name]), seconds, results)
 
 
-def _rates(study: BatchStudy, name: str) -> tuple[Rate, ...]:
-    asked = [one for one in study.asked if one.arm == name]
+def _rates(asked: Sequence[BatchAsked]) -> tuple[Rate, ...]:
     found = {one.batch_size: one.lr for one in asked if not one.tunes}
     return tuple(
         Rate(size, lr, tuple(sorted({one.lr for one in asked if one.tunes and one.batch_size == size})))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from steepest.batch_size.curve import Answer, recommendation
-from steepest.batch_size.curve_answers import size_text
+from steepest.batch_size.curve import Answer, recommendation, size_text
 from steepest.lab.report import wording
 from steepest.lab.report.page import Fact
 from steepest.lab.report.wording import plain
@@ -31,8 +30,7 @@ def headline(report: BatchReport) -> str:
 
 def waiting(report: BatchReport) -> int:
     """Listed runs that have not ended, and arms at batch sizes whose learning rate is still being searched."""
-    ended = sum(one.run.result is not None for one in report.study.runs)
-    return len(report.study.asked) - ended + len(untuned(report))
+    return report.records.waiting + len(untuned(report))
 
 
 def untuned(report: BatchReport) -> tuple[tuple[str, int], ...]:
@@ -100,7 +98,7 @@ def summary(report: BatchReport) -> str:
     aims = ", ".join(f"{target:g}" for target in report.targets)
     asked = f"{opening}, preset {plain(study.preset)}: batch sizes {sizes} in {unit}, targets {aims}"
     asked = f"{asked}, {wording.seeds(study.seeds)}"
-    one = next((one.run for one in study.runs if one.run.train), None)
+    one = next((run for run in report.records.runs if run.train), None)
     if one is None:
         return f"{asked}. No run has been started."
     each = one.train[0].tokens / one.train[0].step / one.config.batch_size

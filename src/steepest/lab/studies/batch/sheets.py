@@ -37,11 +37,10 @@ def tables(report: BatchReport) -> dict[str, str]:
 
 def _runs(report: BatchReport) -> list[Cells]:
     aside = {one.run.name for one in report.set_aside}
-    there = {one.asked: one.run for one in report.study.runs}
     rows: list[Cells] = []
-    for one in report.study.asked:
-        run = there.get(one)
-        key = (one.arm, one.batch_size, one.lr, one.seed, one.tunes)
+    for one in report.records.asked:
+        run = report.records.found.get(one)
+        key = (one.name, one.batch_size, one.lr, one.seed, one.tunes)
         if run is None or run.result is None:
             state = "missing" if run is None else "set aside" if run.name in aside else run.status
             rows.append((*key, state, None, None, None, run and run.name))

@@ -6,8 +6,7 @@ import math
 from functools import partial
 from statistics import fmean
 
-from steepest.batch_size.curve import Answer
-from steepest.batch_size.curve_answers import size_text
+from steepest.batch_size.curve import Answer, size_text
 from steepest.lab.report.table import Cell, Column
 from steepest.lab.report.wording import DASH, duration, shortened
 from steepest.lab.studies.batch.ratio import reference, sample_ratios

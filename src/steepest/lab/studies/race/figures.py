@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from steepest.lab.disk.fields import HUGE
 from steepest.lab.report import wording
 from steepest.lab.report.figure import Axis, Curve, Figure, Row, Rule, decades, end_labels
 from steepest.lab.report.palette import Style, styles
 from steepest.lab.report.statistics import t_interval
+from steepest.lab.runs.records import EvalRow, Run
 from steepest.lab.studies.race.results import MethodResult, Race
-from steepest.lab.studies.records import HUGE, EvalRow, Run
 from steepest.lab.tasks import entry
 
 KEYS = ("difference", "loss-steps", "loss-tokens", "loss-samples", "loss-time")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from steepest.lab.disk.fields import HUGE
 from steepest.lab.methods.tuned import Tuning
 from steepest.lab.report import wording
 from steepest.lab.report.notices import GO_ON, Notice, machines, notice, older, ordered, progress, set_aside
 from steepest.lab.report.wording import plain
+from steepest.lab.runs.records import Run
 from steepest.lab.studies.race.results import Race
-from steepest.lab.studies.records import HUGE, Run
 
 EVEN = 1.15  # ratio of the slowest to the fastest above which times are not compared
 
@@ -64,13 +65,12 @@ def _diverged(race: Race) -> Notice | None:
 
 def _missing(race: Race) -> Notice | None:
     lines = [
-        f"{plain(absent.method)}, seed {absent.seed}: {plain(absent.problem or 'not started')}"
-        for absent in race.study.absent
+        f"{plain(one.method)}, seed {one.seed}: {plain(problem or 'not started')}"
+        for one, problem in race.records.absent.items()
     ]
-    unfinished = [run for run in race.study.runs if run.status == "unfinished"]
+    unfinished = [run for run in race.records.runs if run.status == "unfinished"]
     lines += [f"{who(run)}: {progress(run) or 'not started'}" for run in unfinished]
-    asked = len(race.study.methods) * len(race.study.seeds)
-    title = f"{len(lines)} of {wording.counted(asked, 'run')} missing"
+    title = f"{len(lines)} of {wording.counted(len(race.records.asked), 'run')} missing"
     return notice("warning", title, lines, f"{GO_ON} Read the verdict when all have ended.")
 
 

@@ -9,6 +9,7 @@ from steepest.lab.report.wording import plain
 from steepest.lab.studies.race import sentences
 from steepest.lab.studies.race.figures import KEYS, figures
 from steepest.lab.studies.race.notices import notices, tuned
+from steepest.lab.studies.race.records import RaceStudy
 from steepest.lab.studies.race.results import MethodResult, Race, read_race
 from steepest.lab.studies.race.table import columns
 from steepest.lab.studies.records import read_study
@@ -43,7 +44,7 @@ def content(race: Race) -> Content:
 
 
 def _read(study_dir: Path) -> Race:
-    return read_race(read_study(study_dir))
+    return read_race(read_study(study_dir, RaceStudy))
 
 
 STUDY = Study(_read, content)

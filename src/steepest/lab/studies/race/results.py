@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import Literal
 
-from steepest.lab.report.comparable import Comparable, comparable, finals
+from steepest.lab.methods.tuned import Tuning
 from steepest.lab.report.statistics import (
     Ended,
     Ratio,
@@ -17,7 +19,13 @@ from steepest.lab.report.statistics import (
     steps_ratio,
     summarize,
 )
-from steepest.lab.studies.records import Run, Study
+from steepest.lab.runs.comparable import Description, SetAside, comparable
+from steepest.lab.runs.config import RunConfig
+from steepest.lab.runs.records import Run, finals
+from steepest.lab.studies.race.records import RaceStudy
+from steepest.lab.studies.records import Asked, Recorded
+
+Refusal = Literal["unequal", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,39 @@ class MethodResult:
 
 
 @dataclass(frozen=True)
-class Race:
-    """A study with everything computed that the report shows.
+class Comparable:
+    """The runs of a study that differ in method and seed only.
 
     Args:
-        study: What was read.
+        runs: By method, in the study's order and by seed; a method without runs has none.
+        set_aside: All other runs.
+        tuning: How each method that has runs was tuned; None where its options were chosen by hand.
+    """
+
+    runs: Mapping[str, tuple[Run, ...]]
+    set_aside: tuple[SetAside, ...]
+    tuning: Mapping[str, Tuning | None]
+
+    @property
+    def equally_tuned(self) -> bool:
+        """Whether all methods had the same, known number of tried settings, so that they may be ranked."""
+        return self.refusal is None
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """Why the methods may not be ranked: known numbers of tried settings differ, or some are not known."""
+        budgets = {None if tuning is None else tuning.trials for tuning in self.tuning.values()}
+        if len(self.runs) == 1 or (None not in budgets and len(budgets) <= 1):
+            return None
+        return "unequal" if len(budgets - {None}) > 1 else "unknown"
+
+
+@dataclass(frozen=True)
+class Race:
+    """A race with everything computed that the report shows.
+
+    Args:
+        records: What was read.
         chosen: The runs the numbers come from.
         target: Loss to reach: the study's own, else where the baseline's curves end in the mean; None while unknown.
         methods: Results in the study's order.
@@ -73,12 +109,17 @@ class Race:
         verdicts: One for each pair of methods that have runs.
     """
 
-    study: Study
+    records: Recorded[RaceStudy, Asked]
     chosen: Comparable
     target: float | None
     methods: tuple[MethodResult, ...]
     ranked: bool
     verdicts: tuple[Verdict, ...]
+
+    @property
+    def study(self) -> RaceStudy:
+        """What was asked for."""
+        return self.records.study
 
     @property
     def uncounted(self) -> bool:
@@ -90,9 +131,9 @@ class Race:
         return next(method for method in self.methods if method.name == name)
 
 
-def read_race(study: Study) -> Race:
+def read_race(records: Recorded[RaceStudy, Asked]) -> Race:
     """Compute all numbers of the report from the stored runs."""
-    chosen = comparable(study)
+    study, chosen = records.study, choose(records)
     ranked = chosen.equally_tuned
     base = chosen.runs[study.baseline]
     ends = {run.config.seed: _end_of_curve(run) for run in _ended(base)}
@@ -110,7 +151,19 @@ def read_race(study: Study) -> Race:
     )
     have_runs = {name: _compared(runs) for name, runs in chosen.runs.items() if runs}
     verdicts = paired_verdicts(have_runs) if ranked else ()
-    return Race(study, chosen, target, methods, ranked, verdicts)
+    return Race(records, chosen, target, methods, ranked, verdicts)
+
+
+def choose(records: Recorded[RaceStudy, Asked]) -> Comparable:
+    """Choose the runs that agree on data, code and sizes, and within a method on its options."""
+    kept, aside = comparable(records.by_name, _choices, first=records.study.baseline)
+    return Comparable(kept, aside, {name: runs[0].config.tuning for name, runs in kept.items() if runs})
+
+
+def _choices(config: RunConfig) -> Description:
+    """What all runs of a method have in common."""
+    options = json.dumps(dict(config.options), sort_keys=True)
+    return (("options", options), ("tuning", str(config.tuning)))
 
 
 def _method_result(
@@ -180,7 +233,7 @@ def _end_of_curve(run: Run) -> float | None:
     return run.evals[-1].loss if run.status == "finished" and run.evals else None
 
 
-def _own_steps(run: Run, study: Study, target: float) -> float | None:
+def _own_steps(run: Run, study: RaceStudy, target: float) -> float | None:
     """Steps of one run to the target; for a baseline whose own mean is the target, to the end of its own curve.
 
     About half of the baseline's runs end above their mean, so that one cannot ask when they come down to it.

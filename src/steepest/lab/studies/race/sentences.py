@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from steepest.lab.report import wording
-from steepest.lab.report.comparable import Refusal
 from steepest.lab.report.page import Comparison, Fact
 from steepest.lab.report.statistics import MOST_SEEDS, Interval, Ratio, Verdict
 from steepest.lab.report.wording import FIXED, plain
 from steepest.lab.report.wording import shortened as short
-from steepest.lab.studies.race.results import Race
+from steepest.lab.studies.race.results import Race, Refusal
 from steepest.lab.tasks import entry
 
 REFUSALS: Mapping[Refusal, str] = {
@@ -37,8 +36,8 @@ def headline(race: Race) -> str:
     if won is None and race.uncounted and _leader_by_seeds(race):
         return f"Undecided: how far the losses themselves may be off is not recorded{diverged}"
     if won is None:
-        return ("So far undecided" if waiting(race) else "Undecided") + f" between {_standing(race)}{diverged}"
-    return ("So far: " if waiting(race) else "") + _victory(race, won) + diverged
+        return ("So far undecided" if race.records.waiting else "Undecided") + f" between {_standing(race)}{diverged}"
+    return ("So far: " if race.records.waiting else "") + _victory(race, won) + diverged
 
 
 def winner(race: Race) -> str | None:
@@ -69,12 +68,6 @@ def _leader_by_seeds(race: Race) -> str | None:
         if others and all(name in victors for victors in others):
             return name
     return None
-
-
-def waiting(race: Race) -> int:
-    """Number of runs that the study asks for and that have not ended."""
-    asked = len(race.study.methods) * len(race.study.seeds)
-    return asked - sum(run.result is not None for run in race.study.runs)
 
 
 def summary(race: Race) -> str:

@@ -28,6 +28,7 @@ from steepest.lab.report.figure import (
 from steepest.lab.report.palette import Style, styles
 from steepest.lab.studies.sweep.basin import TOLERANCES, Basin
 from steepest.lab.studies.sweep.results import WIDE, MethodSweep, Sweep
+from steepest.lab.studies.sweep.sentences import width
 
 KEYS = ("lr_sweep", "basins", "expected_best")
 MARKS: Mapping[Sort, str] = {
@@ -182,9 +183,9 @@ def _widths(sweep: Sweep, looks: _Looks) -> Figure | None:
         style = looks[method.name]
         bars += _nested(method, style, -i + 0.1)
         if own := method.own.get(WIDE):
-            text = f"within 5% of its own best: {wording.width(own)}"
+            text = f"within 5% of its own best: {width(own)}"
             bars.append(Bar(style, -i - 0.27, 0.14, own.width, 0.45, text))
-        labels.append(Label(method.of_all[WIDE].width, -i + 0.1, wording.width(method.of_all[WIDE]), style))
+        labels.append(Label(method.of_all[WIDE].width, -i + 0.1, width(method.of_all[WIDE]), style))
     open_ended = any(basin.open_ended for method in shown for basin in _bars_of(method))
     return Figure(
         key="basins",
@@ -210,7 +211,7 @@ def _bars_of(method: MethodSweep) -> tuple[Basin, ...]:
 def _nested(method: MethodSweep, style: Style, y: float) -> Iterator[Bar]:
     for tolerance, opacity in zip(reversed(TOLERANCES), (0.35, 0.5, 1.0), strict=True):
         found = method.of_all[tolerance]
-        text = f"within {100 * tolerance:g}% of the best of all: {wording.width(found)}"
+        text = f"within {100 * tolerance:g}% of the best of all: {width(found)}"
         yield Bar(style, y, 0.46, found.width, opacity, text)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from steepest.lab.report import wording
 from steepest.lab.report.notices import GO_ON, Notice, cut, machines, notice, older, ordered, progress, set_aside
 from steepest.lab.report.wording import plain
-from steepest.lab.studies.records import Run
+from steepest.lab.runs.records import Run
 from steepest.lab.studies.sweep.records import rate
 from steepest.lab.studies.sweep.results import MethodSweep, Sweep
 
@@ -65,19 +65,18 @@ def _unchanged(sweep: Sweep) -> Notice | None:
 
 def _missing(sweep: Sweep) -> Notice | None:
     lines: list[str] = []
-    waiting = [absent.method for absent in sweep.study.absent if absent.problem is None]
-    for absent in sweep.study.absent:
-        if absent.problem is not None:
-            lr = wording.rate(absent.lr or 0.0)
-            lines.append(f"{plain(absent.method)}, lr {lr}, seed {absent.seed}: {plain(absent.problem)}")
-    for run in sweep.study.runs:
+    waiting = [one.method for one, problem in sweep.records.absent.items() if problem is None]
+    for one, problem in sweep.records.absent.items():
+        if problem is not None:
+            lines.append(f"{plain(one.method)}, lr {wording.rate(one.lr or 0.0)}, seed {one.seed}: {plain(problem)}")
+    for run in sweep.records.runs:
         if run.status == "unfinished":
             if at := progress(run):
                 lines.append(f"{_who(run)}: {at}")
             else:
                 waiting.append(run.config.method)
     idle = [f"{plain(name)}: {wording.counted(count, 'run')} not started" for name, count in Counter(waiting).items()]
-    title = f"{len(lines) + len(waiting)} of {wording.counted(sweep.study.asked, 'run')} missing"
+    title = f"{len(lines) + len(waiting)} of {wording.counted(len(sweep.records.asked), 'run')} missing"
     missing = (*idle, *cut(lines, noun="run"))
     return notice("warning", title, missing, f"{GO_ON} Read the verdict when all have ended.")
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from steepest.lab.report import wording
 from steepest.lab.report.page import Content, Settings, Study
-from steepest.lab.studies.records import Run
+from steepest.lab.runs.records import Run
+from steepest.lab.studies.records import read_study
 from steepest.lab.studies.sweep import sentences
 from steepest.lab.studies.sweep.figures import KEYS, figures
 from steepest.lab.studies.sweep.notices import notices
-from steepest.lab.studies.sweep.records import rate, read_sweep
+from steepest.lab.studies.sweep.records import SweepStudy, rate
 from steepest.lab.studies.sweep.results import MethodSweep, Sweep, read_results
 from steepest.lab.studies.sweep.sheets import tables
 from steepest.lab.studies.sweep.table import columns
@@ -48,7 +49,7 @@ def _told(run: Run) -> str:
 
 
 def _read(study_dir: Path) -> Sweep:
-    return read_results(read_sweep(study_dir))
+    return read_results(read_study(study_dir, SweepStudy))
 
 
 STUDY = Study(_read, content)

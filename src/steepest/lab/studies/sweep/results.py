@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from steepest.lab.report.comparable import Description, SetAside, agreeing, conditions, finals, fixed_options
+from steepest.lab.runs.comparable import Description, SetAside, agreeing, comparable, fixed_options
 from steepest.lab.runs.config import RunConfig
-from steepest.lab.studies.records import Run
+from steepest.lab.runs.records import Run, finals
+from steepest.lab.studies.records import Asked, Recorded
 from steepest.lab.studies.sweep.basin import TOLERANCES, Basin, Best, Point, basin, best, expected_best, grid, unchanged
 from steepest.lab.studies.sweep.records import SweepStudy, rate
 
@@ -69,7 +70,7 @@ class Sweep:
     """A sweep with everything computed that the report shows.
 
     Args:
-        study: What was read.
+        records: What was read.
         set_aside: Runs made under other conditions; no number comes from them.
         methods: Results in the study's order.
         best: Lowest of the methods' best losses; None if there is none.
@@ -77,7 +78,7 @@ class Sweep:
         measurable: Whether all losses are above 0, so that per cent of them mean something.
     """
 
-    study: SweepStudy
+    records: Recorded[SweepStudy, Asked]
     set_aside: tuple[SetAside, ...]
     methods: tuple[MethodSweep, ...]
     best: float | None
@@ -85,14 +86,14 @@ class Sweep:
     measurable: bool
 
     @property
+    def study(self) -> SweepStudy:
+        """What was asked for."""
+        return self.records.study
+
+    @property
     def alike(self) -> bool:
         """Whether as many learning rates are asked for of each method."""
         return len({len(lrs) for lrs in self.study.lrs.values()}) == 1
-
-    @property
-    def waiting(self) -> int:
-        """Number of runs that the study asks for and that have not ended."""
-        return self.study.asked - sum(run.result is not None for run in self.study.runs)
 
     @property
     def ranked(self) -> bool:
@@ -102,16 +103,17 @@ class Sweep:
     @property
     def pending(self) -> bool:
         """Whether they will be ranked only when all runs have ended."""
-        return self.alike and not self.ranked and self.waiting > 0
+        return self.alike and not self.ranked and self.records.waiting > 0
 
     def method(self, name: str) -> MethodSweep:
         """The results of one method."""
         return next(method for method in self.methods if method.name == name)
 
 
-def read_results(study: SweepStudy) -> Sweep:
+def read_results(records: Recorded[SweepStudy, Asked]) -> Sweep:
     """Compute all numbers of the report from the stored runs."""
-    runs, aside = comparable_settings(study)
+    study = records.study
+    runs, aside = comparable_settings(records)
     points = {name: _points(study.lrs[name], own, study.seeds) for name, own in runs.items()}
     tuning = {name: _points(study.lrs[name], own, study.seeds, chosen_by=True) for name, own in runs.items()}
     tops = {name: best(points[name], by=tuning[name]) for name in runs}
@@ -141,23 +143,22 @@ def read_results(study: SweepStudy) -> Sweep:
         )
         for name, own in runs.items()
     )
-    return Sweep(study, aside, methods, lowest, untrained, measurable)
+    return Sweep(records, aside, methods, lowest, untrained, measurable)
 
 
-def comparable_settings(study: SweepStudy) -> tuple[dict[str, tuple[Run, ...]], tuple[SetAside, ...]]:
+def comparable_settings(
+    records: Recorded[SweepStudy, Asked],
+) -> tuple[dict[str, tuple[Run, ...]], tuple[SetAside, ...]]:
     """Choose the runs that agree on data, code and sizes, and within a method on all but its learning rates.
 
     The other learning rate may go along with the one that is swept, but not differ between seeds.
     """
-    ordered = sorted(study.runs, key=lambda run: run.config.method != study.baseline)
-    agreed, aside = agreeing(ordered, conditions)
+    own, aside = comparable(records.by_name, fixed_options, first=records.study.baseline)
     kept: dict[str, tuple[Run, ...]] = {}
-    for name in study.methods:
-        own, others = agreeing([run for run in agreed if run.config.method == name], fixed_options)
-        aside += others
+    for name, runs in own.items():
         kept[name] = ()
-        for lr in study.lrs[name]:
-            same, others = agreeing([run for run in own if rate(run) == lr], _other)
+        for lr in records.study.lrs[name]:
+            same, others = agreeing([run for run in runs if rate(run) == lr], _other)
             aside += others
             kept[name] += same
     return kept, aside

@@ -6,6 +6,7 @@ from steepest.lab.report import wording
 from steepest.lab.report.page import Fact
 from steepest.lab.report.wording import plain
 from steepest.lab.report.wording import shortened as short
+from steepest.lab.studies.sweep.basin import Basin
 from steepest.lab.studies.sweep.results import WIDE, MethodSweep, Sweep
 
 _FEW = 3  # methods that a headline lists by name
@@ -19,12 +20,12 @@ def headline(sweep: Sweep) -> str:
         return "Every learning rate diverged"
     if not sweep.measurable:
         return "No basin to measure: some losses are not above 0"
-    so_far = "So far: " if sweep.waiting else ""
+    so_far = "So far: " if sweep.records.waiting else ""
     if len(sweep.methods) == 1:
         [method] = sweep.methods
         return f"{so_far}{short(method.name)}: {_decades(method)} of learning rate within 5% of its best loss"
     if sweep.pending:
-        return f"Not ranked yet: {sweep.waiting} of {wording.counted(sweep.study.asked, 'run')} missing"
+        return f"Not ranked yet: {sweep.records.waiting} of {wording.counted(len(sweep.records.asked), 'run')} missing"
     if not sweep.ranked:
         return "Not ranked: the methods were not tried alike"
     if any(method.unchanged and not method.name.endswith("-momo") for method in sweep.methods):
@@ -36,7 +37,7 @@ def headline(sweep: Sweep) -> str:
         return f"{so_far}With one seed, {short(widest.name)} has the widest basin: {_decades(widest)}"
     behind = rivals(sweep)
     if behind:
-        names = [f"{short(method.name)} ({wording.width(method.of_all[WIDE])})" for method in (widest, *behind)]
+        names = [f"{short(method.name)} ({width(method.of_all[WIDE])})" for method in (widest, *behind)]
         listed = wording.listed(names) if len(names) <= _FEW else f"{names[0]} and {len(behind)} others"
         return f"{so_far or 'Undecided which basin is the widest: '}{listed}{', undecided' if so_far else ''}"
     return f"{so_far}{short(widest.name)} has the widest basin: {_decades(widest)}{_against_baseline(sweep, widest)}"
@@ -64,7 +65,7 @@ def facts(sweep: Sweep) -> tuple[Fact, ...]:
     lowest, top = min(tops, key=lambda pair: pair[1].loss.mean)
     found = [
         Fact(
-            wording.width(widest.of_all[WIDE]),
+            width(widest.of_all[WIDE]),
             f"decades of learning rate within 5% of the best, {plain(widest.name)}{_against_baseline(sweep, widest)}",
         ),
         Fact(
@@ -123,8 +124,13 @@ def _width(method: MethodSweep) -> float:
     return method.of_all[WIDE].width
 
 
+def width(basin: Basin) -> str:
+    """In decades, such as "1.62"; "≥ 1.62" where the basin goes on beyond what was tried."""
+    return wording.decades(basin.width, more=basin.open_ended)
+
+
 def _decades(method: MethodSweep) -> str:
-    return f"{wording.width(method.of_all[WIDE])} decades"
+    return f"{width(method.of_all[WIDE])} decades"
 
 
 def _rates(number: int) -> str:
@@ -140,4 +146,4 @@ def _against_baseline(sweep: Sweep, widest: MethodSweep) -> str:
     base = sweep.method(sweep.study.baseline)
     if base is widest or not base.of_all:
         return ""
-    return f"; {short(base.name)} {wording.width(base.of_all[WIDE])}"
+    return f"; {short(base.name)} {width(base.of_all[WIDE])}"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from steepest.lab.report.sheet import Cells, sheet
-from steepest.lab.studies.records import Run
+from steepest.lab.runs.records import Run
 from steepest.lab.studies.sweep.basin import TOLERANCES
-from steepest.lab.studies.sweep.records import rate
 from steepest.lab.studies.sweep.results import MethodSweep, Sweep
 
 
@@ -28,14 +27,11 @@ _ROWS = ("method", "lr", "other_lr", "seed", "final_loss", "status", "steps", "t
 
 def _runs(sweep: Sweep) -> list[Cells]:
     aside = {one.run.name for one in sweep.set_aside}
-    there = {(run.config.method, rate(run), run.config.seed): run for run in sweep.study.runs}
     rows: list[Cells] = []
-    for name in sweep.study.methods:
-        for lr in sweep.study.lrs[name]:
-            for seed in sweep.study.seeds:
-                run = there.get((name, lr, seed))
-                found = (None, None, "missing", None, None, None) if run is None else _run(run, run.name in aside)
-                rows.append((name, lr, found[0], seed, *found[1:]))
+    for one in sweep.records.asked:
+        run = sweep.records.found.get(one)
+        found = (None, None, "missing", None, None, None) if run is None else _run(run, run.name in aside)
+        rows.append((one.method, one.lr, found[0], one.seed, *found[1:]))
     return rows
 
 

@@ -6,6 +6,7 @@ from steepest.lab.report import wording
 from steepest.lab.report.table import DOT, Cell, Column
 from steepest.lab.report.wording import DASH, FIXED
 from steepest.lab.studies.sweep.results import WIDE, Basins, MethodSweep, Sweep
+from steepest.lab.studies.sweep.sentences import width
 
 
 def columns(sweep: Sweep) -> tuple[Column[MethodSweep], ...]:
@@ -51,11 +52,11 @@ def _basins(basins: Basins) -> Cell:
         return Cell(DASH)
     wide = basins[WIDE]
     if not wide.intervals:
-        return Cell(wording.width(wide), ("never as good",))
-    narrower = [f"{100 * x:g}%{FIXED}{wording.width(found)}" for x, found in basins.items() if x < WIDE]
+        return Cell(width(wide), ("never as good",))
+    narrower = [f"{100 * x:g}%{FIXED}{width(found)}" for x, found in basins.items() if x < WIDE]
     ranges = [f"{low:.2g} to {high:.2g}" if low < high else f"{low:.2g}" for low, high in wide.intervals]
     pieces = (f"in {len(ranges)} pieces",) if len(ranges) > 1 else ()
-    return Cell(wording.width(wide), (DOT.join(reversed(narrower)), f"lr {', '.join(ranges)}", *pieces))
+    return Cell(width(wide), (DOT.join(reversed(narrower)), f"lr {', '.join(ranges)}", *pieces))
 
 
 def _diverged(method: MethodSweep) -> Cell:
