@@ -1,8 +1,5 @@
 """The assembled benchmark: rows, ratios and floors that follow from the seconds it records."""
 
-import csv
-import io
-import json
 import statistics
 
 import pytest
@@ -12,7 +9,6 @@ from steepest.lab.bench import Bench, measure
 from steepest.lab.bench import step as step_module
 from steepest.lab.bench.contestants import CONTESTANTS
 from steepest.lab.bench.step import largest_bucket
-from steepest.lab.bench.step_files import rows_csv, step_content, write_step
 from steepest.lab.bench.step_png import panel
 
 BENCH = Bench(widths=(16, 8), layers=1, peers=("torch-fp32", "torch", "heavyball"), pairs=4, warm_up=1)
@@ -89,23 +85,6 @@ def test_the_limit_is_the_floor_at_the_fastest_product(cases):
 
 def medians(case):
     return [(key, statistics.median(own)) for key, own in case.seconds.items()]
-
-
-def test_everything_is_written_and_can_be_read(cases, tmp_path):
-    paths = write_step(tmp_path / "new" / "out", BENCH, cases, command="steepest bench step")
-    assert [path.name for path in paths] == ["step.json", "step.csv", "step.png"]
-    content = json.loads(paths[0].read_text())
-    assert content == json.loads(json.dumps(step_content(BENCH, cases, command="steepest bench step")))
-    assert content["environment"]["threads"] == 1
-    assert content["commit"] == content["environment"]["git_commit"]
-    assert len(content["cases"][0]["seconds"]["torch"]) == 4
-    rows = list(csv.DictReader(io.StringIO(paths[1].read_text())))
-    assert len(rows) == 8
-    assert float(rows[0]["ratio_median"]) == 1
-    assert (rows[3]["reason"], rows[3]["milliseconds_median"], rows[0]["reason"]) == ("gone", "", "")
-    assert paths[1].read_text() == rows_csv(cases)
-    assert paths[2].read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in paths[0].parent.iterdir()) == sorted(path.name for path in paths)
 
 
 def test_the_picture_has_a_panel_per_width_with_bars_floors_and_the_reason(cases):

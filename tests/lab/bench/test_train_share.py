@@ -50,7 +50,7 @@ def test_all_methods_do_the_same_steps_and_each_part_is_timed(task):
 
 
 def test_a_refresh_is_in_the_last_step_of_each_cycle(task):
-    trainer = Trainer(task, "newton-muon")
+    trainer = Trainer.of(task, "newton-muon")
     assert isinstance(trainer.optimizer, SteepestDescent)
     ages = []
     for _ in range(3 * CYCLE):
@@ -107,7 +107,7 @@ def test_an_unknown_method_is_refused_by_name(task):
 
 
 def test_a_loss_that_is_not_finite_ends_the_measurement(task):
-    trainer = Trainer(NoLoss(task), "muon")
+    trainer = Trainer.of(NoLoss(task), "muon")
     with pytest.raises(ValueError, match=r"The loss of 'muon' became nan\. Take fewer steps, or leave the method out"):
         trainer.step(task.batch(torch.arange(4)), itertools.count().__next__)
 

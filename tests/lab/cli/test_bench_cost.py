@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from steepest.lab.bench.newton_muon_cost import CASES
+from steepest.lab.bench import cost
+from steepest.lab.bench.cost import CASES
 from steepest.lab.cli import main
 from steepest.lab.studies.batch import coverage
 
@@ -27,9 +28,8 @@ def test_newton_muon_has_a_row_for_every_case_and_width(tmp_path):
 
 def test_momo_has_a_row_for_every_recipe_and_kind_of_dual_norms(tmp_path, capsys, monkeypatch):
     from steepest import Muon
-    from steepest.lab.bench import momo_cost
 
-    monkeypatch.setattr(momo_cost, "RECIPES", {"Muon": Muon})
+    monkeypatch.setattr(cost, "RECIPES", {"Muon": Muon})
     assert main(["bench", "momo", "--task", "digits", "--pairs", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["rows"]
     assert [(row["method"], row["dual"]) for row in found] == [("Muon", "stale"), ("Muon", "cached")]

@@ -1,6 +1,8 @@
 """`steepest bench step`: what it prints and writes, and what it refuses."""
 
+import csv
 import dataclasses
+import inspect
 import json
 import shlex
 import sys
@@ -11,7 +13,7 @@ from steepest.lab import bench
 from steepest.lab.bench import SHAPE_SETS
 from steepest.lab.bench import contestants as everybody
 from steepest.lab.cli import main
-from steepest.lab.cli.bench.step import CONTESTANTS, EXAMPLES, SHAPES
+from steepest.lab.cli.bench.step import CONTESTANTS, SHAPES, StepBench
 
 SMALL = "--width 8 --layers 1 --pairs 2 --warm-up 1 --peers torch-fp32"
 
@@ -53,15 +55,23 @@ def test_it_says_when_the_machine_was_busy(capsys, monkeypatch, share, told):
     assert ("the machine was busy with something else: repeat this" in out) == told
 
 
-def test_json_and_files_hold_the_same(capsys, tmp_path):
-    code, out, err = run(capsys, f"{SMALL} --json --out {tmp_path}")
+def test_json_and_files_hold_the_same(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    code, out, err = run(capsys, f"{SMALL},pytorch-optimizer --json --out {tmp_path}")
     assert code == 0
     printed, written = json.loads(out), json.loads((tmp_path / "step.json").read_text())
     assert printed == written
+    assert written["environment"]["threads"] == 1
+    assert written["commit"] == written["environment"]["git_commit"]
+    assert len(written["cases"][0]["seconds"]["torch-fp32"]) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"step.json", "step.csv", "step.png"}
     assert str(tmp_path / "step.png") in err
-    words = "--shapes gpt2 --width 8 --layers 1 --peers torch-fp32 --pairs 2 --warm-up 1 --threads 1"
-    assert written["command"] == f"steepest bench step {words} --dtype float32 --device cpu --seed 0"
+    words = "--shapes gpt2 --width 8 --layers 1 --peers torch-fp32,pytorch-optimizer --pairs 2 --warm-up 1"
+    assert written["command"] == f"steepest bench step {words} --dtype float32 --device cpu --seed 0 --threads 1"
+    ours, _, missing = csv.DictReader((tmp_path / "step.csv").read_text().splitlines())
+    assert (float(ours["ratio_median"]), ours["reason"]) == (1, "")
+    assert missing["reason"].startswith("pytorch_optimizer is not installed")
+    assert missing["milliseconds_median"] == ""
 
 
 def test_a_missing_peer_says_why(capsys, monkeypatch):
@@ -93,4 +103,4 @@ def test_help_names_every_set_and_contestant(capsys):
     assert CONTESTANTS.split(", ") == list(everybody.CONTESTANTS)
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert EXAMPLES.splitlines()[1] in out
+    assert inspect.getdoc(StepBench).split("\n\n", 1)[1] in out

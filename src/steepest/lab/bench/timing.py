@@ -18,6 +18,14 @@ class Quartiles:
     median: float
     high: float
 
+    def columns(self, name: str) -> dict[str, float]:
+        """The median under a name, the quartiles beside it."""
+        return {name: self.median, f"{name}_low": self.low, f"{name}_high": self.high}
+
+    def span(self, form: str) -> str:
+        """From quartile to quartile, as numbers are formatted."""
+        return f"{self.low:{form}} to {self.high:{form}}"
+
 
 def quartiles(values: Sequence[float]) -> Quartiles:
     """Of at least two values; those between two of them are interpolated."""

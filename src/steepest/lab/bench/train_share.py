@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from steepest.lab.bench.memory import peak_extra_bytes
 from steepest.lab.bench.timing import Quartiles, order, quartiles
 from steepest.lab.methods import build_optimizer, options_of, resolve
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
@@ -16,6 +19,7 @@ from steepest.lab.tasks.task import Batch, Task
 from steepest.optim import SteepestDescent
 
 Clock = Callable[[], float]
+Loss = Callable[[nn.Module, Batch], Tensor]
 
 BASELINE = "muon"
 # A method that refreshes something every so many steps does so in one step of four here, so that there are enough of
@@ -56,28 +60,46 @@ class Seconds:
     forward_backward: float
     optimizer: float
 
+    @property
+    def whole(self) -> float:
+        """Of both."""
+        return self.forward_backward + self.optimizer
+
 
 class Trainer:
-    """A copy of the task's model, with the optimizer of a method as the lab builds it.
+    """A model with an optimizer.
 
     Args:
-        task: Loaded.
-        method: A key of `METHODS`; one that refreshes does it in the last step of each cycle.
-
-    Raises:
-        ValueError: If the method is unknown, or does not take the model.
+        name: Of the method.
+        model: Its own.
+        loss: Of a model on a batch.
+        optimizer: Of the model.
     """
 
-    def __init__(self, task: Task, method: str) -> None:
-        self.method = method
-        self._task = task
-        self._model = task.build_model(0)
+    def __init__(self, name: str, model: nn.Module, loss: Loss, optimizer: Optimizer) -> None:
+        self.name = name
+        self._model = model
+        self._loss = loss
+        self.optimizer = optimizer
+
+    @classmethod
+    def of(cls, task: Task, method: str) -> Trainer:
+        """A copy of the task's model, with the optimizer of a method as the lab builds it.
+
+        Args:
+            task: Loaded.
+            method: A key of `METHODS`; one that refreshes does it in the last step of each cycle.
+
+        Raises:
+            ValueError: If the method is unknown, or does not take the model.
+        """
+        model = task.build_model(0)
         cycle = {"every": CYCLE, "first": CYCLE - 1} if refreshes(method) else {}
         options = resolve(method, task=task.name, preset=task.preset, options=cycle).options
         torch.manual_seed(derive_seed("method", 0))
-        self.optimizer = build_optimizer(method, self._model, options)
+        return cls(method, model, task.loss, build_optimizer(method, model, options))
 
-    def step(self, batch: Batch, clock: Clock) -> Seconds:
+    def step(self, batch: Batch, clock: Clock = time.perf_counter) -> Seconds:
         """Train on a batch.
 
         Args:
@@ -88,18 +110,52 @@ class Trainer:
             ValueError: If the loss is not finite: what follows would not be a training step.
         """
         start = clock()
-        loss = self._task.loss(self._model, batch)
-        loss.backward()
+        loss = self._backward(batch)
         value = loss.item()
         middle = clock()
         if not math.isfinite(value):
-            raise ValueError(f"The loss of {self.method!r} became {value}. Take fewer steps, or leave the method out.")
+            raise ValueError(f"The loss of {self.name!r} became {value}. Take fewer steps, or leave the method out.")
+        self._update(loss)
+        self.optimizer.zero_grad()
+        return Seconds(middle - start, clock() - middle)
+
+    def extra_bytes(self, batch: Batch) -> int:
+        """The most that one optimizer step holds beyond what was held before it."""
+        loss = self._backward(batch)
+        return peak_extra_bytes(lambda: self._update(loss))
+
+    def _backward(self, batch: Batch) -> Tensor:
+        loss = self._loss(self._model, batch)
+        loss.backward()
+        return loss
+
+    def _update(self, loss: Tensor) -> None:
         if isinstance(self.optimizer, SteepestDescent):
             self.optimizer.step(loss=loss)
         else:
             self.optimizer.step()
-        self.optimizer.zero_grad()
-        return Seconds(middle - start, clock() - middle)
+
+
+def in_turns(
+    trainers: Mapping[str, Trainer], batches: Iterable[Batch], *, clock: Clock = time.perf_counter
+) -> dict[str, list[Seconds]]:
+    """Each round is one step of everybody on one batch, in another order; the first cycle of rounds is not counted.
+
+    Args:
+        trainers: By name.
+        batches: One for each round.
+        clock: Tells seconds.
+
+    Returns:
+        By name, in order of the rounds.
+    """
+    found: dict[str, list[Seconds]] = {name: [] for name in trainers}
+    for index, batch in enumerate(batches):
+        for name in order(list(trainers), index):
+            seconds = trainers[name].step(batch, clock)
+            if index >= CYCLE:
+                found[name].append(seconds)
+    return found
 
 
 def refreshes(method: str) -> bool:
@@ -131,16 +187,10 @@ def time_steps(
         raise ValueError(f"steps takes whole cycles of {CYCLE}, at least two, got {steps}. Take {2 * CYCLE} or 32.")
     if BASELINE not in methods or len(set(methods)) < len(methods):
         raise ValueError(f"methods takes different names, {BASELINE!r} among them, got {', '.join(methods)}.")
-    trainers = {method: Trainer(task, method) for method in methods}
+    trainers = {method: Trainer.of(task, method) for method in methods}
     examples = ExampleOrder(task.train_size, seed=0)
-    found: dict[str, list[Seconds]] = {method: [] for method in methods}
-    for index in range(CYCLE + steps):
-        batch = task.batch(examples.take(task.budget.batch_size))
-        for method in order(methods, index):
-            seconds = trainers[method].step(batch, clock)
-            if index >= CYCLE:
-                found[method].append(seconds)
-    return found
+    batches = (task.batch(examples.take(task.budget.batch_size)) for _ in range(CYCLE + steps))
+    return in_turns(trainers, batches, clock=clock)
 
 
 def summarize(seconds: Mapping[str, Sequence[Seconds]], *, every: int) -> list[Share]:
@@ -158,14 +208,13 @@ def summarize(seconds: Mapping[str, Sequence[Seconds]], *, every: int) -> list[S
     for method, own in seconds.items():
         period = every if refreshes(method) else None
         pairs = list(zip(own, base, strict=True))
-        whole = [(s.forward_backward + s.optimizer) / (b.forward_backward + b.optimizer) for s, b in pairs]
         shares.append(
             Share(
                 method,
                 period,
                 forward_backward_ms=weighed([1e3 * each.forward_backward for each in own], every=period),
                 optimizer_ms=weighed([1e3 * each.optimizer for each in own], every=period),
-                step_ratio=weighed(whole, every=period),
+                step_ratio=weighed([s.whole / b.whole for s, b in pairs], every=period),
                 optimizer_ratio=weighed([s.optimizer / b.optimizer for s, b in pairs], every=period),
             )
         )
@@ -183,7 +232,12 @@ def weighed(values: Sequence[float], *, every: int | None) -> Quartiles:
     """
     if every is None:
         return quartiles(values)
-    ordinary = quartiles([value for index, value in enumerate(values) if index % CYCLE != CYCLE - 1])
-    refresh = quartiles(values[CYCLE - 1 :: CYCLE])
+    ordinary, refresh = map(quartiles, apart(values))
     pairs = zip(astuple(ordinary), astuple(refresh), strict=True)
     return Quartiles(*(((every - 1) * often + rare) / every for often, rare in pairs))
+
+
+def apart(values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Values of ordinary steps and of those that refresh, of whole cycles."""
+    ordinary = [value for index, value in enumerate(values) if index % CYCLE != CYCLE - 1]
+    return ordinary, list(values[CYCLE - 1 :: CYCLE])

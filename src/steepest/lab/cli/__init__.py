@@ -11,19 +11,26 @@ import argparse
 import errno
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 import steepest
 from steepest.lab.cli import bench, critical_batch, runs, studies, theory
-from steepest.lab.cli.hidden import without_passwords
-from steepest.lab.cli.options import UsageError
-from steepest.lab.cli.outcome import FAILED, INTERRUPTED, USAGE, failed
+from steepest.lab.cli.command import Command, add_commands, made
+from steepest.lab.cli.outcome import INTERRUPTED, USAGE, failed
 from steepest.lab.cli.parser import Parser
-from steepest.lab.disk.files import DataError, RecordError
 from steepest.lab.engine.stopping import SIGNALS
+from steepest.lab.errors import Failure, UsageError
 
 __all__ = ["main"]
+
+COMMANDS = {
+    **studies.COMMANDS,
+    **runs.COMMANDS,
+    "theory": theory.GROUP,
+    "critical-batch": critical_batch.GROUP,
+    "bench": bench.GROUP,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,25 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = _parser().parse_known_args(words)
     if unknown:
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    command: Callable[[argparse.Namespace], int] = options.command
+    command: type[Command] = options.command
     try:
-        return command(options)
+        return made(command, options).run()
     except KeyboardInterrupt:
         return _interrupted(options, ends=arguments is None)
     except ModuleNotFoundError as missing:
         if (missing.name or "").startswith("steepest"):
             raise
         remedy = "" if "pip install" in str(missing) else ". The commands need the lab: pip install 'steepest[lab]'."
-        print(f"error: {without_passwords(f'{missing}{remedy}', words)}", file=sys.stderr)
-        return FAILED
+        return failed(f"{missing}{remedy}", words)
     except UsageError as wrong:
-        print(f"error: {without_passwords(str(wrong), words)}", file=sys.stderr)
-        return USAGE
-    except (RecordError, DataError) as failure:
-        return failed(failure)
+        return failed(str(wrong), words, code=USAGE)
+    except Failure as failure:
+        return failed(str(failure))
     except OSError as failure:
-        print(f"error: {without_passwords(_with_remedy(failure), words)}", file=sys.stderr)
-        return FAILED
+        return failed(_with_remedy(failure), words)
     except Exception:
         if received:  # which some libraries turn into errors of their own while they are imported
             return _interrupted(options, ends=True)
@@ -107,14 +111,5 @@ def _parser() -> Parser:
         prog="steepest", description="Race optimizers that are steepest descent in a norm.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"steepest {steepest.__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    studies.add_commands(commands)
-    runs.add_commands(commands)
-    theory.add_commands(commands)
-    critical_batch.add_commands(commands)
-    bench.add_commands(commands)
+    add_commands(parser, COMMANDS)
     return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""What the commands share: how options are declared, read and checked."""
+"""What the commands share: how words are read and checked, and options that several commands have."""
 
 from __future__ import annotations
 
@@ -7,35 +7,24 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+from steepest.lab.cli.command import Arg, Options
 from steepest.lab.cli.hidden import FORM, may_hold_password
-from steepest.lab.cli.parser import Parser, first_example
+from steepest.lab.errors import Failure, UsageError
 from steepest.lab.tasks import PRESETS, TASKS, entry
 
+if TYPE_CHECKING:
+    from steepest.lab.tasks.task import Task
+
 LARGEST = 2**63 - 1  # what a 64-bit number holds
-Commands: TypeAlias = "argparse._SubParsersAction[Parser]"  # argparse has no public name for what it returns
 Value = bool | int | float | str
-
-
-class _Methods:
-    """The names of all methods, looked up when a help text is printed: nothing else waits for the lab."""
-
-    def __str__(self) -> str:
-        from steepest.lab.methods import METHODS
-
-        return ", ".join(sorted(METHODS))
-
-
-def naming_methods(argument: argparse.Action) -> None:
-    """Let the help of an argument name all methods where it says %(known)s."""
-    vars(argument)["known"] = _Methods()
-
-
-class UsageError(Exception):
-    """What was asked for cannot be meant."""
+_DATA = "; ".join(
+    f"{kind} for {', '.join(name for name, one in TASKS.items() if one.data == kind)}"
+    for kind in dict.fromkeys(one.data for one in TASKS.values() if one.data)
+)
 
 
 @contextlib.contextmanager
@@ -43,6 +32,8 @@ def checking_usage() -> Generator[None]:
     """Around what only reads options: there, a value that is refused was a wrong option, not a fault of the program."""
     try:
         yield
+    except (Failure, UsageError):
+        raise
     except (ValueError, TypeError, FileNotFoundError) as wrong:
         raise UsageError(str(wrong)) from wrong
 
@@ -52,47 +43,20 @@ def racers(task: str) -> tuple[str, ...]:
     return entry(task).methods
 
 
-def add_command(
-    commands: Commands,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    summary: str,
-    examples: str,
-    *,
-    saves: bool = False,
-) -> Parser:
-    """Declare a command.
+class Assignment(NamedTuple):
+    """An option of a method, and its value."""
 
-    Args:
-        commands: All of them.
-        name: What one types.
-        run: Takes the options, and returns the exit code.
-        summary: What it does, in a line.
-        examples: Shown at the end of its help. The first one of this command, with what stands before it, is shown
-            when words are missing or wrong: it runs as it stands, and soon ends.
-        saves: Whether what it has done so far outlives an interruption, and the same command goes on from there.
-    """
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.example = first_example(examples, of=parser.prog)
-    parser.saves = saves
-    parser.set_defaults(command=run, parser=parser)
-    return parser
+    name: str
+    value: Value
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        return f"{self.name}={written(self.value)}"
 
 
-def add_task(parser: argparse.ArgumentParser) -> None:
-    """Declare which task at which size on which data."""
-    taken = dict.fromkeys(one.data for one in TASKS.values() if one.data)
-    data = [f"{kind} for {', '.join(name for name, one in TASKS.items() if one.data == kind)}" for kind in taken]
-    parser.add_argument("--task", default="text", help=f"{', '.join(TASKS)}; default: %(default)s")
-    parser.add_argument("--preset", default="demo", help=f"{', '.join(PRESETS)}; default: %(default)s")
-    parser.add_argument("--data", type=path, metavar="PATH", help="; ".join(data))
+def written(value: Value) -> str:
+    """A value as it is typed."""
+    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def names(text: str) -> list[str]:
@@ -113,12 +77,12 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def count(text: str, *, most: int = LARGEST) -> int:
-    """A whole number of at least 1."""
-    if not _is_digits(text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    if int(text) > most:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1 and at most {most:,}")
+def count(text: str, *, least: int = 1, most: int = LARGEST) -> int:
+    """A whole number of at least 1, or within other bounds."""
+    if not _is_digits(text) or not least <= int(text) <= most:
+        above = _is_digits(text) and int(text) > most
+        bound = f"{least} and at most {most:,}" if above else f"{least}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {bound}")
     return int(text)
 
 
@@ -158,19 +122,24 @@ def _is_digits(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 40
 
 
-def assignment(text: str) -> tuple[str, Value]:
-    """NAME=VALUE; the value is a number or a truth value if it reads like one."""
+def parsed(text: str) -> Value:
+    """A number or a truth value if it reads like one, otherwise the text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
+def assignment(text: str) -> Assignment:
+    """NAME=VALUE."""
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
         raise argparse.ArgumentTypeError(f"{text!r} must look like lr=0.02")
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = value
-    return name, parsed if isinstance(parsed, bool | int | float) else value
+    return Assignment(name, parsed(value))
 
 
-def by_method(assignments: Sequence[tuple[str, Value]]) -> Mapping[str, dict[str, Value]]:
+def by_method(assignments: Sequence[Assignment]) -> Mapping[str, dict[str, Value]]:
     """Options of each method, from METHOD.OPTION=VALUE."""
     found: dict[str, dict[str, Value]] = {}
     for name, value in assignments:
@@ -179,3 +148,42 @@ def by_method(assignments: Sequence[tuple[str, Value]]) -> Mapping[str, dict[str
             raise ValueError(f"--set {name}={value}: write METHOD.OPTION=VALUE, for example muon.lr=0.02.")
         found.setdefault(method, {})[option] = value
     return found
+
+
+Count = Annotated[int, count]
+Few = Annotated[int, few]
+Seed = Annotated[int, seed]
+Number = Annotated[float, number]
+Names = Annotated[tuple[str, ...], names]
+File = Annotated[Path, path]
+Assigned = Annotated[Assignment, assignment]
+
+
+class AsJson(Options):
+    """Whether people or programs read what a command prints."""
+
+    json: Annotated[bool, Arg("print the result as JSON")] = False
+
+
+class OnThreads(Options):
+    """Of torch."""
+
+    threads: Annotated[Few, Arg("CPU threads", "N")] = 1
+
+
+class OnTask(Options):
+    """Which task at which size on which data."""
+
+    task: Annotated[str, Arg(", ".join(TASKS))] = "text"
+    preset: Annotated[str, Arg(", ".join(PRESETS))] = "demo"
+    data: Annotated[File | None, Arg(_DATA, "PATH")] = None
+
+    def load(self) -> Task:
+        """The task, with its data.
+
+        Raises:
+            ValueError: If there is no such task, preset or data.
+        """
+        from steepest.lab.tasks import make_task
+
+        return make_task(self.task, self.preset, data=self.data)

@@ -55,5 +55,5 @@ def first_example(examples: str, *, of: str) -> str:
         of: The words of the command.
     """
     lines = [line for line in examples.replace("\\\n", "\\\0").splitlines() if line.startswith("  steepest ")]
-    own = next(index for index, line in enumerate(lines) if f"{line} ".startswith(f"  {of} "))
+    own = next((index for index, line in enumerate(lines) if f"{line} ".startswith(f"  {of} ")), -1)
     return "\n".join(lines[: own + 1]).replace("\0", "\n")

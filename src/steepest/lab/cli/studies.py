@@ -2,132 +2,132 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from pathlib import Path
+from typing import Annotated
 
+from steepest.lab.cli.command import Arg, Command, Tree
 from steepest.lab.cli.hidden import may_hold_password
-from steepest.lab.cli.options import Commands, UsageError, add_command, checking_usage, few, path
-from steepest.lab.cli.outcome import DONE, failed
+from steepest.lab.cli.options import Few, File, OnThreads, checking_usage
+from steepest.lab.cli.outcome import DONE
 from steepest.lab.studies import KINDS
 
-WORK_EXAMPLES = """examples:
-  steepest sweep --task digits --methods sgd --lrs 0.03,0.1 --seeds 1 --steps 50 --out out/shared
-  steepest work out/shared
-  steepest work postgresql+psycopg://user@host:5432/database --runs /shared/muon --workers 8
-"""
-REPORT_EXAMPLES = """examples:
-  steepest race --task digits --methods adamw,muon --seeds 1 --steps 50 --out out/digits
-  steepest report out/digits
-"""
-PACK_EXAMPLES = """examples:
-  steepest race --task digits --methods adamw,muon --seeds 1 --steps 50 --out out/digits
-  steepest pack out/digits
-  steepest pack out/digits --delete
-  steepest report out/digits
 
-The file holds every record to the byte: `xz -dc DIR/runs.jsonl.xz` shows it, one line per run. A packed study is
-reported and fitted like any other; before it is repeated or grown, unpack it.
-"""
-UNPACK_EXAMPLES = """examples:
-  steepest race --task digits --methods adamw,muon --seeds 1 --steps 50 --out out/digits
-  steepest pack out/digits --delete
-  steepest unpack out/digits
-"""
+class Work(Command, OnThreads):
+    """Help with a race or sweep that was started elsewhere.
 
+    examples:
+      steepest sweep --task digits --methods sgd --lrs 0.03,0.1 --seeds 1 --steps 50 --out out/shared
+      steepest work out/shared
+      steepest work postgresql+psycopg://user@host:5432/database --runs /shared/muon --workers 8
+    """
 
-def add_commands(commands: Commands) -> None:
-    """Declare race, sweep and what else makes a study, work, report, pack and unpack."""
-    for kind in KINDS.values():
-        if len(kind.command) == 1:  # others are part of a command of their own
-            kind.add_command(commands)
+    saves = True
 
-    work = add_command(
-        commands, "work", _work, "help with a race or sweep that was started elsewhere", WORK_EXAMPLES, saves=True
-    )
-    work.add_argument("storage", metavar="STORAGE", help="what it was given as --storage, or else as --out")
-    work.add_argument("--runs", type=path, metavar="DIR", help="what it was given as --out, as this machine sees it")
-    work.add_argument("--workers", type=few, metavar="N", help="runs at once; default: one per core")
-    work.add_argument("--threads", type=few, default=1, metavar="N", help="CPU threads each; default: %(default)s")
-    work.add_argument("--data", type=path, metavar="PATH", help="what it was given as --data")
+    storage: Annotated[str, Arg("what it was given as --storage, or else as --out", "STORAGE", "place")]
+    runs: Annotated[File | None, Arg("what it was given as --out, as this machine sees it", "DIR")] = None
+    workers: Annotated[Few | None, Arg("runs at once; default: one per core", "N")] = None
+    data: Annotated[File | None, Arg("what it was given as --data", "PATH")] = None
 
-    report = add_command(commands, "report", _report, "write the report anew from its records", REPORT_EXAMPLES)
-    report.add_argument("directory", type=path, metavar="DIR", help="what race or sweep was given as --out")
+    def run(self) -> int:
+        """Train what is left."""
+        from rich.console import Console
 
-    packing = add_command(commands, "pack", _pack, "write a finished study's records into one file", PACK_EXAMPLES)
-    packing.add_argument("directory", type=path, metavar="DIR", help="what race or sweep was given as --out")
-    packing.add_argument("--delete", action="store_true", help="delete its runs and study.json once they are packed")
+        from steepest.lab.engine.storage import parse_url
+        from steepest.lab.engine.study import default_workers, join_study
+        from steepest.lab.studies.records import read_kind
 
-    unpacking = add_command(commands, "unpack", _unpack, "write a packed study's runs anew", UNPACK_EXAMPLES)
-    unpacking.add_argument("directory", type=path, metavar="DIR", help="what pack was given")
-
-
-def _work(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from steepest.lab.disk.fields import RecordError
-    from steepest.lab.engine.storage import StorageError, parse_url
-    from steepest.lab.engine.study import FailedRunsError, default_workers, join_study
-    from steepest.lab.studies.records import read_kind
-    from steepest.lab.studies.study import StudyMismatchError
-
-    directory = None if may_hold_password(options.storage) or "://" in options.storage else Path(options.storage)
-    with checking_usage():
-        if directory is None:
-            parse_url(options.storage)
-        if (out := options.runs or directory) is None:
-            raise ValueError("Behind a URL, --runs DIR says where the runs are: what race or sweep was given as --out.")
-        if directory is not None and directory.resolve() != out.resolve():
-            raise ValueError(f"The storage {directory} is a directory, --runs {out} another one. Leave --runs out.")
-    try:
+        directory = None if may_hold_password(self.storage) or "://" in self.storage else Path(self.storage)
+        with checking_usage():
+            if directory is None:
+                parse_url(self.storage)
+            if (out := self.runs or directory) is None:
+                raise ValueError(
+                    "Behind a URL, --runs DIR says where the runs are: what race or sweep was given as --out."
+                )
+            if directory is not None and directory.resolve() != out.resolve():
+                raise ValueError(f"The storage {directory} is a directory, --runs {out} another one. Leave --runs out.")
         number = join_study(
             out,
-            workers=options.workers or default_workers(),
-            threads=options.threads,
-            data=options.data,
-            storage=None if directory else options.storage,
+            workers=self.workers or default_workers(),
+            threads=self.threads,
+            data=self.data,
+            storage=None if directory else self.storage,
             console=Console(stderr=True),
         )
-    except StudyMismatchError as wrong:
-        raise UsageError(str(wrong)) from wrong
-    except (FailedRunsError, RecordError, StorageError) as failure:
-        return failed(failure)
-    print(
-        f"All {number} runs in {out} are finished. To write the report: {shlex.join(['steepest', 'report', str(out)])}"
-    )
-    if KINDS[read_kind(out)].grows:
-        print("Whoever started it may find more to train: if nobody does, repeat that command.")
-    return DONE
+        report = shlex.join(["steepest", "report", str(out)])
+        print(f"All {number} runs in {out} are finished. To write the report: {report}")
+        if KINDS[read_kind(out)].grows:
+            print("Whoever started it may find more to train: if nobody does, repeat that command.")
+        return DONE
 
 
-def _report(options: argparse.Namespace) -> int:
-    from steepest.lab.disk.fields import RecordError
-    from steepest.lab.studies.report import write_report
+class Report(Command):
+    """Write the report anew from its records.
 
-    try:
-        print(f"Report: {write_report(options.directory)}")
-    except RecordError as failure:
-        return failed(failure)
-    return DONE
+    examples:
+      steepest race --task digits --methods adamw,muon --seeds 1 --steps 50 --out out/digits
+      steepest report out/digits
+    """
 
+    directory: Annotated[File, Arg("what race or sweep was given as --out", "DIR", "place")]
 
-def _pack(options: argparse.Namespace) -> int:
-    from steepest.lab.disk.ledger import RunBusyError
-    from steepest.lab.studies.pack import pack_study
+    def run(self) -> int:
+        """Write it."""
+        from steepest.lab.studies.report import write_report
 
-    try:
-        print(f"Packed: {pack_study(options.directory, delete=options.delete)}")
-    except RunBusyError as failure:
-        return failed(failure)
-    return DONE
+        print(f"Report: {write_report(self.directory)}")
+        return DONE
 
 
-def _unpack(options: argparse.Namespace) -> int:
-    from steepest.lab.disk.ledger import RunBusyError
-    from steepest.lab.studies.pack import unpack_study
+class Pack(Command):
+    """Write a finished study's records into one file.
 
-    try:
-        print(f"Unpacked: {unpack_study(options.directory)} runs in {options.directory / 'runs'}")
-    except RunBusyError as failure:
-        return failed(failure)
-    return DONE
+    examples:
+      steepest race --task digits --methods adamw,muon --seeds 1 --steps 50 --out out/digits
+      steepest pack out/digits
+      steepest pack out/digits --delete
+      steepest report out/digits
+
+    The file holds every record to the byte: `xz -dc DIR/runs.jsonl.xz` shows it, one line per run. A packed study is
+    reported and fitted like any other; before it is repeated or grown, unpack it.
+    """
+
+    directory: Annotated[File, Arg("what race or sweep was given as --out", "DIR", "place")]
+    delete: Annotated[bool, Arg("delete its runs and study.json once they are packed")] = False
+
+    def run(self) -> int:
+        """Pack them."""
+        from steepest.lab.studies.pack import pack_study
+
+        print(f"Packed: {pack_study(self.directory, delete=self.delete)}")
+        return DONE
+
+
+class Unpack(Command):
+    """Write a packed study's runs anew.
+
+    examples:
+      steepest race --task digits --methods adamw,muon --seeds 1 --steps 50 --out out/digits
+      steepest pack out/digits --delete
+      steepest unpack out/digits
+    """
+
+    directory: Annotated[File, Arg("what pack was given", "DIR", "place")]
+
+    def run(self) -> int:
+        """Write them."""
+        from steepest.lab.studies.pack import unpack_study
+
+        print(f"Unpacked: {unpack_study(self.directory)} runs in {self.directory / 'runs'}")
+        return DONE
+
+
+COMMANDS: Tree = {
+    # others are part of a command of their own
+    **{kind.command[0]: kind.load_command() for kind in KINDS.values() if len(kind.command) == 1},
+    "work": Work,
+    "report": Report,
+    "pack": Pack,
+    "unpack": Unpack,
+}

@@ -2,131 +2,76 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import shlex
+from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from steepest.lab.cli.options import (
-    UsageError,
-    add_task,
-    assignment,
-    checking_usage,
-    count,
-    few,
-    names,
-    naming_methods,
-    path,
-    racers,
-)
-from steepest.lab.cli.outcome import DONE, failed
+from steepest.lab.cli.command import Arg, Command, spelled_out
+from steepest.lab.cli.options import AsJson, Assigned, Count, Few, File, Names, OnTask, checking_usage, racers
+from steepest.lab.cli.outcome import DONE
 
 if TYPE_CHECKING:
     from steepest.lab.studies.study import StudyPlan
+    from steepest.lab.tasks.task import Task
+
+_RACERS = f"of %(known)s; default: {','.join(racers('text'))}, as far as they take the task's model"
+Racers = Annotated[Names | None, Arg(_RACERS, "A,B,...")]
+Steps = Annotated[Count | None, Arg("of a run; default: the preset's, for which it is tuned", "N")]
 
 
-def add_study(parser: argparse.ArgumentParser, *, seeds: int, out: str) -> None:
-    """Declare methods, seeds and task of a study, and all that `add_running` does.
+class StudyCommand(Command, OnTask, AsJson):
+    """Makes a study, trains its runs and writes its report."""
 
-    Args:
-        parser: Of a command that makes a study.
-        seeds: How many there are by default.
-        out: As for `add_running`.
-    """
-    methods = parser.add_argument(
-        "--methods",
-        type=names,
-        metavar="A,B,...",
-        help=f"of %(known)s; default: {','.join(racers('text'))}, as far as they take the task's model",
-    )
-    naming_methods(methods)
-    parser.add_argument("--seeds", type=few, default=seeds, metavar="N", help="runs of each; default: %(default)s")
-    add_task(parser)
-    parser.add_argument(
-        "--steps", type=count, metavar="N", help="of a run; default: the preset's, for which it is tuned"
-    )
-    add_running(parser, out=out)
+    saves = True
 
+    methods: Racers = None
+    seeds: Annotated[Few, Arg("runs of each", "N")] = 3
+    set: Annotated[tuple[Assigned, ...], Arg("change an option", "METHOD.OPTION=VALUE", "repeated")] = ()
+    out: Annotated[File | None, Arg("where runs and report go; default: out/[KIND-]TASK-PRESET", "DIR")] = None
+    workers: Annotated[Few | None, Arg("runs at once; default: one per core", "N")] = None
+    storage: Annotated[str | None, Arg("hands out the runs; default: DIR/optuna.db", "URL")] = None
+    json: Annotated[bool, Arg("print where the report is as JSON")] = False
 
-def add_running(parser: argparse.ArgumentParser, *, out: str) -> None:
-    """Declare how the runs of a study are changed, kept and trained.
+    @abstractmethod
+    def plan(self, task: Task) -> tuple[StudyPlan, Mapping[str, object]]:
+        """What to train, and what was chosen for options of its own that were not given.
 
-    Args:
-        parser: Of a command that makes a study.
-        out: Where they are kept by default, for its help.
-    """
-    parser.add_argument(
-        "--set", action="append", type=assignment, default=[], metavar="METHOD.OPTION=VALUE", help="change an option"
-    )
-    parser.add_argument("--out", type=path, metavar="DIR", help=f"where runs and report go; default: {out}")
-    parser.add_argument("--workers", type=few, metavar="N", help="runs at once; default: one per core")
-    parser.add_argument("--storage", metavar="URL", help="hands out the runs; default: DIR/optuna.db")
-    parser.add_argument("--json", action="store_true", help="print where the report is as JSON")
+        Args:
+            task: Loaded.
 
+        Raises:
+            ValueError: If the options cannot be meant.
+        """
 
-def run_plan(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: Path) -> int:
-    """Train a study and print where its report is.
+    def run(self) -> int:
+        """Train it and print where its report is."""
+        from rich.console import Console
 
-    Args:
-        plan: What to train.
-        options: Those of the command line that every kind has.
-        own: The words of its command that other kinds do not have.
-        out: Its directory.
+        from steepest.lab.engine.storage import parse_url, public_url
+        from steepest.lab.engine.study import default_workers, run_study
+        from steepest.lab.studies import KINDS
 
-    Returns:
-        Exit code.
-    """
-    from rich.console import Console
-
-    from steepest.lab.disk.fields import RecordError
-    from steepest.lab.disk.ledger import RunBusyError
-    from steepest.lab.engine.storage import StorageError
-    from steepest.lab.engine.study import FailedRunsError, default_workers, run_study
-    from steepest.lab.studies.study import StudyMismatchError
-
-    with checking_usage():
-        plan.configs()
-        command = _repeat(plan, options, own, out)
-    try:
+        with checking_usage():
+            task = self.load()
+            plan, chosen = self.plan(task)
+            plan.configs()
+            prefix = "" if plan.kind == "race" else f"{plan.kind}-"
+            out = self.out or Path("out") / f"{prefix}{task.name}-{task.preset}"
+            public = None if self.storage is None else public_url(parse_url(self.storage))
+            whole = dataclasses.replace(self, methods=plan.methods, out=out, storage=public, **chosen)
+        words = ["steepest", *KINDS[plan.kind].command, *spelled_out(whole, but=("workers", "json"))]
         report = run_study(
             plan,
             out,
-            command=command,
-            workers=options.workers or default_workers(),
-            data=options.data,
-            storage=options.storage,
+            command=shlex.join(words),  # every choice spelled out; of a storage on a server, the form only
+            workers=self.workers or default_workers(),
+            data=self.data,
+            storage=self.storage,
             console=Console(stderr=True),
         )
-    except StudyMismatchError as wrong:
-        raise UsageError(str(wrong)) from wrong
-    except (FailedRunsError, RecordError, RunBusyError, StorageError) as failure:
-        return failed(failure)
-    print(json.dumps({"report": str(report)}) if options.json else f"Report: {report}")
-    return DONE
-
-
-def _repeat(plan: StudyPlan, options: argparse.Namespace, own: list[str], out: Path) -> str:
-    """The command that repeats a study, every choice spelled out; of a storage on a server, the form only."""
-    from steepest.lab.engine.storage import parse_url, public_url
-    from steepest.lab.studies import KINDS
-
-    words = [
-        "steepest",
-        *KINDS[plan.kind].command,
-        "--methods",
-        ",".join(plan.methods),
-        *own,
-        "--seeds",
-        str(options.seeds),
-    ]
-    words += ["--task", options.task, "--preset", options.preset]
-    if plan.steps is not None:
-        words += ["--steps", str(plan.steps)]
-    if options.data is not None:
-        words += ["--data", str(options.data)]
-    for name, value in options.set:
-        words += ["--set", f"{name}={json.dumps(value) if isinstance(value, bool) else value}"]
-    if options.storage is not None:
-        words += ["--storage", public_url(parse_url(options.storage))]
-    return shlex.join([*words, "--out", str(out)])
+        print(json.dumps({"report": str(report)}) if self.json else f"Report: {report}")
+        return DONE

@@ -4,164 +4,168 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from steepest.lab.cli.options import Commands, UsageError, add_command, checking_usage, count, few, number, path, seed
-from steepest.lab.cli.outcome import DONE, failed
+from steepest.lab.cli.command import Arg, Command, Group
+from steepest.lab.cli.options import AsJson, Count, Few, File, Number, Seed, checking_usage
+from steepest.lab.cli.outcome import Table, print_json, print_tables
 
 if TYPE_CHECKING:
     from steepest.lab.runs.trained import TrainedRun
     from steepest.theory import LayerDirections
 
-CASES = ("few-large", "many-large", "few-tokens", "no-spike")  # a test compares them with the study's
-SCORES_EXAMPLES = """examples:
-  steepest theory scores
-  steepest theory scores --case few-large --simulations 64 --plot scores.png
-"""
-SPIKE_EXAMPLES = """examples:
-  steepest theory spike
-  steepest theory spike --kappa 10 100 1000 --eps 1e-6 --plot spike.png
-"""
-DIRECTIONS_EXAMPLES = """examples:
-  steepest train --task digits --method muon --steps 50 --keep-checkpoint --out out/kept
-  steepest theory directions out/kept
-  steepest train --method muon --keep-checkpoint --out out/muon
-  steepest theory directions out/muon --layers 'blocks.1.*' head --examples 32 --ridge 1e-6
-"""
+Case = Literal["few-large", "many-large", "few-tokens", "no-spike"]  # a test compares them with the study's
+CASES: tuple[Case, ...] = get_args(Case)
 
 
-def add_commands(commands: Commands) -> None:
-    """Declare theory and its three commands."""
-    summary = "compare update directions: on quadratics, on a model that can be solved, on a trained one"
-    parser = commands.add_parser(
-        "theory", help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
-    )
-    inner = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    scores = add_command(inner, "scores", _scores, "score directions on random quadratics", SCORES_EXAMPLES)
-    scores.add_argument("--simulations", type=few, default=4, metavar="N", help="per case; default: %(default)s")
-    scores.add_argument("--seed", type=seed, default=0, help="of the simulations; default: %(default)s")
-    scores.add_argument("--case", action="append", choices=CASES, help="may be repeated; default: all")
-
-    spike = add_command(inner, "spike", _spike, "count steps on inputs with one large direction", SPIKE_EXAMPLES)
-    kappas = [2.0, 4.0, 16.0, 64.0, 256.0]
-    spike.add_argument("--kappa", type=number, nargs="+", default=kappas, help="its variance; default: 2 4 16 64 256")
-    spike.add_argument("--eps", type=number, default=1e-3, help="error to reach; default: %(default)s")
-
-    directions = add_command(
-        inner, "directions", _directions, "score directions on a trained model", DIRECTIONS_EXAMPLES
-    )
-    directions.add_argument("run", type=path, metavar="RUN_DIR", help="of a run trained with --keep-checkpoint")
-    directions.add_argument("--layers", nargs="+", default=["*"], metavar="PATTERN", help="default: all linear ones")
-    directions.add_argument("--examples", type=count, default=8, metavar="N", help="in the batch; default: %(default)s")
-    directions.add_argument("--ridge", type=number, default=0.2, help="relative to tr(K)/n; default: %(default)s")
-    directions.add_argument("--data", type=path, metavar="PATH", help="what the run was trained on, if given to it")
-
-    for command in (scores, spike, directions):
-        command.add_argument("--plot", type=_png, metavar="FILE.png", help="draw the result")
-        command.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def _png(text: str) -> Path:
+def png(text: str) -> Path:
+    """A file to draw to."""
     if not text.endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text!r} must end in .png")
     return Path(text)
 
 
-def _scores(options: argparse.Namespace) -> int:
-    from steepest.theory import simulate
+class Drawn(AsJson):
+    """A result that can be drawn, too."""
 
-    with checking_usage():
-        studies = {
-            case: simulate(case, simulations=options.simulations, seed=options.seed) for case in options.case or CASES
+    plot: Annotated[Annotated[Path, png] | None, Arg("draw the result", "FILE.png")] = None
+
+    def show(self, content: Mapping[str, object], table: Table, draw: Callable[[], bytes]) -> int:
+        """Write the plot if one was asked for, then print the result, and return the exit code."""
+        from steepest.lab.disk.files import write_whole
+
+        if self.plot is not None:
+            write_whole(self.plot, draw())
+        return print_json(content) if self.json else print_tables([table])
+
+
+class Scores(Command, Drawn):
+    """Score directions on random quadratics.
+
+    examples:
+      steepest theory scores
+      steepest theory scores --case few-large --simulations 64 --plot scores.png
+    """
+
+    simulations: Annotated[Few, Arg("per case", "N")] = 4
+    seed: Annotated[Seed, Arg("of the simulations")] = 0
+    case: Annotated[tuple[Case, ...], Arg("may be repeated; default: all", how="repeated")] = ()
+
+    def run(self) -> int:
+        """Simulate, and compare with Newton's direction."""
+        from steepest.theory import simulate
+
+        with checking_usage():
+            studies = {
+                case: simulate(case, simulations=self.simulations, seed=self.seed) for case in self.case or CASES
+            }
+        means = {case: {name: float(own.mean()) for name, own in study.items()} for case, study in studies.items()}
+        ratios = {
+            case: {name: float((values / study["newton"]).mean()) for name, values in study.items()}
+            for case, study in studies.items()
         }
-    means = {case: {name: float(values.mean()) for name, values in study.items()} for case, study in studies.items()}
-    ratios = {
-        case: {name: float((values / study["newton"]).mean()) for name, values in study.items()}
-        for case, study in studies.items()
-    }
 
-    def draw() -> bytes:
-        from steepest.lab.report.theory_png import scores_png
+        def draw() -> bytes:
+            from steepest.lab.report.theory_png import scores_png
 
-        return scores_png(ratios)
+            return scores_png(ratios)
 
-    names = list(next(iter(means.values())))
-    rows = [[name, *(f"{means[case][name]:.0f} {ratios[case][name]:6.3f}" for case in means)] for name in names]
-    title = f"Mean score and share of Newton's, {options.simulations} simulations"
-    content = {"simulations": options.simulations, "seed": options.seed, "scores": means, "of_newton": ratios}
-    return _show(options, content, title, ["direction", *means], rows, draw)
+        names = list(next(iter(means.values())))
+        rows = [[name, *(f"{means[case][name]:.0f} {ratios[case][name]:6.3f}" for case in means)] for name in names]
+        title = f"Mean score and share of Newton's, {self.simulations} simulations"
+        content = {"simulations": self.simulations, "seed": self.seed, "scores": means, "of_newton": ratios}
+        return self.show(content, Table(title, ["direction", *means], rows), draw)
 
 
-def _spike(options: argparse.Namespace) -> int:
-    from steepest.theory import iterations
+class Spike(Command, Drawn):
+    """Count steps on inputs with one large direction.
 
-    with checking_usage():
-        counts = {kappa: iterations(kappa, eps=options.eps) for kappa in options.kappa}
+    examples:
+      steepest theory spike
+      steepest theory spike --kappa 10 100 1000 --eps 1e-6 --plot spike.png
+    """
 
-    def draw() -> bytes:
-        from steepest.lab.report.theory_png import spike_png
+    kappa: Annotated[tuple[Number, ...], Arg("its variance; default: 2 4 16 64 256")] = (2.0, 4.0, 16.0, 64.0, 256.0)
+    eps: Annotated[Number, Arg("error to reach")] = 1e-3
 
-        return spike_png(counts, eps=options.eps)
+    def run(self) -> int:
+        """Iterate every method at every variance."""
+        from steepest.theory import iterations
 
-    methods = list(next(iter(counts.values())))
-    rows = [
-        [f"{kappa:g}", *(" / ".join(map(str, dataclasses.astuple(found[method]))) for method in methods)]
-        for kappa, found in counts.items()
-    ]
-    content = [
-        {"kappa": kappa, **{method: dataclasses.asdict(steps) for method, steps in found.items()}}
-        for kappa, found in counts.items()
-    ]
-    title = f"Steps to errors of {options.eps:g}: reached / settled / guaranteed"
-    return _show(options, {"eps": options.eps, "rows": content}, title, ["kappa", *methods], rows, draw)
+        with checking_usage():
+            counts = {kappa: iterations(kappa, eps=self.eps) for kappa in self.kappa}
+
+        def draw() -> bytes:
+            from steepest.lab.report.theory_png import spike_png
+
+            return spike_png(counts, eps=self.eps)
+
+        methods = list(next(iter(counts.values())))
+        rows = [
+            [f"{kappa:g}", *(" / ".join(map(str, dataclasses.astuple(found[method]))) for method in methods)]
+            for kappa, found in counts.items()
+        ]
+        content = [
+            {"kappa": kappa, **{method: dataclasses.asdict(steps) for method, steps in found.items()}}
+            for kappa, found in counts.items()
+        ]
+        title = f"Steps to errors of {self.eps:g}: reached / settled / guaranteed"
+        return self.show({"eps": self.eps, "rows": content}, Table(title, ["kappa", *methods], rows), draw)
 
 
-def _directions(options: argparse.Namespace) -> int:
-    from steepest.lab.disk.fields import RecordError
-    from steepest.lab.runs.checkpoint import CheckpointError
-    from steepest.lab.runs.trained import load_trained
+class Directions(Command, Drawn):
+    """Score directions on a trained model.
 
-    try:
-        run = load_trained(options.run, examples=options.examples, data=options.data)
-    except (CheckpointError, RecordError) as failure:
-        return failed(failure)
-    except (ValueError, FileNotFoundError) as wrong:
-        raise UsageError(str(wrong)) from wrong
-    if not run.same_code:
-        print(
-            "note: another version of the code trained this run; model and data are built by this one.", file=sys.stderr
+    examples:
+      steepest train --task digits --method muon --steps 50 --keep-checkpoint --out out/kept
+      steepest theory directions out/kept
+      steepest train --method muon --keep-checkpoint --out out/muon
+      steepest theory directions out/muon --layers 'blocks.1.*' head --examples 32 --ridge 1e-6
+    """
+
+    run_dir: Annotated[File, Arg("of a run trained with --keep-checkpoint", "RUN_DIR", "place")]
+    layers: Annotated[tuple[str, ...], Arg("default: all linear ones", "PATTERN")] = ("*",)
+    examples: Annotated[Count, Arg("in the batch", "N")] = 8
+    ridge: Annotated[Number, Arg("relative to tr(K)/n")] = 0.2
+    data: Annotated[File | None, Arg("what the run was trained on, if given to it", "PATH")] = None
+
+    def run(self) -> int:
+        """Load the run, and compare directions layer by layer."""
+        from steepest.lab.runs.trained import load_trained
+
+        with checking_usage():
+            trained = load_trained(self.run_dir, examples=self.examples, data=self.data)
+        if not trained.same_code:
+            told = "note: another version of the code trained this run; model and data are built by this one."
+            print(told, file=sys.stderr)
+        with checking_usage():
+            layers = self._score(trained)
+
+        def draw() -> bytes:
+            from steepest.lab.report.theory_png import directions_png
+
+            return directions_png(layers)
+
+        title = f"{self.run_dir} after {trained.step} steps, {self.examples} examples, ridge {self.ridge:g}"
+        table = Table(title, ["layer and direction", "alignment", "curvature", "score", "decrease"], _rows(layers))
+        content = {"run": str(self.run_dir), "step": trained.step, "examples": self.examples, "ridge": self.ridge}
+        return self.show({**content, "layers": _records(layers)}, table, draw)
+
+    def _score(self, trained: TrainedRun) -> list[LayerDirections]:
+        from steepest.theory import linear_layers, score_directions
+
+        inputs, targets = (part.double() if part.is_floating_point() else part for part in trained.batch)
+        return score_directions(
+            trained.model,
+            lambda model: trained.task.loss(model, (inputs, targets)),
+            linear_layers(trained.model, self.layers),
+            ridge=self.ridge,
+            second_moments={name.removesuffix(".weight"): v for name, v in trained.second_moments.items()},
         )
-    with checking_usage():
-        layers = _score(run, options)
-
-    def draw() -> bytes:
-        from steepest.lab.report.theory_png import directions_png
-
-        return directions_png(layers)
-
-    title = f"{options.run} after {run.step} steps, {options.examples} examples, ridge {options.ridge:g}"
-    columns = ["layer and direction", "alignment", "curvature", "score", "decrease"]
-    content = {"run": str(options.run), "step": run.step, "examples": options.examples, "ridge": options.ridge}
-    return _show(options, {**content, "layers": _records(layers)}, title, columns, _rows(layers), draw)
-
-
-def _score(run: TrainedRun, options: argparse.Namespace) -> list[LayerDirections]:
-    from steepest.theory import linear_layers, score_directions
-
-    inputs, targets = (part.double() if part.is_floating_point() else part for part in run.batch)
-    return score_directions(
-        run.model,
-        lambda model: run.task.loss(model, (inputs, targets)),
-        linear_layers(run.model, options.layers),
-        ridge=options.ridge,
-        second_moments={name.removesuffix(".weight"): v for name, v in run.second_moments.items()},
-    )
 
 
 def _rows(layers: Sequence[LayerDirections]) -> list[list[str]]:
@@ -193,34 +197,7 @@ def _records(layers: Sequence[LayerDirections]) -> list[dict[str, object]]:
     ]
 
 
-def _show(
-    options: argparse.Namespace,
-    content: Mapping[str, object],
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    draw: Callable[[], bytes],
-) -> int:
-    """Write the plot if one was asked for, then print the result."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    from steepest.lab.disk.files import write_whole
-
-    if options.plot is not None:
-        write_whole(options.plot, draw())
-    if options.json:
-        print(json.dumps(content, indent=2, allow_nan=False))
-        return DONE
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console = Console()
-    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(width=max(needed, console.width)).print(table)  # no number is cut short on a narrow terminal
-    return DONE
+GROUP = Group(
+    "Compare update directions: on quadratics, on a model that can be solved, on a trained one.",
+    {"scores": Scores, "spike": Spike, "directions": Directions},
+)

@@ -1,7 +1,8 @@
 """The kinds of study. A new one is a folder beside this file and a line in `KINDS`.
 
-Its folder holds the command that makes one (`command.py`), what is run (`plan.py`, a `StudyPlan`), what the stored
-records say (`records.py`, `results.py`), and the page about them (`page.py`, whose `STUDY` is all that reports know).
+Its folder holds the command that makes one (`command.py`, its `COMMAND`), what is run (`plan.py`, a `StudyPlan`), what
+the stored records say (`records.py`, `results.py`), and the page about them (`page.py`, whose `STUDY` is all that
+reports know).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from steepest.lab.cli.options import Commands
+    from steepest.lab.cli.command import Command
     from steepest.lab.report.page import Study
 
 
@@ -30,9 +31,9 @@ class Kind:
     command: tuple[str, ...]
     grows: bool = False
 
-    def add_command(self, commands: Commands) -> None:
-        """Declare the command that makes one."""
-        importlib.import_module(f"{__name__}.{self.folder}.command").add_command(commands)
+    def load_command(self) -> type[Command]:
+        """The command that makes one."""
+        return cast("type[Command]", importlib.import_module(f"{__name__}.{self.folder}.command").COMMAND)
 
     def load(self) -> Study[Any]:
         """How its records are read, and what its page says.

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from steepest.lab.cli.bench import accuracy, cost, passes, scaling, step, train
-from steepest.lab.cli.options import Commands
+from steepest.lab.cli.bench.accuracy import AccuracyBench
+from steepest.lab.cli.bench.cost import CoverageBench, MomoBench, NewtonMuonBench
+from steepest.lab.cli.bench.measured import BenchCommand
+from steepest.lab.cli.bench.passes import PassesBench
+from steepest.lab.cli.bench.scaling import ScalingBench
+from steepest.lab.cli.bench.step import StepBench
+from steepest.lab.cli.bench.train import TrainBench
+from steepest.lab.cli.command import Group
 
-
-def add_commands(commands: Commands) -> None:
-    """Declare bench with what it can measure."""
-    summary = "measure time, memory and accuracy on this machine"
-    parser = commands.add_parser(
-        "bench", help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
-    )
-    parts = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for part in (step, train, scaling, accuracy, passes):
-        part.add_command(parts)
-    cost.add_commands(parts)
+_ALL: tuple[type[BenchCommand], ...] = (
+    StepBench,
+    TrainBench,
+    ScalingBench,
+    AccuracyBench,
+    PassesBench,
+    MomoBench,
+    NewtonMuonBench,
+    CoverageBench,
+)
+GROUP = Group("Measure time, memory and accuracy on this machine.", {one.name: one for one in _ALL})

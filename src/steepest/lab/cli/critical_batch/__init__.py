@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from steepest.lab.cli.critical_batch import bound, branch, fit, plot
-from steepest.lab.cli.options import Commands
+from steepest.lab.cli.command import Group
+from steepest.lab.cli.critical_batch.bound import BoundCommand
+from steepest.lab.cli.critical_batch.branch import BranchCommand
+from steepest.lab.cli.critical_batch.fit import Fit, Plot
 from steepest.lab.studies import KINDS
 
-
-def add_commands(commands: Commands) -> None:
-    """Declare critical-batch with what it can do."""
-    summary = "critical batch size: bounds, measurement, recommendation"
-    parser = commands.add_parser(
-        "critical-batch", help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
-    )
-    parts = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    bound.add_command(parts)
-    KINDS["critical-batch"].add_command(parts)
-    for part in (fit, plot, branch):
-        part.add_command(parts)
+GROUP = Group(
+    "Critical batch size: bounds, measurement, recommendation.",
+    {
+        "bound": BoundCommand,
+        "measure": KINDS["critical-batch"].load_command(),
+        "fit": Fit,
+        "plot": Plot,
+        "branch": BranchCommand,
+    },
+)

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, cast
 
-from steepest.lab.cli.options import Commands, UsageError, checking_usage, count, number
-from steepest.lab.cli.options import add_command as declare
-from steepest.lab.cli.outcome import DONE
+from steepest.lab.cli.command import Arg, Command
+from steepest.lab.cli.options import AsJson, Count, Number, checking_usage
+from steepest.lab.cli.outcome import DONE, print_json
+from steepest.lab.errors import UsageError
 
 if TYPE_CHECKING:
     from steepest.batch_size.ball import Ball
     from steepest.batch_size.bounds import Bound, Critical, Problem, Setting
 
-SCALES = ("original", "match_rms_adamw", "spectral", "none")  # a test compares them with the library's rules
+Scale = Literal["original", "match_rms_adamw", "spectral", "none"]  # a test compares them with the library's rules
 NOTE = (
     "An upper bound for exact polar factors, ours in the spirit of arXiv:2507.01598v5. "
     "Its b* need not be near the measured one."
 )
-EXAMPLES = """examples:
-  steepest critical-batch bound --m 8 --n 16 --L 4.4 --nu 32 --lr 0.002 --momentum 0.9 --eps 2 --gap 1.4 --gradient 3.3
-  steepest critical-batch bound --m 64 --n 64 --L 10 --sigma 1 --rank 8 --lr 1e-3 --wd 0.1 --eps 2 --gap 1 --gradient 5
-"""
 
 
 class Row(NamedTuple):
@@ -46,51 +41,54 @@ class Found(NamedTuple):
     refusal: str
 
 
-def add_command(commands: Commands) -> None:
-    """Declare bound."""
-    summary = "evaluate the convergence bound of Muon: batch sizes, steps, and the ball of weight decay"
-    parser = declare(commands, "bound", _bound, summary, EXAMPLES)
-    parser.add_argument("--m", type=count, required=True, help="rows of the weight, fan-out")
-    parser.add_argument("--n", type=count, required=True, help="columns, fan-in")
-    parser.add_argument("--L", type=number, required=True, help="smoothness, spectral to nuclear norm; loss/weight^2")
-    noise = parser.add_mutually_exclusive_group(required=True)
-    noise.add_argument("--nu", type=number, help="noise of one sample in the nuclear norm; loss/weight")
-    noise.add_argument("--sigma", type=number, help="root mean square of its Frobenius norm; nu = sqrt(rank) sigma")
-    parser.add_argument("--rank", type=number, help="of the noise, for --sigma; default: min(m, n), the worst case")
-    parser.add_argument("--lr", type=number, required=True, help="learning rate")
-    parser.add_argument("--momentum", type=number, default=0.95, help="default: %(default)s")
-    parser.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="default: on")
-    parser.add_argument("--wd", type=number, default=0.0, help="decoupled weight decay; default: %(default)s")
-    parser.add_argument("--scale", choices=SCALES, default="original", help="of the step; default: %(default)s")
-    parser.add_argument("--coefficients", default="polar_express", help="for the ball; default: %(default)s; or exact")
-    parser.add_argument("--star-convex", action="store_true", help="with --wd: bound the loss in place of the gap")
-    parser.add_argument("--eps", type=number, required=True, help="target, in units of what is bounded")
-    parser.add_argument("--gap", type=number, required=True, help="loss at the start above its infimum")
-    parser.add_argument(
-        "--gradient", type=number, required=True, help="nuclear norm of the first gradient; loss/weight"
-    )
-    parser.add_argument("--batch", type=count, nargs="+", default=[], metavar="B", help="batch sizes to evaluate K at")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+class BoundCommand(Command, AsJson):
+    r"""Evaluate the convergence bound of Muon: batch sizes, steps, and the ball of weight decay.
 
+    examples:
+      steepest critical-batch bound --m 8 --n 16 --L 4.4 --nu 32 --lr 0.002 --momentum 0.9 \
+        --eps 2 --gap 1.4 --gradient 3.3
+      steepest critical-batch bound --m 64 --n 64 --L 10 --sigma 1 --rank 8 --lr 1e-3 --wd 0.1 \
+        --eps 2 --gap 1 --gradient 5
+    """
 
-def _bound(options: argparse.Namespace) -> int:
-    with checking_usage():
-        found = _find(options)
-    batches = _batches(options, found)
-    if options.json:
-        print(json.dumps(_content(options, found, batches), indent=2, allow_nan=False))
+    m: Annotated[Count, Arg("rows of the weight, fan-out")]
+    n: Annotated[Count, Arg("columns, fan-in")]
+    L: Annotated[Number, Arg("smoothness, spectral to nuclear norm; loss/weight^2")]
+    nu: Annotated[Number | None, Arg("noise of one sample in the nuclear norm; loss/weight", one_of="noise")] = None
+    sigma: Annotated[
+        Number | None, Arg("root mean square of its Frobenius norm; nu = sqrt(rank) sigma", one_of="noise")
+    ] = None
+    rank: Annotated[Number | None, Arg("of the noise, for --sigma; default: min(m, n), the worst case")] = None
+    lr: Annotated[Number, Arg("learning rate")]
+    momentum: Annotated[Number, Arg()] = 0.95
+    nesterov: Annotated[bool, Arg("default: on")] = True
+    wd: Annotated[Number, Arg("decoupled weight decay")] = 0.0
+    scale: Annotated[Scale, Arg("of the step")] = "original"
+    coefficients: Annotated[str, Arg("for the ball; default: %(default)s; or exact")] = "polar_express"
+    star_convex: Annotated[bool, Arg("with --wd: bound the loss in place of the gap")] = False
+    eps: Annotated[Number, Arg("target, in units of what is bounded")]
+    gap: Annotated[Number, Arg("loss at the start above its infimum")]
+    gradient: Annotated[Number, Arg("nuclear norm of the first gradient; loss/weight")]
+    batch: Annotated[tuple[Count, ...], Arg("batch sizes to evaluate K at", "B")] = ()
+
+    def run(self) -> int:
+        r"""Evaluate it and print every answer."""
+        with checking_usage():
+            found = _find(self)
+        batches = _batches(self, found)
+        if self.json:
+            return print_json(_content(self, found, batches))
+        rows = [*_bound_rows(self, found), *_batch_rows(found, batches), *_ball_rows(self, found)]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        for row in rows:
+            print(f"{row.name:<{widths[0]}}  {row.value:>{widths[1]}}  {row.unit}".rstrip())
+        for line in (found.refusal, f"Regime: {found.ball.sentence}.", NOTE):
+            if line:
+                print(line)
         return DONE
-    rows = [*_bound_rows(options, found), *_batch_rows(found, batches), *_ball_rows(options, found)]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for row in rows:
-        print(f"{row.name:<{widths[0]}}  {row.value:>{widths[1]}}  {row.unit}".rstrip())
-    for line in (found.refusal, f"Regime: {found.ball.sentence}.", NOTE):
-        if line:
-            print(line)
-    return DONE
 
 
-def _find(options: argparse.Namespace) -> Found:
+def _find(options: BoundCommand) -> Found:
     from steepest.batch_size.ball import Ball
     from steepest.batch_size.bounds import Problem, Setting, bound
     from steepest.batch_size.ranks import noise_of_variance
@@ -103,7 +101,7 @@ def _find(options: argparse.Namespace) -> Found:
     rank = shortest if options.rank is None else options.rank
     if rank > shortest:
         raise UsageError(f"--rank {rank:g} is above min(m, n) = {shortest}, the largest rank of the weight's shape")
-    nu = options.nu if options.sigma is None else noise_of_variance(options.sigma, rank)
+    nu = cast("float", options.nu) if options.sigma is None else noise_of_variance(options.sigma, rank)
     problem = Problem(smoothness=options.L, noise=nu, gap=options.gap, gradient=options.gradient)
     scale = scale_factor(options.scale, options.m, options.n)
     setting = Setting(options.lr, options.momentum, options.nesterov, options.wd, scale)
@@ -118,7 +116,7 @@ def _find(options: argparse.Namespace) -> Found:
     return Found(setting, problem, ball, chosen, critical, refusal)
 
 
-def _batches(options: argparse.Namespace, found: Found) -> list[tuple[int, float, float]]:
+def _batches(options: BoundCommand, found: Found) -> list[tuple[int, float, float]]:
     """Batch size, K and SFO at the sizes asked for; infinite below b_min."""
     if found.bound is None or found.critical is None or found.critical.status != "reachable":
         return []
@@ -126,7 +124,7 @@ def _batches(options: argparse.Namespace, found: Found) -> list[tuple[int, float
     return [(batch, curve.steps(batch), batch * curve.steps(batch)) for batch in options.batch]
 
 
-def _bound_rows(options: argparse.Namespace, found: Found) -> list[Row]:
+def _bound_rows(options: BoundCommand, found: Found) -> list[Row]:
     if found.bound is None or found.critical is None:
         return []
     bound, critical = found.bound, found.critical
@@ -169,7 +167,7 @@ def _batch_rows(found: Found, batches: list[tuple[int, float, float]]) -> list[R
     return rows
 
 
-def _ball_rows(options: argparse.Namespace, found: Found) -> list[Row]:
+def _ball_rows(options: BoundCommand, found: Found) -> list[Row]:
     ball = found.ball
     rows = [
         Row("nu", _number(found.problem.noise), "loss/weight, noise of one sample"),
@@ -189,7 +187,7 @@ def _ball_rows(options: argparse.Namespace, found: Found) -> list[Row]:
     return rows
 
 
-def _content(options: argparse.Namespace, found: Found, batches: list[tuple[int, float, float]]) -> dict[str, object]:
+def _content(options: BoundCommand, found: Found, batches: list[tuple[int, float, float]]) -> dict[str, object]:
     ball, critical = found.ball, found.critical
     return {
         "setting": dataclasses.asdict(found.setting),

@@ -1,15 +1,14 @@
-"""`steepest critical-batch fit`: critical batch sizes from the runs of a batch-size study."""
+"""`steepest critical-batch fit | plot`: critical batch sizes from the runs of a batch-size study, without the page."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from steepest.lab.cli.options import Commands, checking_usage, names, number, path, positive
-from steepest.lab.cli.options import add_command as declare
-from steepest.lab.cli.outcome import DONE, failed
+from steepest.lab.cli.command import Arg, Command
+from steepest.lab.cli.options import AsJson, File, Names, checking_usage, number, positive
+from steepest.lab.cli.outcome import DONE, print_json
 
 if TYPE_CHECKING:
     from steepest.batch_size.curve import Estimate
@@ -17,53 +16,77 @@ if TYPE_CHECKING:
 
 FAMILIES = "H,S,I,P,U,W"  # spelled out, so that --help does not wait for scipy; a test compares it with the library's
 NOTE = "b* (least b K(b)) and the knee B_crit (of the hyperbola) are different numbers."
-EXAMPLES = """examples:
-  steepest critical-batch measure --task digits --batches 16:64:x2 --targets 0.2 --seeds 1 --out out/batches
-  steepest critical-batch fit out/batches
-  steepest critical-batch fit out/batches --target 0.07 --families H,S --level 0.95 --json
-"""
 
 
-def add_command(commands: Commands) -> None:
-    """Declare fit."""
-    summary = (
-        "fit K(b) to the runs of a batch-size study and say which batch sizes are critical, also while it is running"
-    )
-    parser = declare(commands, "fit", _fit, summary, EXAMPLES)
-    parser.add_argument("directory", type=path, metavar="DIR", help="what measure was given as --out")
-    parser.add_argument(
-        "--target", type=_target, action="append", default=[], metavar="LOSS", help="repeatable; default: the study's"
-    )
-    parser.add_argument(
-        "--families", type=names, default=names(FAMILIES), help="shapes of K(b) to choose from; default: %(default)s"
-    )
-    parser.add_argument("--level", type=_level, default=0.9, help="of the intervals; default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def _fit(options: argparse.Namespace) -> int:
-    from steepest.batch_size.curve import family
-    from steepest.lab.disk.fields import RecordError
-    from steepest.lab.studies.batch.records import BatchStudy
-    from steepest.lab.studies.batch.results import read_report
-    from steepest.lab.studies.records import read_study
-
+def loss(text: str) -> float:
+    """A number above 0."""
     try:
-        records = read_study(options.directory, BatchStudy)
-    except RecordError as failure:
-        return failed(failure)
-    with checking_usage():
-        for key in options.families:
-            family(key)
-        targets = sorted(set(options.target), reverse=True)
-        report = read_report(records, targets=targets, families=options.families, level=options.level)
-    if options.json:
-        print(json.dumps(_content(report), indent=2, allow_nan=False))
+        return positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a loss above 0") from None
+
+
+def confidence(text: str) -> float:
+    """A number between 0 and 1."""
+    value = number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must lie between 0 and 1, such as 0.9")
+    return value
+
+
+class Fit(Command, AsJson):
+    """Fit K(b) to the runs of a batch-size study and say which batch sizes are critical, also while it is running.
+
+    examples:
+      steepest critical-batch measure --task digits --batches 16:64:x2 --targets 0.2 --seeds 1 --out out/batches
+      steepest critical-batch fit out/batches
+      steepest critical-batch fit out/batches --target 0.07 --families H,S --level 0.95 --json
+    """
+
+    directory: Annotated[File, Arg("what measure was given as --out", "DIR", "place")]
+    target: Annotated[
+        tuple[Annotated[float, loss], ...], Arg("repeatable; default: the study's", "LOSS", "repeated")
+    ] = ()
+    families: Annotated[Names, Arg(f"shapes of K(b) to choose from; default: {FAMILIES}")] = tuple(FAMILIES.split(","))
+    level: Annotated[float, confidence, Arg("of the intervals")] = 0.9
+
+    def run(self) -> int:
+        """Fit and print."""
+        from steepest.batch_size.curve import family
+        from steepest.lab.studies.batch.records import BatchStudy
+        from steepest.lab.studies.batch.results import read_report
+        from steepest.lab.studies.records import read_study
+
+        records = read_study(self.directory, BatchStudy)
+        with checking_usage():
+            for key in self.families:
+                family(key)
+            targets = sorted(set(self.target), reverse=True)
+            report = read_report(records, targets=targets, families=self.families, level=self.level)
+        if self.json:
+            return print_json(_content(report))
+        for result in report.results:
+            print("\n".join(_lines(result, report)), end="\n\n")
+        print(NOTE)
         return DONE
-    for result in report.results:
-        print("\n".join(_lines(result, report)), end="\n\n")
-    print(NOTE)
-    return DONE
+
+
+class Plot(Command):
+    """Write the figures of a batch-size study as PNG and its numbers as CSV, also while it is running.
+
+    examples:
+      steepest critical-batch measure --task digits --batches 16:64:x2 --targets 0.2 --seeds 1 --out out/batches
+      steepest critical-batch plot out/batches
+    """
+
+    directory: Annotated[File, Arg("what measure was given as --out", "DIR", "place")]
+
+    def run(self) -> int:
+        """Write them, and print their names."""
+        from steepest.lab.studies.report import write_plots
+
+        print(*write_plots(self.directory, "critical-batch"), sep="\n")
+        return DONE
 
 
 def _lines(result: TargetResult, report: BatchReport) -> list[str]:
@@ -137,17 +160,3 @@ def _estimate(found: Estimate) -> dict[str, object]:
         "not_fitted": found.choice.skipped,
         "warnings": found.warnings,
     }
-
-
-def _target(text: str) -> float:
-    try:
-        return positive(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a loss above 0") from None
-
-
-def _level(text: str) -> float:
-    value = number(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must lie between 0 and 1, such as 0.9")
-    return value

@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
-from steepest.lab.cli.options import Commands, by_method, checking_usage, racers
-from steepest.lab.cli.options import add_command as declare
-from steepest.lab.cli.study import add_study, run_plan
+from steepest.lab.cli.command import Arg
+from steepest.lab.cli.options import Few, by_method, racers
+from steepest.lab.cli.study import Steps, StudyCommand
 
-EXAMPLES = """examples:
-  steepest sweep --task digits --methods adamw,muon --lrs 0.01,0.03 --seeds 1 --steps 50
-  steepest sweep --methods adamw,muon --lrs 1e-4:1e1:log9 --preset tiny
-  steepest sweep --methods adamw,muon --lrs 1e-4:1:log9 --lrs muon=1e-3:10:log9 --seeds 3
-  steepest sweep --methods muon --lrs 0.01,0.02,0.04 --out /shared/muon \\
-    --storage postgresql+psycopg://user@host:5432/database
-
-Many machines share a sweep through PostgreSQL, see: steepest work --help. Leave the password out of the URL, and it
-is taken from PGPASSWORD or from ~/.pgpass.
-"""
+if TYPE_CHECKING:
+    from steepest.lab.studies.sweep.plan import Sweep
+    from steepest.lab.tasks.task import Task
 
 
-def add_command(commands: Commands) -> None:
-    """Declare sweep."""
-    parser = declare(commands, "sweep", _sweep, "train several methods at many learning rates", EXAMPLES, saves=True)
-    parser.add_argument(
-        "--lrs",
-        action="append",
-        required=True,
-        metavar="[METHOD=]RATES",
-        help="LOW:HIGH:logN or a list with commas; for all methods, or for one and then instead",
-    )
-    add_study(parser, seeds=2, out="out/sweep-TASK-PRESET")
+class SweepCommand(StudyCommand):
+    r"""Train several methods at many learning rates.
 
+    examples:
+      steepest sweep --task digits --methods adamw,muon --lrs 0.01,0.03 --seeds 1 --steps 50
+      steepest sweep --methods adamw,muon --lrs 1e-4:1e1:log9 --preset tiny
+      steepest sweep --methods adamw,muon --lrs 1e-4:1:log9 --lrs muon=1e-3:10:log9 --seeds 3
+      steepest sweep --methods muon --lrs 0.01,0.02,0.04 --out /shared/muon \
+        --storage postgresql+psycopg://user@host:5432/database
 
-def _sweep(options: argparse.Namespace) -> int:
-    from steepest.lab.studies.sweep.plan import Sweep, rates_by_method
-    from steepest.lab.tasks import make_task
+    Many machines share a sweep through PostgreSQL, see: steepest work --help. Leave the password out of the URL, and it
+    is taken from PGPASSWORD or from ~/.pgpass.
+    """
 
-    with checking_usage():
-        task = make_task(options.task, options.preset, data=options.data)
-        methods = tuple(options.methods or racers(task.name))
+    lrs: Annotated[
+        tuple[str, ...],
+        Arg(
+            "LOW:HIGH:logN or a list with commas; for all methods, or for one and then instead",
+            "[METHOD=]RATES",
+            "repeated",
+        ),
+    ]
+    seeds: Annotated[Few, Arg("runs of each", "N")] = 2
+    steps: Steps = None
+
+    def plan(self, task: Task) -> tuple[Sweep, Mapping[str, object]]:
+        """One of each method, rate and seed."""
+        from steepest.lab.studies.sweep.plan import Sweep, rates_by_method
+
+        methods = self.methods or racers(task.name)
         sweep = Sweep(
             task=task,
             methods=methods,
-            seeds=tuple(range(options.seeds)),
-            options=by_method(options.set),
-            steps=options.steps,
-            lrs=rates_by_method(options.lrs, methods),
+            seeds=tuple(range(self.seeds)),
+            options=by_method(self.set),
+            steps=self.steps,
+            lrs=rates_by_method(self.lrs, methods),
         )
-    own = [word for rates in options.lrs for word in ("--lrs", rates)]
-    return run_plan(sweep, options, own, options.out or Path("out") / f"sweep-{task.name}-{task.preset}")
+        return sweep, {}
+
+
+COMMAND = SweepCommand
