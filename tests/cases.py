@@ -7,15 +7,15 @@ import itertools
 import torch
 
 
-def cases(names, values):
+def cases(names, values, ids=()):
     """As `pytest.mark.parametrize`, but all cases are one test; every case that fails is named.
 
-    For laws that hold for many alike inputs, each too small to be a test of its own. Stacked, they make a grid. Values
-    in a dict are named by their keys. Each case starts with the same seeds, a `tmp_path` of its own, and a
-    `monkeypatch` that is undone after it; all else that the test asks for is shared by its cases.
+    For laws that hold for many alike inputs, each too small to be a test of its own. Stacked, they make a grid. Each
+    case starts with the same seeds, a `tmp_path` of its own, and a `monkeypatch` that is undone after it; all else that
+    the test asks for is shared by its cases.
     """
     names = [name.strip() for name in names.split(",")]
-    entries = [entry(names, *pair) for pair in (values.items() if isinstance(values, dict) else enumerate(values))]
+    entries = [entry(names, value, known) for value, known in itertools.zip_longest(values, ids)]
 
     def decorate(test):
         grid = [entries, *getattr(test, "grid", [])]
@@ -38,14 +38,14 @@ def cases(names, values):
     return decorate
 
 
-def entry(names, key, value):
+def entry(names, value, known):
     """What a case is called by, and its values; both by name."""
     if hasattr(value, "marks"):  # a pytest.param
-        key, value = value.id or key, value.values
+        known, value = value.id, value.values
     elif len(names) == 1:
         value = (value,)
     values = dict(zip(names, value, strict=True))
-    return {names[0]: key} if isinstance(key, str) else values, values
+    return {names[0]: known} if known else values, values
 
 
 def run(test, given, number):

@@ -1,5 +1,6 @@
 """Directories from strangers: what stands in the place of a file of a study or a run, met by every command."""
 
+import contextlib
 import json
 import lzma
 import os
@@ -18,6 +19,7 @@ from steepest.lab.runs.train import Interrupted, train_run
 from steepest.lab.studies.pack import pack_study
 from steepest.lab.studies.study import run_directory
 from steepest.lab.tasks import make_task
+from tests.cases import cases
 from tests.lab.disk.test_files import SECRET, THINGS
 from tests.lab.synthetic import Pace, run_dir, write_study
 
@@ -47,8 +49,8 @@ def put(path, thing):
 ALL = [*THINGS, *CONTENTS, "giant"]
 
 
-@pytest.fixture(autouse=True)
-def _impatient():
+@contextlib.contextmanager
+def impatient():
     """A command that waits for a pipe does so for ever."""
 
     def stop(*_):
@@ -62,7 +64,8 @@ def _impatient():
 
 
 def told(capsys, words, *, code, mentions):
-    assert main([*map(str, words)]) == code
+    with impatient():
+        assert main([*map(str, words)]) == code
     out, err = capsys.readouterr()
     if code:
         [line] = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -83,8 +86,8 @@ def study(tmp_path_factory):
     return write_study(tmp_path_factory.mktemp("studies") / "study", {"adamw": Pace(), "muon": Pace(1.7)}, seeds=(0,))
 
 
-@pytest.mark.parametrize("thing", ALL)
-@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl", "environment.json"])
+@cases("thing", ALL)
+@cases("name", ["config.json", "result.json", "metrics.jsonl", "environment.json"])
 def test_a_report_shows_what_is_wrong_with_a_run_and_nothing_of_what_a_link_points_to(
     study, tmp_path, capsys, monkeypatch, name, thing
 ):
@@ -104,8 +107,8 @@ def test_a_report_shows_what_is_wrong_with_a_run_and_nothing_of_what_a_link_poin
     assert (tmp_path / "study" / "runs" / "outside").read_text() == SECRET
 
 
-@pytest.mark.parametrize("thing", ALL)
-@pytest.mark.parametrize("command", ["report", "critical-batch fit", "critical-batch plot", "work", "race"])
+@cases("thing", ALL)
+@cases("command", ["report", "critical-batch fit", "critical-batch plot", "work", "race"])
 def test_a_study_that_is_none_is_named_by_every_command(tmp_path, capsys, command, thing):
     (tmp_path / "study").mkdir()
     put(tmp_path / "study" / "study.json", thing)
@@ -128,8 +131,8 @@ PACKS = {
 }
 
 
-@pytest.mark.parametrize("thing", [*ALL, *PACKS])
-@pytest.mark.parametrize("command", ["report", "critical-batch fit", "critical-batch plot", "unpack", "pack"])
+@cases("thing", [*ALL, *PACKS])
+@cases("command", ["report", "critical-batch fit", "critical-batch plot", "unpack", "pack"])
 def test_a_packed_study_that_is_none_is_named_by_every_command(tmp_path, capsys, command, thing):
     (tmp_path / "study").mkdir()
     path = tmp_path / "study" / "runs.jsonl.xz"
@@ -140,8 +143,8 @@ def test_a_packed_study_that_is_none_is_named_by_every_command(tmp_path, capsys,
     assert sorted(os.listdir(tmp_path / "study")) in (["runs.jsonl.xz"], ["lock", "runs.jsonl.xz"])
 
 
-@pytest.mark.parametrize("thing", CONTENTS)
-@pytest.mark.parametrize("name", RECORDS)
+@cases("thing", CONTENTS)
+@cases("name", RECORDS)
 def test_a_report_shows_what_is_wrong_with_a_packed_run(study, tmp_path, capsys, monkeypatch, name, thing):
     monkeypatch.setattr("steepest.lab.report.page.to_png", lambda _: b"")
     shutil.copytree(study, tmp_path / "study")
@@ -156,8 +159,8 @@ def test_a_report_shows_what_is_wrong_with_a_packed_run(study, tmp_path, capsys,
     assert (f"{changed}/{name}" in page) != ((name, thing) == ("environment.json", "control characters"))
 
 
-@pytest.mark.parametrize("thing", THINGS)
-@pytest.mark.parametrize("name", ["report.html", "plots/loss-steps.png", "plots"])
+@cases("thing", THINGS)
+@cases("name", ["report.html", "plots/loss-steps.png", "plots"])
 def test_a_report_is_written_to_regular_files(study, tmp_path, capsys, monkeypatch, name, thing):
     if (name, thing) == ("plots", "a directory"):
         return
@@ -191,10 +194,8 @@ def begun(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("thing", ALL)
-@pytest.mark.parametrize(
-    "name", ["lock", "config.json", "metrics.jsonl", "environment.json", "checkpoint.pt", "result.json"]
-)
+@cases("thing", ALL)
+@cases("name", ["lock", "config.json", "metrics.jsonl", "environment.json", "checkpoint.pt", "result.json"])
 def test_a_run_does_not_go_on_from_what_is_not_its_own(begun, tmp_path, capsys, name, thing):
     if (name, thing) == ("lock", "empty"):
         return  # as the kernel leaves it
@@ -211,7 +212,7 @@ def test_a_run_does_not_go_on_from_what_is_not_its_own(begun, tmp_path, capsys, 
         assert sorted_tree(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("thing", THINGS)
+@cases("thing", THINGS)
 def test_a_run_whose_result_is_no_file_leaves_it_alone(begun, tmp_path, capsys, thing):
     shutil.copytree(begun, tmp_path / "run")
     put(tmp_path / "run" / "result.json", thing)
@@ -248,8 +249,8 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("foreign", FOREIGN)
-@pytest.mark.parametrize("command", COMMANDS)
+@cases("foreign", FOREIGN)
+@cases("command", COMMANDS)
 def test_a_folder_of_somebody_else_is_refused_before_anything_is_written(tmp_path, capsys, command, foreign):
     for name, content in FOREIGN[foreign].items():
         (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +262,7 @@ def test_a_folder_of_somebody_else_is_refused_before_anything_is_written(tmp_pat
     assert sorted_tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("foreign", FOREIGN)
+@cases("foreign", FOREIGN)
 def test_branches_are_refused_a_folder_of_somebody_else(begun, tmp_path, capsys, foreign):
     for name, content in FOREIGN[foreign].items():
         (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)

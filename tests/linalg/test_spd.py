@@ -15,7 +15,7 @@ WAYS = {
     "factor": damped_factor,
     "root": lambda moment, ridge, **options: damped_power(moment, ridge, 0.5, **options),
 }
-every_way = cases("way", WAYS)
+every_way = cases("way", WAYS.values(), WAYS)
 every_dtype = cases("dtype", DTYPES)
 
 
@@ -195,7 +195,7 @@ BAD = {
 
 
 @every_way
-@cases("spoil, ridge", BAD)
+@cases("spoil, ridge", BAD.values(), BAD)
 def test_a_bad_matrix_is_marked_and_its_neighbours_keep_every_bit(way, spoil, ridge, rng):
     moment, ridges = second_moments(4, 6, 12, rng, torch.float32), torch.full((4,), 0.05)
     expected = way(moment, ridges)

@@ -124,7 +124,7 @@ def reparametrised(rng, a):
 FAMILY = {"muon": (0.0, 0.0), "half": (0.5, 0.0), "newton-muon": (1.0, 0.0), "whitened": (0.5, 0.5)}
 
 
-@cases("inner, outer", FAMILY)
+@cases("inner, outer", FAMILY.values(), FAMILY)
 @cases("ridge", [0.0, 0.2])
 def test_a_rotation_of_inputs_rotates_the_step(inner, outer, ridge, rng):
     rotation, left = (torch.linalg.qr(normal(rng, n, n))[0] for n in (6, 5))

@@ -6,6 +6,7 @@ import torch
 from steepest.lab.bench import gemm
 from steepest.lab.bench.floor import FORMS, find_floor, least
 from steepest.lab.bench.gemm import FASTEST, MOST_BYTES, gemm_works, key, product_flops, rates
+from tests.cases import cases
 
 BY_NAME = {form.name: form for form in FORMS}
 
@@ -15,8 +16,8 @@ def count(*, products=0, grams=0, squares=0, cubes=0, m=3, n=7):
     return 2 * m * m * n * products + m * m * n * grams + m**3 * squares + 2 * m**3 * cubes
 
 
-@pytest.mark.parametrize(
-    ("name", "parts"),
+@cases(
+    "name, parts",
     [
         ("standard, 5 quintics", {"products": 5, "grams": 5, "squares": 5}),
         ("standard, 4 quintics", {"products": 4, "grams": 4, "squares": 4}),

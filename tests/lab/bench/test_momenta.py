@@ -23,6 +23,7 @@ from steepest.lab.tasks import make_task
 from steepest.lab.tasks.order import ExampleOrder
 from steepest.linalg import flops, polar
 from steepest.optim import Muon
+from tests.cases import cases
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,8 @@ def singular(values, rng, shape):
     return ((u * torch.tensor(values, dtype=torch.float64)) @ vh).float()
 
 
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("shape", [(3, 5), (5, 3)], ids=str)
+@cases("name", SETS)
+@cases("shape", [(3, 5), (5, 3)])
 def test_findings_are_what_the_map_does_to_singular_values(name, shape, rng):
     chosen, s = SETS[name], torch.tensor([1.0, 0.5, 0.02], dtype=torch.float64)
     found = assess("here", name, [know(singular(s.tolist(), rng, shape))], dtype=torch.float32)

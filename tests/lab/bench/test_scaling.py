@@ -8,6 +8,7 @@ from steepest.lab.bench.cost_model import cost
 from steepest.lab.bench.machine import Machine
 from steepest.lab.bench.scaling import ASPECTS, LAYERS, SIDE, WIDTHS, Point, measure_scaling, points, predict, stride
 from steepest.lab.bench.scaling_png import scaling_png
+from tests.cases import cases
 
 MACHINE = Machine(((64, 100e9),), *[((2**20, 10e9),)] * 3, 1e-6)
 SMALL = [Point("width", 8, ((8, 8), (16, 8))), Point("layers", 2, ((8, 8),) * 2), Point("aspect", 3, ((4, 12),))]
@@ -55,9 +56,7 @@ def test_long_steps_are_taken_in_fewer_rounds():
     assert len(row.seconds) == 3
 
 
-@pytest.mark.parametrize(
-    ("seconds", "rounds", "expected"), [(0.0, 15, 1), (0.1, 15, 1), (1.0, 15, 1), (2.0, 15, 3), (100.0, 15, 5)]
-)
+@cases("seconds, rounds, expected", [(0.0, 15, 1), (0.1, 15, 1), (1.0, 15, 1), (2.0, 15, 3), (100.0, 15, 5)])
 def test_strides_fill_the_time_and_leave_three_steps(seconds, rounds, expected):
     assert stride(seconds, rounds=rounds) == expected
 

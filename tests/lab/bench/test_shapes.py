@@ -14,6 +14,7 @@ from steepest.lab.bench.shapes import (
     matrix_shape,
     short_and_long,
 )
+from tests.cases import cases
 
 
 def entries(shapes):
@@ -63,8 +64,8 @@ def test_a_convolution_is_a_matrix_of_out_by_the_rest():
     assert short_and_long((40, 4, 3, 3)) == (36, 40)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "text"),
+@cases(
+    "name, options, text",
     [
         ("gtp2", {"width": 8}, "Unknown set of shapes 'gtp2': did you mean 'gpt2'"),
         ("gpt2", {}, "gpt2 takes a width that is a positive multiple of 4, got None"),

@@ -14,6 +14,7 @@ from steepest.lab.bench import SHAPE_SETS
 from steepest.lab.bench import contestants as everybody
 from steepest.lab.cli import main
 from steepest.lab.cli.bench.step import CONTESTANTS, SHAPES, StepBench
+from tests.cases import cases
 
 SMALL = "--width 8 --layers 1 --pairs 2 --warm-up 1 --peers torch-fp32"
 
@@ -82,8 +83,8 @@ def test_a_missing_peer_says_why(capsys, monkeypatch):
     assert f"pytorch-optimizer has no numbers. {reason}" in out
 
 
-@pytest.mark.parametrize(
-    ("words", "text"),
+@cases(
+    "words, text",
     [
         ("--peers tosch", "Unknown contestant 'tosch': did you mean 'torch'"),
         ("--shapes gpt", "Unknown set of shapes 'gpt': did you mean 'gpt2'"),

@@ -11,6 +11,7 @@ import pytest
 from steepest.geometry import ScaleRule
 from steepest.lab.cli import main
 from steepest.lab.cli.critical_batch.bound import Scale
+from tests.cases import cases
 
 KNOWN = "--m 8 --n 16 --L 4.4 --nu 32 --lr 0.002 --momentum 0.9 --no-nesterov --eps 2 --gap 1.59 --gradient 3.39"
 
@@ -145,8 +146,8 @@ def test_the_page_shows_what_the_command_prints(capsys):
         assert run(capsys, words.replace("\\\n", " "))[1] == expected
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
+@cases(
+    "words, message",
     [
         (f"{KNOWN} --sigma 1", "not allowed with argument --nu"),
         (f"{KNOWN} --rank 2", "--rank turns --sigma into --nu; leave it out with --nu"),

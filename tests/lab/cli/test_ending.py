@@ -15,6 +15,7 @@ import pytest
 import steepest
 from steepest.lab.cli import main
 from steepest.lab.cli.outcome import INTERRUPTED
+from tests.cases import cases
 from tests.lab.processes import ended
 from tests.lab.processes import steepest as start
 
@@ -35,8 +36,8 @@ def test_a_finished_run_does_not_pretend_to_keep_more(tmp_path, capsys, option):
     assert main([*TRAIN, str(tmp_path / "plain")]) == 0
 
 
-@pytest.mark.parametrize(
-    ("problem", "told"),
+@cases(
+    "problem, told",
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "out/x"),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from steepest.lab.cli import _parser, main
+from tests.cases import cases
 from tests.lab.cli.test_numbers import commands
 
 COMMANDS = {" ".join(words): parser for words, parser in commands(_parser()).items() if parser.get_default("command")}
@@ -23,21 +24,21 @@ def shown(capsys, words):
     return re.sub(r"\\\n", " ", told.split("\nexample:\n")[1]).splitlines()
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@cases("name", COMMANDS)
 def test_every_command_shows_an_example_when_a_word_is_wrong(capsys, name):
     *before, own = shown(capsys, [*name.split(), "--no-such-option"])
     assert own.startswith(f"  steepest {name}")
     assert all(line.startswith("  steepest ") for line in before)
 
 
-@pytest.mark.parametrize("words", ["", "theory", "critical-batch", "bench", "critical-batch noise", "--no"])
+@cases("words", ["", "theory", "critical-batch", "bench", "critical-batch noise", "--no"])
 def test_what_is_no_command_yet_shows_an_example_of_its_first(capsys, words):
     [own] = shown(capsys, words.split())
     group = words.split()[0] if words[:1].isalpha() else "race"
     assert own.startswith(f"  steepest {group} ")
 
 
-@pytest.mark.parametrize("name", INCOMPLETE)
+@cases("name", INCOMPLETE)
 def test_the_example_is_complete(capsys, monkeypatch, tmp_path, name):
     """Training itself is left out, so that commands that need a trained run say that it is missing, and no more."""
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 from steepest.lab.cli import main
 from steepest.lab.cli.hidden import FORM, may_hold_password, without_passwords
 from steepest.lab.engine import storage
+from tests.cases import cases
 
 SECRET = "s3cr3tw0rd"
 WRONG = {
@@ -78,7 +79,7 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("url", WRONG.values(), ids=WRONG)
+@cases("url", WRONG.values(), WRONG)
 def test_a_wrong_storage_is_refused_without_repeating_it(elsewhere, capsys, url):
     for name, words in COMMANDS.items():
         with contextlib.suppress(SystemExit):
@@ -105,7 +106,7 @@ def test_the_form_is_that_of_the_lab():
     assert storage.FORM == FORM
 
 
-@pytest.mark.parametrize(
+@cases(
     "word",
     ["out/x", "/home/me@work/out", "./me@work", "../a@b", "~/a@b", "sqlite:///a.db", "sqlite:////home/a@b/c.db", "x:y"],
 )

@@ -3,9 +3,8 @@
 import json
 import re
 
-import pytest
-
 from steepest.lab.cli import main
+from tests.cases import cases
 
 
 def run(capsys, *words):
@@ -18,14 +17,14 @@ def run(capsys, *words):
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", ["race", "sweep", "work", "train", "plan", "report"])
+@cases("command", ["race", "sweep", "work", "train", "plan", "report"])
 def test_every_command_has_help_with_examples(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
     assert f"  steepest {command} " in out.split("examples:")[1]
 
 
-@pytest.mark.parametrize("words", ["race", "sweep", "train", "critical-batch measure", "bench train"])
+@cases("words", ["race", "sweep", "train", "critical-batch measure", "bench train"])
 def test_help_names_every_method(capsys, words):
     from steepest.lab.methods import METHODS
 
@@ -67,8 +66,8 @@ def test_the_report_can_be_written_anew(capsys, tmp_path):
     assert (out / "report.html").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
+@cases(
+    "words, message",
     [
         ([], "the following arguments are required: COMMAND"),
         (["rase"], "invalid choice: 'rase'"),

@@ -7,6 +7,7 @@ import pytest
 
 from steepest.lab.cli import _parser
 from steepest.lab.cli.options import LARGEST, count, few, not_negative, number, positive, seed
+from tests.cases import cases
 
 NO_NUMBERS = ("nan", "NaN", "inf", "-inf", "1e999", "", " ", "one", "1_0", "٣", "9" * 5000)
 
@@ -40,7 +41,7 @@ def takes_numbers(kind):
     return any(isinstance(understood(kind, text), int | float) for text in ("200", "0.5"))
 
 
-@pytest.mark.parametrize("option", [name for name, kind in OPTIONS.items() if takes_numbers(kind)])
+@cases("option", [name for name, kind in OPTIONS.items() if takes_numbers(kind)])
 def test_an_option_with_a_number_takes_nothing_else(option):
     for text in NO_NUMBERS:
         with pytest.raises(argparse.ArgumentTypeError) as refused:

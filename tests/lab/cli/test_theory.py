@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from steepest.lab.cli import main
+from tests.cases import cases
 
 
 def run(capsys, *words):
@@ -138,8 +139,8 @@ def test_damaged_files_are_a_failure(capsys, trained, tmp_path):
     assert "runs on different data are never mixed" in err
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
+@cases(
+    "words, message",
     [
         (["theory"], "the following arguments are required: COMMAND"),
         (["theory", "score"], "invalid choice: 'score'"),

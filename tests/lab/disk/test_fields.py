@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from msgspec import Meta
 
 from steepest.lab.disk.fields import RecordError, RunName, decode, wrong
+from tests.cases import cases
 
 PATH = Path("it.json")
 
@@ -35,8 +36,8 @@ def told(text: str) -> str:
     return caught.value.problem.removeprefix("here: ")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
+@cases(
+    "text, message",
     [
         (
             '{"runs": {"0000000000000000": {"count": 0}}}',
@@ -53,8 +54,8 @@ def test_the_key_is_named(text: str, message: str) -> None:
     assert told(text).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
+@cases(
+    "text, message",
     [
         ('{"lists": {"a": [1, "x"]}, "lists": {}}', "lists.?.1 must be a finite number"),
         ('{"lists": {"a": [1, "x"]}, "lists": 3}', "lists.?.1 must be a finite number"),

@@ -1,6 +1,7 @@
 """What a stranger may have put in a directory: refused by name, never followed, waited for or read without end."""
 
 import ast
+import contextlib
 import errno
 import json
 import os
@@ -24,6 +25,7 @@ from steepest.lab.disk.files import (
     write_whole,
 )
 from steepest.lab.disk.ledger import MetricsFile, locked
+from tests.cases import cases
 
 SECRET = "SECRET of somebody else"
 
@@ -53,8 +55,8 @@ THINGS = {
 NAMES = re.compile(r"^.*/it: .*it is a (link|pipe|directory|socket), not a regular file.*\. .*[Dd]elete")
 
 
-@pytest.fixture
-def inside(tmp_path):
+@contextlib.contextmanager
+def kept_inside(tmp_path):
     (tmp_path / "inside").mkdir()
     yield tmp_path / "inside"
     if (tmp_path / "outside").exists():
@@ -62,8 +64,14 @@ def inside(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) in (["inside"], ["inside", "outside"])
 
 
-@pytest.mark.parametrize("thing", THINGS)
-@pytest.mark.parametrize(
+@pytest.fixture
+def inside(tmp_path):
+    with kept_inside(tmp_path) as folder:
+        yield folder
+
+
+@cases("thing", THINGS)
+@cases(
     "use",
     [
         read_bytes,
@@ -76,14 +84,15 @@ def inside(tmp_path):
         lambda path: files.append_line(path, "ours"),
         files.remove,
     ],
-    ids=["bytes", "text", "tail", "digest", "check", "lines", "whole", "append", "remove"],
+    ["bytes", "text", "tail", "digest", "check", "lines", "whole", "append", "remove"],
 )
-def test_only_regular_files_are_opened(inside, thing, use):
-    path = inside / "it"
-    THINGS[thing](path)
-    with pytest.raises(RecordError, match=NAMES):
-        use(path)
-    assert os.listdir(inside) == ["it"]
+def test_only_regular_files_are_opened(tmp_path, thing, use):
+    with kept_inside(tmp_path) as inside:
+        path = inside / "it"
+        THINGS[thing](path)
+        with pytest.raises(RecordError, match=NAMES):
+            use(path)
+        assert os.listdir(inside) == ["it"]
 
 
 @pytest.mark.parametrize("thing", THINGS)
@@ -93,8 +102,8 @@ def test_a_lock_is_a_regular_file(inside, thing):
         pass
 
 
-@pytest.mark.parametrize("name", ["runs/0123456789abcdef", "plots", "branches", "runs/0123456789abcdef/branches"])
-@pytest.mark.parametrize("depth", [0, 1])
+@cases("name", ["runs/0123456789abcdef", "plots", "branches", "runs/0123456789abcdef/branches"])
+@cases("depth", [0, 1])
 def test_a_directory_of_a_study_is_no_link(tmp_path, name, depth):
     linked = Path(*Path(name).parts[: len(Path(name).parts) - depth])
     if not linked.parts:
@@ -271,7 +280,7 @@ HARMLESS = {  # of the system, of this package, in memory, or of a profiler that
 }
 
 
-@pytest.mark.parametrize("path", LAB, ids=lambda path: path.relative_to(path.parents[2]).as_posix())
+@cases("path", LAB)
 def test_nothing_in_the_lab_opens_files_in_another_way(path):
     if path.name == "files.py":
         return

@@ -6,6 +6,7 @@ import pytest
 
 from steepest.lab.disk.fields import RecordError
 from steepest.lab.disk.ledger import MetricsFile, RunBusyError, locked, write_whole
+from tests.cases import cases
 
 
 def rows(last: int) -> list[dict[str, object]]:
@@ -43,8 +44,8 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
-@pytest.mark.parametrize("step", [0, 1, 2, 3])
-@pytest.mark.parametrize("tail", ["", '{"kind": "train", "st', '{"kind": "tr\n'[:-1]])
+@cases("step", [0, 1, 2, 3])
+@cases("tail", ["", '{"kind": "train", "st', '{"kind": "tr\n'[:-1]])
 def test_going_on_drops_later_rows_and_a_line_cut_short(tmp_path, step, tail):
     path = tmp_path / "metrics.jsonl"
     path.write_text(text(rows(4)) + tail)

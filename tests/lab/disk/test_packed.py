@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from steepest.lab.disk import packed
 from steepest.lab.disk.files import RecordError
 from steepest.lab.disk.packed import PACKED, RECORDS, StudyFiles, pack, unpack
+from tests.cases import cases
 
 TEXT = st.text(min_size=1).map(str.encode)
 RUN = st.fixed_dictionaries({name: TEXT for name in RECORDS if name != "environment.json"}, optional={RECORDS[1]: TEXT})
@@ -64,8 +65,8 @@ def test_a_study_beside_the_packed_file_counts(tmp_path: Path) -> None:
     assert StudyFiles(tmp_path).study(dict)["kind"] == "new"
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
+@cases(
+    "rows, message",
     [
         ([], "line 1: not valid JSON"),
         (["[]"], r"line 1: the content must be an object, got \[\]"),
@@ -86,8 +87,8 @@ def test_other_lines_are_refused(tmp_path: Path, rows: list[Any], message: str) 
         unpack(write(tmp_path, *rows))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
+@cases(
+    "change, message",
     [
         (lambda content: b"", "the file is cut short"),
         (lambda content: content[:-8], "the file is cut short"),
@@ -101,7 +102,7 @@ def test_other_lines_are_refused(tmp_path: Path, rows: list[Any], message: str) 
         (lambda content: lzma.compress(b"\xff\n"), "the file cannot be read .*utf-8"),
         (lambda content: lzma.compress(json.dumps(FIRST).encode()), "the last line is cut short"),
     ],
-    ids=["empty", "tail", "half", "text", "alone", "flipped", "padded", "twice", "nothing", "not UTF-8", "line"],
+    ["empty", "tail", "half", "text", "alone", "flipped", "padded", "twice", "nothing", "not UTF-8", "line"],
 )
 def test_a_file_that_is_damaged(tmp_path: Path, change: Any, message: str) -> None:
     path = tmp_path / PACKED

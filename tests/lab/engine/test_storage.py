@@ -12,12 +12,13 @@ from optuna.trial import TrialState
 
 from steepest.lab.engine import storage as module
 from steepest.lab.engine.storage import FORM, StorageError, answering, connected, default_url, parse_url, public_url
+from tests.cases import cases
 
 SECRET = "s3cr3t"
 
 
-@pytest.mark.parametrize(
-    ("text", "public"),
+@cases(
+    "text, public",
     [
         (f"postgresql+psycopg://me:{SECRET}@host:5432/db", FORM),
         (f"postgresql://me:{SECRET}@host/db?sslmode=require", FORM),
@@ -30,8 +31,8 @@ def test_of_a_server_s_url_only_the_form_is_shown(text, public):
     assert public_url(parse_url(text)) == public
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
+@cases(
+    "text, message",
     [
         (SECRET, "The storage is not a URL of a database; write postgresql"),
         (f"postgresql://me:{SECRET}@host:port/db", "The storage is not a URL of a database"),

@@ -18,6 +18,7 @@ from steepest.lab.methods.tuned import TUNED, Tuned, Tuning
 from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.lab.tasks import TASKS, make_task
 from steepest.optim.recipes import RECIPES, SignDescent
+from tests.cases import cases
 
 
 def model_and_loss(rng: torch.Generator):
@@ -30,7 +31,7 @@ def model_and_loss(rng: torch.Generator):
     return model, loss
 
 
-@pytest.mark.parametrize("method", METHODS)
+@cases("method", METHODS)
 def test_every_method_lowers_the_loss_with_its_own_defaults(method, rng):
     model, loss = model_and_loss(rng)
     optimizer = build_optimizer(method, model, options_of(method))
@@ -48,7 +49,7 @@ def test_every_method_lowers_the_loss_with_its_own_defaults(method, rng):
     assert loss().item() < (1.0 if own else 0.8) * first
 
 
-@pytest.mark.parametrize("method", METHODS)
+@cases("method", METHODS)
 def test_every_parameter_is_in_exactly_one_group_with_its_learning_rate(method, rng):
     model, _ = model_and_loss(rng)
     optimizer = build_optimizer(method, model, {"lr": 0.25})

@@ -15,6 +15,7 @@ import pytest
 from steepest.lab.cli import main
 from steepest.lab.disk.files import RecordError
 from steepest.lab.runs.config import RunConfig, run_hash
+from tests.cases import cases
 from tests.lab.studies.batch.cases import written
 from tests.lab.synthetic import Pace, Valley, write_study, write_sweep
 
@@ -38,11 +39,11 @@ def write_rates(out: Path) -> Path:
 
 
 @pytest.fixture(params=["race", "sweep", "clear", "troubled", "varied"])
-def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     writers = {"race": write_race, "sweep": write_rates}
     if request.param in writers:
-        return writers[request.param](tmp_path / "study")
-    return shutil.copytree(written(tmp_path_factory, request.param), tmp_path / "study")
+        return writers[request.param](tmp_path_factory.mktemp("whole") / "study")
+    return written(tmp_path_factory, request.param)
 
 
 def places(value: Any, here: Place = ()) -> Iterator[Place]:
@@ -94,15 +95,17 @@ def rename(study: Path, run: Path, path: Path) -> None:
     (study / "study.json").write_text((study / "study.json").read_text().replace(run.name, name))
 
 
-@pytest.mark.parametrize("number", range(DAMAGES))
+@cases("number", range(DAMAGES))
 def test_a_wrong_value_is_told_or_read(
-    study: Path,
+    whole: Path,
     number: int,
     request: pytest.FixtureRequest,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("steepest.lab.report.page.to_png", lambda _: b"")
+    study = shutil.copytree(whole, tmp_path / "study")
     what = damage(study, random.Random(f"{request.node.name}, {number}"))
     code = main(["report", str(study)])
     out, err = capsys.readouterr()

@@ -16,6 +16,7 @@ import pytest
 
 from steepest.lab.studies.records import RecordError
 from steepest.lab.studies.report import write_report
+from tests.cases import cases
 from tests.lab.synthetic import HOSTILE, SCENARIOS, Pace, run_dir, write_study
 
 
@@ -46,7 +47,7 @@ class Page(HTMLParser):
             self.text += data
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@cases("name", SCENARIOS)
 def test_the_page_needs_nothing_from_elsewhere_and_is_small(pages: dict[str, Path], name: str) -> None:
     page = Page(pages[name])
     addresses = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "srcset")]
@@ -56,7 +57,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_is_small(pages: dict[str, Pat
     assert pages[name].stat().st_size < 6_000_000
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@cases("name", SCENARIOS)
 def test_only_our_own_scripts_may_run(pages: dict[str, Path], name: str) -> None:
     page = Page(pages[name])
     [policy] = [

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from steepest.lab.report import wording
 from steepest.lab.report.statistics import Interval, Ratio, Summary
+from tests.cases import cases
 
 
 def spaced(text: str) -> str:
@@ -30,8 +30,8 @@ def test_short_names_stay_whole() -> None:
     assert wording.shortened("newton-muonmax-momo-x") == "newton-muonmax-momo…"
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
+@cases(
+    "text, expected",
     [
         (wording.rate(0.0316227766), "0.03162"),
         (wording.rate(3e-5), "3e-05"),

@@ -11,6 +11,7 @@ from steepest.lab.runs.branch import Branch, NoBranchError, Window, local_answer
 from steepest.lab.runs.config import configure
 from steepest.lab.runs.train import Interrupted, train_run
 from steepest.lab.tasks import make_task
+from tests.cases import cases
 
 START, STEPS, BATCH = 12, 20, 8
 
@@ -38,8 +39,8 @@ def parents(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("method", ["muon", "adamw", "muonmax-momo"])
-@pytest.mark.parametrize("schedule", ["constant", "cooldown"])
+@cases("method", ["muon", "adamw", "muonmax-momo"])
+@cases("schedule", ["constant", "cooldown"])
 def test_at_its_own_batch_size_a_fork_is_the_run_bit_for_bit(parents, method, schedule):
     out = parents[method, schedule]
     window = Window((STEPS - START) * BATCH)
@@ -172,8 +173,8 @@ def forks(losses):
     return [Branch(batch, r, (), loss) for batch, own in losses.items() for r, loss in enumerate(own)]
 
 
-@pytest.mark.parametrize(
-    ("losses", "best", "worse"),
+@cases(
+    "losses, best, worse",
     [
         ({8: [1.0], 16: [1.005], 32: [1.03]}, 16, 32),
         ({8: [1.0], 16: [1.005], 32: [1.008]}, 32, None),
@@ -182,7 +183,7 @@ def forks(losses):
         ({8: [1.0, 1.3, 1.1], 16: [1.3, 1.0, 1.2]}, 16, None),  # no more than noise
         ({8: [1.0, 1.0], 16: [None, 1.0]}, 8, 16),
     ],
-    ids=["worse", "none", "not monotone", "paired", "noise", "diverged"],
+    ["worse", "none", "not monotone", "paired", "noise", "diverged"],
 )
 def test_the_answer_is_the_largest_that_is_not_worse(losses, best, worse):
     answer = local_answer(forks(losses), tolerance=0.01)

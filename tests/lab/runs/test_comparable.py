@@ -9,6 +9,7 @@ import pytest
 from steepest.lab.studies.race.records import RaceStudy
 from steepest.lab.studies.race.results import choose
 from steepest.lab.studies.records import read_study
+from tests.cases import cases
 from tests.lab.synthetic import Pace, change_options, write_study
 
 OTHER = "f" * 64
@@ -47,8 +48,8 @@ def test_a_seed_with_other_options_is_set_aside(tmp_path: Path) -> None:
     assert chosen.set_aside[0].differences == (("options", '{"lr": 0.07}', '{"lr": 0.02}'),)
 
 
-@pytest.mark.parametrize(
-    ("trials", "refusal"),
+@cases(
+    "trials, refusal",
     [
         ((6, 6), None),
         ((None,), None),

@@ -13,6 +13,7 @@ from steepest.lab.runs.config import RunConfig, configure, names_of, run_hash
 from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.task import DataIdentity
+from tests.cases import cases
 
 PATH = Path("runs/config.json")
 SHA = "ab" * 32
@@ -85,7 +86,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+@cases("change", CHANGES)
 def test_the_hash_sees_every_change(change):
     assert run_hash(dataclasses.replace(CONFIG, **change)) != run_hash(CONFIG)
 
@@ -106,8 +107,8 @@ def test_moving_the_data_changes_no_hash():
     assert run_hash(moved) == run_hash(CONFIG)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
+@cases(
+    "change, message",
     [
         ({"lr": 1}, r"lr must be absent. Unknown key 'lr'"),
         ({"seeed": 1}, r"seeed must be absent. Unknown key 'seeed': did you mean 'seed'"),

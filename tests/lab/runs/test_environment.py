@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from steepest.lab.runs.environment import describe_environment
+from tests.cases import cases
 
 
 def test_it_names_what_runs(monkeypatch):
@@ -26,7 +27,7 @@ def test_it_tells_how_many_train_at_once(monkeypatch, value, workers):
     assert describe_environment()["workers"] == workers
 
 
-@pytest.mark.parametrize("value", ["", "0", "-1", "two", "1.5", "9" * 5000])
+@cases("value", ["", "0", "-1", "two", "1.5", "9" * 5000])
 def test_a_number_of_workers_that_is_none_is_refused(monkeypatch, value):
     monkeypatch.setenv("STEEPEST_WORKERS", value)
     with pytest.raises(ValueError, match=f"STEEPEST_WORKERS must be a whole number of at least 1, got '{value}'"):

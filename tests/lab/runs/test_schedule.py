@@ -3,9 +3,10 @@ from itertools import pairwise
 import pytest
 
 from steepest.lab.runs.schedule import cooldown, evaluates, rate_factor, reached
+from tests.cases import cases
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10, 150, 999])
+@cases("steps", [1, 2, 10, 150, 999])
 def test_constant_then_linear_to_zero(steps):
     factors = [cooldown(step, steps=steps) for step in range(steps + 1)]
     assert factors[0] == 1

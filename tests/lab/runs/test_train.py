@@ -26,6 +26,7 @@ from steepest.lab.runs.train import Interrupted, RunMismatchError, train_run
 from steepest.lab.runs.training import Training
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.task import DataIdentity
+from tests.cases import cases
 
 # set before any test starts the server: it imports these once, and each child is a fork of it
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -107,7 +108,7 @@ def test_it_is_an_ordinary_training_loop(tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "torch-muon"])
+@cases("method", [name for name in METHODS if name != "torch-muon"])
 def test_every_method_goes_on_bit_for_bit(tmp_path, method):
     config = short(method, steps=6)
     train_run(config, tmp_path / "whole")
@@ -442,8 +443,8 @@ PUT_THERE = {
 }
 
 
-@pytest.mark.parametrize("method", ["adamw", "muon"])
-@pytest.mark.parametrize("thing", PUT_THERE)
+@cases("method", ["adamw", "muon"])
+@cases("thing", PUT_THERE)
 def test_a_checkpoint_put_in_place_of_ours_is_refused(tmp_path, method, thing):
     with pytest.raises(Interrupted):
         train_run(short(method), tmp_path, stop=stop_after(3))

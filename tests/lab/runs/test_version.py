@@ -14,6 +14,7 @@ from steepest.lab.runs.train import train_run
 from steepest.lab.runs.version import TRAINING, code_version
 from steepest.lab.tasks import make_task
 from steepest.optim import SteepestDescent
+from tests.cases import cases
 
 VERSION = 3
 LOSSES = {
@@ -73,7 +74,7 @@ def test_the_losses_are_of_the_declared_version():
     assert set(METHODS) - newcomers <= set(LOSSES) <= set(METHODS)
 
 
-@pytest.mark.parametrize("method", LOSSES)
+@cases("method", LOSSES)
 def test_every_method_trains_as_its_version_does(method):
     # 1e-4: processors round differently, and torch's Muon multiplies in bfloat16
     assert losses(method) == pytest.approx(LOSSES[method], rel=2e-3 if method == "torch-muon" else 1e-4)

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
+from tests.cases import cases
 
 sizes = st.integers(1, 40)
 batches = st.lists(st.integers(1, 25), min_size=1, max_size=8)
@@ -52,8 +53,8 @@ def test_an_empty_set_is_refused():
         ExampleOrder(0, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
+@cases(
+    "change, message",
     [
         ({"seed": 8}, "does not belong to the walk"),
         ({"size": 9}, "does not belong to the walk"),

@@ -6,6 +6,7 @@ from steepest.lab.methods import METHODS, build_optimizer, options_of
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.quadratic import EXAMPLES
 from steepest.optim import SteepestDescent
+from tests.cases import cases
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_the_weight_is_routed_as_a_matrix(task):
     assert route(task.build_model(0)).counts() == {"matrix": 1, "embedding": 0, "head": 0, "vector": 0}
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"torch-muon"}))  # its AdamW would have no parameters
+@cases("method", sorted(METHODS.keys() - {"torch-muon"}))  # its AdamW would have no parameters
 def test_every_method_descends(task, method):
     model = task.build_model(0)
     radius = options_of(method).get("radius", 1)  # where there is a ball, a rate is a part of its radius

@@ -8,6 +8,7 @@ from steepest.lab.methods import check_buildable
 from steepest.lab.tasks import PRESETS, TASKS, make_task
 from steepest.lab.tasks.task import PresetName
 from steepest.lab.tasks.text import TextTask
+from tests.cases import cases
 from tests.lab.tasks.fake_data import write_cifar10, write_fineweb
 
 
@@ -23,8 +24,8 @@ def test_presets_are_those_of_the_type():
     assert get_args(PresetName) == PRESETS
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", TASKS)
+@cases("preset", PRESETS)
+@cases("name", TASKS)
 def test_every_preset_trains(name, preset, data):  # conformance of every task
     task = make_task(name, preset, data=data[name])
     assert (task.name, task.preset, task.own_data) == (name, preset, data[name] is None)
@@ -51,7 +52,7 @@ def test_weights_depend_on_the_seed_only(name, data):
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@cases("name", TASKS)
 def test_the_loss_of_a_batch_is_the_mean_over_its_examples(name, data):
     task = make_task(name, data=data[name])
     model = task.build_model(0).eval()
@@ -60,7 +61,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_examples(name, data):
     torch.testing.assert_close(task.loss(model, task.batch(torch.tensor([3, 5]))), sum(single) / 2)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@cases("name", TASKS)
 def test_the_methods_that_race_by_default_take_the_model(name, data):
     task = make_task(name, data=data[name])
     for method in racers(name):

@@ -7,6 +7,7 @@ import pytest
 
 from steepest.lab.cli import main
 from steepest.lab.studies.batch.plan import BatchSweep
+from tests.cases import cases
 
 
 @pytest.fixture
@@ -51,8 +52,8 @@ def test_defaults_are_muon_and_adamw_in_a_directory_of_their_own(asked):
     assert str(out) == "out/critical-batch-quadratic-demo"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
+@cases(
+    "words, message",
     [
         ("--task digits --batches 16 --targets 0.1 --methods muonn", "Unknown method 'muonn': did you mean 'muon'"),
         ("--task digits --batches 16:4:x2 --targets 0.1", "LOW is at least 1 and at most HIGH"),

@@ -16,6 +16,7 @@ from steepest.lab.studies.batch.records import BatchStudy
 from steepest.lab.studies.batch.results import read_report
 from steepest.lab.studies.records import read_study
 from steepest.lab.studies.report import write_plots, write_report
+from tests.cases import cases
 from tests.lab.report.test_page import Page
 from tests.lab.studies.batch.cases import CASES, written
 
@@ -35,8 +36,8 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
+@cases(
+    "name, expected",
     [
         ("clear", "muon, loss 0.05: SFO-minimising b*"),
         ("clear", "knee B_crit"),

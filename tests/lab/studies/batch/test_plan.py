@@ -19,6 +19,7 @@ from steepest.lab.studies.batch import plan as batch_sweep
 from steepest.lab.studies.batch.plan import MOST_RATES, Arm, BatchSweep, make_arms, parse_batches
 from steepest.lab.studies.study import read_config, run_directory
 from steepest.lab.tasks import make_task
+from tests.cases import cases
 
 TASK = make_task("digits")
 
@@ -171,8 +172,8 @@ def test_batches_are_read_from_a_range_or_a_list():
             parse_batches(wrong)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
+@cases(
+    "change, message",
     [
         ({"batches": (64, 16)}, r"Batch sizes must be whole numbers of at least 1, rising, got \(64, 16\)"),
         ({"targets": (0.1, 0.2)}, r"Targets must be losses above 0, falling, got \(0.1, 0.2\)"),
@@ -193,7 +194,6 @@ def test_batches_are_read_from_a_range_or_a_list():
             "The arms 'muon' and 'muon momentum=0.95' are the same; leave one out",
         ),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_cannot_be_meant_is_refused(change, message):
     with pytest.raises(ValueError, match=message):

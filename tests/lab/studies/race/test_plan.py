@@ -25,6 +25,7 @@ from steepest.lab.runs.training import Training
 from steepest.lab.studies.race.plan import Race
 from steepest.lab.studies.study import StudyMismatchError, run_directory, write_study
 from steepest.lab.tasks import make_task
+from tests.cases import cases
 from tests.lab.processes import ended, modified, rows_of, rows_written, steepest, wait_for, workers_of
 
 STEPS = 120
@@ -216,8 +217,8 @@ def test_no_worker_outlives_its_race(tmp_path):
     wait_for(lambda: not workers_of(out))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+@cases(
+    "changes, message",
     [
         ({"methods": ("adamw", "moun")}, "Unknown method 'moun': did you mean 'muon'?"),
         ({"methods": ("adamw", "adamw")}, "A race takes each method once and at least one, got adamw, adamw"),

@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from steepest.lab.report.statistics import Interval
 from steepest.lab.studies.race import notices, sentences
 from steepest.lab.studies.race.records import RaceStudy
 from steepest.lab.studies.race.results import Race, read_race
 from steepest.lab.studies.records import read_study
+from tests.cases import cases
 from tests.lab.synthetic import Pace, run_dir, write_scenario, write_study
 
 
@@ -40,8 +39,8 @@ def _spaced(text: str) -> str:
     return re.sub(r"[^\S\n]", " ", text)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
+@cases(
+    "name, expected",
     [
         ("clear", "muon wins: the same loss in 58% of adamw’s steps"),
         ("undecided", "Undecided between adamw and muon"),
@@ -56,8 +55,8 @@ def test_the_headline_says_who_won(tmp_path: Path, name: str, expected: str) -> 
     assert _spaced(sentences.headline(scenario(tmp_path, name))) == expected
 
 
-@pytest.mark.parametrize(
-    ("paces", "changes", "expected"),
+@cases(
+    "paces, changes, expected",
     [
         ({"adamw": Pace(), "sgd": Pace(speed=0.6)}, {}, "adamw, the baseline, wins"),
         ({"adamw": Pace()}, {}, "adamw: one method, nothing to compare"),
@@ -82,8 +81,8 @@ def test_rarer_headlines(tmp_path: Path, paces: dict[str, Pace], changes: dict[s
     assert _spaced(sentences.headline(race(tmp_path, paces, **changes))).startswith(expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
+@cases(
+    "name, expected",
     [
         (
             "clear",
@@ -128,8 +127,8 @@ def test_refused_races_have_no_verdicts_and_say_why(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("paces", "expected"),
+@cases(
+    "paces, expected",
     [
         (
             {"muon": Pace(data_sha256="f" * 64)},

@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from steepest.lab.studies.sweep.basin import TOLERANCES, Point, basin, best, expected_best, grid, unchanged
+from tests.cases import cases
 
 LOSSES = st.floats(0.01, 10)
 
@@ -40,8 +41,8 @@ def test_a_rate_without_logarithm_is_refused(lr: float) -> None:
         grid({lr: [1.0]})
 
 
-@pytest.mark.parametrize("tolerance", TOLERANCES)
-@pytest.mark.parametrize(("left", "right"), [(2.0, 2.0), (1.3, 4.0), (7.0, 1.06)])
+@cases("tolerance", TOLERANCES)
+@cases("left, right", [(2.0, 2.0), (1.3, 4.0), (7.0, 1.06)])
 def test_the_width_of_a_v_is_known(tolerance: float, left: float, right: float) -> None:
     """From 1 up to 1 + x at slope s, the loss takes x / s decades."""
     found = basin(valley(left, 1.0, right), reference=1.0, tolerance=tolerance)
@@ -85,8 +86,8 @@ def test_a_single_point_between_divergences_is_a_piece_without_width() -> None:
     assert not found.open_ended
 
 
-@pytest.mark.parametrize(
-    ("losses", "open_ended"),
+@cases(
+    "losses, open_ended",
     [((1.0, 9.0, 9.0), True), ((9.0, 9.0, 1.05), True), ((9.0, 1.0, 9.0), False), ((1.0,), True), ((None, 1.0), True)],
 )
 def test_a_basin_at_the_edge_of_the_grid_may_go_on(losses: tuple[float | None, ...], open_ended: bool) -> None:

@@ -10,6 +10,7 @@ import pytest
 from selenium.webdriver import Chrome
 
 from steepest.lab.studies.report import write_report
+from tests.cases import cases
 from tests.lab.browser import BROWSER, requests, show
 from tests.lab.report.test_page import Page
 from tests.lab.synthetic import HOSTILE, SWEEPS, Valley, write_sweep
@@ -54,7 +55,7 @@ def test_nothing_comes_from_elsewhere(pages: dict[str, Path], name: str) -> None
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20"])
+@cases("start", ["=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20"])
 def test_no_name_in_a_table_is_a_formula(tmp_path: Path, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steepest.lab.report.page.to_png", lambda _: b"")
     name = f"{start}HYPERLINK(1)"

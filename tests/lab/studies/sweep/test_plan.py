@@ -13,6 +13,7 @@ from steepest.lab.studies.race.plan import Race
 from steepest.lab.studies.study import StudyMismatchError, read_listing, write_study
 from steepest.lab.studies.sweep.plan import Sweep, parse_rates, rates_by_method
 from steepest.lab.tasks import make_task
+from tests.cases import cases
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,8 @@ def test_rates_are_evenly_spaced_on_a_logarithmic_scale(low, factor, number):
     assert parse_rates(",".join(map(str, reversed(rates)))) == rates
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
+@cases(
+    "text, message",
     [
         ("", "'' is not a positive number from 1e-30 to below 1e+09"),
         ("0.1,,1", "'' is not a positive number from 1e-30 to below 1e+09"),
@@ -92,8 +93,8 @@ def test_rates_given_twice_are_refused(texts, message):
         rates_by_method(texts, ["sgd"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+@cases(
+    "changes, message",
     [
         ({"lrs": {"adamw": (0.1,)}}, "No learning rates for 'sgd'; add --lrs sgd="),
         ({"lrs": {"adamw": (0.1,), "sgd": ()}}, "No learning rates for 'sgd'"),

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from steepest.lab.report.notices import Notice
 from steepest.lab.runs.version import code_version
 from steepest.lab.studies.records import read_study
@@ -17,6 +15,7 @@ from steepest.lab.studies.sweep import notices as lr_notices
 from steepest.lab.studies.sweep import sentences as lr_sentences
 from steepest.lab.studies.sweep.records import SweepStudy
 from steepest.lab.studies.sweep.results import Sweep, read_results
+from tests.cases import cases
 from tests.lab.synthetic import FINE, Valley, write_scenario, write_sweep
 
 NARROW = Valley(0.12, FINE, flat=0.3)
@@ -40,8 +39,8 @@ def titles(notices: tuple[Notice, ...]) -> list[str]:
     return [notice.title for notice in notices]
 
 
-@pytest.mark.parametrize(
-    ("valleys", "seeds", "expected"),
+@cases(
+    "valleys, seeds, expected",
     [
         ({"adamw": NARROW, "muon": WIDE}, (0, 1), "muon has the widest basin: # decades; adamw #"),
         ({"adamw": WIDE, "muon": NARROW}, (0, 1), "adamw has the widest basin: # decades"),
@@ -66,7 +65,7 @@ def titles(notices: tuple[Notice, ...]) -> list[str]:
         ),
         ({"adamw": replace(NARROW, absent=[(lr, 0) for lr in FINE])}, (0,), "No run has ended yet"),
     ],
-    ids=[
+    [
         "wins",
         "baseline wins",
         "one seed",
