@@ -276,7 +276,6 @@ HARMLESS = {  # of the system, of this package, in memory, or of a profiler that
     ("train.py", "training.load(checkpoint)"),
     ("trained.py", "training.load(checkpoint)"),
     ("branch.py", "self.load(checkpoint)"),
-    ("report.py", "KINDS[kind].load()"),
 }
 
 

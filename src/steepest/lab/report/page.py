@@ -10,8 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from importlib.resources import files
-from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
@@ -112,23 +111,6 @@ class Content:
     others: Sequence[Comparison] = ()
     hidden: Sequence[str] = ()
     rows: Sequence[HasRuns] = ()
-
-
-Numbers = TypeVar("Numbers")  # all that a report says of a study
-
-
-@dataclass(frozen=True)
-class Study(Generic[Numbers]):
-    """A kind of study, for whoever reports on it.
-
-    Args:
-        read: From the directory that holds `study.json` to all numbers of the report. It raises RecordError if that
-            file is damaged; a damaged run is for the report to name.
-        content: From the numbers to what the page says.
-    """
-
-    read: Callable[[Path], Numbers]
-    content: Callable[[Numbers], Content]
 
 
 class HasRuns(Protocol):

@@ -1,8 +1,8 @@
 """The kinds of study. A new one is a folder beside this file and a line in `KINDS`.
 
 Its folder holds the command that makes one (`command.py`, its `COMMAND`), what is run (`plan.py`, a `StudyPlan`), what
-the stored records say (`records.py`, `results.py`), and the page about them (`page.py`, whose `STUDY` is all that
-reports know).
+the stored records say (`records.py`, a `Listed`, and `results.py`), and the page about them (`page.py`, of which reports
+know the `content` only).
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from steepest.lab.cli.command import Command
-    from steepest.lab.report.page import Study
+    from steepest.lab.report.page import Content
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,18 @@ class Kind:
         """The command that makes one."""
         return cast("type[Command]", importlib.import_module(f"{__name__}.{self.folder}.command").COMMAND)
 
-    def load(self) -> Study[Any]:
-        """How its records are read, and what its page says.
+    def content(self, study_dir: Path) -> Content:
+        """What the page of one says.
+
+        Args:
+            study_dir: The directory that holds `study.json`, or a packed study.
 
         Raises:
+            RecordError: If `study.json` is damaged; a damaged run is told on the page.
             ModuleNotFoundError: If the libraries that draw are not installed.
         """
-        return cast("Study[Any]", importlib.import_module(f"{__name__}.{self.folder}.page").STUDY)
+        page = importlib.import_module(f"{__name__}.{self.folder}.page")
+        return cast("Content", page.content(study_dir))
 
 
 KINDS: Mapping[str, Kind] = {

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from steepest.lab.disk.files import RecordError, make_directory, remove, write_whole
 from steepest.lab.disk.packed import STUDY_REMEDY
 from steepest.lab.studies import KINDS
 from steepest.lab.studies.records import read_kind
-
-if TYPE_CHECKING:
-    from steepest.lab.report.page import Content
 
 
 def write_report(study_dir: Path) -> Path:
@@ -35,7 +31,7 @@ def write_report(study_dir: Path) -> Path:
     try:
         from steepest.lab.report.page import render
 
-        content = _content(study_dir, read_kind(study_dir))
+        content = KINDS[read_kind(study_dir)].content(study_dir)
     except ModuleNotFoundError as missing:
         raise _not_installed(missing) from missing
     page, images = render(content, directory=str(study_dir))
@@ -65,16 +61,11 @@ def write_plots(study_dir: Path, kind: str) -> tuple[Path, ...]:
     try:
         from steepest.lab.report.page import pictures
 
-        content = _content(study_dir, kind)
+        content = KINDS[kind].content(study_dir)
     except ModuleNotFoundError as missing:
         raise _not_installed(missing) from missing
     images = _write_images(study_dir, pictures(content.figures), keys=content.keys)
     return (*images, *_write_tables(study_dir, content.tables))
-
-
-def _content(study_dir: Path, kind: str) -> Content:
-    study = KINDS[kind].load()
-    return study.content(study.read(study_dir))
 
 
 def _not_installed(missing: ModuleNotFoundError) -> ModuleNotFoundError:

@@ -13,7 +13,7 @@ from steepest.lab.disk.packed import RunFiles
 from steepest.lab.runs.config import configure
 from steepest.lab.runs.records import EvalRow, read_run
 from steepest.lab.runs.train import Interrupted, train_run
-from steepest.lab.studies.batch.crossings import run_crossing
+from steepest.lab.studies.batch.results import run_crossing
 from steepest.lab.tasks import make_task
 
 

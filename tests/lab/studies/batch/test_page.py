@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from steepest.lab.studies.batch.figures import figures
-from steepest.lab.studies.batch.model import look
+from steepest.lab.studies.batch.notices import look
 from steepest.lab.studies.batch.records import BatchStudy
 from steepest.lab.studies.batch.results import read_report
 from steepest.lab.studies.records import read_study

@@ -6,9 +6,8 @@ import math
 
 import pytest
 
-from steepest.lab.studies.batch.ratio import reference, sample_ratios
 from steepest.lab.studies.batch.records import BatchStudy
-from steepest.lab.studies.batch.results import BatchReport, read_report
+from steepest.lab.studies.batch.results import BatchReport, read_report, reference, sample_ratios
 from steepest.lab.studies.batch.varied import varied
 from steepest.lab.studies.records import read_study
 from steepest.lab.tasks import entry

@@ -106,8 +106,8 @@ def test_the_other_rate_may_go_along_but_other_options_may_not_change(tmp_path: 
 
 def test_without_the_untrained_model_nothing_is_expected(tmp_path: Path) -> None:
     study = read_study(write_sweep(tmp_path, {"a": replace(EXACT, lrs=FINE)}, seeds=(0,)), SweepStudy)
-    cut = tuple(replace(run, evals=run.evals[1:]) for run in study.runs)
-    sweep = read_results(replace(study, runs=cut))
+    cut = {one: replace(run, evals=run.evals[1:]) for one, run in study.found.items()}
+    sweep = read_results(replace(study, found=cut))
     assert sweep.untrained is None
     assert sweep.methods[0].expected == ()
     assert math.isclose(sweep.best or 0, 2.0, rel_tol=0.05)

@@ -12,8 +12,14 @@ from steepest.batch_size.curve import Estimate, bootstrap, percentiles, size_tex
 from steepest.lab.report import wording
 from steepest.lab.report.figure import Axis, Curve, Dots, Figure, Rule, Sort, around
 from steepest.lab.report.palette import GUIDE, Style, styles
-from steepest.lab.studies.batch.ratio import SampleRatio, reference, sample_ratios
-from steepest.lab.studies.batch.results import ArmResult, BatchReport, TargetResult
+from steepest.lab.studies.batch.results import (
+    ArmResult,
+    BatchReport,
+    SampleRatio,
+    TargetResult,
+    reference,
+    sample_ratios,
+)
 from steepest.lab.studies.batch.varied import KEYS as VARIED
 from steepest.lab.studies.batch.varied import varied_figures
 

@@ -4,16 +4,55 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
+from torch import nn
+
+from steepest.anatomy import route
 from steepest.lab.report import wording
 from steepest.lab.report.notices import GO_ON, Notice, cut, machines, notice, older, ordered, set_aside
 from steepest.lab.report.wording import plain
 from steepest.lab.report.wording import shortened as short
 from steepest.lab.runs.records import Run
-from steepest.lab.studies.batch.model import ModelFacts
 from steepest.lab.studies.batch.results import Arrival, BatchReport, TargetResult
 from steepest.lab.studies.batch.sentences import untuned
+from steepest.lab.tasks import make_task
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a look at the model found.
+
+    Args:
+        normalised: Names of its batch normalisations.
+        others: Part of its parameters that are in no matrix, and so under Adam with a Muon.
+        problem: Why it could not be built; None if it could.
+    """
+
+    normalised: tuple[str, ...]
+    others: float
+    problem: str | None = None
+
+
+def look(task: str, preset: str) -> ModelFacts:
+    """Build the model of a task once.
+
+    Args:
+        task: As `study.json` says, which may be anything.
+        preset: Likewise.
+    """
+    try:
+        model = make_task(task, preset).build_model(0)
+    except (ValueError, OSError) as problem:  # unknown names, or data that are elsewhere
+        return ModelFacts((), 0.0, str(problem))
+    plan = route(model)
+    sizes = {row.name: row.parameter.numel() for row in plan if row.trainable}
+    others = sum(sizes[row.name] for row in plan if row.trainable and row.role != "matrix")
+    kinds = (nn.modules.batchnorm._BatchNorm,)
+    names = tuple(name for name, module in model.named_modules() if isinstance(module, kinds))
+    return ModelFacts(names, others / sum(sizes.values()))
+
 
 _MOMENTA = ("momentum", "beta1")
 

@@ -21,7 +21,7 @@ from steepest.lab.methods import check_buildable, check_options, resolve
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, configure, run_hash
 from steepest.lab.runs.records import check_positive, read_run
-from steepest.lab.studies.batch.crossings import run_crossing
+from steepest.lab.studies.batch.results import run_crossing
 from steepest.lab.studies.study import StudyPlan, run_directory
 
 MOST_RATES = 9  # of one batch size; the search then ends, and the report flags the edge

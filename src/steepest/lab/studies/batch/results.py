@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from statistics import median
+from statistics import fmean, median
 
-from steepest.batch_size.curve import Crossing, Estimate, Point, TimeOptimum, estimate, time_optimal
+from scipy.stats import t as student
+
+from steepest.batch_size.curve import Crossing, Estimate, Point, TimeOptimum, estimate, first_crossing, time_optimal
 from steepest.batch_size.curve_fit import ALL_FAMILIES
 from steepest.lab.runs.comparable import Description, SetAside, comparable, fixed_options
 from steepest.lab.runs.config import RunConfig
 from steepest.lab.runs.records import Run
-from steepest.lab.studies.batch.crossings import run_crossing
+from steepest.lab.runs.schedule import SMOOTHED
 from steepest.lab.studies.batch.records import BatchAsked, BatchStudy
 from steepest.lab.studies.records import Recorded
 from steepest.lab.tasks import entry
@@ -218,10 +222,15 @@ def _rates(asked: Sequence[BatchAsked]) -> tuple[Rate, ...]:
 
 
 def _seconds(runs: Sequence[Run]) -> dict[int, float]:
-    """Median time of a step by batch size; one in which the clock stood still has none."""
+    """Median time of a step by batch size; one in which the clock stood still has none.
+
+    A run whose record has no rows of steps, as in a repository that keeps little, counts with its mean.
+    """
     times: dict[int, list[float]] = {}
     for run in runs:
         rows = [row.forward_backward_s + row.optimizer_s for row in run.train]
+        if not rows and run.result is not None and run.result.steps:
+            rows = [(run.result.forward_backward_s + run.result.optimizer_s) / run.result.steps]
         times.setdefault(run.config.batch_size, []).extend(rows)
     medians = {size: median(rows) for size, rows in sorted(times.items()) if rows}
     return {size: seconds for size, seconds in medians.items() if seconds > 0}
@@ -260,3 +269,87 @@ def _points(arrivals: Sequence[Arrival]) -> tuple[Point, ...]:
         for one in arrivals
         if one.crossing.status != "at the start" and one.crossing.steps > 0
     )
+
+
+def run_crossing(run: Run, target: float) -> Crossing:
+    """Where the validation loss of a run first comes down to a target, as medians of five evaluations say.
+
+    The median counts for the evaluation in the middle; the start counts as it is. So a run has crossed its own target
+    exactly if it ended for that reason.
+
+    Args:
+        run: With one evaluation at least.
+        target: Loss.
+    """
+    steps = [row.step for row in run.evals]
+    losses = [float("inf") if row.loss is None else row.loss for row in run.evals]
+    middle = SMOOTHED // 2
+    medians = [statistics.median(losses[i - middle : i + middle + 1]) for i in range(middle, len(losses) - middle)]
+    crossing = first_crossing([steps[0], *steps[middle : len(steps) - middle]], [losses[0], *medians], target)
+    if crossing.status in ("reached", "at the start"):
+        return crossing
+    return replace(crossing, steps=steps[-1], status="stopped" if math.isfinite(losses[-1]) else "diverged")
+
+
+@dataclass(frozen=True)
+class SampleRatio:
+    """Samples of the reference over those of an arm, at one batch size.
+
+    Args:
+        batch_size: Of both.
+        value: Geometric mean over the seeds that both share; a lower bound if `bound`.
+        low: End of the interval; None where there is one seed only, or a bound.
+        high: Likewise.
+        bound: Whether the reference was stopped with some seed, so that the true ratio is larger.
+    """
+
+    batch_size: int
+    value: float
+    low: float | None
+    high: float | None
+    bound: bool
+
+
+def reference(report: BatchReport) -> str | None:
+    """Name of the first arm of AdamW; None if it does not take part or is alone."""
+    names = [arm.name for arm in report.study.arms if arm.method == "adamw"]
+    return names[0] if names and len(report.arms) > 1 else None
+
+
+def sample_ratios(base: TargetResult, own: TargetResult, *, level: float) -> tuple[SampleRatio, ...]:
+    """The ratio at every batch size at which the arm arrived with all seeds.
+
+    Seeds are paired: they share weights and order of examples. One spread is taken for all batch sizes, as three seeds
+    do not tell it. As batch sizes are the same, this is also the ratio of steps and of tokens.
+
+    Args:
+        base: Reference.
+        own: Arm.
+        level: Of the intervals, by Student's t.
+    """
+    pairs = {size: _logs(base, own, size) for size in own.reached}
+    early = {size for size in pairs if any(one.crossing.status == "at the start" for one in base.at(size))}
+    pairs = {
+        size: logs for size, logs in pairs.items() if logs and size not in early
+    }  # there, K of the base is unknown
+    exact = [size for size in pairs if size in base.reached]
+    squares = sum((one - fmean(pairs[size])) ** 2 for size in exact for one in pairs[size])
+    freedom = sum(len(pairs[size]) - 1 for size in exact)
+    reach = float(student.ppf((1 + level) / 2, freedom)) * math.sqrt(squares / freedom) if freedom else None
+    found: list[SampleRatio] = []
+    for size, logs in pairs.items():
+        mean, bound = fmean(logs), size not in exact
+        margin = None if reach is None or bound else reach / math.sqrt(len(logs))
+        low, high = (None, None) if margin is None else (math.exp(mean - margin), math.exp(mean + margin))
+        found.append(SampleRatio(size, math.exp(mean), low, high, bound))
+    return tuple(found)
+
+
+def _logs(base: TargetResult, own: TargetResult, size: int) -> Sequence[float]:
+    """Log ratio of steps by seed; a reference below the target from the start says nothing."""
+    there = {one.seed: one.crossing for one in base.at(size) if one.crossing.status != "at the start"}
+    return [
+        math.log(there[one.seed].steps / one.crossing.steps)
+        for one in own.at(size)
+        if one.seed in there and there[one.seed].steps > 0
+    ]
