@@ -14,9 +14,9 @@ from pathlib import Path
 
 from steepest.lab.disk.fields import read_text
 from steepest.lab.disk.ledger import write_whole
-from steepest.lab.engine.given import train_runs
+from steepest.lab.engine.study import train_runs
 from steepest.lab.runs.config import RunConfig, configure
-from steepest.lab.runs.result import read_result
+from steepest.lab.runs.records import read_result
 from steepest.lab.studies.study import run_directory
 from steepest.lab.tasks import make_task
 

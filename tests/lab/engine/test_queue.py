@@ -19,7 +19,7 @@ from steepest.lab.disk.fields import RecordError
 from steepest.lab.engine import queue
 from steepest.lab.engine.queue import MOST_WAITING, open_queue
 from steepest.lab.engine.storage import StorageError, default_url
-from steepest.lab.runs.result import Result
+from steepest.lab.runs.records import Result
 from steepest.lab.studies.race.plan import Race
 from steepest.lab.studies.study import run_directory, write_study
 from steepest.lab.tasks import make_task

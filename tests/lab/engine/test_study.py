@@ -18,10 +18,11 @@ from steepest.lab.engine import study as engine
 from steepest.lab.engine.pool import KILLS, DiskFullError, Pool, last_words
 from steepest.lab.engine.queue import Queue
 from steepest.lab.engine.storage import StorageError
-from steepest.lab.engine.study import FailedRunsError, join_study, run_study
+from steepest.lab.engine.study import FailedRunsError, join_study, run_study, train_runs
 from steepest.lab.engine.worker import FULL
 from steepest.lab.engine.worker import main as worker_main
-from steepest.lab.runs.result import Result
+from steepest.lab.runs.config import configure
+from steepest.lab.runs.records import Result, read_result
 from steepest.lab.studies.study import StudyMismatchError, run_directory, write_study
 from steepest.lab.studies.sweep.plan import Sweep
 from steepest.lab.tasks import make_task
@@ -337,3 +338,21 @@ def test_whoever_waits_for_others_says_so(task, tmp_path, monkeypatch):
     screen = io.StringIO()
     run_study(sweep(task), tmp_path, command=ASK, workers=1, console=Console(file=screen, width=1000))
     assert screen.getvalue().count("Waiting for 2 runs: other processes train them, or are gone; a run whose") == 1
+
+
+TASK = make_task("digits", "demo")
+
+
+def test_what_is_missing_is_trained_and_what_is_there_stays(tmp_path):
+    first, second = (configure(TASK, method="sgd", seed=seed, steps=2, batch_size=4) for seed in (0, 1))
+    train_runs({"sgd": [first]}, tmp_path, workers=1)
+    before = (run_directory(tmp_path, first) / "result.json").read_bytes()
+    train_runs({"sgd": [first, second]}, tmp_path, workers=2)
+    assert (run_directory(tmp_path, first) / "result.json").read_bytes() == before
+    assert read_result(run_directory(tmp_path, second) / "result.json").steps == 2
+
+
+def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
+    config = configure(TASK, method="sgd", seed=0, steps=2, options={"momentum": 0.0})  # torch refuses Nesterov then
+    with pytest.raises(RuntimeError, match=rf"Not finished: .*{run_directory(tmp_path, config).name}: ValueError: "):
+        train_runs({"sgd": [config]}, tmp_path, workers=1)

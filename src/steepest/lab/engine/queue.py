@@ -27,7 +27,7 @@ from steepest.lab.disk.files import append_line, exists
 from steepest.lab.engine.pool import DiskFullError, Outcome, last_words
 from steepest.lab.engine.storage import BEAT_S, GRACE_S, StorageError, answering, connected, public_url
 from steepest.lab.methods import METHODS
-from steepest.lab.runs.result import Result, read_result
+from steepest.lab.runs.records import Result, read_result
 from steepest.lab.studies.study import Listing, read_config, read_listing
 
 OPEN = (TrialState.WAITING, TrialState.RUNNING)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from sqlalchemy.engine import URL
 
-from steepest.lab.disk.files import check_regular, exists, make_directory, one_line
+from steepest.lab.disk.files import check_regular, exists, make_directory, one_line, write_whole
 from steepest.lab.disk.ledger import RunBusyError, locked
 from steepest.lab.disk.ours import refusal
 from steepest.lab.engine.display import StudyDisplay
@@ -24,9 +24,17 @@ from steepest.lab.engine.queue import Queue, damaged_runs, missing_runs, open_qu
 from steepest.lab.engine.stopping import attend
 from steepest.lab.engine.storage import GRACE_S, StorageError, default_url, parse_url
 from steepest.lab.errors import Failure
+from steepest.lab.runs.config import RunConfig
 from steepest.lab.runs.version import code_version
 from steepest.lab.studies.report import write_report
-from steepest.lab.studies.study import StudyMismatchError, StudyPlan, read_config, read_listing, write_study
+from steepest.lab.studies.study import (
+    StudyMismatchError,
+    StudyPlan,
+    read_config,
+    read_listing,
+    run_directory,
+    write_study,
+)
 from steepest.lab.tasks import make_task
 
 IDLE_S = 1.0  # until a worker without a run looks again: another one may have died
@@ -304,3 +312,36 @@ def _work(queue: Queue, pool: Pool) -> None:
 
 def _reasons(failed: Sequence[Path]) -> str:
     return "\n".join(f"  {run / 'worker.log'}: {last_words(run)}" for run in failed)
+
+
+def train_runs(runs: Mapping[str, Sequence[RunConfig]], out: Path, *, workers: int) -> None:
+    """Train what has no result yet; an interrupted run goes on from its checkpoint.
+
+    Args:
+        runs: Under the labels that the display shows.
+        out: Each run gets a directory in `out/runs`, named by its content.
+        workers: Runs at once, one CPU thread each.
+
+    Raises:
+        RuntimeError: If a run did not end; the message says which, and its last words.
+        StudyMismatchError: If `out` holds what is not ours.
+        KeyboardInterrupt: If the user stopped it; every run is saved.
+    """
+    if (problem := refusal(out, "study")) is not None:
+        raise StudyMismatchError(problem)
+    configs = [config for labelled in runs.values() for config in labelled]
+    for config in configs:
+        directory = run_directory(out, config)
+        make_directory(directory)
+        if not exists(directory / "config.json"):
+            write_whole(directory / "config.json", config.to_json())
+    shown = {label: [run_directory(out, config) for config in labelled] for label, labelled in runs.items()}
+    missing = [run for config in configs if not exists((run := run_directory(out, config)) / "result.json")]
+    pool = Pool(workers, threads=1, data=None, stop=threading.Event())
+    steps = max(config.steps for config in configs)
+    console = Console()
+    with StudyDisplay(shown, steps=steps, console=console) as display, ThreadPoolExecutor(workers) as threads:
+        outcomes = {run: threads.submit(pool.train, run) for run in missing}
+        attend(list(outcomes.values()), pool, update=display.update, tell=console.print, patience_s=STOP_S)
+    if failed := [run for run, outcome in outcomes.items() if outcome.result() != "finished"]:
+        raise RuntimeError("Not finished: " + "; ".join(f"{run}: {last_words(run)}" for run in failed))

@@ -1,15 +1,27 @@
-"""Checkpoints: written at once, checked byte by byte when read, and loaded without running code from the file."""
+"""Checkpoints: written at once, checked byte by byte when read, and loaded without running code from the file.
+
+What one must say to be that of a run at its step is checked, too: it may have been put in place of ours.
+"""
+
+from __future__ import annotations
 
 import io
+import math
 import os
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from steepest.lab.disk.files import RecordError, one_line, open_to_read, write_whole
 from steepest.lab.errors import Failure
+from steepest.lab.runs.schedule import SMOOTHED
+from steepest.lab.tasks.order import ExampleOrder
 
 _REMEDY = "Delete this file and repeat the command: the run starts again from step 0, nothing else is lost."
 
@@ -72,3 +84,156 @@ def _check_sizes(path: Path, archive: zipfile.ZipFile, size: int) -> None:
 
 def _first_line(problem: Exception) -> str:
     return (str(problem).splitlines() or [type(problem).__name__])[0]
+
+
+MOST_THREADS = 4096
+# of a group; what is not among them an optimizer counts itself
+_OPTIONS = frozenset(
+    (
+        "lr",
+        "initial_lr",
+        "momentum",
+        "beta2",
+        "betas",
+        "eps",
+        "weight_decay",
+        "nesterov",
+        "norm",
+        "role",
+        "view",
+        "ns_coefficients",
+        "ns_steps",
+        "adjust_lr_fn",
+        "dampening",
+        "amsgrad",
+        "maximize",
+    )
+)
+_LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "second_moment")
+
+
+def finite(weights: Mapping[str, Tensor]) -> bool:
+    """Whether every weight is a finite number."""
+    return all(bool(torch.isfinite(weight).all()) for weight in weights.values())
+
+
+def check_progress(state: Mapping[str, Any], order: ExampleOrder, *, steps: int, batch_size: int) -> None:
+    """Check how far the run is: counters, losses, threads and the place in the data.
+
+    Args:
+        state: Of the checkpoint.
+        order: Of the run.
+        steps: Of the whole run.
+        batch_size: Of the run.
+
+    Raises:
+        ValueError: If a value is of another type or out of range, or two of them contradict each other.
+    """
+    counters = state["counters"]
+    for name, most in (("step", steps), ("peak_memory_bytes", 2**63)):
+        _expect(name, counters[name], _whole(counters[name]) and 0 <= counters[name] <= most)
+    for name in ("forward_backward_s", "optimizer_s"):
+        _expect(name, counters[name], _number(counters[name]) and counters[name] >= 0)
+    _expect("near", counters["near"], isinstance(counters["near"], bool))
+    _expect("diverged", state["diverged"], isinstance(state["diverged"], bool))
+    losses = state["losses"]
+    _expect("losses", losses, isinstance(losses, list) and len(losses) <= SMOOTHED and all(map(_float, losses)))
+    _expect("threads", state["threads"], _whole(state["threads"]) and 1 <= state["threads"] <= MOST_THREADS)
+    evaluation = state["evaluation"]
+    if evaluation is not None:
+        _expect("evaluation", evaluation, _float(evaluation["loss"]))
+        _expect("evaluation", evaluation, evaluation["accuracy"] is None or _number(evaluation["accuracy"]))
+    if (final := state["final"]) is not None:
+        _expect("final", final, _float(final["loss"]))
+    place = state["order"]
+    seen = place["epoch"] * order.size + place["position"]
+    if seen != counters["step"] * batch_size:
+        raise ValueError(f"{seen} examples were seen in {counters['step']} steps of {batch_size}")
+
+
+def check_weights(saved: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Check names, types and shapes of weights, and that they are finite, as those of every saved run are.
+
+    Raises:
+        ValueError: If one differs; it is named.
+    """
+    own = model.state_dict()
+    if saved.keys() != own.keys():
+        raise ValueError(f"the weights {sorted(saved.keys() ^ own.keys())[:3]} are missing or unknown")
+    for name, weight in own.items():
+        _same_kind(name, saved[name], weight)
+    if (lost := next((name for name, weight in saved.items() if not finite({name: weight})), None)) is not None:
+        raise ValueError(f"{lost} holds numbers that are not finite, with which no run is saved")
+
+
+def check_optimizer(
+    state: Mapping[str, Any], optimizer: Optimizer, scheduler: LRScheduler, factor: Callable[[int], float]
+) -> None:
+    """Check the optimizer's options against those that the run's config gives it, and its rates against the schedule.
+
+    Args:
+        state: Of the checkpoint.
+        optimizer: Of the run, fresh.
+        scheduler: Likewise.
+        factor: What the rate is multiplied by at a step.
+
+    Raises:
+        ValueError: If an option, a rate, or the type or shape of an average is another one.
+    """
+    planned, step = state["scheduler"], state["counters"]["step"]
+    at = planned["last_epoch"]
+    _expect("last_epoch", at, _whole(at) and at in ({step, step - 1} if state["diverged"] else {step}))
+    if planned["base_lrs"] != scheduler.base_lrs:
+        raise ValueError(f"the learning rates are {planned['base_lrs']}, the config says {scheduler.base_lrs}")
+    given, fresh = _parts(state["optimizer"]), _parts(optimizer.state_dict())
+    groups = [group for part in given for group in part["param_groups"]]
+    own = [group for part in fresh for group in part["param_groups"]]
+    if len(given) != len(fresh) or len(groups) != len(own):
+        raise ValueError(f"it has {len(groups)} parameter groups, the run has {len(own)}")
+    for number, (group, expected) in enumerate(zip(groups, own, strict=True)):
+        _check_group(number, group, {**expected, "lr": scheduler.base_lrs[number] * factor(at)})
+    for part, live in zip(given, getattr(optimizer, "parts", (optimizer,)), strict=True):
+        _check_averages(part["state"], [p for group in live.param_groups for p in group["params"]])
+
+
+def _check_group(number: int, group: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for key in expected.keys() & _OPTIONS:
+        if group[key] != expected[key]:
+            problem = f"{key} of group {number} is {group[key]!r}, the config and the step make it {expected[key]!r}"
+            raise ValueError(problem)
+
+
+def _check_averages(state: Mapping[int, Mapping[str, Any]], parameters: Sequence[Tensor]) -> None:
+    for index, own in state.items():
+        if not _whole(index) or not 0 <= index < len(parameters):
+            raise ValueError(f"the optimizer's state is of parameter {index!r}, the run has {len(parameters)}")
+        for key in _LIKE_WEIGHTS:
+            if own.get(key) is not None:
+                _same_kind(f"{key} of parameter {index}", own[key], parameters[index])
+
+
+def _parts(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list(state["parts"]) if "parts" in state else [state]
+
+
+def _same_kind(name: str, saved: object, own: Tensor) -> None:
+    if not isinstance(saved, Tensor) or (saved.dtype, saved.shape) != (own.dtype, own.shape):
+        found = (saved.dtype, tuple(saved.shape)) if isinstance(saved, Tensor) else type(saved).__name__
+        raise ValueError(f"{name} is {found}, the run has {own.dtype, tuple(own.shape)}")
+
+
+def _expect(name: str, value: object, right: bool) -> None:
+    if not right:
+        raise ValueError(f"{name} is {repr(value)[:80]}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _float(value: object) -> bool:
+    return isinstance(value, float) or _whole(value)
+
+
+def _number(value: object) -> bool:
+    return (isinstance(value, float) and math.isfinite(value)) or _whole(value)

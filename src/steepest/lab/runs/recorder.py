@@ -10,7 +10,7 @@ from typing import Self
 import msgspec
 
 from steepest.lab.disk.ledger import MetricsFile
-from steepest.lab.runs.result import Final
+from steepest.lab.runs.records import Final
 from steepest.lab.tasks.held_out import Evaluation
 
 

@@ -24,7 +24,7 @@ from steepest.lab.errors import UsageError
 from steepest.lab.runs.config import RunConfig, run_hash
 from steepest.lab.runs.environment import describe_environment
 from steepest.lab.runs.recorder import Recorder
-from steepest.lab.runs.result import Result, read_result
+from steepest.lab.runs.records import Result, read_result
 from steepest.lab.runs.training import Training
 from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import make_task

@@ -14,12 +14,19 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from steepest.lab.methods import build_optimizer
-from steepest.lab.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from steepest.lab.runs.checkpoint import (
+    CheckpointError,
+    check_optimizer,
+    check_progress,
+    check_weights,
+    finite,
+    load_checkpoint,
+    save_checkpoint,
+)
 from steepest.lab.runs.config import RunConfig, names_of, run_hash
-from steepest.lab.runs.memory import peak_memory
+from steepest.lab.runs.environment import peak_memory
 from steepest.lab.runs.recorder import Recorder
-from steepest.lab.runs.result import Final, Result
-from steepest.lab.runs.resumed import check_optimizer, check_progress, check_weights, finite
+from steepest.lab.runs.records import Final, Result
 from steepest.lab.runs.schedule import FAR_SPACING, NEAR, SMOOTHED, SPACING, evaluates, rate_factor, reached
 from steepest.lab.tasks.held_out import Evaluation
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
