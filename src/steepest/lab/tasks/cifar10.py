@@ -2,25 +2,21 @@
 
 import functools
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from steepest.lab.disk.files import exists, read_data
-from steepest.lab.models.convnet import ConvNet
-from steepest.lab.tasks.held_out import TUNING_SHARE, Evaluation, HeldOut, Part, Sizes, evaluation
-from steepest.lab.tasks.order import derive_seed
-from steepest.lab.tasks.task import Batch, Budget, DataIdentity, PresetName
+from steepest.lab.tasks.held_out import Sizes
+from steepest.lab.tasks.images import ImagePreset, Images, ImageTask
+from steepest.lab.tasks.task import Budget, DataIdentity, PresetName, folder_of
 
 CLASSES = 10
 IMAGE = (3, 32, 32)  # red, green, blue; rows; columns
 ROW = 1 + 3 * 32 * 32  # bytes of one example: label, then pixels
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
-EVALUATION_BATCH = 500
 MOST_BYTES = 2**30  # of a file; those of CIFAR-10 have 31 MB
 _REMEDY = (
     "Download cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, unpack it, and give its folder: "
@@ -28,25 +24,16 @@ _REMEDY = (
 )
 
 
-@dataclass(frozen=True)
-class Cifar10Preset:
-    """One size of the task: channels of each convolution, the length of a run, and what is evaluated."""
-
-    channels: tuple[int, ...]
-    budget: Budget
-    held_out: Sizes
-
-
-PRESETS: dict[PresetName, Cifar10Preset] = {
-    "demo": Cifar10Preset((16, 32, 64), Budget(steps=300, batch_size=64, eval_every=20), Sizes(1000, 1000, 4000)),
-    "tiny": Cifar10Preset((32, 64, 128), Budget(steps=1000, batch_size=64, eval_every=50), Sizes(2000, 2500, 7500)),
-    "small": Cifar10Preset(
+PRESETS: dict[PresetName, ImagePreset] = {
+    "demo": ImagePreset((16, 32, 64), Budget(steps=300, batch_size=64, eval_every=20), Sizes(1000, 1000, 4000)),
+    "tiny": ImagePreset((32, 64, 128), Budget(steps=1000, batch_size=64, eval_every=50), Sizes(2000, 2500, 7500)),
+    "small": ImagePreset(
         (64, 128, 256, 256), Budget(steps=2000, batch_size=64, eval_every=200), Sizes(7500, 2500, 7500)
     ),
 }
 
 
-class Cifar10Task:
+class Cifar10Task(ImageTask):
     """50,000 images to train on; of the 10,000 test images a quarter to tune by, the rest to report on.
 
     Each channel is shifted and scaled to mean 0 and variance 1 over the training images; there is no augmentation. The
@@ -62,85 +49,26 @@ class Cifar10Task:
     """
 
     name = "cifar10"
-    tokens_per_example = 1  # "tokens" counts images here
     own_data = False
 
     def __init__(self, preset: PresetName, *, data: Path | None = None) -> None:
-        self.preset: PresetName = preset
-        self.size = PRESETS[preset]
-        self.budget = self.size.budget
-        images = _read_once(_checked_folder(data))
-        self._identity = images.identity
-        self.mean, self.std = images.mean, images.std
-        self.train_images, self.train_labels = images.train
-        self.held_out_images, self.held_out_labels = images.test
-        tuning = len(self.held_out_images) // TUNING_SHARE
-        self.held_out = HeldOut(tuning, len(self.held_out_images) - tuning, self.size.held_out)
-
-    @property
-    def train_size(self) -> int:
-        """Number of training images."""
-        return len(self.train_images)
-
-    def data_identity(self) -> DataIdentity:
-        """Name of the folder, SHA-256 and size of all files together."""
-        return self._identity
-
-    def build_model(self, seed: int) -> nn.Module:
-        """A fresh network whose weights depend on `seed` only; torch's global generator is left as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed("model", seed))
-            return ConvNet(classes=CLASSES, channels=self.size.channels, in_channels=IMAGE[0])
-
-    def batch(self, examples: Tensor) -> Batch:
-        """Images (B, 3, 32, 32) and labels (B,) of the training images `examples` (B,)."""
-        return self._normalized(self.train_images[examples]), self.train_labels[examples]
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats per image, 0-d."""
-        images, labels = batch
-        return F.cross_entropy(model(images), labels)
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, part: Part, *, whole: bool) -> Evaluation:
-        """Mean cross-entropy and share of right answers over the images of a part."""
-        examples = self.held_out.examples(part, whole=whole)
-        images, labels = self.held_out_images[examples], self.held_out_labels[examples]
-        logits = torch.cat([model(self._normalized(pixels)) for pixels in images.split(EVALUATION_BATCH)])
-        return evaluation(F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels)
-
-    def _normalized(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() - self.mean) / self.std
-
-
-@dataclass(frozen=True)
-class _Images:
-    """Pixels (n, 3, 32, 32) uint8 with labels (n,) int64, and mean and deviation (3, 1, 1) of the training pixels."""
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    mean: Tensor
-    std: Tensor
-    identity: DataIdentity
+        super().__init__(preset, PRESETS[preset], _read_once(_checked_folder(data)))
 
 
 def _checked_folder(data: Path | None) -> Path:
     """The folder, with every file in it."""
-    if data is None:
-        raise FileNotFoundError(f"The task 'cifar10' has no data of its own. {_REMEDY}")
-    if not data.is_dir():
-        raise FileNotFoundError(f"--data {str(data)!r} is not a folder. {_REMEDY}")
-    missing = [name for name in (*TRAIN_FILES, *TEST_FILES) if not (data / name).is_file()]
-    if missing and exists(data / "data_batch_1"):
+    folder = folder_of("cifar10", data, _REMEDY)
+    missing = [name for name in (*TRAIN_FILES, *TEST_FILES) if not (folder / name).is_file()]
+    if missing and exists(folder / "data_batch_1"):
         problem = "is the version of CIFAR-10 for Python: pickles, which could run any code when they are read"
         raise ValueError(f"--data {str(data)!r} {problem}. {_REMEDY}")
     if missing:
         raise FileNotFoundError(f"--data {str(data)!r} has no {', '.join(missing)}. {_REMEDY}")
-    return data.resolve()
+    return folder
 
 
 @functools.lru_cache(maxsize=1)
-def _read_once(folder: Path) -> _Images:
+def _read_once(folder: Path) -> Images:
     digest = hashlib.sha256()
     parts = {name: _read_rows(folder / name) for name in (*TRAIN_FILES, *TEST_FILES)}
     for rows in parts.values():
@@ -150,7 +78,7 @@ def _read_once(folder: Path) -> _Images:
     train = _split(torch.cat([parts[name] for name in TRAIN_FILES]))
     test = _split(torch.cat([parts[name] for name in TEST_FILES]))
     mean, std = _moments(train[0])
-    return _Images(train, test, mean, std, DataIdentity(folder.name, digest.hexdigest(), size))
+    return Images(train, test, mean, std, DataIdentity(folder.name, digest.hexdigest(), size))
 
 
 def _read_rows(path: Path) -> Tensor:

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from steepest.lab.disk.files import DataError, open_data
-from steepest.lab.models.gpt import GPT, GPTConfig
-from steepest.lab.tasks.held_out import TUNING_SHARE, Evaluation, HeldOut, Part, Sizes, evaluation
-from steepest.lab.tasks.order import derive_seed
-from steepest.lab.tasks.task import Batch, Budget, DataIdentity, PresetName
-from steepest.lab.tasks.text import window_losses
+from steepest.lab.models.gpt import GPTConfig
+from steepest.lab.tasks.held_out import TUNING_SHARE, Sizes
+from steepest.lab.tasks.task import Budget, DataIdentity, PresetName, folder_of
+from steepest.lab.tasks.windows import WindowPreset, WindowTask
 
 MAGIC, VERSION = 20240520, 1
 HEADER = 1024  # bytes: 256 little-endian int32, of which the first three are magic, version and number of tokens
@@ -28,30 +26,20 @@ _REMEDY = (
 )
 
 
-@dataclass(frozen=True)
-class FinewebPreset:
-    """One size of the task: the model, the window of T tokens, the length of a run, and what is evaluated."""
-
-    model: GPTConfig
-    window: int
-    budget: Budget
-    held_out: Sizes
-
-
 def _model(layers: int, width: int, head_size: int) -> GPTConfig:
     return GPTConfig(vocabulary=PADDED, layers=layers, width=width, head_size=head_size)
 
 
-PRESETS: dict[PresetName, FinewebPreset] = {
-    "demo": FinewebPreset(_model(2, 128, 32), 128, Budget(steps=100, batch_size=4, eval_every=10), Sizes(32, 64, 256)),
-    "tiny": FinewebPreset(_model(4, 128, 32), 128, Budget(steps=500, batch_size=8, eval_every=25), Sizes(64, 128, 512)),
-    "small": FinewebPreset(
+PRESETS: dict[PresetName, WindowPreset] = {
+    "demo": WindowPreset(_model(2, 128, 32), 128, Budget(steps=100, batch_size=4, eval_every=10), Sizes(32, 64, 256)),
+    "tiny": WindowPreset(_model(4, 128, 32), 128, Budget(steps=500, batch_size=8, eval_every=25), Sizes(64, 128, 512)),
+    "small": WindowPreset(
         _model(6, 256, 64), 256, Budget(steps=1000, batch_size=8, eval_every=50), Sizes(128, 256, 1024)
     ),
 }
 
 
-class FinewebTask:
+class FinewebTask(WindowTask):
     """GPT-2 tokens in windows that do not overlap or cross shards; an example is one window of T + 1 tokens.
 
     Shards stay on disk. They are read in the order of their names.
@@ -69,59 +57,17 @@ class FinewebTask:
     own_data = False
 
     def __init__(self, preset: PresetName, *, data: Path | None = None) -> None:
-        self.preset: PresetName = preset
-        self.size = PRESETS[preset]
-        self.budget = self.size.budget
-        self.tokens_per_example = self.size.window
-        folder = _checked_folder(data)
-        train, held_out = (_shards(folder, part) for part in ("train", "val"))
-        self._identity = _identify(folder.name, train, held_out)
-        self.train_windows = Windows(train, self.size.window, part="training")
-        self.held_out_windows = Windows(held_out, self.size.window, part="validation")
-        tuning = len(self.held_out_windows) // TUNING_SHARE
+        size, folder = PRESETS[preset], folder_of(self.name, data, _REMEDY)
+        shards, others = (_shards(folder, part) for part in ("train", "val"))
+        identity = _identify(folder.name, shards, others)
+        train = ShardWindows(shards, size.window, part="training")
+        held_out = ShardWindows(others, size.window, part="validation")
+        tuning = len(held_out) // TUNING_SHARE
         if tuning == 0:
-            problem = f"The validation shards of {folder.name!r} fill {len(self.held_out_windows)} windows"
+            problem = f"The validation shards of {folder.name!r} fill {len(held_out)} windows"
             raise ValueError(f"{problem}; {TUNING_SHARE} are needed, to tune by one of them. {_REMEDY}")
-        self.held_out = HeldOut(tuning, len(self.held_out_windows) - tuning, self.size.held_out)
-
-    @property
-    def train_size(self) -> int:
-        """Number of training windows."""
-        return len(self.train_windows)
-
-    def data_identity(self) -> DataIdentity:
-        """Name of the folder, size of all shards, and a SHA-256 that is made without reading all of them.
-
-        Of each shard it sees the header, the size, and the first and last MiB of tokens, in order, training shards
-        first. Names count only by the order that they give. A change in the middle of a shard goes unnoticed.
-        """
-        return self._identity
-
-    def build_model(self, seed: int) -> nn.Module:
-        """A fresh transformer whose weights depend on `seed` only; torch's global generator is left as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed("model", seed))
-            return GPT(self.size.model)
-
-    def batch(self, examples: Tensor) -> Batch:
-        """Inputs and targets, each (B, T) int64, of the windows `examples` (B,).
-
-        Raises:
-            DataError: If there is a token in them that GPT-2 does not have, or a shard has another size by now.
-        """
-        windows = self.train_windows[examples]
-        return windows[:, :-1], windows[:, 1:]
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats per token, 0-d."""
-        inputs, targets = batch
-        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, part: Part, *, whole: bool) -> Evaluation:
-        """Mean cross-entropy over the windows of a part, the same for every run."""
-        batches = self.held_out.examples(part, whole=whole).split(self.budget.batch_size)
-        return evaluation(torch.cat([window_losses(model, self.held_out_windows[batch]) for batch in batches]))
+        super().__init__(preset, size, train, held_out, tuning=tuning, identity=identity)
+        self.evaluation_batch = size.budget.batch_size
 
 
 @dataclass(frozen=True)
@@ -163,7 +109,7 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, tokens)
 
 
-class Windows:
+class ShardWindows:
     """All whole windows of some shards, numbered through; a window is read when it is asked for.
 
     Args:
@@ -214,14 +160,6 @@ class Windows:
         return window
 
 
-def _checked_folder(data: Path | None) -> Path:
-    if data is None:
-        raise FileNotFoundError(f"The task 'fineweb' has no data of its own. {_REMEDY}")
-    if not data.is_dir():
-        raise FileNotFoundError(f"--data {str(data)!r} is not a folder. {_REMEDY}")
-    return data.resolve()
-
-
 def _shards(folder: Path, part: str) -> list[Shard]:
     paths = sorted(folder.glob(f"*_{part}_*.bin"))
     if not paths:
@@ -230,6 +168,11 @@ def _shards(folder: Path, part: str) -> list[Shard]:
 
 
 def _identify(name: str, train: Sequence[Shard], validation: Sequence[Shard]) -> DataIdentity:
+    """Name of the folder, size of all shards, and a SHA-256 that is made without reading all of them.
+
+    Of each shard it sees the header, the size, and the first and last MiB of tokens, in order, training shards first.
+    Names count only by the order that they give. A change in the middle of a shard goes unnoticed.
+    """
     digest = hashlib.sha256()
     for part, shards in (("train", train), ("val", validation)):
         digest.update(f"{part} {len(shards)}\0".encode())

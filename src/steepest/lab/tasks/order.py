@@ -1,7 +1,8 @@
 """The order in which a run sees its examples: fixed by the seed alone, whatever the batch size."""
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,6 +16,18 @@ def derive_seed(*parts: str | int) -> int:
     """
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
+
+
+@contextlib.contextmanager
+def seeded(*parts: str | int) -> Generator[None]:
+    """Let torch draw by `derive_seed` for a while; its global generator is then what it was.
+
+    Args:
+        parts: What the numbers are for.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(*parts))
+        yield
 
 
 class ExampleOrder:

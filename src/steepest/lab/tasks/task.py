@@ -1,6 +1,7 @@
 """What a task is: data, a model, a loss and a metric, at one of several sizes."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
@@ -28,6 +29,24 @@ class Budget:
     steps: int
     batch_size: int
     eval_every: int
+
+
+def folder_of(task: str, data: Path | None, remedy: str) -> Path:
+    """The folder with the user's data, for a task that has none of its own.
+
+    Args:
+        task: Its name.
+        data: What was given.
+        remedy: Where data are had from; ends every error message.
+
+    Raises:
+        FileNotFoundError: If nothing was given, or no folder.
+    """
+    if data is None:
+        raise FileNotFoundError(f"The task {task!r} has no data of its own. {remedy}")
+    if not data.is_dir():
+        raise FileNotFoundError(f"--data {str(data)!r} is not a folder. {remedy}")
+    return data.resolve()
 
 
 class Task(Protocol):
