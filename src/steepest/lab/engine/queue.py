@@ -28,7 +28,7 @@ from steepest.lab.engine.pool import DiskFullError, Outcome, last_words
 from steepest.lab.engine.storage import BEAT_S, GRACE_S, StorageError, answering, connected, public_url
 from steepest.lab.methods import METHODS
 from steepest.lab.runs.records import Result, read_result
-from steepest.lab.studies.study import Listing, read_config, read_listing
+from steepest.lab.studies.study import Listing, read_listed, read_listing
 
 OPEN = (TrialState.WAITING, TrialState.RUNNING)
 MOST_WAITING = 16  # trials at a time: whoever takes one reads all that wait
@@ -191,7 +191,7 @@ class Queue:
         """A new trial: one that waits, or one that shows a result that was there already."""
         params: dict[str, object] = {}
         with contextlib.suppress(RecordError):  # the worker says what is wrong with it
-            config = read_config(run)
+            config = read_listed(run)
             params = {"method": config.method, "seed": config.seed, "lr": config.options.get("lr", 0.0)}
         params = {name: value for name, value in params.items() if name != "lr" or value}  # its scale is logarithmic
         state = TrialState.WAITING if result is None else TrialState.COMPLETE

@@ -30,7 +30,7 @@ from steepest.lab.studies.report import write_report
 from steepest.lab.studies.study import (
     StudyMismatchError,
     StudyPlan,
-    read_config,
+    read_listed,
     read_listing,
     run_directory,
     write_study,
@@ -167,7 +167,7 @@ def join_study(
     if not listing.runs:
         raise StudyMismatchError(f"The study in {out} has no runs. Start it again with steepest sweep or race.")
     _check_same(out, listing.runs, data)
-    steps = read_config(out / "runs" / next(iter(listing.runs))).steps
+    steps = read_listed(out / "runs" / next(iter(listing.runs))).steps
     with open_queue(out, url, create=False) as queue:
         failed = _train(queue, pool, console or Console(), steps=steps)
         while _led(out):  # whoever leads adds runs when results ask for them
@@ -224,7 +224,7 @@ def _check_same(out: Path, names: Iterable[str], data: Path | None) -> None:
     unfinished = (out / "runs" / name for name in names if not exists(out / "runs" / name / "result.json"))
     if (run := next(unfinished, None)) is None:
         return
-    config = read_config(run)  # all runs have the same code and data
+    config = read_listed(run)  # all runs have the same code and data
     if config.code != code_version():
         raise StudyMismatchError(
             f"The runs in {out} are configured for the code {one_line(config.code)}, this is {code_version()}. "

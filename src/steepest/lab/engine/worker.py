@@ -18,10 +18,9 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from steepest.lab.disk.fields import read_text
 from steepest.lab.disk.files import one_line
 from steepest.lab.disk.ledger import RunBusyError
-from steepest.lab.runs.config import RunConfig
+from steepest.lab.runs.config import read_config
 from steepest.lab.runs.train import Interrupted, train_run
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
@@ -55,10 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     threading.Thread(target=_end_without, args=(options.parent,), daemon=True).start()
-    path = options.run_dir / "config.json"
-    config = RunConfig.from_json(
-        read_text(path, remedy="Repeat the race's command: it writes the file anew."), path=path
-    )
+    config = read_config(options.run_dir, remedy="Repeat the race's command: it writes the file anew.")
     try:
         train_run(
             config,

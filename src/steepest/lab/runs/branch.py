@@ -29,7 +29,7 @@ from steepest.lab.disk.files import digest, exists, make_directory, one_line, wr
 from steepest.lab.disk.ledger import locked
 from steepest.lab.disk.ours import refusal
 from steepest.lab.errors import UsageError
-from steepest.lab.runs.config import RunConfig, run_hash
+from steepest.lab.runs.config import RunConfig, read_config, run_hash
 from steepest.lab.runs.schedule import rate_factor
 from steepest.lab.runs.train import load_task, using_threads
 from steepest.lab.runs.training import Training
@@ -185,10 +185,9 @@ def read_parent(run_dir: Path) -> RunConfig:
         NoBranchError: If there is no checkpoint, or the code is another.
         RecordError: If there is no config, or it is damaged.
     """
-    path = run_dir / "config.json"
-    if not exists(path):
-        raise RecordError(path, "no run here", _RUN)
-    config = RunConfig.from_json(read_text(path, remedy=_RUN), path=path, remedy=_RUN)
+    if not exists(run_dir / "config.json"):
+        raise RecordError(run_dir / "config.json", "no run here", _RUN)
+    config = read_config(run_dir, remedy=_RUN)
     if not exists(run_dir / "checkpoint.pt"):
         raise NoBranchError(f"{run_dir} holds no checkpoint. {_RUN}")
     if config.code != code_version():

@@ -6,21 +6,25 @@ What one must say to be that of a run at its step is checked, too: it may have b
 from __future__ import annotations
 
 import io
-import math
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from steepest.lab.disk.fields import Count, Seconds
 from steepest.lab.disk.files import RecordError, one_line, open_to_read, write_whole
 from steepest.lab.errors import Failure
+from steepest.lab.runs.records import Final
 from steepest.lab.runs.schedule import SMOOTHED
+from steepest.lab.tasks.held_out import Evaluation
 from steepest.lab.tasks.order import ExampleOrder
 
 _REMEDY = "Delete this file and repeat the command: the run starts again from step 0, nothing else is lost."
@@ -117,8 +121,29 @@ def finite(weights: Mapping[str, Tensor]) -> bool:
     return all(bool(torch.isfinite(weight).all()) for weight in weights.values())
 
 
-def check_progress(state: Mapping[str, Any], order: ExampleOrder, *, steps: int, batch_size: int) -> None:
-    """Check how far the run is: counters, losses, threads and the place in the data.
+class Counters(msgspec.Struct, forbid_unknown_fields=True):
+    """What has been done and what it took; seconds go on counting after an interruption."""
+
+    step: Count = 0
+    near: bool = False  # the target, by the training loss
+    forward_backward_s: Seconds = 0.0
+    optimizer_s: Seconds = 0.0
+    peak_memory_bytes: Count = 0
+
+
+class Progress(msgspec.Struct):
+    """How far a run is: counters, losses of the last evaluations, threads, and the last evaluations themselves."""
+
+    counters: Counters
+    diverged: bool
+    losses: Annotated[list[float], Meta(max_length=SMOOTHED)]
+    threads: Annotated[int, Meta(ge=1, le=MOST_THREADS)]
+    evaluation: Evaluation | None
+    final: Final | None
+
+
+def read_progress(state: Mapping[str, Any], order: ExampleOrder, *, steps: int, batch_size: int) -> Progress:
+    """How far the run of a checkpoint is.
 
     Args:
         state: Of the checkpoint.
@@ -129,26 +154,15 @@ def check_progress(state: Mapping[str, Any], order: ExampleOrder, *, steps: int,
     Raises:
         ValueError: If a value is of another type or out of range, or two of them contradict each other.
     """
-    counters = state["counters"]
-    for name, most in (("step", steps), ("peak_memory_bytes", 2**63)):
-        _expect(name, counters[name], _whole(counters[name]) and 0 <= counters[name] <= most)
-    for name in ("forward_backward_s", "optimizer_s"):
-        _expect(name, counters[name], _number(counters[name]) and counters[name] >= 0)
-    _expect("near", counters["near"], isinstance(counters["near"], bool))
-    _expect("diverged", state["diverged"], isinstance(state["diverged"], bool))
-    losses = state["losses"]
-    _expect("losses", losses, isinstance(losses, list) and len(losses) <= SMOOTHED and all(map(_float, losses)))
-    _expect("threads", state["threads"], _whole(state["threads"]) and 1 <= state["threads"] <= MOST_THREADS)
-    evaluation = state["evaluation"]
-    if evaluation is not None:
-        _expect("evaluation", evaluation, _float(evaluation["loss"]))
-        _expect("evaluation", evaluation, evaluation["accuracy"] is None or _number(evaluation["accuracy"]))
-    if (final := state["final"]) is not None:
-        _expect("final", final, _float(final["loss"]))
-    place = state["order"]
+    try:
+        progress = msgspec.convert({name: state[name] for name in Progress.__struct_fields__}, Progress)
+    except msgspec.ValidationError as problem:
+        raise ValueError(str(problem)) from None
+    done, place = progress.counters.step, state["order"]
     seen = place["epoch"] * order.size + place["position"]
-    if seen != counters["step"] * batch_size:
-        raise ValueError(f"{seen} examples were seen in {counters['step']} steps of {batch_size}")
+    if done > steps or seen != done * batch_size:
+        raise ValueError(f"{seen} examples were seen in {done} of {steps} steps of {batch_size}")
+    return progress
 
 
 def check_weights(saved: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -182,7 +196,8 @@ def check_optimizer(
     """
     planned, step = state["scheduler"], state["counters"]["step"]
     at = planned["last_epoch"]
-    _expect("last_epoch", at, _whole(at) and at in ({step, step - 1} if state["diverged"] else {step}))
+    if at not in ({step, step - 1} if state["diverged"] else {step}):
+        raise ValueError(f"last_epoch is {at!r}")
     if planned["base_lrs"] != scheduler.base_lrs:
         raise ValueError(f"the learning rates are {planned['base_lrs']}, the config says {scheduler.base_lrs}")
     given, fresh = _parts(state["optimizer"]), _parts(optimizer.state_dict())
@@ -205,7 +220,7 @@ def _check_group(number: int, group: Mapping[str, Any], expected: Mapping[str, A
 
 def _check_averages(state: Mapping[int, Mapping[str, Any]], parameters: Sequence[Tensor]) -> None:
     for index, own in state.items():
-        if not _whole(index) or not 0 <= index < len(parameters):
+        if not 0 <= index < len(parameters):
             raise ValueError(f"the optimizer's state is of parameter {index!r}, the run has {len(parameters)}")
         for key in _LIKE_WEIGHTS:
             if own.get(key) is not None:
@@ -220,20 +235,3 @@ def _same_kind(name: str, saved: object, own: Tensor) -> None:
     if not isinstance(saved, Tensor) or (saved.dtype, saved.shape) != (own.dtype, own.shape):
         found = (saved.dtype, tuple(saved.shape)) if isinstance(saved, Tensor) else type(saved).__name__
         raise ValueError(f"{name} is {found}, the run has {own.dtype, tuple(own.shape)}")
-
-
-def _expect(name: str, value: object, right: bool) -> None:
-    if not right:
-        raise ValueError(f"{name} is {repr(value)[:80]}")
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _float(value: object) -> bool:
-    return isinstance(value, float) or _whole(value)
-
-
-def _number(value: object) -> bool:
-    return (isinstance(value, float) and math.isfinite(value)) or _whole(value)

@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from steepest.lab.disk.fields import LARGEST, Count, Positive, RecordError, Text, Versioned, decode, parse_object, wrong
+from steepest.lab.disk.fields import (
+    LARGEST,
+    Count,
+    Positive,
+    RecordError,
+    Text,
+    Versioned,
+    decode,
+    parse_object,
+    read_text,
+    wrong,
+)
 from steepest.lab.methods import resolve
 from steepest.lab.methods.tuned import OptionValue, Tuning
 from steepest.lab.runs.schedule import Schedule
@@ -110,6 +121,20 @@ class RunConfig:
         except ValueError as unknown:
             raise RecordError(path, str(unknown), remedy) from None
         return decode(cls, text, path, remedy=remedy)
+
+
+def read_config(directory: Path, *, remedy: str = _REMEDY) -> RunConfig:
+    """The config of a run.
+
+    Args:
+        directory: Of the run.
+        remedy: What to do where there is none, or a damaged one, for error messages.
+
+    Raises:
+        RecordError: If it is missing or damaged.
+    """
+    path = directory / "config.json"
+    return RunConfig.from_json(read_text(path, remedy=remedy), path=path, remedy=remedy)
 
 
 def configure(

@@ -21,7 +21,7 @@ from steepest.lab.disk.files import exists, make_directory, one_line, remove, wr
 from steepest.lab.disk.ledger import locked
 from steepest.lab.disk.ours import refusal
 from steepest.lab.errors import UsageError
-from steepest.lab.runs.config import RunConfig, run_hash
+from steepest.lab.runs.config import RunConfig, read_config, run_hash
 from steepest.lab.runs.environment import describe_environment
 from steepest.lab.runs.recorder import Recorder
 from steepest.lab.runs.records import Result, read_result
@@ -140,10 +140,9 @@ def _train(
 
 def _stored_result(config: RunConfig, run_dir: Path) -> Result | None:
     """The result of a finished run; refuses a directory that holds another run, finished or not."""
-    path = run_dir / "config.json"
-    if not exists(path):
+    if not exists(run_dir / "config.json"):
         return None
-    stored = RunConfig.from_json(read_text(path, remedy="Delete the run's directory."), path=path)
+    stored = read_config(run_dir)
     if run_hash(stored) != run_hash(config):
         pairs = ((key, getattr(stored, key), getattr(config, key)) for key in RunConfig.__dataclass_fields__)
         changes = "; ".join(f"{key} is {old!r} there, {new!r} here" for key, old, new in pairs if old != new)

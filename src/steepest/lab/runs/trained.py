@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steepest.lab.disk.fields import RecordError, read_text
+from steepest.lab.disk.fields import RecordError
 from steepest.lab.disk.files import exists
 from steepest.lab.errors import UsageError
 from steepest.lab.methods.combined import CombinedOptimizer
-from steepest.lab.runs.config import RunConfig
+from steepest.lab.runs.config import RunConfig, read_config
 from steepest.lab.runs.train import load_task, using_threads
 from steepest.lab.runs.training import Training
 from steepest.lab.runs.version import code_version
@@ -70,10 +70,10 @@ def load_trained(run_dir: Path, *, examples: int, data: Path | None = None) -> T
         ValueError: If its task or method is unknown here, or the task takes no data.
         FileNotFoundError: If `data` is not there.
     """
-    path, checkpoint = run_dir / "config.json", run_dir / "checkpoint.pt"
-    if not exists(path):
-        raise RecordError(path, "no run here", _REMEDY)
-    config = RunConfig.from_json(read_text(path, remedy=_REMEDY), path=path, remedy=_REMEDY)
+    checkpoint = run_dir / "checkpoint.pt"
+    if not exists(run_dir / "config.json"):
+        raise RecordError(run_dir / "config.json", "no run here", _REMEDY)
+    config = read_config(run_dir, remedy=_REMEDY)
     if not exists(checkpoint):
         problem = f"{run_dir} holds no checkpoint: runs delete it when they are finished"
         raise NoCheckpointError(f"{problem}. Train into a new directory with `steepest train --keep-checkpoint`.")

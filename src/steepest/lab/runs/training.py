@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from steepest.lab.methods import build_optimizer
 from steepest.lab.runs.checkpoint import (
     CheckpointError,
+    Counters,
     check_optimizer,
-    check_progress,
     check_weights,
     finite,
     load_checkpoint,
+    read_progress,
     save_checkpoint,
 )
 from steepest.lab.runs.config import RunConfig, names_of, run_hash
@@ -32,17 +32,6 @@ from steepest.lab.tasks.held_out import Evaluation
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
 from steepest.lab.tasks.task import Task
 from steepest.optim import SteepestDescent
-
-
-@dataclass
-class Counters:
-    """What has been done and what it took; seconds go on counting after an interruption."""
-
-    step: int = 0
-    near: bool = False  # the target, by the training loss
-    forward_backward_s: float = 0.0
-    optimizer_s: float = 0.0
-    peak_memory_bytes: int = 0
 
 
 class Training:
@@ -197,21 +186,26 @@ class Training:
         if state["run"] not in names_of(self.config):
             raise CheckpointError(path, f"it is of the run {state['run']}, this is {run_hash(self.config)}")
         try:
-            check_progress(state, self.order, steps=self.config.steps, batch_size=self.config.batch_size)
+            progress = read_progress(state, self.order, steps=self.config.steps, batch_size=self.config.batch_size)
             check_weights(state["model"], self.model)
             check_optimizer(state, self.optimizer, self.scheduler, self._rate_factor)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             self.order.load_state_dict(state["order"])
-            self.counters = Counters(**state["counters"])
-            self.diverged = state["diverged"]
-            self.last_evaluation = None if state["evaluation"] is None else Evaluation(**state["evaluation"])
-            self.final = None if state["final"] is None else Final(**state["final"])
-            self.losses = list(map(float, state["losses"]))
+            self.counters, self.losses = progress.counters, progress.losses
+            self.diverged, self.last_evaluation, self.final = progress.diverged, progress.evaluation, progress.final
             torch.set_rng_state(state["random"])
-            torch.set_num_threads(state["threads"])
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as problem:
+            torch.set_num_threads(progress.threads)
+        except (
+            msgspec.ValidationError,
+            RuntimeError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+        ) as problem:
             raise CheckpointError(path, f"its content does not fit the run: {problem}") from problem
 
     def _rate_factor(self, step: int) -> float:
@@ -227,7 +221,7 @@ class Training:
             "order": self.order.state_dict(),
             "random": torch.get_rng_state(),
             "threads": torch.get_num_threads(),
-            "counters": dataclasses.asdict(self.counters),
+            "counters": msgspec.structs.asdict(self.counters),
             "diverged": self.diverged,
             "losses": self.losses,
             "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),

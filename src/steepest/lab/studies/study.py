@@ -19,7 +19,7 @@ from steepest.lab.disk.packed import PACKED, StudyFiles, unpacking
 from steepest.lab.errors import UsageError
 from steepest.lab.methods import METHODS
 from steepest.lab.methods.tuned import OptionValue
-from steepest.lab.runs.config import RunConfig, names_of, run_hash
+from steepest.lab.runs.config import RunConfig, names_of, read_config, run_hash
 from steepest.lab.runs.version import code_version
 from steepest.lab.tasks.task import Task
 from steepest.names import near_miss, unknown_name
@@ -162,7 +162,7 @@ def _rename(out: Path) -> None:
         if not NAME.match(old) or not exists(directory / "config.json"):
             continue
         try:
-            config = read_config(directory)
+            config = read_listed(directory)
         except RecordError:  # which is told when it is trained or reported
             continue
         if config.code == code_version() and old in names_of(config) and not exists(run_directory(out, config)):
@@ -182,15 +182,14 @@ def read_listing(out: Path) -> Listing:
     return Listing(f"{study.kind} {study.task}-{study.preset} {study.id} {code_version()}", runs)
 
 
-def read_config(run: Path) -> RunConfig:
+def read_listed(run: Path) -> RunConfig:
     """The config of a run that a study has written.
 
     Raises:
         RecordError: If it is missing or damaged.
     """
-    path = run / "config.json"
-    remedy = "Delete the run's directory and repeat the command that made the study: it writes the file anew."
-    return RunConfig.from_json(read_text(path, remedy=remedy), path=path, remedy=remedy)
+    again = "Delete the run's directory and repeat the command that made the study: it writes the file anew."
+    return read_config(run, remedy=again)
 
 
 def _kept(path: Path, plan: StudyPlan) -> dict[str, str]:

@@ -17,7 +17,7 @@ from steepest.lab.runs.config import run_hash
 from steepest.lab.runs.train import train_run
 from steepest.lab.studies.batch import plan as batch_sweep
 from steepest.lab.studies.batch.plan import MOST_RATES, Arm, BatchSweep, make_arms, parse_batches
-from steepest.lab.studies.study import read_config, run_directory
+from steepest.lab.studies.study import read_listed, run_directory
 from steepest.lab.tasks import make_task
 from tests.cases import cases
 
@@ -145,7 +145,7 @@ def test_a_study_grows_until_nothing_is_left_and_one_bad_run_holds_up_no_other_c
     """With the real queue, and runs trained in this process."""
 
     def train(self, run):
-        config = read_config(run)
+        config = read_listed(run)
         if config.batch_size == 256 and config.seed == 0:
             (run / "worker.log").write_text("no memory\n")
             return "failed"
