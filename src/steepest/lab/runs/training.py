@@ -24,7 +24,7 @@ from steepest.lab.runs.checkpoint import (
     save_checkpoint,
 )
 from steepest.lab.runs.config import RunConfig, names_of, run_hash
-from steepest.lab.runs.environment import peak_memory
+from steepest.lab.runs.memory import peak_memory
 from steepest.lab.runs.recorder import Recorder
 from steepest.lab.runs.records import Final, Result
 from steepest.lab.runs.schedule import FAR_SPACING, NEAR, SMOOTHED, SPACING, evaluates, rate_factor, reached
