@@ -207,24 +207,35 @@ def test_options_that_do_not_exist_are_refused_before_anything_is_trained():
         make_arms(("muon", "sgd"), [("adamw", "beta1", [0.9])])
 
 
+@pytest.mark.slow
 def test_killed_and_repeated_a_study_ends_with_the_numbers_it_would_have_had(tmp_path):
     words = [sys.executable, "-m", "steepest", "critical-batch", "measure", "--task", "quadratic", "--methods", "muon"]
     words += ["--batches", "32,128", "--targets", "0.5", "--seeds", "1", "--most-steps", "60", "--workers", "2"]
-    words += ["--set", "muon.lr=0.03"]
-    results = {}
-    for name, kills in (("whole", 0), ("killed", 2)):
-        for _ in range(kills):
-            process = subprocess.Popen([*words, "--out", str(tmp_path / name)], start_new_session=True)
-            done = len(list(tmp_path.glob(f"{name}/runs/*/result.json")))
-            deadline = time.monotonic() + 120
-            while len(list(tmp_path.glob(f"{name}/runs/*/result.json"))) <= done and time.monotonic() < deadline:
-                assert process.poll() is None
-                time.sleep(0.05)
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-        subprocess.run([*words, "--out", str(tmp_path / name)], check=True, capture_output=True)
-        runs = tmp_path.glob(f"{name}/runs/*/result.json")
-        results[name] = {run.parent.name: json.loads(run.read_text())["final_loss"] for run in runs}
+    words += ["--most-samples", "20000", "--set", "muon.lr=0.03", "--out", str(tmp_path / "killed")]
+    for _ in range(2):
+        process = subprocess.Popen(words, start_new_session=True)
+        done = len(list(tmp_path.glob("killed/runs/*/result.json")))
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("killed/runs/*/result.json"))) <= done and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(words, check=True, capture_output=True)
+
+    options = {"muon": {"lr": 0.03}}
+    task = make_task("quadratic")
+    plan = sweep(
+        task=task, methods=("muon",), options=options, batches=(32, 128), targets=(0.5,), seeds=(0,), most_steps=60
+    )
+    whole = tmp_path / "whole"
+    while any(not (run_directory(whole, config) / "result.json").exists() for config in plan.grown(whole)):
+        for config in plan.grown(whole):  # here, one after the other
+            train_run(config, run_directory(whole, config), threads=1)
+    results = {
+        out.name: {run.parent.name: json.loads(run.read_text())["final_loss"] for run in out.glob("runs/*/result.json")}
+        for out in (whole, tmp_path / "killed")
+    }
     assert results["whole"] == results["killed"]
     listed = json.loads((tmp_path / "killed" / "study.json").read_text())
     assert set(listed["runs"]) == set(results["killed"])

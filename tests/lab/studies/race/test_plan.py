@@ -98,39 +98,29 @@ def test_more_seeds_and_methods_add_only_what_is_missing(finished, expected, tas
     write_study(out, race(task), race(task).configs(), command="steepest race ...")  # as it was, for the other tests
 
 
-@pytest.mark.parametrize(("rows", "workers_too"), [(0, False), (100, True)])
-def test_a_race_killed_at_any_moment_ends_with_the_same_numbers(expected, tmp_path, rows, workers_too):
+@pytest.mark.slow
+def test_interrupted_in_every_way_a_race_ends_with_the_same_numbers(expected, tmp_path):
     out = tmp_path / "out"
+    for rows, workers_too in ((0, False), (5, True)):
+        process = steepest(*COMMAND, "--out", out)
+        wait_for(lambda rows=rows: (out / "study.json").exists() and rows_written(out) >= rows)
+        os.kill(process.pid, signal.SIGKILL)
+        for worker in workers_of(out).values() if workers_too else ():
+            with contextlib.suppress(ProcessLookupError):  # it may have noticed, and stopped
+                os.kill(worker, signal.SIGKILL)
+        process.communicate()
     process = steepest(*COMMAND, "--out", out)
-    wait_for(lambda: (out / "study.json").exists() and rows_written(out) >= rows)
-    os.kill(process.pid, signal.SIGKILL)
-    for worker in workers_of(out).values() if workers_too else ():
-        with contextlib.suppress(ProcessLookupError):  # it may have noticed, and stopped
-            os.kill(worker, signal.SIGKILL)
-    process.communicate()
-    kept = modified(out)
-    ended(steepest(*COMMAND, "--out", out))
-    assert rows_of(out) == expected
-    assert kept.items() <= modified(out).items()
-
-
-def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(expected, tmp_path):
-    out = tmp_path / "out"
-    process = steepest(*COMMAND, "--out", out)
-    wait_for(lambda: rows_written(out) >= 5)
+    before = rows_written(out)
+    wait_for(lambda: rows_written(out) > before)
     process.send_signal(signal.SIGINT)
     assert "the same command goes on from there" in ended(process, code=130)
-    ended(steepest(*COMMAND, "--out", out))
-    assert rows_of(out) == expected
-
-
-def test_a_killed_worker_is_replaced(expected, tmp_path):
-    out = tmp_path / "out"
     process = steepest(*COMMAND, "--out", out)
-    wait_for(lambda: rows_written(out) >= 5)
+    wait_for(lambda: workers_of(out))
     os.kill(next(iter(workers_of(out).values())), signal.SIGKILL)
+    kept = modified(out)
     ended(process)
     assert rows_of(out) == expected
+    assert kept.items() <= modified(out).items()
 
 
 def test_a_damaged_run_is_reported_and_the_others_are_kept(finished, tmp_path, task):
