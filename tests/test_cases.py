@@ -20,6 +20,7 @@ def test_all_cases_run_with_the_same_seeds_and_folders_of_their_own(first, secon
         assert len({seen[3].item() for seen in SEEN}) == len({seen[4].item() for seen in SEEN}) == 1
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_is_named_and_does_not_stop_the_others(pytester):
     pytester.makepyfile("""
         from tests.cases import cases

@@ -103,6 +103,7 @@ def train(net, optimizer, steps=3):
         optimizer.step(loss=float(loss.detach()))
 
 
+@pytest.mark.slow
 @cases("name", ALL)
 @pytest.mark.usefixtures("_elsewhere")
 def test_every_recipe_trains_saves_and_loads(name):

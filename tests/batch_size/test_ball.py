@@ -32,6 +32,7 @@ def next_gradient(kind, weight, step, rng):
     return torch.randn(weight.shape, generator=rng, dtype=weight.dtype) * 10 ** float(torch.randn((), generator=rng))
 
 
+@pytest.mark.slow
 @given(
     shape=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     product=st.floats(1e-3, 1.0),
@@ -124,6 +125,7 @@ def test_numbers_of_random_gradients_between_one_and_two(rng):
         assert 1 / 0.5 < max(sizes) <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("product", "expected"), [(2.0, 1200.0), (2.2, 4.4 * (1.2**300 - 1) / 0.2)])
 def test_from_two_on_weights_grow_without_end(product, expected):
     ball = Ball(lr=2 * product, weight_decay=0.5)

@@ -28,6 +28,7 @@ def few(points, **options):
     return estimate(points, resamples=200, **options)
 
 
+@pytest.mark.slow
 @cases("seed", range(20))
 @cases("sigma, knee", [(0.02, 2000.0), (0.1, 2000.0), (0.1, 130.0), (0.1, 20.0)])
 def test_the_hyperbola_has_no_interior_minimum(seed, sigma, knee):
@@ -208,6 +209,7 @@ def test_answers_as_text(answer, text):
     assert str(answer) == text
 
 
+@pytest.mark.slow
 def test_a_range_takes_in_what_other_families_say():
     """Power law with b* = 6.8: where another family without a minimum is chosen, the range still has b* in it."""
     held, asked = 0, 0

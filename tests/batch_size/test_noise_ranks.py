@@ -63,6 +63,7 @@ def ddp_main(rank, folder, method, options):
     leave_ranks()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [("sgd", (False, False)), ("sgd", (True, True)), ("muon", (False, True)), ("adam", (True, False))],
@@ -129,6 +130,7 @@ def fsdp_main(rank, folder, zero):
     leave_ranks()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [True, False])
 def test_fsdp_is_accumulation_of_all_ranks_samples(tmp_path, zero):
     """Sharded gradients are means over ranks already: three micro-batches of two ranks' samples each."""
@@ -179,6 +181,7 @@ def fsdp_refusals_main(rank, folder):
     leave_ranks()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main", [ddp_refusals_main, fsdp_refusals_main])
 def test_what_ranks_refuse(tmp_path, main):
     mp.spawn(main, args=(str(tmp_path),), nprocs=WORLD)
@@ -200,6 +203,7 @@ def weighted_main(rank, folder):
     leave_ranks()
 
 
+@pytest.mark.slow
 def test_losses_weighted_over_ranks(tmp_path):
     mp.spawn(weighted_main, args=(str(tmp_path),), nprocs=WORLD)
     model = small()

@@ -139,11 +139,13 @@ WRONG_RECORDS = [
 ]
 
 
+@pytest.mark.slow
 @cases("change, message", WRONG)
 def test_a_damaged_state_is_refused_and_nothing_changes(change, message):
     refused({**measured().state_dict(), **change}, message)
 
 
+@pytest.mark.slow
 @cases("key", measured().state_dict())
 def test_a_state_without_an_entry_is_refused(key):
     saved = measured().state_dict()

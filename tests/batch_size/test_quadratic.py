@@ -28,6 +28,7 @@ def test_the_smoothness_and_the_noise_are_upper_bounds(rng):
     assert nuclear(CURVATURE * aligned).item() == pytest.approx(problem().smoothness)
 
 
+@pytest.mark.slow
 @cases("nesterov, decay", FOUR)
 @cases("momentum", [0.0, 0.9])
 def test_every_run_is_below_the_bound_of_its_setting(nesterov, decay, momentum):
@@ -49,6 +50,7 @@ def test_every_run_is_below_the_bound_of_its_setting(nesterov, decay, momentum):
         assert (loss(muons.weight) <= torch.tensor([end.at(steps, batch) for batch in BATCHES])).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nesterov", "expected"),
     [(False, [18_389, 15_744, 22_101, 36_267, 64_000]), (True, [11_008, 12_843, 19_840, 33_621, 60_075])],
@@ -68,6 +70,7 @@ def test_smallest_cost_is_inside_where_small_batches_never_arrive(nesterov, expe
     assert found.status == "below the floor"
 
 
+@pytest.mark.slow
 def test_the_measured_order_of_momenta_is_not_that_of_the_bound():
     """Without momentum batches of 4 are best, with 0.9 those of 64: the drift counts, and bounds do not predict."""
     batches = [2, 4, 8, 16, 32]
@@ -109,6 +112,7 @@ def test_without_momentum_nesterov_changes_nothing():
     assert torch.equal(plain.weight, ahead.weight)
 
 
+@pytest.mark.slow
 def test_with_a_minimiser_outside_the_ball_the_gap_vanishes_and_the_gradient_does_not():
     """Without noise and with learning rates that fall: Frank-Wolfe."""
     decay, target = 1.0, 3.0 * TARGET

@@ -107,6 +107,7 @@ def searched_slope(norm, index):
     return layer_slope(norm, *moments(index), torch.Generator().manual_seed(7))
 
 
+@pytest.mark.slow
 @each_case
 def test_no_weight_does_better_than_the_steepest_direction(layer, other, tree, rng):
     space = Space(layer, other, tree)
@@ -133,6 +134,7 @@ def closed_form(dual, floor, *, regularized):
     return (F - ETA * dual**2 / 2 if reach <= gap else floor + gap**2 / (2 * ETA * dual**2)), t
 
 
+@pytest.mark.slow
 @each_case
 @cases("regularized", [False, True])
 def test_the_closed_form_optimum_is_what_a_search_finds(layer, other, tree, regularized, rng):

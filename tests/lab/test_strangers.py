@@ -86,6 +86,7 @@ def study(tmp_path_factory):
     return write_study(tmp_path_factory.mktemp("studies") / "study", {"adamw": Pace(), "muon": Pace(1.7)}, seeds=(0,))
 
 
+@pytest.mark.slow
 @cases("thing", ALL)
 @cases("name", ["config.json", "result.json", "metrics.jsonl", "environment.json"])
 def test_a_report_shows_what_is_wrong_with_a_run_and_nothing_of_what_a_link_points_to(
@@ -107,6 +108,7 @@ def test_a_report_shows_what_is_wrong_with_a_run_and_nothing_of_what_a_link_poin
     assert (tmp_path / "study" / "runs" / "outside").read_text() == SECRET
 
 
+@pytest.mark.slow
 @cases("thing", ALL)
 @cases("command", ["report", "critical-batch fit", "critical-batch plot", "work", "race"])
 def test_a_study_that_is_none_is_named_by_every_command(tmp_path, capsys, command, thing):
@@ -131,6 +133,7 @@ PACKS = {
 }
 
 
+@pytest.mark.slow
 @cases("thing", [*ALL, *PACKS])
 @cases("command", ["report", "critical-batch fit", "critical-batch plot", "unpack", "pack"])
 def test_a_packed_study_that_is_none_is_named_by_every_command(tmp_path, capsys, command, thing):
@@ -143,6 +146,7 @@ def test_a_packed_study_that_is_none_is_named_by_every_command(tmp_path, capsys,
     assert sorted(os.listdir(tmp_path / "study")) in (["runs.jsonl.xz"], ["lock", "runs.jsonl.xz"])
 
 
+@pytest.mark.slow
 @cases("thing", CONTENTS)
 @cases("name", RECORDS)
 def test_a_report_shows_what_is_wrong_with_a_packed_run(study, tmp_path, capsys, monkeypatch, name, thing):
@@ -194,6 +198,7 @@ def begun(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @cases("thing", ALL)
 @cases("name", ["lock", "config.json", "metrics.jsonl", "environment.json", "checkpoint.pt", "result.json"])
 def test_a_run_does_not_go_on_from_what_is_not_its_own(begun, tmp_path, capsys, name, thing):
@@ -249,6 +254,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @cases("foreign", FOREIGN)
 @cases("command", COMMANDS)
 def test_a_folder_of_somebody_else_is_refused_before_anything_is_written(tmp_path, capsys, command, foreign):
@@ -294,6 +300,7 @@ def test_what_the_lab_has_left_is_not_somebody_else_s(tmp_path):
 PLANTED = ("random", "torch", "steepest", "numpy", "json", "optuna", "sitecustomize_", "encodings_")
 
 
+@pytest.mark.slow
 def test_no_code_of_the_current_directory_runs_in_a_worker(tmp_path):
     """Somebody has modules of these names here; the race is started as the installed command is."""
     here = tmp_path / "here"
@@ -308,6 +315,7 @@ def test_no_code_of_the_current_directory_runs_in_a_worker(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_no_code_of_the_current_directory_runs_in_the_command(tmp_path):
     """Python puts the directory first for `python -m`; what it is called with must find a study, and no module."""
     for name in ("random", "json", "argparse", "torch", "numpy", "optuna"):
@@ -318,6 +326,7 @@ def test_no_code_of_the_current_directory_runs_in_the_command(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_config_s_text_begins_no_line_of_a_log(tmp_path):
     config = configure(make_task("digits"), method="adamw", seed=0, steps=2)
     config = replace(config, code="0.1\nssh-ed25519 AAAA evil@example\n")

@@ -271,6 +271,7 @@ def test_the_error_says_what_came_and_what_was_expected(call, error, message):
 SIZES = [(3, 40, 90), (2, 130, 70), (2, 200, 300), (3, 257, 257), (1, 300, 161), (2, 390, 400)]
 
 
+@pytest.mark.slow
 @cases("coefficients", ["nonic", "polar_express"])
 @cases("method", ["newton-schulz", "gram"])
 @cases("dtype", [torch.float32, torch.float64])

@@ -26,6 +26,7 @@ def study(case):
     return simulate(case, simulations=SIMULATIONS, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_scores_are_those_that_were_measured_elsewhere(case):
     """Within 5%, or three standard errors where large inputs that meet large eigenvalues make the scores scatter."""

@@ -61,6 +61,7 @@ def test_a_few_matrices_of_each_shape_are_sampled():
     assert sampled([(2, 3)] * 9 + [(3, 2)]) == [(2, 3)] * MATRICES + [(3, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spectrum", ["gaussian", "decaying"])
 def test_an_exact_optimizer_is_found_exact_on_every_shape(spectrum):
     exact = Contestant("exact", "steepest", _steepest(polar="svd"), "float32", ours=True)

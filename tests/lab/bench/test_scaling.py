@@ -56,6 +56,7 @@ def test_long_steps_are_taken_in_fewer_rounds():
     assert len(row.seconds) == 3
 
 
+@pytest.mark.slow
 @cases("seconds, rounds, expected", [(0.0, 15, 1), (0.1, 15, 1), (1.0, 15, 1), (2.0, 15, 3), (100.0, 15, 5)])
 def test_strides_fill_the_time_and_leave_three_steps(seconds, rounds, expected):
     assert stride(seconds, rounds=rounds) == expected

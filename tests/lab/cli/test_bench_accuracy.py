@@ -11,6 +11,7 @@ from steepest.lab.cli import main
 SMALL = ["bench", "accuracy", "--task", "quadratic", "--steps", "6", "--at", "2,6"]
 
 
+@pytest.mark.slow
 def test_files_hold_rows_spectra_and_what_led_to_them(tmp_path, capsys):
     out = tmp_path / "new" / "accuracy"
     assert main([*SMALL, "--out", str(out), "--json"]) == 0

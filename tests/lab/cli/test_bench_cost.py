@@ -14,6 +14,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_newton_muon_has_a_row_for_every_case_and_width(tmp_path):
     words = ["bench", "newton-muon", "--width", "64", "--tokens", "64", "128", "--pairs", "8", "--every", "16", "--out"]
     assert main([*words, str(tmp_path / "out")]) == 0
@@ -26,6 +27,7 @@ def test_newton_muon_has_a_row_for_every_case_and_width(tmp_path):
     assert json.loads((tmp_path / "out" / "cost.json").read_text())["environment"]
 
 
+@pytest.mark.slow
 def test_momo_has_a_row_for_every_recipe_and_kind_of_dual_norms(tmp_path, capsys, monkeypatch):
     from steepest import Muon
 

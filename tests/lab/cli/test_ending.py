@@ -58,6 +58,7 @@ def test_errors_of_the_system_come_with_path_and_remedy(monkeypatch, capsys, pro
     assert capsys.readouterr().err.startswith(f"error: {told}")
 
 
+@pytest.mark.slow
 def test_a_disk_without_space_is_told_by_name(tmp_path):
     """A limit on the size of files stands for a full disk: the checkpoint does not fit."""
     command = [sys.executable, "-m", "steepest", *TRAIN, str(tmp_path / "run")]
@@ -83,6 +84,7 @@ def test_an_interrupted_command_says_what_is_so(monkeypatch, capsys, tmp_path, w
     assert ("Everything so far is saved" in told) == saves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_before_the_first_worker_is_quiet(tmp_path, number):
     words = ("race", "--task", "digits", "--methods", "sgd", "--seeds", "1", "--steps", "100000")
@@ -95,6 +97,7 @@ def test_a_signal_before_the_first_worker_is_quiet(tmp_path, number):
     assert "Traceback" not in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after_s", [0.3, 0.8, 1.5, 2.5])
 def test_an_interruption_while_libraries_are_imported_is_quiet(tmp_path, after_s):
     words = ("race", "--task", "digits", "--methods", "sgd", "--seeds", "1", "--steps", "100000")

@@ -79,6 +79,7 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @cases("url", WRONG.values(), WRONG)
 def test_a_wrong_storage_is_refused_without_repeating_it(elsewhere, capsys, url):
     for name, words in COMMANDS.items():

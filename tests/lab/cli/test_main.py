@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 from steepest.lab.cli import main
 from tests.cases import cases
 
@@ -52,6 +54,7 @@ def test_one_run_can_be_trained_and_is_not_trained_twice(capsys, tmp_path):
     assert json.loads(out)["steps"] == 3
 
 
+@pytest.mark.slow
 def test_the_report_can_be_written_anew(capsys, tmp_path):
     out = tmp_path / "race"
     words = ["race", "--task", "digits", "--methods", "adamw", "--seeds", "1", "--out", str(out), "--json"]
@@ -66,6 +69,7 @@ def test_the_report_can_be_written_anew(capsys, tmp_path):
     assert (out / "report.html").read_bytes() == before
 
 
+@pytest.mark.slow
 @cases(
     "words, message",
     [
@@ -145,6 +149,7 @@ def test_a_directory_without_a_study_cannot_be_joined(capsys, tmp_path):
     assert f"error: {tmp_path}/study.json: no study here" in err
 
 
+@pytest.mark.slow
 def test_a_sweep_can_be_repeated_word_by_word_but_for_the_password(capsys, tmp_path):
     import shlex
 

@@ -52,6 +52,7 @@ def test_spike_counts_steps_and_draws_them(capsys, tmp_path):
     assert content["rows"][0]["newton-muon"] == {"reached": 2, "settled": 2, "guaranteed": 2}
 
 
+@pytest.mark.slow
 def test_scores_are_printed_and_drawn(capsys, tmp_path):
     words = ["theory", "scores", "--case", "few-tokens", "--simulations", "1"]
     code, out, _ = run(capsys, *words, "--plot", tmp_path / "scores.png", "--json")

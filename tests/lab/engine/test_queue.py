@@ -369,6 +369,7 @@ def begun(task, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_database_is_named_with_the_remedy_and_the_remedy_helps(begun, tmp_path, damage):
     out, train = tmp_path / "out", Training()
@@ -420,6 +421,7 @@ def test_handing_out_a_run_asks_no_more_questions_of_a_larger_study(task, tmp_pa
     assert asked[1] <= asked[0] + 2
 
 
+@pytest.mark.slow
 def test_failed_runs_beyond_the_first_few_are_tried_again_too(task, tmp_path):
     many = Race(task=task, methods=("sgd",), seeds=tuple(range(20)), options={}, baseline="sgd", steps=20)
     write_study(tmp_path, many, many.configs(), command="")

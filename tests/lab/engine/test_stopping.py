@@ -107,6 +107,7 @@ def test_outside_the_main_thread_no_signal_is_touched():
     assert counted == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP,), (signal.SIGTERM,)], ids=str)
 def test_a_command_ends_quietly_with_its_workers(tmp_path, signals):
     out = tmp_path / "out"

@@ -59,12 +59,14 @@ def finished(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_two_dispatchers_at_once_share_the_runs(finished):
     assert list(sessions(finished).values()) == [1, 1]
     assert len(modified(finished)) == 2
     assert (finished / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_more_rates_add_only_what_is_missing_even_without_the_database(finished, task):
     before = modified(finished)
     (finished / "optuna.db").unlink()
@@ -75,6 +77,7 @@ def test_more_rates_add_only_what_is_missing_even_without_the_database(finished,
     assert join_study(finished, workers=1, console=quiet()) == 3
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_be_read_is_no_finished_run(finished, task, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -88,6 +91,7 @@ def test_a_result_that_cannot_be_read_is_no_finished_run(finished, task, tmp_pat
             again()
 
 
+@pytest.mark.slow
 def test_a_study_without_runs_is_told(finished, tmp_path):
     content = json.loads((finished / "study.json").read_text())
     (tmp_path / "study.json").write_text(json.dumps({**content, "runs": {}}))
@@ -95,6 +99,7 @@ def test_a_study_without_runs_is_told(finished, tmp_path):
         join_study(tmp_path, workers=1, console=quiet())
 
 
+@pytest.mark.slow
 def test_a_run_whose_directory_is_gone_does_not_stop_the_others(finished, task, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -114,6 +119,7 @@ def test_a_run_whose_directory_is_gone_does_not_stop_the_others(finished, task, 
     assert (other / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_killed_dispatcher_go_to_another(finished, tmp_path):
     out = tmp_path / "out"
     first = steepest(*COMMAND, "--workers", 1, "--out", out)

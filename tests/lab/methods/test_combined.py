@@ -28,6 +28,7 @@ def train(model: nn.Module, optimizers, schedulers, rng: torch.Generator, steps:
             part.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [lambda o: CosineAnnealingLR(o, 10), lambda o: LambdaLR(o, lambda t: 1 / (1 + t))])
 def test_it_is_its_parts_one_after_the_other(schedule):
     one, two = twins()

@@ -31,6 +31,7 @@ def model_and_loss(rng: torch.Generator):
     return model, loss
 
 
+@pytest.mark.slow
 @cases("method", METHODS)
 def test_every_method_lowers_the_loss_with_its_own_defaults(method, rng):
     model, loss = model_and_loss(rng)
@@ -120,6 +121,7 @@ def test_other_presets_take_the_options_of_demo_and_other_tasks_do_not(monkeypat
         assert (plain.options, plain.tuning) == (options_of(method), None)
 
 
+@pytest.mark.slow
 def test_every_entry_of_the_table_is_valid():
     assert TUNED
     for (task, preset), entries in TUNED.items():

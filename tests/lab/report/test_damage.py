@@ -95,6 +95,7 @@ def rename(study: Path, run: Path, path: Path) -> None:
     (study / "study.json").write_text((study / "study.json").read_text().replace(run.name, name))
 
 
+@pytest.mark.slow
 @cases("number", range(DAMAGES))
 def test_a_wrong_value_is_told_or_read(
     whole: Path,

@@ -47,6 +47,7 @@ class Page(HTMLParser):
             self.text += data
 
 
+@pytest.mark.slow
 @cases("name", SCENARIOS)
 def test_the_page_needs_nothing_from_elsewhere_and_is_small(pages: dict[str, Path], name: str) -> None:
     page = Page(pages[name])
@@ -57,6 +58,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_is_small(pages: dict[str, Pat
     assert pages[name].stat().st_size < 6_000_000
 
 
+@pytest.mark.slow
 @cases("name", SCENARIOS)
 def test_only_our_own_scripts_may_run(pages: dict[str, Path], name: str) -> None:
     page = Page(pages[name])
@@ -74,6 +76,7 @@ def test_only_our_own_scripts_may_run(pages: dict[str, Path], name: str) -> None
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
 
 
+@pytest.mark.slow
 def test_hostile_names_are_text(pages: dict[str, Path]) -> None:
     page = Page(pages["hostile"])
     assert HOSTILE[0] in page.text
@@ -84,6 +87,7 @@ def test_hostile_names_are_text(pages: dict[str, Path]) -> None:
     assert "b" not in {tag for tag, _ in page.tags}
 
 
+@pytest.mark.slow
 def test_everything_a_reader_asks_for_is_there(pages: dict[str, Path]) -> None:
     text = re.sub(r"\s+", " ", Page(pages["clear"]).text)
     for expected in (
@@ -162,6 +166,7 @@ def test_an_empty_study_has_a_page(tmp_path: Path) -> None:
     assert json.loads(page.scripts[0]) == {}
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     study = write_study(tmp_path, {"adamw": Pace(), "muon": Pace()}, seeds=(0, 1))
     first = write_report(study).read_bytes()
@@ -172,6 +177,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert sorted(path.name for path in study.iterdir()) == ["plots", "report.html", "runs", "study.json"]
 
 
+@pytest.mark.slow
 def test_a_figure_that_no_longer_holds_is_removed_and_other_files_stay(tmp_path: Path) -> None:
     study = write_study(tmp_path, {"adamw": Pace(), "muon": Pace()}, seeds=(0, 1))
     write_report(study)

@@ -234,6 +234,7 @@ def test_an_undecided_pair_needs_at_least_one_more_seed(finals: list[dict[int, f
         assert verdict.more_seeds is None or (verdict.more_seeds >= 1 and verdict.outcome == "undecided")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("methods", "seeds"), [(2, 2), (2, 5), (3, 3)])
 def test_equal_methods_are_rarely_told_apart(methods: int, seeds: int, rng: Generator) -> None:
     """Family-wise error of at most 5%: over 1000 races, up to 7% is within three standard errors."""
@@ -273,6 +274,7 @@ def _race(rng: Generator, seeds: int, *, spreads: tuple[float, ...] = SPREADS) -
     return {"base": ended(shared), "new": ended(shared + difference)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [2, 3, 8])
 def test_equal_methods_are_rarely_told_apart_by_the_examples_that_they_are_evaluated_on(
     seeds: int, rng: Generator
@@ -289,6 +291,7 @@ def test_equal_methods_are_rarely_told_apart_by_the_examples_that_they_are_evalu
         assert alone / MANY > 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [2, 3, 4])
 def test_few_seeds_whose_differences_spread_widely_decide_no_more_than_the_level_allows(
     seeds: int, rng: Generator

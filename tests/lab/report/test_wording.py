@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ def test_short_names_stay_whole() -> None:
     assert wording.shortened("newton-muonmax-momo-x") == "newton-muonmax-momo…"
 
 
+@pytest.mark.slow
 @cases(
     "text, expected",
     [

@@ -39,6 +39,7 @@ def parents(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @cases("method", ["muon", "adamw", "muonmax-momo"])
 @cases("schedule", ["constant", "cooldown"])
 def test_at_its_own_batch_size_a_fork_is_the_run_bit_for_bit(parents, method, schedule):

@@ -53,6 +53,7 @@ configs = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(configs)
 def test_a_config_survives_its_file(config):
     again = RunConfig.from_json(config.to_json(), path=PATH)
@@ -166,6 +167,7 @@ def test_what_is_not_given_comes_from_the_preset():
     assert config.code == code_version()
 
 
+@pytest.mark.slow
 def test_the_tuning_record_holds_for_the_length_batch_and_data_of_the_search_only(tmp_path):
     task = make_task("text")
     record = TUNED["text", "demo"]["muon"].tuning

@@ -9,6 +9,7 @@ from steepest.lab.runs.memory import peak_memory
 CHILD = "import runpy, sys; print(runpy.run_path(sys.argv[1])['peak_memory']())"
 
 
+@pytest.mark.slow
 def test_it_grows_with_what_was_held_and_does_not_shrink():
     before = peak_memory()
     held = bytearray(b"x") * (before + 2**26)  # above all peaks so far

@@ -108,6 +108,7 @@ def test_it_is_an_ordinary_training_loop(tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @cases("method", [name for name in METHODS if name != "torch-muon"])
 def test_every_method_goes_on_bit_for_bit(tmp_path, method):
     config = short(method, steps=6)
@@ -118,6 +119,7 @@ def test_every_method_goes_on_bit_for_bit(tmp_path, method):
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_text_and_torch_muon_go_on_bit_for_bit(tmp_path):
     (data := tmp_path / "data").write_bytes(bytes(i * i % 251 for i in range(60_000)))
     config = configure(make_task("text", data=data), method="torch-muon", seed=1, steps=3, batch_size=4, eval_every=5)
@@ -151,6 +153,7 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_kill_9_at_random_moments_changes_nothing(tmp_path, seed):
     config = short("muon", steps=60)
@@ -357,6 +360,7 @@ def test_a_checkpoint_of_another_run_is_refused(interrupted, tmp_path):
         train_run(short(), interrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -443,6 +447,7 @@ PUT_THERE = {
 }
 
 
+@pytest.mark.slow
 @cases("method", ["adamw", "muon"])
 @cases("thing", PUT_THERE)
 def test_a_checkpoint_put_in_place_of_ours_is_refused(tmp_path, method, thing):

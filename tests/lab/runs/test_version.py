@@ -74,6 +74,7 @@ def test_the_losses_are_of_the_declared_version():
     assert set(METHODS) - newcomers <= set(LOSSES) <= set(METHODS)
 
 
+@pytest.mark.slow
 @cases("method", LOSSES)
 def test_every_method_trains_as_its_version_does(method):
     # 1e-4: processors round differently, and torch's Muon multiplies in bfloat16

@@ -51,6 +51,7 @@ def test_a_study_of_older_names_is_read(tmp_path):
     assert read_study(study, RaceStudy).found == renamed
 
 
+@pytest.mark.slow
 def test_a_repeated_study_finds_its_runs_though_the_record_of_their_tuning_has_moved(race, tmp_path):
     configs = [dataclasses.replace(config, tuning=MOVED) for config in race.configs()]
     assert all(new != old for new, old in map(names_of, configs))
@@ -64,6 +65,7 @@ def test_a_repeated_study_finds_its_runs_though_the_record_of_their_tuning_has_m
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_runs_of_another_version_of_the_code_keep_their_names(race, tmp_path):
     configs = [dataclasses.replace(config, tuning=MOVED, code="training 2") for config in race.configs()]
     written_before(tmp_path, configs)

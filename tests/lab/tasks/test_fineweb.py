@@ -63,6 +63,7 @@ def test_validation_windows_are_distinct_and_evenly_spread(tmp_path):
     assert task.held_out.examples("tuning", whole=True).tolist() == list(range(12))
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_mean_over_all_validation_tokens(folder, rng):
     task = FinewebTask("demo", data=folder)
     model = task.build_model(0)
@@ -191,6 +192,7 @@ def test_what_is_no_regular_file_among_shards_is_refused_at_once(folder, thing, 
         make_task("fineweb", data=folder)
 
 
+@pytest.mark.slow
 def test_foreign_tokens_end_a_command_with_one_line(folder, tmp_path):
     tokens = np.full(3000, 65535, dtype=np.uint16)
     for path in folder.glob("*_train_*.bin"):

@@ -63,6 +63,7 @@ def page(study):
     return re.sub(r"\s+", " ", unescape(write_report(study).read_text()))
 
 
+@pytest.mark.slow
 def test_it_is_raced_and_reported(task, tmp_path):
     race = Race(task=task, methods=("adamw", "muon"), seeds=(0, 1), options={}, baseline="adamw")
     write_study(tmp_path, race, race.configs(), command="steepest race --task coins")

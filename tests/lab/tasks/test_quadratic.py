@@ -83,6 +83,7 @@ def test_the_weight_is_routed_as_a_matrix(task):
     assert route(task.build_model(0)).counts() == {"matrix": 1, "embedding": 0, "head": 0, "vector": 0}
 
 
+@pytest.mark.slow
 @cases("method", sorted(METHODS.keys() - {"torch-muon"}))  # its AdamW would have no parameters
 def test_every_method_descends(task, method):
     model = task.build_model(0)

@@ -24,6 +24,7 @@ def test_presets_are_those_of_the_type():
     assert get_args(PresetName) == PRESETS
 
 
+@pytest.mark.slow
 @cases("preset", PRESETS)
 @cases("name", TASKS)
 def test_every_preset_trains(name, preset, data):  # conformance of every task

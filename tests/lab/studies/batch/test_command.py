@@ -27,6 +27,7 @@ def measure(words):
     return main(["critical-batch", "measure", *shlex.split(words)])
 
 
+@pytest.mark.slow
 def test_the_command_is_understood_and_repeats_itself(asked, capsys):
     words = (
         "--task digits --methods muon,sgd --batches 4:64:x4 --targets 0.1,0.3 --seeds 2 --vary muon.momentum=0.7,0.9"

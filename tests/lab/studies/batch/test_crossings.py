@@ -48,6 +48,7 @@ def test_interrupted_at_any_step_it_ends_at_the_same_one(tmp_path):
         assert (again.steps, again.final_loss) == (whole.steps, whole.final_loss)
 
 
+@pytest.mark.slow
 def test_samples_counted_are_samples_drawn(tmp_path):
     """3 does not divide the training set, whose epochs run on into each other: nothing is dropped."""
     task = make_task("digits")

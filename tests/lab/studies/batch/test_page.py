@@ -36,6 +36,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @cases(
     "name, expected",
     [
@@ -62,6 +63,7 @@ def test_a_reader_is_told(pages: dict[str, Path], name: str, expected: str) -> N
     assert expected in text(pages[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_comes_from_elsewhere(pages: dict[str, Path], name: str) -> None:
     page = Page(pages[name])
@@ -70,11 +72,13 @@ def test_nothing_comes_from_elsewhere(pages: dict[str, Path], name: str) -> None
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
 
 
+@pytest.mark.slow
 def test_the_same_records_give_the_same_bytes(pages: dict[str, Path]) -> None:
     before = pages["varied"].read_bytes()
     assert write_report(pages["varied"].parent).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_hostile_names_are_text(pages: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(pages["started"].parent, tmp_path / "hostile")
     study = json.loads((folder / "study.json").read_text())
@@ -88,6 +92,7 @@ def test_hostile_names_are_text(pages: dict[str, Path], tmp_path: Path) -> None:
     assert "Model not looked at" in page.text
 
 
+@pytest.mark.slow
 def test_the_tables_hold_every_run_and_answer(pages: dict[str, Path]) -> None:
     folder = pages["clear"].parent
     study = read_study(folder, BatchStudy)
@@ -100,6 +105,7 @@ def test_the_tables_hold_every_run_and_answer(pages: dict[str, Path]) -> None:
     assert {row["arm"] for row in rows(folder / "token_ratio.csv")} == {"muon"}
 
 
+@pytest.mark.slow
 def test_plots_alone_and_stale_ones_go(pages: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(pages["started"].parent, tmp_path / "alone")
     (folder / "report.html").unlink()
@@ -111,6 +117,7 @@ def test_plots_alone_and_stale_ones_go(pages: dict[str, Path], tmp_path: Path) -
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_figures_show_fits_inside_their_frame_and_stopped_runs(pages: dict[str, Path]) -> None:
     drawn = {one.key: one for one in figures(read_report(read_study(pages["clear"].parent, BatchStudy)))}
     assert list(drawn) == ["steps", "samples", "token_ratio", "learning_rates"]

@@ -64,6 +64,7 @@ def study(plan, out, outcome):
         assert rounds < 50
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stored")
 @settings(max_examples=25, deadline=None)
 @given(best=st.integers(-6, 6))
@@ -141,6 +142,7 @@ def test_values_are_written_as_the_method_takes_them():
         make_arms(("muon",), [("muon", "weight_decay", ["much"])])
 
 
+@pytest.mark.slow
 def test_a_study_grows_until_nothing_is_left_and_one_bad_run_holds_up_no_other_cell(tmp_path, monkeypatch):
     """With the real queue, and runs trained in this process."""
 

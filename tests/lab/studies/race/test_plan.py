@@ -55,6 +55,7 @@ def expected(finished):
     return rows_of(finished[0])
 
 
+@pytest.mark.slow
 def test_a_race_leaves_runs_a_report_and_a_line_per_run(finished):
     out, output = finished
     assert len(list(out.glob("runs/*/result.json"))) == 2
@@ -80,6 +81,7 @@ def test_methods_start_from_the_same_weights_and_see_the_same_data(task):
     assert not torch.equal(starts[0][1], starts[1][1])
 
 
+@pytest.mark.slow
 def test_repeating_the_command_trains_nothing(finished):
     out, _ = finished
     before = modified(out)
@@ -87,6 +89,7 @@ def test_repeating_the_command_trains_nothing(finished):
     assert modified(out) == before
 
 
+@pytest.mark.slow
 def test_more_seeds_and_methods_add_only_what_is_missing(finished, expected, task):
     out, _ = finished
     before = modified(out)
@@ -123,6 +126,7 @@ def test_interrupted_in_every_way_a_race_ends_with_the_same_numbers(expected, tm
     assert kept.items() <= modified(out).items()
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_reported_and_the_others_are_kept(finished, tmp_path, task):
     out = tmp_path / "out"
     one = race(task, methods=("adamw",), seeds=(0, 1), steps=20)
@@ -147,6 +151,7 @@ def test_progress_is_read_from_the_last_whole_line(tmp_path):
     assert read_progress(tmp_path, steps=1000).step == 1000
 
 
+@pytest.mark.slow
 def test_a_display_on_a_terminal_shows_every_method(finished, task):
     out, _ = finished
     runs = {
@@ -163,6 +168,7 @@ def test_a_display_on_a_terminal_shows_every_method(finished, task):
     assert re.search(r"all .*240/240 steps", text)
 
 
+@pytest.mark.slow
 def test_workers_exit_as_documented(finished, tmp_path, task):
     config = configure(task, method="adamw", seed=5)
     run = tmp_path / run_hash(config)
@@ -198,6 +204,7 @@ def test_a_race_that_writes_into_its_own_data_is_refused(tmp_path, task):
         run_study(race(task), tmp_path / "out", command="", workers=1, data=tmp_path)
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_its_race(tmp_path):
     out = tmp_path / "out"
     process = steepest(*COMMAND, "--steps", 100000, "--out", out)
@@ -230,6 +237,7 @@ def test_numbers_below_one_are_refused(task, tmp_path, name, value):
         run_study(race(task), tmp_path, command="", **options)
 
 
+@pytest.mark.slow
 def test_another_study_in_the_directory_is_refused(finished):
     out, _ = finished
     other = race(make_task("digits", "tiny"))

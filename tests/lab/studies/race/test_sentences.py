@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from steepest.lab.report.statistics import Interval
 from steepest.lab.studies.race import notices, sentences
 from steepest.lab.studies.race.records import RaceStudy
@@ -39,6 +41,7 @@ def _spaced(text: str) -> str:
     return re.sub(r"[^\S\n]", " ", text)
 
 
+@pytest.mark.slow
 @cases(
     "name, expected",
     [
@@ -55,6 +58,7 @@ def test_the_headline_says_who_won(tmp_path: Path, name: str, expected: str) -> 
     assert _spaced(sentences.headline(scenario(tmp_path, name))) == expected
 
 
+@pytest.mark.slow
 @cases(
     "paces, changes, expected",
     [
@@ -81,6 +85,7 @@ def test_rarer_headlines(tmp_path: Path, paces: dict[str, Pace], changes: dict[s
     assert _spaced(sentences.headline(race(tmp_path, paces, **changes))).startswith(expected)
 
 
+@pytest.mark.slow
 @cases(
     "name, expected",
     [
@@ -127,6 +132,7 @@ def test_refused_races_have_no_verdicts_and_say_why(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @cases(
     "paces, expected",
     [

@@ -67,6 +67,7 @@ def test_two_valleys_are_two_pieces() -> None:
     assert found.width == pytest.approx(4 * 0.025, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [

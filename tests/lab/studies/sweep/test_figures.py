@@ -142,6 +142,7 @@ def test_only_what_there_is_is_drawn(tmp_path: Path, valley: Valley, keys: list[
         assert to_png(figure).startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS)
 def test_the_png_is_the_same_each_time_and_shows_each_method(tmp_path: Path, key: str) -> None:
     figure = scenario(tmp_path, "sweep-clear")[key]

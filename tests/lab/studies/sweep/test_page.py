@@ -23,6 +23,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_everything_a_reader_asks_for_is_there(pages: dict[str, Path]) -> None:
     text = re.sub(r"\s+", " ", Page(pages["sweep-clear"]).text)
     for expected in (
@@ -45,6 +46,7 @@ def test_everything_a_reader_asks_for_is_there(pages: dict[str, Path]) -> None:
     assert "other_lr = " not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWEEPS)
 def test_nothing_comes_from_elsewhere(pages: dict[str, Path], name: str) -> None:
     page = Page(pages[name])
@@ -68,6 +70,7 @@ def test_no_name_in_a_table_is_a_formula(tmp_path: Path, start: str, monkeypatch
         assert not [cell for cell in cells if cell.strip().startswith(start.strip() or name)], table.name
 
 
+@pytest.mark.slow
 def test_hostile_names_are_text(pages: dict[str, Path]) -> None:
     page = Page(pages["sweep-hostile"])
     assert HOSTILE[0] in page.text
@@ -78,6 +81,7 @@ def test_hostile_names_are_text(pages: dict[str, Path]) -> None:
     assert names == {"adamw", *HOSTILE[:3], "_a\ufffdb\ufffd\ufffd\ufffdc" + "x" * 60}
 
 
+@pytest.mark.slow
 def test_the_tables_hold_every_run_point_and_method(pages: dict[str, Path]) -> None:
     folder = pages["sweep-troubled"].parent
     runs, points, basins = (rows(folder / f"{name}.csv") for name in ("rows", "lr_sweep", "basins"))

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from steepest.lab.report.notices import Notice
 from steepest.lab.runs.version import code_version
 from steepest.lab.studies.records import read_study
@@ -39,6 +41,7 @@ def titles(notices: tuple[Notice, ...]) -> list[str]:
     return [notice.title for notice in notices]
 
 
+@pytest.mark.slow
 @cases(
     "valleys, seeds, expected",
     [
