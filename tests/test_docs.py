@@ -28,6 +28,7 @@ BLOCK = re.compile(r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<kind>\w*)\n(?P<text
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_python_example_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -55,6 +56,7 @@ CONSOLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "note"), CONSOLE)
 def test_every_command_prints_what_the_page_shows(text, note, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -124,6 +126,7 @@ def test_no_page_is_half_written(page):
     assert not re.search(r"^[A-Z_]{5,}$", page.read_text(), flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_table_of_tasks_is_that_of_the_code(tmp_path):
     from steepest.lab.tasks import TASKS, make_task
     from tests.lab.tasks.fake_data import write_cifar10, write_fineweb
