@@ -13,7 +13,7 @@ from steepest.lab import bench
 from steepest.lab.bench import SHAPE_SETS
 from steepest.lab.bench import contestants as everybody
 from steepest.lab.cli import main
-from steepest.lab.cli.bench.step import CONTESTANTS, SHAPES, StepBench
+from steepest.lab.cli.bench import CONTESTANTS, SHAPES, Step
 from tests.cases import cases
 
 SMALL = "--width 8 --layers 1 --pairs 2 --warm-up 1 --peers torch-fp32"
@@ -104,4 +104,4 @@ def test_help_names_every_set_and_contestant(capsys):
     assert CONTESTANTS.split(", ") == list(everybody.CONTESTANTS)
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert inspect.getdoc(StepBench).split("\n\n", 1)[1] in out
+    assert inspect.getdoc(Step).split("\n\n", 1)[1] in out

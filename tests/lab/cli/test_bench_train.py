@@ -6,7 +6,7 @@ import pytest
 from steepest.lab.bench import train_share
 from steepest.lab.bench.train_share import Seconds
 from steepest.lab.cli import main
-from steepest.lab.cli.bench.train import OTHERS
+from steepest.lab.cli.bench import OTHERS
 from steepest.lab.methods import METHODS
 
 NAMES = ("adamw", "muon", "newton-muon")

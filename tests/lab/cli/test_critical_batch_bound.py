@@ -10,7 +10,7 @@ import pytest
 
 from steepest.geometry import ScaleRule
 from steepest.lab.cli import main
-from steepest.lab.cli.critical_batch.bound import Scale
+from steepest.lab.cli.bound import Scale
 from tests.cases import cases
 
 KNOWN = "--m 8 --n 16 --L 4.4 --nu 32 --lr 0.002 --momentum 0.9 --no-nesterov --eps 2 --gap 1.59 --gradient 3.39"

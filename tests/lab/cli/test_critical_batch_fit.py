@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from steepest.batch_size.curve import FAMILIES
+from steepest.lab.cli import critical_batch as fit
 from steepest.lab.cli import main
-from steepest.lab.cli.critical_batch import fit
 from tests.lab.studies.batch.cases import written
 
 

@@ -72,6 +72,13 @@ def momo_cost(task: Task, name: str, dual: str, *, pairs: int) -> dict[str, obje
     }
 
 
+def random_tokens(count: int) -> Tensor:
+    """At least so many bytes as a step of a language model reads them: (batch, time + 1)."""
+    window = min(1024, count)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randint(256, (count // window, window + 1), generator=generator, device="cpu")
+
+
 def newton_muon_cost(name: str, config: GPTConfig, tokens: Tensor, *, every: int, pairs: int) -> dict[str, object]:
     """One row of the table: Muon and Newton-Muon.
 

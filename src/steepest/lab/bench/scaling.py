@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -73,6 +73,21 @@ class Row:
     def error(self) -> float:
         """Of the prediction, relative to the measured median."""
         return self.predicted_ms / self.ms.median - 1
+
+    def columns(self) -> dict[str, Any]:
+        """A line of a table; the seconds are counted."""
+        return {
+            "axis": self.point.axis,
+            "value": self.point.value,
+            "matrices": len(self.point.shapes),
+            "parameters": sum(rows * columns for rows, columns in self.point.shapes),
+            **self.ms.columns("ms"),
+            "predicted_ms": self.predicted_ms,
+            "error": self.error,
+            "peak_extra_bytes": self.peak_extra_bytes,
+            "state_bytes": self.state_bytes,
+            "steps": len(self.seconds),
+        }
 
 
 @dataclass

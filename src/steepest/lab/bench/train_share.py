@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,14 @@ class Share:
     def share(self) -> float:
         """Of the optimizer in the sum of both medians."""
         return self.optimizer_ms.median / (self.optimizer_ms.median + self.forward_backward_ms.median)
+
+    def columns(self) -> dict[str, Any]:
+        """A line of a table; each median with its quartiles."""
+        own = ("forward_backward_ms", "optimizer_ms", "step_ratio", "optimizer_ratio")
+        found: dict[str, Any] = {"method": self.method, "every": self.every}
+        for name in own:
+            found |= getattr(self, name).columns(name)
+        return {**found, "share": self.share}
 
 
 @dataclass(frozen=True)

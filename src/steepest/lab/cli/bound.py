@@ -15,19 +15,12 @@ if TYPE_CHECKING:
     from steepest.batch_size.ball import Ball
     from steepest.batch_size.bounds import Bound, Critical, Problem, Setting
 
+Row = tuple[str, str, str]  # of the table: name, value, unit
 Scale = Literal["original", "match_rms_adamw", "spectral", "none"]  # a test compares them with the library's rules
 NOTE = (
     "An upper bound for exact polar factors, ours in the spirit of arXiv:2507.01598v5. "
     "Its b* need not be near the measured one."
 )
-
-
-class Row(NamedTuple):
-    """A line of the table."""
-
-    name: str
-    value: str
-    unit: str
 
 
 class Found(NamedTuple):
@@ -80,8 +73,8 @@ class BoundCommand(Command, AsJson):
             return print_json(_content(self, found, batches))
         rows = [*_bound_rows(self, found), *_batch_rows(found, batches), *_ball_rows(self, found)]
         widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        for row in rows:
-            print(f"{row.name:<{widths[0]}}  {row.value:>{widths[1]}}  {row.unit}".rstrip())
+        for name, value, unit in rows:
+            print(f"{name:<{widths[0]}}  {value:>{widths[1]}}  {unit}".rstrip())
         for line in (found.refusal, f"Regime: {found.ball.sentence}.", NOTE):
             if line:
                 print(line)
@@ -136,24 +129,24 @@ def _bound_rows(options: BoundCommand, found: Found) -> list[Row]:
         "suboptimality": "loss above its infimum after T steps",
     }[bound.measure]
     rows = [
-        Row("bound", form, f"on the {measured}, {unit}"),
-        Row("X", _number(bound.X), unit if bound.shape == "geometric" else f"{unit} * steps"),
-        Row("Y", _number(bound.Y), f"{unit} * sqrt(samples)"),
-        Row("Z", _number(bound.Z), f"{unit}; falls with lr only"),
-        Row("target", _number(options.eps), unit),
+        ("bound", form, f"on the {measured}, {unit}"),
+        ("X", _number(bound.X), unit if bound.shape == "geometric" else f"{unit} * steps"),
+        ("Y", _number(bound.Y), f"{unit} * sqrt(samples)"),
+        ("Z", _number(bound.Z), f"{unit}; falls with lr only"),
+        ("target", _number(options.eps), unit),
     ]
     if critical.least is None or critical.best is None or critical.steps is None or critical.sfo is None:
         return rows
     if critical.best < 1:  # the formula knows no whole samples
         unit = "samples; the formula's minimum is below a batch of one"
         steps = bound.steps(options.eps, 1)
-        return [*rows, Row("b*", "1", unit), Row("K(1)", _number(steps), "steps, and gradients of samples")]
+        return [*rows, ("b*", "1", unit), ("K(1)", _number(steps), "steps, and gradients of samples")]
     return [
         *rows,
-        Row("b_min", _number(critical.least), "samples; not reached at or below it"),
-        Row("b*", _number(critical.best), "samples; where b K(b) of the bound is smallest"),
-        Row("K(b*)", _number(critical.steps), "steps"),
-        Row("SFO(b*)", _number(critical.sfo), "gradients of samples, b K(b)"),
+        ("b_min", _number(critical.least), "samples; not reached at or below it"),
+        ("b*", _number(critical.best), "samples; where b K(b) of the bound is smallest"),
+        ("K(b*)", _number(critical.steps), "steps"),
+        ("SFO(b*)", _number(critical.sfo), "gradients of samples, b K(b)"),
     ]
 
 
@@ -161,29 +154,27 @@ def _batch_rows(found: Found, batches: list[tuple[int, float, float]]) -> list[R
     rows: list[Row] = []
     for batch, steps, sfo in batches:
         if math.isinf(steps):
-            rows.append(Row(f"SFO({batch})", "never", "b is not above b_min"))
+            rows.append((f"SFO({batch})", "never", "b is not above b_min"))
         else:
-            rows.append(Row(f"SFO({batch})", _number(sfo), f"gradients of samples in {_number(steps)} steps"))
+            rows.append((f"SFO({batch})", _number(sfo), f"gradients of samples in {_number(steps)} steps"))
     return rows
 
 
 def _ball_rows(options: BoundCommand, found: Found) -> list[Row]:
     ball = found.ball
     rows = [
-        Row("nu", _number(found.problem.noise), "loss/weight, noise of one sample"),
-        Row("scale c", _number(ball.scale), f"{options.scale}, {options.m} x {options.n}"),
-        Row("overshoot", f"{ball.overshoot:.4f}", options.coefficients),
+        ("nu", _number(found.problem.noise), "loss/weight, noise of one sample"),
+        ("scale c", _number(ball.scale), f"{options.scale}, {options.m} x {options.n}"),
+        ("overshoot", f"{ball.overshoot:.4f}", options.coefficients),
     ]
     if ball.regime == "no decay":
         return rows
-    rows.append(Row("ball radius", _number(ball.radius), "weight, spectral norm"))
+    rows.append(("ball radius", _number(ball.radius), "weight, spectral norm"))
     if ball.regime == "bounded":
-        rows.append(Row("limit", _number(ball.limit), "weight, spectral norm, for many steps"))
+        rows.append(("limit", _number(ball.limit), "weight, spectral norm, for many steps"))
     if math.isfinite(ball.limit):
         gradient = ball.gradient(found.problem.smoothness, minimiser=ball.limit)
-        rows.append(
-            Row("gradient <=", _number(gradient), "loss/weight, if start and a minimiser are no larger than that")
-        )
+        rows.append(("gradient <=", _number(gradient), "loss/weight, if start and a minimiser are no larger than that"))
     return rows
 
 
