@@ -10,14 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steepest import Muon
-from steepest.anatomy import LINEAR
 from steepest.lab.bench.cost_model import ALL_TRAFFIC, LOAD_TRAFFIC, LONG_TRAFFIC, cost, count_work
 from steepest.lab.bench.machine import Machine
 from steepest.linalg import symmetric
 from steepest.linalg.polar import flops, polars
 from steepest.linalg.products import SMALLEST_ONE_BY_ONE, has_onednn
-from steepest.optim.bucket import Bucket
-from steepest.optim.load import SHARES, default_cap, loads
 
 FREE = ((1, 1e300),)
 TABLES = ("products", "passes", "fresh", "transposed")
@@ -68,14 +65,11 @@ def counted(shapes):
         weight.grad = torch.ones_like(weight)
     optimizer = Muon(weights, weight_decay=0.1)
     optimizer.step()
-    sets = [Bucket((torch.empty(rows, columns),) * count, LINEAR) for count, rows, columns in shapes]
-    cap = default_cap(sets)
-    parts = [[torch.stack(bucket.parameters) for bucket in load.buckets] for load in loads(sets, memory_cap=cap)]
     with Counting() as counts:
         optimizer.step()
     with Counting() as polar:
-        for part in parts:  # as a step divides them
-            polars(part, times=[-1.0] * len(part), memory_cap=(SHARES - 2) * cap // SHARES)
+        for shape in shapes:
+            polars([torch.ones(shape)], times=[-1.0])
     one_by_one = min(shapes[0][1:]) >= SMALLEST_ONE_BY_ONE and has_onednn()
     return counts.calls - one_by_one * polar.calls, counts.bytes - polar.bytes
 

@@ -25,9 +25,10 @@ TRANSPOSED_TRAFFIC = 4
 # Of passes over what a matrix has beyond a square one, in tensors that are new each time: absolute values, quotient,
 # transposed copy, product, what oneDNN makes of both factors, result. Rates of products know those of square ones.
 LONG_TRAFFIC = 7 * 3
-# Calls for a step, a load, a shape in it, and for each part that memory divides its polar factors into; more where all
-# factors of a part are computed together. Those of factors one by one are in the rate of products.
-CALLS, CALLS_PER_LOAD, CALLS_PER_SHAPE, CALLS_PER_PART = 5, 10, 5, 4
+# Calls for a step, a load, a shape in it, and for each part that memory divides its polar factors into, by whether
+# these are computed one by one; more where they are computed together. Those of factors one by one are in the rate of
+# products.
+CALLS, CALLS_PER_LOAD, CALLS_PER_SHAPE, CALLS_PER_PART, CALLS_PER_PART_ALONE = 5, 10, 5, 4, 6
 POLAR_CALLS, POLAR_CALLS_PER_SHAPE = 24, 30
 # Of them in each step of an iteration, by its form and the number of its coefficients.
 STEP_CALLS = {"newton-schulz": {3: 9, 5: 22}, "gram": {3: 14, 5: 25}}
@@ -119,7 +120,7 @@ def _of_polars(iteration: Iteration, jobs: Sequence[Job]) -> Work:
             work.transposed[size] = work.transposed.get(size, 0.0) + TRANSPOSED_TRAFFIC * count * size
     steps = sum(STEP_CALLS[iteration.form][len(step)] for step in iteration.chosen.steps)
     shared = POLAR_CALLS + steps + POLAR_CALLS_PER_SHAPE * len(jobs) if together else 0
-    return replace(work, calls=CALLS_PER_PART + shared)
+    return replace(work, calls=CALLS_PER_PART + shared if together else CALLS_PER_PART_ALONE)
 
 
 def _sum(works: Sequence[Work]) -> Work:
