@@ -17,6 +17,7 @@ ROOMS = [
     "linalg",
     "geometry",
     "anatomy",
+    "stages",
     "optim",
     "testing",
     "batch_size",

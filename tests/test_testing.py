@@ -11,10 +11,24 @@ import pytest
 import torch
 
 import steepest
-from steepest import Ada2, AdaInf, ColNorm, Frobenius, InputMoment, Muon, NewtonMuon, Scaled, Schatten, Sign, Spectral
+from steepest import (
+    Ada2,
+    AdaInf,
+    ColNorm,
+    Frobenius,
+    InputMoment,
+    Muon,
+    NewtonMuon,
+    RowScaling,
+    Scaled,
+    Schatten,
+    Sign,
+    Spectral,
+)
 from steepest.geometry import NORMS, Norm
 from steepest.optim.recipes import RECIPES
-from steepest.testing import NORM_LAWS, RECIPE_LAWS, check_norm, check_recipe, network
+from steepest.stages import Entry, Stage
+from steepest.testing import NORM_LAWS, RECIPE_LAWS, STAGE_LAWS, check_norm, check_recipe, check_stage, network
 from tests.cases import cases
 from tests.optim import training
 
@@ -24,6 +38,8 @@ HELD = {
     **{name: partial(getattr(steepest, name), **eval(f"dict({options})")) for name, options in ROWS.items()},
     **{f"{name}, as trained elsewhere": make for name, make in training.RECIPES.items()},
     "NewtonMuon, often": partial(NewtonMuon, precondition=InputMoment(every=2, first=1)),
+    "NorMuon": partial(Muon, stages=[RowScaling()]),
+    "NorMuon with inputs": partial(NewtonMuon, precondition=InputMoment(every=2, first=1), stages=[RowScaling()]),
     "Muon, decayed": partial(Muon, nesterov=False, weight_decay=0.1, scale="match_rms_adamw"),
 }
 EXACT = [
@@ -51,6 +67,68 @@ def test_norms_keep_the_law(norm, law):
 @cases("name", HELD)
 def test_recipes_keep_the_law(name, law):
     law(HELD[name])
+
+
+@pytest.mark.parametrize("law", STAGE_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize(
+    "stage",
+    [
+        RowScaling(),
+        RowScaling(beta2=0.0, eps=0.0),
+        InputMoment(every=2, first=1, structure="full"),
+        InputMoment(every=1, first=0, structure="full", exponents=(0.5, 0.5)),
+        InputMoment(every=1, first=0, structure="full", on="gradient"),
+        InputMoment(every=1, first=0, structure="diagonal"),
+    ],
+    ids=repr,
+)
+def test_stages_keep_the_law(stage, law):
+    law(stage)
+
+
+class Faulty(Stage):
+    """A stage with what each test puts in place of its methods."""
+
+    prefix = "faulty_"
+
+    def entries(self, row):
+        return (Entry("faulty_count", torch.Size([1])),)
+
+
+def counting(self, load, directions, states, accept):
+    for state in states:
+        state["faulty_count"] += 1
+    return directions
+
+
+def sharing(self, load, directions, states, accept):
+    return tuple(d * sum(own.square().sum() for own in directions) for d in directions)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "message"),
+    [
+        ("entries", lambda self, row: (Entry("count", torch.Size([1])),), "what is kept is what entries declares"),
+        ("after", lambda self, load, d, states, accept: tuple(one.mul_(2) for one in d), "arguments are only read"),
+        ("before", lambda self, load, batches: tuple(one.mul_(2) for one in batches), "arguments are only read"),
+        ("linear", True, "after(c D) = c after(D)"),
+        ("keeps_ball", True, "keeps_ball"),
+        ("after", counting, "a step that is not taken changes no entry"),
+        ("after", lambda self, load, d, states, accept: tuple(one + 1 for one in d), "after(0) = 0"),
+        ("after", sharing, "a load is its parameters"),
+    ],
+)
+def test_a_stage_with_a_fault_is_found_out(name, fault, message, monkeypatch):
+    monkeypatch.setattr(Faulty, name, fault)
+    if name in ("linear", "keeps_ball"):
+        squared = lambda self, load, d, states, accept: tuple(one * 9 * one.abs() for one in d)  # noqa: E731
+        monkeypatch.setattr(Faulty, "after", squared)
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        check_stage(Faulty())
+
+
+def test_a_stage_that_does_nothing_keeps_every_law():
+    check_stage(Faulty())
 
 
 def test_an_approximate_polar_factor_keeps_the_laws_as_closely_as_it_is_one():

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import ModuleType
 
-    from steepest.anatomy import InputMoment as InputMoment
     from steepest.anatomy import Plan as Plan
     from steepest.anatomy import Role as Role
     from steepest.anatomy import Rule as Rule
@@ -24,15 +23,20 @@ if TYPE_CHECKING:
     from steepest.linalg import minimax as minimax
     from steepest.linalg import polar as polar
     from steepest.optim import *  # noqa: F403
+    from steepest.stages import InputMoment as InputMoment
+    from steepest.stages import MissingInputsError as MissingInputsError
+    from steepest.stages import RowScaling as RowScaling
+    from steepest.stages import Stage as Stage
 
 __version__ = "0.1.0"
 
-_ROOMS = ("linalg", "geometry", "anatomy", "optim", "testing", "parallel", "batch_size", "theory", "lab")
+_ROOMS = ("linalg", "geometry", "anatomy", "ranks", "stages", "optim", "testing", "batch_size", "theory", "lab")
 # Names of the rooms that are names of the package, too; None: all.
 _PUBLIC = {
-    "anatomy": ("InputMoment", "Plan", "Role", "Rule", "View", "route"),
+    "anatomy": ("Plan", "Role", "Rule", "View", "route"),
     "geometry": None,
     "linalg": ("COEFFICIENTS", "Coefficients", "describe", "minimax", "polar"),
+    "stages": ("InputMoment", "MissingInputsError", "RowScaling", "Stage"),
     "optim": None,
     "batch_size": ("NoiseReport", "NoiseScale"),
 }

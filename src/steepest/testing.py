@@ -1,8 +1,9 @@
-"""The laws that norms and recipes keep, for pieces that you write: each check raises AssertionError and says which.
+"""The laws that norms, stages and recipes keep, for pieces that you write; each check raises AssertionError.
 
-    from steepest.testing import check_norm, check_recipe
+    from steepest.testing import check_norm, check_recipe, check_stage
 
     check_norm(MyNorm())
+    check_stage(MyStage())
     check_recipe(MyRecipe)
 
 The library's own pieces are held to the same laws by its tests.
@@ -14,6 +15,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any, TypeAlias, cast
@@ -21,17 +23,22 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from steepest.anatomy import Bucket, Load, PlanRow
 from steepest.geometry import Norm
 from steepest.geometry.norm import completed
-from steepest.optim import Momo, SteepestDescent
+from steepest.linalg import polar
+from steepest.optim import Momo, Muon, SteepestDescent
+from steepest.stages import Stage
 
-__all__ = ["NORM_LAWS", "RECIPE_LAWS", "check_norm", "check_recipe"]
+__all__ = ["NORM_LAWS", "RECIPE_LAWS", "STAGE_LAWS", "check_norm", "check_recipe", "check_stage"]
 
 SHAPES = ((1, 1), (3, 7), (7, 3), (2, 5, 5), (2, 2, 1, 4))
 EMPTY = ((0, 3), (2, 0, 4), (0, 2, 2))
 EXACT = 1e-12  # of float64, after sums over a few dozen entries
 SPREADS = (0.0, 1e-3, 1e-1, 1.0, 10.0)  # from the best direction to arbitrary ones
 MATRIX = (-2, -1)
+
+Tensors: TypeAlias = list[Tensor]
 
 
 def check_norm(norm: Norm, *, tolerance: float = EXACT) -> None:
@@ -46,6 +53,20 @@ def check_norm(norm: Norm, *, tolerance: float = EXACT) -> None:
     """
     for law in NORM_LAWS:
         law(completed(norm), tolerance)
+
+
+def check_stage(stage: Stage) -> None:
+    """Hold a stage to every law of `STAGE_LAWS`, and Muon with it to those of `RECIPE_LAWS`.
+
+    Args:
+        stage: As it is given to an optimizer's `stages`.
+
+    Raises:
+        AssertionError: If a law does not hold; the message has law, numbers and what to look at.
+    """
+    for law in STAGE_LAWS:
+        law(stage)
+    check_recipe(partial(Muon, stages=[stage]))
 
 
 def check_recipe(make: Callable[..., SteepestDescent]) -> None:
@@ -248,10 +269,157 @@ NORM_LAWS: tuple[Callable[[Norm, float], None], ...] = (
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+@dataclass
+class _Staged:
+    """A stage at work, on the matrices of `network` after some steps."""
+
+    stage: Stage
+    load: Load
+    states: list[dict[str, Tensor]]
+    rows: list[PlanRow]
+
+    @classmethod
+    def of(cls, stage: Stage) -> "_Staged":
+        model = network()
+        optimizer = Muon(model, stages=[stage], coefficients="cubic12")
+        train(model, optimizer, range(5))
+        rows = [row for row in optimizer.plan if row.role == "matrix"]
+        load = Load([Bucket((row.parameter,), row.view) for row in rows])
+        (attached,) = optimizer.stages
+        attached.allocate(optimizer.state)
+        attached.refresh(optimizer.state, (), None)
+        return cls(attached, load, [optimizer.state[row.parameter] for row in rows], rows)
+
+    def random(self, seed: int) -> tuple[Tensor, ...]:
+        """Averages of gradients, as it were."""
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        like = self.load.matrices([parameter.detach() for parameter in self.load.parameters])
+        return tuple(torch.randn(own.shape, generator=generator, device="cpu") for own in like)
+
+    def factors(self, seed: int) -> tuple[Tensor, ...]:
+        """Directions in the spectral norm."""
+        return tuple(polar(-own, method="svd") for own in self.random(seed))
+
+    def after(self, directions: tuple[Tensor, ...], accept: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What becomes of directions; the state stays as it was."""
+        return self.stage.after(self.load, directions, copy.deepcopy(self.states), accept)
+
+    def kept(self) -> Tensors:
+        """What the stage keeps of the parameters."""
+        keys = [[entry.key for entry in self.stage.entries(row)] for row in self.rows]
+        return [state[key].clone() for state, own in zip(self.states, keys, strict=True) for key in own if key in state]
+
+
+def entries_are_what_is_declared(stage: Stage) -> None:
+    """After some steps, what is kept under the stage's prefix is what `entries` says, with its shapes and types."""
+    own = _Staged.of(stage)
+    law = "what is kept is what entries declares"
+    for row, state in zip(own.rows, own.states, strict=True):
+        declared = {entry.key: entry for entry in own.stage.entries(row)}
+        ours = {key for key in (*state, *declared) if stage.prefix and key.startswith(stage.prefix)}
+        strange = ours ^ declared.keys()
+        _hold(not strange, stage, law, f"{row.name} has {sorted(strange)}", "Set prefix, and begin every key with it.")
+        for key, entry in declared.items():
+            missing = entry.eager and key not in state
+            _hold(not missing, stage, law, f"{row.name} has no {key!r}", "Do not take entries out of the state.")
+            if key in state:
+                _same(state[key], torch.empty_like(entry.zeros(row.parameter)).copy_(state[key]), 0.0, stage, law, "")
+
+
+def batches_are_only_read(stage: Stage) -> None:
+    """`gradient`, `before` and `after` write to nothing that they are given, and keep shapes and types."""
+    own = _Staged.of(stage)
+    law, remedy = (
+        "arguments are only read, and shapes kept",
+        "Work on a copy; return what has the shape of the argument.",
+    )
+    given = own.random(0)
+    before = [batch.clone() for batch in given]
+    tensors = own.load.parameter_shaped(given)
+    made = [own.stage.before(own.load, given), own.after(given), own.stage.gradient(own.load, tensors)]
+    for batch, as_it_was in zip(given, before, strict=True):
+        _same(batch, as_it_was, 0.0, stage, law, remedy)
+    for result, like in zip(made, (given, given, tensors), strict=True):
+        fine = [(one.shape, one.dtype) for one in result] == [(one.shape, one.dtype) for one in like]
+        _hold(fine, stage, law, f"{[one.shape for one in like]} became {[one.shape for one in result]}", remedy)
+
+
+def a_linear_stage_is_linear(stage: Stage) -> None:
+    """Where `linear` says so, after(c D) = c after(D)."""
+    own = _Staged.of(stage)
+    if own.stage.linear:
+        d = own.factors(1)
+        for one, other in zip(own.after(tuple(4 * one for one in d)), own.after(d), strict=True):
+            error = 1e-5 * float(one.abs().max())
+            _same(one, 4 * other, error, stage, "after(c D) = c after(D)", "Leave linear at False.")
+
+
+def the_ball_is_kept_where_that_is_said(stage: Stage) -> None:
+    """Where `keeps_ball` says so, what `after` makes of polar factors has no singular value above one."""
+    own = _Staged.of(stage)
+    if own.stage.keeps_ball:
+        for seed in range(3):
+            for one in own.after(own.factors(seed)):
+                largest = float(torch.linalg.matrix_norm(one, ord=2).max())
+                _hold(largest < 1 + 1e-4, stage, "keeps_ball", f"a norm is {largest:.6g}", "Leave keeps_ball at False.")
+
+
+def a_step_that_is_not_taken_changes_no_entry(stage: Stage) -> None:
+    """Where `accept` is False, `after` and `refresh` leave the state as it is."""
+    own = _Staged.of(stage)
+    before = own.kept()
+    never = torch.tensor(False, device="cpu")
+    own.stage.after(own.load, own.factors(2), own.states, never)
+    law = "a step that is not taken changes no entry"
+    for one, other in zip(own.kept(), before, strict=True):
+        _same(one, other, 0.0, stage, law, "Write torch.where(accept, new, old).")
+
+
+def no_direction_stays_none(stage: Stage) -> None:
+    """after(0) = 0, and what is finite stays so where directions have rank one."""
+    own = _Staged.of(stage)
+    law, remedy = "after(0) = 0", "Divide by 1 where a size is 0."
+    for one in own.after(tuple(torch.zeros_like(d) for d in own.factors(0))):
+        _hold((one == 0).all(), stage, law, f"it is {one.flatten()[0]:.6g}, ...", remedy)
+    thin = tuple(torch.zeros_like(d).index_fill(-2, torch.tensor([0], device="cpu"), 0.5) for d in own.factors(0))
+    for one in own.after(thin):
+        _hold(one.isfinite().all(), stage, "directions stay finite", "those of rank one do not", remedy)
+
+
+def a_load_is_its_parameters(stage: Stage) -> None:
+    """What becomes of a parameter does not depend on those that share its load."""
+    own = _Staged.of(stage)
+    m = own.random(3)
+    place = 0
+    for number, bucket in enumerate(own.load.buckets):
+        alone = Load([bucket])
+        part = slice(place, place + alone.batches)
+        together = [*own.stage.before(own.load, m)[part], *own.after(m)[part]]
+        state = copy.deepcopy(own.states[number : number + 1])
+        single = [*own.stage.before(alone, m[part]), *own.stage.after(alone, m[part], state, None)]
+        for one, other in zip(single, together, strict=True):
+            _same(one, other, 1e-6, stage, "a load is its parameters", "Use what is kept of each parameter alone.")
+        place = part.stop
+
+
+STAGE_LAWS: tuple[Callable[[Stage], None], ...] = (
+    entries_are_what_is_declared,
+    batches_are_only_read,
+    a_linear_stage_is_linear,
+    the_ball_is_kept_where_that_is_said,
+    a_step_that_is_not_taken_changes_no_entry,
+    no_direction_stays_none,
+    a_load_is_its_parameters,
+)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Recipes
 
 Make: TypeAlias = Callable[..., SteepestDescent]
-Tensors: TypeAlias = list[Tensor]
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:

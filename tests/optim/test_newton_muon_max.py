@@ -113,8 +113,8 @@ def test_muon_max_takes_the_option_that_makes_it_newtons(momo):
         optimizer = build(model)
         for group in optimizer.param_groups:
             group["lr"] *= 0.1
-        optimizer._preconditioner.options = InputMoment(structure="auto", every=2)  # the default, but sooner
-        optimizer._preconditioner.expect()
+        optimizer.stages[0].options = InputMoment(structure="auto", every=2)  # the default, but sooner
+        optimizer.stages[0].expect()
         for step in range(5):
             optimizer.zero_grad()
             optimizer.step(loss=backward(model, step))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from steepest import Adam, Fixed, Momo, Muon, MuonAdam, MuonMax, PolarGrad, Scion
-from steepest.optim.clipping import Witness
+from steepest.optim.momo.clipping import Witness
 from tests.optim.training import network
 
 METHODS = {

@@ -11,7 +11,7 @@ from torch import nn
 
 from steepest import Fixed, Momo, Muon, MuonMax, NonFiniteError, SteepestDescent
 from steepest.optim.guard import Guard
-from steepest.optim.step_size import SCALARS
+from steepest.optim.momo.model import SCALARS
 from tests.optim.training import assert_same, backward, network, snapshot, train
 
 

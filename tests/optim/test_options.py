@@ -76,6 +76,7 @@ FLAG = {"True"}
 COUNT = {"three", "huge"}
 # Which of the values an option takes, besides its default. None of them: any object of its own kind only.
 RIGHT = {
+    "stages": {"empty list"},
     **dict.fromkeys(("lr", "adam_lr", "other_lr"), RATE),
     **dict.fromkeys(("momentum", "beta2", "decay"), PART),
     **dict.fromkeys(("weight_decay", "eps", "ridge", "ridge_floor", "init"), NON_NEGATIVE),

@@ -63,7 +63,7 @@ def give(model, size):
 
 def finite(model, optimizer):
     numbers = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
-    model_of_loss = optimizer._global_step.model
+    model_of_loss = optimizer._losses.model
     return all(bool(t.isfinite().all()) for t in numbers) and (
         model_of_loss is None or all(math.isfinite(number) for number in model_of_loss.numbers().values())
     )

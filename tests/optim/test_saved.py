@@ -293,7 +293,7 @@ def test_an_error_at_the_end_of_loading_leaves_no_trace(monkeypatch):
     def fails(*_):
         raise MemoryError
 
-    monkeypatch.setattr("steepest.optim.descent.drop_moments", fails)
+    monkeypatch.setattr("steepest.optim.descent.drop_unknown", fails)
     with pytest.raises(MemoryError):
         optimizer.load_state_dict(state)
     assert everything(vars(optimizer)) == before

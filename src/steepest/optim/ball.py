@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from steepest.anatomy import PlanRow
+from steepest.anatomy import Bucket, PlanRow
 from steepest.geometry import Norm
 from steepest.geometry.norm import completed
 from steepest.linalg import polar
-from steepest.optim.bucket import Bucket
+from steepest.optim.decay import Decay
 from steepest.optim.momentum import debias
 from steepest.optim.state import MOMENTUM, STEP
 
@@ -61,19 +61,19 @@ def largest_singular_values(matrices: Tensor, *, iterations: int = ITERATIONS) -
 
 
 def weight_numbers(
-    groups: Iterable[tuple[Mapping[str, Any], Norm]],
+    groups: Iterable[tuple[Mapping[str, Any], Norm, Decay | None]],
     rows: Mapping[Tensor, PlanRow],
     states: Mapping[Tensor, Mapping[str, Tensor]],
 ) -> dict[str, float]:
     """Spectral norms, radii and Frank-Wolfe gaps, as `SteepestDescent.diagnostics(weights=True)` says.
 
     Args:
-        groups: Those whose directions have norm one, and their norms.
+        groups: All, their norms, and what decays their weights; None where directions are not of norm one.
         rows: Of the plan.
         states: Of the parameters, with momenta.
     """
     numbers: dict[str, float] = {}
-    for group, norm in groups:
+    for group, norm, decay in groups:
         norm = completed(norm)
         for parameter in cast(Sequence[Tensor], group["params"]):
             if not parameter.numel():
@@ -86,12 +86,14 @@ def weight_numbers(
                 break
             prefix = f"weights/{rows[parameter].name}"
             numbers[f"{prefix}/spectral_norm"] = max(float(largest_singular_values(w).max()) for w in weights)
-            if group["weight_decay"]:
-                numbers[f"{prefix}/ball_radius"] = max(lengths) / group["weight_decay"]
-            if state := states.get(parameter):
+            rate = group["weight_decay"]
+            radius = decay.radius(rate) if decay and rate else None
+            if radius is not None:
+                numbers[f"{prefix}/ball_radius"] = max(lengths) * radius
+            if decay and (radius is not None or not rate) and (state := states.get(parameter)):
                 mass = debias(group["momentum"], state[STEP].to(state[MOMENTUM].dtype))
                 averages = bucket.matrices([state[MOMENTUM] / torch.where(mass == 0, 1.0, mass)])
-                pulls = [group["weight_decay"] / length for length in lengths]
+                pulls = [1 / (length * radius) if radius else 0.0 for length in lengths]
                 gaps = [_gap(m, w, pull) for m, w, pull in zip(averages, weights, pulls, strict=True)]
                 numbers[f"{prefix}/frank_wolfe_gap"] = sum(gaps)
     return numbers

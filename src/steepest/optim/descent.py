@@ -2,13 +2,12 @@
 
 A step goes the same way for every parameter:
 
-    gradient -> (precondition) -> average (momentum) -> view as matrices -> steepest direction in the norm
+    gradient -> average (momentum) -> as matrices -> stages before -> steepest direction in the norm -> stages after
              -> product norm over all layers -> step size -> decay and move
 
 Everything between the gradient and the move is a pure function of tensors in its own file; here they are put in order.
 """
 
-import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,25 +18,24 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from steepest.anatomy import InputMoment, Plan, PlanRow, Role
-from steepest.checks import shown
+from steepest.anatomy import Plan, PlanRow, Role
+from steepest.checks import refusal, shown
 from steepest.geometry import Norm, Product
+from steepest.notices import warn
 from steepest.optim.arguments import checked_options
-from steepest.optim.ball import weight_numbers
-from steepest.optim.clipping import Witness
+from steepest.optim.ball import beyond_ball, weight_numbers
+from steepest.optim.combine import Combine, DualMode
+from steepest.optim.decay import Decay, Decays, rate_of
 from steepest.optim.diagnostics import StepRecord
-from steepest.optim.global_step import DualMode, GlobalStep
 from steepest.optim.group_numbers import check_numbers
 from steepest.optim.groups import Group, Norms, make_plain, plain, view_of, view_text
 from steepest.optim.guard import Guard, OnNonFinite, dense_gradients
-from steepest.optim.load import Packing
-from steepest.optim.losses import MISSING, Loss, LossTap, check_closure, check_loss
 from steepest.optim.momentum import FORGET_EVERY
+from steepest.optim.momo import Heard, Loss, Losses, StepSize
+from steepest.optim.momo.model import MODEL_KEYS
 from steepest.optim.move import Move
 from steepest.optim.options import (
     DEFAULT_NORMS,
-    INPUT_OPTIONS,
-    INPUT_STEPS,
     METHOD,
     PER_ROLE,
     STEPS_TAKEN,
@@ -45,6 +43,7 @@ from steepest.optim.options import (
     check_norms,
     complete_group,
 )
+from steepest.optim.packing import Packing
 from steepest.optim.parameters import (
     Parameters,
     check_view,
@@ -54,19 +53,18 @@ from steepest.optim.parameters import (
     newcomer,
     refuse_repeats,
 )
-from steepest.optim.precondition import Preconditioner, drop_moments, precondition_options
 from steepest.optim.rates import Rates
 from steepest.optim.saved import check_mapping, check_saved
-from steepest.optim.sees_inputs import SeesInputs
-from steepest.optim.state import DUAL, check_fits, check_state, ensure_state, restored
-from steepest.optim.step_size import MODEL_KEYS, StepSize
-from steepest.ranks import decide, sharded
+from steepest.optim.state import DUAL, Schema, allocate, check_fits, check_state, drop_unknown, restored, schema
+from steepest.ranks import check_layout, decide, sharded
+from steepest.stages import InputMoment, Stage
+from steepest.stages.inputs import InputMoments
 
 ByRole = Mapping[Role, Any]
 # What a group needs for a step; where one is missing, the group was not made by add_param_group.
 NEEDED = frozenset({"params", "role", "norm", "lr", "momentum", "nesterov", "weight_decay", "beta2"})
 # What stays this optimizer's when a state is loaded.
-OWN = ("norm", "view", "name", METHOD)
+OWN = ("norm", "view", "name", "decay_kind", METHOD)
 
 
 @dataclass
@@ -77,22 +75,18 @@ class Ready:
         present: Groups, each with those of its parameters that have a gradient.
         parameters: All of these.
         gradients: One for each.
-        loss: Of this rank; None if it is not known.
-        clipping: What the gradients of the loss were multiplied by; None: by nothing.
-        lower_bound: Of Momo.
+        heard: Of the loss.
         admitted: Whether everything is finite; 0-d where that is not read.
     """
 
     present: list[tuple[Group, list[Tensor]]] = field(default_factory=list[tuple[Group, list[Tensor]]])
     parameters: list[Tensor] = field(default_factory=list[Tensor])
     gradients: list[Tensor] = field(default_factory=list[Tensor])
-    loss: Loss | None = None
-    clipping: Loss | None = None
-    lower_bound: float = 0.0
+    heard: Heard = field(default_factory=Heard)
     admitted: bool | Tensor = True
 
 
-class SteepestDescent(SeesInputs):
+class SteepestDescent(Optimizer):
     """Steepest descent with momentum, in a norm for each role of parameter.
 
     By default a step subtracts decoupled weight decay and adds the learning rate times the direction of norm one that
@@ -111,7 +105,8 @@ class SteepestDescent(SeesInputs):
         momentum: Weight of the old average of gradients, in [0, 1); for norms that do not adapt. In the groups, and so
             for schedulers, "momentum" is this weight for every norm.
         nesterov: Look ahead by one gradient; for norms that do not adapt.
-        weight_decay: Decoupled; the rate per step is lr times this, with the scheduled lr.
+        weight_decay: A number, of decoupled decay, or a kind of decay such as `Decoupled(0.1)`; the rate per step is lr
+            times the number, with the scheduled lr.
         betas: Weights of the old averages of gradients and of their squares, for norms that adapt (`AdaInf`). None:
             (0.9, 0.95), or (momentum, 0.95) with Momo.
         norms: Norm of each role, by object or name; roles left out keep Spectral() for matrices, AdaInf() otherwise.
@@ -121,7 +116,9 @@ class SteepestDescent(SeesInputs):
         step_size: None or `Fixed()`: the whole step; `Momo(...)`: as much as its model of the loss says is useful, for
             which it needs the loss of every step and one momentum for all groups.
         precondition: `InputMoment(...)` or the name of one of its presets: multiply the matrices' momenta, or their
-            gradients, with an inverse second moment of their layers' inputs, as Newton-Muon does.
+            gradients, with an inverse second moment of their layers' inputs, as Newton-Muon does. The first stage.
+        stages: What else stands around the search for the matrices' directions, such as `RowScaling()`, the outermost
+            first.
         dual: Where a number of all layers must be known before the first can move: "cached" keeps all directions for
             it; "stale" uses the last step's dual norms of the matrices.
         on_nonfinite: "skip" passes over a step whose gradient or loss is not finite, with all parameters and state
@@ -146,13 +143,14 @@ class SteepestDescent(SeesInputs):
         lr: float | Tensor | ByRole = 0.02,
         momentum: float | ByRole = 0.95,
         nesterov: bool | ByRole = False,
-        weight_decay: float | ByRole = 0.0,
+        weight_decay: float | Decay | ByRole = 0.0,
         betas: tuple[float, float] | ByRole | None = None,
         norms: Mapping[Role, Norm | str] | None = None,
         product: Product | str = "max",
         regularized: bool = False,
         step_size: StepSize | None = None,
         precondition: InputMoment | str | None = None,
+        stages: Sequence[Stage] = (),
         dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
         memory_cap: int | None = None,
@@ -167,29 +165,41 @@ class SteepestDescent(SeesInputs):
         }
         self._guard = Guard(on_nonfinite)
         self._record = StepRecord()
-        self._tap = LossTap()
         self._steps = 0
-        self._global_step = GlobalStep(product, regularized=regularized, step_size=step_size, dual=dual)
+        self._losses = Losses(step_size)
+        self._combine = Combine(product, self._losses, regularized=regularized, dual=dual)
         self._packing = Packing(memory_cap)
-        self._witness: Witness | None = None
         self._rates = Rates()
         self._norms = Norms()
+        self._decays = Decays()
+        self._warned_of_ball = False
+        self._stages: list[Stage] = []
+        self._schemas: dict[Tensor, tuple[PlanRow, str, Schema]] = {}
         self._members: list[list[Tensor]] = []  # of each group, when they were last looked at
         rows, groups = self._collect(params)
         name_groups(groups, [])
         self._rows: dict[Tensor, PlanRow] = dict(rows)
         # torch's schedulers look for these names among the defaults; what counts is in the groups.
         defaults = {key: _any_role(self._defaults_per_role[key]) for key in ("lr", "momentum", "weight_decay")}
+        if isinstance(defaults["weight_decay"], Decay):
+            defaults["weight_decay"] = defaults["weight_decay"].rate
         super().__init__(groups, defaults)
-        self._global_step.check_labels([group["name"] for group in self.param_groups])
-        if self._global_step.momo:
-            self._witness = Witness([group["params"] for group in self.param_groups])
-        options = precondition_options(precondition)
-        if options is not None:
-            self._global_step.check_precondition(options)
-            matrices = [rows[p] for g in self.param_groups if self._preconditioned(g) for p in g["params"]]
-            self._preconditioner = Preconditioner(options, [row for row in matrices if row.trainable])
+        self._combine.check_labels([group["name"] for group in self.param_groups])
+        self._losses.watch([group["params"] for group in self.param_groups])
+        self._attach(checked_stages(precondition, stages))
         self._rows = {parameter: replace(row, sites=()) for parameter, row in self._rows.items()}
+
+    def _attach(self, stages: Sequence[Stage]) -> None:
+        needs = self._combine.needs_duals
+        for stage in stages:
+            if needs and stage.no_duals:
+                raise ValueError(stage.no_duals)
+        rows = [self._rows[p] for group in self.param_groups if self._staged(group) for p in group["params"]]
+        self._schemas.clear()
+        self._stages = [stage.attach([row for row in rows if row.trainable]) for stage in stages]
+        for group in self.param_groups:
+            for stage in self._stages:
+                group.update(stage.group_keys)
 
     @property
     def plan(self) -> Plan:
@@ -201,7 +211,14 @@ class SteepestDescent(SeesInputs):
             for group in self.param_groups
             for parameter in cast(list[Tensor], group["params"])
         ]
-        return Plan(tuple(map(self._preconditioner.complete, rows) if self._preconditioner else rows))
+        for stage in self._stages:
+            rows = list(map(stage.complete, rows))
+        return Plan(tuple(rows))
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What stands around the search for the matrices' directions, attached to this optimizer."""
+        return tuple(self._stages)
 
     @property
     def memory_cap(self) -> int | None:
@@ -243,16 +260,19 @@ class SteepestDescent(SeesInputs):
         name_groups(groups, [group["name"] for group in self.param_groups])
         for group in groups:
             make_plain(group, where, strict=False)
-            complete_group(group, where, self._defaults_per_role, momo=self._global_step.momo is not None)
-            group.update(self._global_step.saved([]))
-            group.update({INPUT_STEPS: 0, INPUT_OPTIONS: "", METHOD: self._global_step.method})
+            complete_group(group, where, self._defaults_per_role, momo=self._losses.momo is not None)
+            self._settle_decay(group, where)
+            group.update(self._losses.saved([]))
+            group[METHOD] = self._combine.method
+            for stage in self._stages:
+                group.update(stage.group_keys)
             make_plain(group, where, strict=False)
             check_group(group, where=where)
-            self._global_step.label(group)
+            self._combine.label(group)
             for _, parameter in group["params"]:
                 check_view(rows[parameter], group["norm"])
-                self._global_step.check_parts(rows[parameter])
-        self._global_step.check([*self.param_groups, *groups])
+                self._check_layout(rows[parameter])
+        self._check_together([*self.param_groups, *groups])
         for group in groups:
             group["params"] = [parameter for _, parameter in group["params"]]  # named apart: a group may be empty
             group.update(norm=self._norms.text(group["norm"]), view=view_text(view_of(group, where)))
@@ -260,8 +280,30 @@ class SteepestDescent(SeesInputs):
             self._members.append(list(group["params"]))
             self._rates.add(group)
         self._rows.update(rows)
-        if self._witness:
-            self._witness.arrivals.watch(list(rows))
+        self._losses.watch_more(list(rows))
+
+    def _check_layout(self, row: PlanRow) -> None:
+        check_layout(row.name, row.parameter, whole=self._combine.needs_duals)
+
+    def _check_together(self, groups: Sequence[Group]) -> None:
+        """Refuse momenta that differ where they must not; warn, once, of a group whose lr · weight_decay is above 1."""
+        self._losses.check_momenta(groups)
+        for group in () if self._warned_of_ball else groups:
+            if (product := beyond_ball(group)) is not None:
+                self._warned_of_ball = True
+                warn(
+                    f"lr · weight_decay is {product:.3g} for the role {group['role']!r}: above 1, weights are no "
+                    "longer kept within norm 1 / weight_decay, and from 2 on they may grow without bound. Lower lr or "
+                    "weight_decay.",
+                )
+
+    def _settle_decay(self, group: Group, where: str) -> None:
+        """Turn a kind of decay that somebody wrote as a group's weight decay into its rate and its text."""
+        decay = group["weight_decay"]
+        if isinstance(decay, Decay) or "decay_kind" not in group:
+            group["decay_kind"] = self._decays.text(decay)
+        if isinstance(decay, Decay):
+            group["weight_decay"] = rate_of(f"{where}: weight_decay", decay)
 
     def _collect(self, params: Parameters, **options: Any) -> tuple[dict[Tensor, PlanRow], list[Group]]:
         defaults = self._defaults_per_role
@@ -280,6 +322,7 @@ class SteepestDescent(SeesInputs):
                 members = group["params"]
                 group["params"] = [members] if isinstance(members, Tensor) else list(members)
             self._norms.settle(group, where)
+            self._settle_decay(group, where)
             if type(group.get("view")) not in (str, type(None)):
                 group["view"] = view_text(view_of(group, where))
             make_plain(group, where)
@@ -326,19 +369,14 @@ class SteepestDescent(SeesInputs):
             if changed or len(group.get("param_names") or group["params"]) != len(group["params"]):
                 group["param_names"] = [found[parameter].name for parameter in group["params"]]
         if changed:
-            self._global_step.replaced()
-            if self._witness:
-                self._witness.watch([group["params"] for group in self.param_groups])
+            self._losses.replaced([group["params"] for group in self.param_groups])
 
     def _newcomer(self, parameter: Any, name: str, group: Group, old: PlanRow | None, where: str) -> PlanRow:
-        if old is not None and self._preconditioner and self._preconditioner.reads(old.parameter):
-            raise ValueError(
-                f"{old.name!r} is preconditioned by what its layer reads, but in {where} a parameter of shape "
-                f"{tuple(parameter.shape)} took its place without add_param_group, and nobody looks at its inputs. "
-                "Build a new optimizer with the model as it is now."
-            )
+        if old is not None:
+            for stage in self._stages:
+                stage.replaced(old, tuple(getattr(parameter, "shape", ())), where)
         row = newcomer(parameter, name, group, self.norm_of(group), old, where)
-        self._global_step.check_parts(row)
+        self._check_layout(row)
         return row
 
     @overload
@@ -363,46 +401,38 @@ class SteepestDescent(SeesInputs):
                 not one number, or Momo misses it.
             TypeError: If the loss, a gradient or a number of a group is not real, or the closure is no function.
         """
-        returned = None
-        arrivals = self._witness.arrivals if self._witness else None
-        if closure is not None:
-            check_closure(closure)
-            if arrivals:
-                arrivals.enter()
-            with torch.enable_grad():
-                returned = closure()
+        returned = None if closure is None else self._losses.run(closure)
         ready = Ready()
-        told = loss is not None or returned is not None or self._tap.told
+        told = loss is not None or returned is not None or self._losses.told
         try:
             self._prepare(ready, loss, returned)
         except Exception:
             self._agree(ready, told=told, refused=True)  # else the others would wait
             raise
-        known = self._agree(ready, told=told)
+        self._agree(ready, told=told)
         if not ready.parameters:
             return returned
-        present, parameters, gradients, clipping = ready.present, ready.parameters, ready.gradients, ready.clipping
-        admitted = ready.admitted
-        if admitted is False:
+        if ready.admitted is False:
             self._publish_skips()
         else:
-            accept = admitted if isinstance(admitted, Tensor) else None
-            if self._preconditioner:
-                self._preconditioner.refresh(self.state, parameters, accept)
-            self._record.clear()
-            self._steps += 1
-            moves = self._moves(present, accept)
-            with self._told(moves):
-                fine = self._global_step.take(
-                    moves, known, accept, self._record, clipping, ready.lower_bound, parts=self._parts()
-                )
-            if self._guard.made(partial(self._names, moves), fine, accept):
-                self._publish_skips()
-        if self._preconditioner:
-            self._preconditioner.passed(skipped=admitted is False, idle=partial(self._idle, gradients))
-        if arrivals:
-            arrivals.stepped()
+            self._take(ready, ready.admitted if isinstance(ready.admitted, Tensor) else None)
+        for stage in self._stages:
+            stage.passed(skipped=ready.admitted is False, idle=partial(self._idle, ready.gradients))
+        self._losses.stepped()
         return returned
+
+    def _take(self, ready: Ready, accept: Tensor | None) -> None:
+        """Make the step that all ranks admitted, where `accept` does."""
+        self._allocate()
+        for stage in self._stages:
+            stage.refresh(self.state, ready.parameters, accept)
+        self._record.clear()
+        self._steps += 1
+        moves = self._moves(ready.present, accept)
+        with self._told(moves):
+            fine = self._combine.take(moves, ready.heard, accept, self._record)
+        if self._guard.made(partial(self._names, moves), fine, accept):
+            self._publish_skips()
 
     def _prepare(self, ready: Ready, explicit: Loss | None, returned: Loss | None) -> None:
         """Find out what this rank knows of a step before it is taken, and all that may be wrong with it."""
@@ -410,7 +440,8 @@ class SteepestDescent(SeesInputs):
         ready.present = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in self.param_groups]
         moving = [(place, group) for place, (group, members) in enumerate(ready.present) if members]
         unread = check_numbers(moving)
-        ready.loss = self._loss(explicit, returned)
+        heard = ready.heard
+        heard.loss = self._losses.hear(explicit, returned)
         ready.parameters = parameters = [parameter for _, members in ready.present for parameter in members]
         if not parameters:
             return
@@ -418,44 +449,38 @@ class SteepestDescent(SeesInputs):
             self._meet(moving=True)
         names = partial(self._names_of, parameters)
         ready.gradients = dense_gradients(parameters, names)
-        if ready.loss is None and self._global_step.momo and not self._idle(ready.gradients):
-            raise ValueError(MISSING)
-        self._global_step.check([group for _, group in moving])
+        self._losses.check_told(heard.loss, partial(self._idle, ready.gradients))
+        self._check_together([group for _, group in moving])
         self._check_states(ready.present)
-        ready.lower_bound = self._global_step.bound(ready.loss)
+        heard.lower_bound = self._losses.bound(heard.loss)
         self._rates.check(self.param_groups)
-        ready.admitted = self._guard.restrict(self._guard.admit(names, ready.gradients, ready.loss), unread)
-        if self._witness and ready.admitted is not False:
-            ready.clipping = self._witness.look()
-            if self._witness.undone is not None:
-                self._tap.check_weights(self._witness.undone)
+        ready.admitted = self._guard.restrict(self._guard.admit(names, ready.gradients, heard.loss), unread)
+        if ready.admitted is not False:
+            heard.clipping = self._losses.clipping()
 
-    def _agree(self, ready: Ready, *, told: bool, refused: bool = False) -> Loss | None:
+    def _agree(self, ready: Ready, *, told: bool, refused: bool = False) -> None:
         """Hear of the other ranks whether they can take the step, and share loss and clipping with them.
 
         Args:
             ready: Of this rank; what is shared is written to it.
             told: Whether it was told a loss.
             refused: Whether it has to raise an error.
-
-        Returns:
-            The loss that all share; None if this rank has none.
         """
+        heard = ready.heard
         # Torch's checkpoints may take an idle step, without a loss, on one rank alone.
-        idle = bool(ready.parameters) and ready.loss is None and not refused
-        ask = told or (self._global_step.momo is not None and not idle)
-        ask = ask or (self._preconditioner is not None and self._preconditioner.exchanges)
+        idle = bool(ready.parameters) and heard.loss is None and not refused
+        ask = told or (self._losses.momo is not None and not idle)
+        ask = ask or any(stage.exchanges for stage in self._stages)
         device = next((parameter.device for parameter in self._rows), torch.device("cpu"))
-        fine, (loss, ready.clipping) = decide(
+        fine, (heard.loss, heard.clipping) = decide(
             False if refused else ready.admitted,
-            [ready.loss, ready.clipping],
+            [heard.loss, heard.clipping],
             device,
             sharded(self._rows),
             ask=ask,
         )
         if ready.parameters and not refused:
-            ready.admitted = self._guard.follow(ready.admitted, fine, loss)
-        return loss
+            ready.admitted = self._guard.follow(ready.admitted, fine, heard.loss)
 
     def _check_states(self, present: Sequence[tuple[Group, list[Tensor]]]) -> None:
         """Everything that may be wrong with a parameter, before the first is written to."""
@@ -486,30 +511,86 @@ class SteepestDescent(SeesInputs):
     def _names_of(self, parameters: Sequence[Tensor]) -> list[str]:
         return [self._rows[parameter].name for parameter in parameters]
 
+    def _schema(self, parameter: Tensor, group: Group) -> Schema:
+        """What may be kept of a parameter."""
+        row, norm, known = self._rows[parameter], group["norm"], self._schemas.get(parameter)
+        if known is None or known[0] is not row or known[1] != norm:
+            stages = self._stages if self._staged(group) else ()
+            entries = schema(row, adapts=self._norms.of(group).adapts, stages=stages)
+            known = self._schemas[parameter] = row, norm, entries
+        return known[2]
+
+    def _allocate(self) -> None:
+        """Make the state of all parameters, alike on all ranks: also of those without a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad or parameter.grad is not None:
+                    state = self.state[parameter]
+                    allocate(state, parameter, self._schema(parameter, group))
+        for stage in self._stages:
+            stage.allocate(self.state)
+
     def _moves(self, present: Sequence[tuple[Group, list[Tensor]]], accept: Tensor | None) -> list[Move]:
-        applied = self._preconditioner.applied(self.state) if self._preconditioner else None
         norms = [self._norms.of(group) for group, _ in present]
-        packed, cap = self._packing.of(present, self._rows, norms, bounded=self._global_step.streams)
-        for norm, (_, members) in zip(norms, present, strict=True):
-            for parameter in members:
-                ensure_state(self.state[parameter], parameter, adapts=norm.adapts)
+        packed, cap = self._packing.of(present, self._rows, norms, bounded=self._combine.streams)
         return [
             Move(
                 group,
                 load,
-                states,
+                [self.state[parameter] for parameter in load.parameters],
                 norm=norm,
-                label=label,
+                label=self._combine.label(group),
                 accept=accept,
-                applied=applied,
+                record=self._record,
+                decay=self._decays.of(group),
+                stages=self._stages if self._staged(group) else (),
                 memory_cap=cap,
                 forgets=self._steps % FORGET_EVERY == 0,
             )
-            for (group, _), norm, group_loads in zip(present, norms, packed, strict=True)
-            for label in [self._global_step.label(group)]
-            for load in group_loads
-            for states in [[self.state[parameter] for parameter in load.parameters]]
+            for (group, _), norm, loads in zip(present, norms, packed, strict=True)
+            for load in loads
         ]
+
+    def record_input(self, parameter: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
+        """Show inputs of a layer that hooks do not see, in each micro-batch; ignored in steps that look at none.
+
+        Inside an activation checkpoint it counts once; one with use_reentrant=True runs first without gradients, and
+        hides the call.
+
+        Args:
+            parameter: Of the layer.
+            x: (*tokens, n), what the layer multiplies with; (S, *tokens, n) for a stack of S matrices.
+            weight: Of each token, (*tokens) or (S, *tokens), at least 0; None: 1.
+
+        Raises:
+            ValueError: If the parameter is not preconditioned, or a shape does not fit.
+            RuntimeError: If the optimizer was built without `precondition`.
+        """
+        self._inputs("record_input").record(parameter, x, weight)
+
+    @contextmanager
+    def input_mask(self, mask: Tensor) -> Generator[None]:
+        """Within it, tokens count by their mask where layer inputs are looked at: 0 for padding.
+
+        Keep it around the backward pass too: that is where inputs of compiled and checkpointed layers are seen.
+
+        Args:
+            mask: (batch, time) or (batch,), at least 0; fits every layer whose inputs begin with these dimensions, and
+                those that have all tokens in one dimension.
+
+        Raises:
+            RuntimeError: If the optimizer was built without `precondition`; from backward() outside of it.
+        """
+        with self._inputs("input_mask").masked(mask):
+            yield
+
+    def _inputs(self, caller: str) -> InputMoments:
+        found = next((stage for stage in self._stages if isinstance(stage, InputMoments)), None)
+        if found is None:
+            raise RuntimeError(
+                f"{caller}: this optimizer looks at no inputs; build it with precondition=InputMoment()."
+            )
+        return found
 
     def record_loss(self, loss: Loss, weight: float = 1.0) -> None:
         """Tell the loss of a micro-batch, for loops that call `step()` without it.
@@ -522,35 +603,14 @@ class SteepestDescent(SeesInputs):
             ValueError: If the loss is not one real number, or the weight is not in (0, 1].
             TypeError: If one is of the wrong type.
         """
-        self._tap.record(loss, weight)
+        self._losses.tap.record(loss, weight)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as in torch."""
-        self._tap.gradients_cleared()
-        if self._witness:
-            self._witness.arrivals.zeroed()
-        if self._preconditioner:
-            self._preconditioner.watch.forget()
+        self._losses.cleared()
+        for stage in self._stages:
+            stage.cleared()
         super().zero_grad(set_to_none)
-
-    def _parts(self) -> int:
-        """Of how many micro-batches the step is, as far as that is known."""
-        return max(self._tap.parts, self._witness.arrivals.passes if self._witness else 0)
-
-    def _loss(self, explicit: Loss | None, returned: Loss | None) -> Loss | None:
-        """This rank's loss of the step: the one that was passed, else recorded, else returned by the closure."""
-        recorded = self._tap.take()
-        if explicit is not None:
-            loss = check_loss("step", explicit)
-        elif recorded is not None:
-            loss = recorded
-        elif returned is not None:
-            if self._witness:
-                self._witness.arrivals.check_closure()
-            loss = check_loss("the closure of step", returned)
-        else:
-            return None
-        return loss
 
     def _idle(self, gradients: Sequence[Tensor]) -> bool:
         """Whether the step changes no weight, as when torch's distributed checkpoints take one to make the state."""
@@ -576,16 +636,19 @@ class SteepestDescent(SeesInputs):
             oldest moment was refreshed.
         """
         self._publish_skips()
-        inputs = self._preconditioner.diagnostics() if self._preconditioner else {}
+        staged = {name: number for stage in self._stages for name, number in stage.diagnostics().items()}
         looked: dict[str, float] = {}
         if weights:
             self._settle()
             self._meet()
-            pairs = [(group, self._norms.of(group)) for group in self.param_groups]
-            looked = weight_numbers(pairs, self._rows, self.state)
-        if self._global_step.regularized:  # steps of any length: there is no ball
+            balls = [
+                (group, self._norms.of(group), self._decays.of(group) if self._keeps_ball(group) else None)
+                for group in self.param_groups
+            ]
+            looked = weight_numbers(balls, self._rows, self.state)
+        if self._combine.regularized:  # steps of any length: there is no ball
             looked = {name: number for name, number in looked.items() if name.endswith("/spectral_norm")}
-        return {"skipped_steps": float(self._guard.skipped_steps()), **self._record.read(), **inputs, **looked}
+        return {"skipped_steps": float(self._guard.skipped_steps()), **self._record.read(), **staged, **looked}
 
     def _publish_skips(self) -> None:
         skipped = self._guard.skipped_steps()
@@ -604,12 +667,12 @@ class SteepestDescent(SeesInputs):
         self._meet()
         self._publish_skips()
         for group in self.param_groups:
-            group.update(self._global_step.saved(self._parameters()))
+            group.update(self._losses.saved(self._parameters()))
             group[STEPS_TAKEN] = self._steps
-            if self._preconditioner:
-                group.update({INPUT_STEPS: self._preconditioner.steps, INPUT_OPTIONS: self._preconditioner.tag})
-        if self._preconditioner:
-            self._preconditioner.save_seen(self.state)
+            for stage in self._stages:
+                group.update(stage.numbers)
+        for stage in self._stages:
+            stage.save(self.state)
         members = set(self._parameters())
         aside = {p: self.state.pop(p) for p in [*self.state] if p not in members}
         try:
@@ -641,19 +704,21 @@ class SteepestDescent(SeesInputs):
             "param_groups": self.param_groups,
             "defaults": dict(self.defaults),
             "_steps": self._steps,
+            "_schemas": dict(self._schemas),
         }
         effective: dict[str, Any] = {}
-        parts = (self._tap, self._rates, self._global_step, self._guard, self._preconditioner)
-        held = [(part, dict(vars(part))) for part in parts if part is not None]
+        parts = (self._losses, self._losses.tap, self._rates, self._guard, *self._stages)
+        held = [(part, dict(vars(part))) for part in parts]
         restored: list[bool] = []
 
         def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             norms = list(map(self._norms.of, self.param_groups))
-            given = check_saved(given, self.param_groups, norms, self._names_of(self._parameters()), self._known_shapes)
-            if self._preconditioner:
-                indices = [index for group in given["param_groups"] for index in group["params"]]
-                states = {p: given["state"].get(i, {}) for p, i in zip(self._parameters(), indices, strict=False)}
-                self._preconditioner.check(given["param_groups"], states)
+            schemas = [self._schema(p, group) for group in self.param_groups for p in group["params"]]
+            given = check_saved(given, self.param_groups, norms, self._names_of(self._parameters()), schemas)
+            indices = [index for group in given["param_groups"] for index in group["params"]]
+            states = {p: given["state"].get(i, {}) for p, i in zip(self._parameters(), indices, strict=False)}
+            for stage in self._stages:
+                stage.check(given["param_groups"], states)
             effective.update(given)
             return given
 
@@ -676,18 +741,13 @@ class SteepestDescent(SeesInputs):
             before.remove()
             after.remove()
 
-    def _known_shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
-        """Entries of a saved state whose shapes are not the parameter's."""
-        row = self._rows[parameter]
-        blocks = row.view.blocks(torch.Size(row.shape)) if row.view else ()
-        duals = {DUAL: torch.Size((sum(block[0] for block in blocks),))} if blocks else {}
-        return {**duals, **(self._preconditioner.known_shapes(parameter) if self._preconditioner else {})}
-
     def _restore(self, saved: dict[str, Any], kept: Sequence[Group]) -> None:
         """Put back what torch's loading has replaced or rounded."""
         indices = [index for group in saved["param_groups"] for index in group["params"]]
+        schemas = {parameter: self._schema(parameter, group) for group in kept for parameter in group["params"]}
         pairs = zip(indices, self._parameters(), strict=True)
-        states = {p: restored(saved["state"][i], p) for i, p in pairs if i in saved["state"]}  # needs memory, so first
+        found = {p: saved["state"][i] for i, p in pairs if i in saved["state"]}
+        states = {p: restored(state, p, schemas[p]) for p, state in found.items()}  # needs memory, so first
         for index, (group, old) in enumerate(zip(self.param_groups, kept, strict=True)):
             group.update({key: old[key] for key in old if key not in group or key in OWN})
             for key in MODEL_KEYS:
@@ -695,23 +755,24 @@ class SteepestDescent(SeesInputs):
                     group.pop(key, None)
             make_plain(group, f"parameter group {index}")
         self.state.update(states)
-        self._tap.clear()
         self._rates.restart(self.param_groups)
         self._steps = max((int(group[STEPS_TAKEN]) for group in self.param_groups), default=0)
-        if parameters := self._parameters():
-            self._global_step.load(saved["param_groups"][0], parameters)
-            if not self._global_step.keeps_duals:  # they would be old when somebody needs them
-                for parameter in parameters:
-                    self.state[parameter].pop(DUAL, None)
-        if self._preconditioner:
-            self._preconditioner.load(self.state, saved["param_groups"])
-        else:
-            drop_moments(self.state)
+        self._losses.load(saved["param_groups"][0] if saved["param_groups"] else {}, self._parameters())
+        if not self._combine.keeps_duals:  # they would be old when somebody needs them
+            for parameter in self._parameters():
+                self.state[parameter].pop(DUAL, None)
+        drop_unknown([(self.state[p], schemas[p]) for p in self._parameters()], self._stages)
+        for stage in self._stages:
+            stage.load(self.state, saved["param_groups"])
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
 
-    def _preconditioned(self, group: Group) -> bool:
+    def _staged(self, group: Group) -> bool:
+        """Whether stages work on a group."""
         norm = self._norms.of(group)
-        return group["role"] == "matrix" and norm.matrix and not norm.adapts
+        return bool(group["role"] == "matrix" and norm.matrix and not norm.adapts)
+
+    def _keeps_ball(self, group: Group) -> bool:
+        return not self._staged(group) or all(stage.keeps_ball for stage in self._stages)
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -719,22 +780,52 @@ class SteepestDescent(SeesInputs):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """False: unscaling is left to GradScaler, which asks this just before a step; so its scale can be known."""
-        if self._witness:
-            self._witness.scaled(sys._getframe(1).f_locals.get("self"))
+        self._losses.scaled()
         return False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For copy, pickle and torch's loading."""
         super().__setstate__(state)
-        if (witness := self._witness) and not witness.arrivals.watched:  # hooks stayed with the original's parameters
-            for group in self.param_groups:
-                witness.arrivals.watch(group["params"])
+        self._losses.watch_again([group["params"] for group in self.param_groups])
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
-        own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps", "_norms", "_members"]
-        own += ["_tap", "_global_step", "_packing", "_witness", "_rates", "_preconditioner"]
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps", "_norms", "_members", "_decays"]
+        own += ["_losses", "_combine", "_packing", "_rates", "_stages", "_warned_of_ball"]
+        return {**super().__getstate__(), "_schemas": {}, **{name: getattr(self, name) for name in own}}
+
+
+def checked_stages(precondition: InputMoment | str | None, stages: Sequence[Stage]) -> list[Stage]:
+    """All stages, the preconditioning first.
+
+    Args:
+        precondition: By object or name of a preset.
+        stages: The others.
+
+    Raises:
+        TypeError: If one is no stage.
+        ValueError: If a preset is unknown, or two stages would keep their state under the same names.
+    """
+    if isinstance(precondition, str):
+        try:
+            precondition = InputMoment.preset(precondition)
+        except ValueError as error:
+            raise ValueError(f"precondition: {error}") from error
+    if precondition is not None and not isinstance(cast(object, precondition), InputMoment):
+        raise TypeError(refusal("precondition", "InputMoment(...), the name of a preset or None", precondition))
+    if not isinstance(cast(object, stages), list | tuple):
+        raise TypeError(refusal("stages", "a list of stages, such as [RowScaling()]", stages))
+    every = [*([] if precondition is None else [precondition]), *stages]
+    for stage in every:
+        if not isinstance(cast(object, stage), Stage):
+            raise TypeError(refusal("stages", "a list of stages, such as [RowScaling()]", stage))
+    prefixes = [stage.prefix for stage in every if stage.prefix]
+    if repeated := [prefix for prefix in prefixes if prefixes.count(prefix) > 1]:
+        raise ValueError(
+            f"stages: two of {', '.join(map(repr, every))} keep their state under names that begin with "
+            f"{repeated[0]!r}. Leave one of them out."
+        )
+    return every
 
 
 def _any_role(value: Any) -> Any:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from steepest.checks import flag
@@ -54,13 +53,3 @@ def check_numbers(groups: Sequence[tuple[int, dict[str, Any]]]) -> list[Tensor]:
 
 def _who(place: int, group: dict[str, Any]) -> str:
     return f"parameter group {place} (role {group['role']!r}), as this step finds it"
-
-
-def masked(value: float | Tensor, accept: Tensor | None) -> float | Tensor:
-    """A rate by which nothing happens where a step is not taken: 0 times what is not finite would be NaN.
-
-    Args:
-        value: A number, or a 0-d tensor.
-        accept: A 0-d boolean on the device. None means True.
-    """
-    return value if accept is None or not isinstance(value, Tensor) else torch.where(accept, value, 0.0)

@@ -8,15 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from steepest.anatomy import Load
+from steepest.anatomy.batches import gains
 from steepest.geometry import Norm
 from steepest.geometry.norm import completed
-from steepest.optim.applied import Applied
-from steepest.optim.bucket import apply_, gains, pull_, stay_finite
+from steepest.optim.decay import Decay
 from steepest.optim.diagnostics import StepRecord
-from steepest.optim.load import SHARES, Load
 from steepest.optim.momentum import average_, debias, forget_, look_ahead
-from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, state_dtype
+from steepest.optim.packing import SHARES
+from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP
 from steepest.ranks import agree, laid_out, local, sharded
+from steepest.stages import Stage, state_dtype
 
 Group = dict[str, Any]
 # Below, the point that decay pulls toward would be too far away for float32; above one over it, too near.
@@ -52,7 +54,9 @@ class Move:
         norm: Of the group.
         label: Place in the product norm.
         accept: A 0-d boolean by which every write is masked; None means True.
-        applied: What gradients or momenta are multiplied with, as layer inputs say; None: nothing.
+        record: Takes note.
+        decay: What is taken away from the weights.
+        stages: Around the search for directions, the outermost first.
         memory_cap: Bytes that temporaries may take; None for no bound.
         forgets: Whether averages that nothing but rounding is left of are set to zero in this step.
     """
@@ -66,7 +70,9 @@ class Move:
         norm: Norm,
         label: str,
         accept: Tensor | None,
-        applied: Applied | None = None,
+        record: StepRecord,
+        decay: Decay,
+        stages: Sequence[Stage] = (),
         memory_cap: int | None = None,
         forgets: bool = False,
     ) -> None:
@@ -77,7 +83,10 @@ class Move:
         self.norm = completed(norm)
         self.ahead = bool(group["nesterov"]) and not self.norm.adapts
         self._states = states
-        self._applied = applied if self.norm.matrix and not self.norm.adapts else None
+        self._stages = stages
+        self._decays = decay
+        self._record = record
+        self._sample: Sequence[tuple[Tensor, float]] = ()
         self._taken: list[Tensor] | None = None
         first = load.parameters[0]
         self.device = first.device
@@ -128,11 +137,15 @@ class Move:
         if adapts and count is not None:
             averages = _divided(averages, debias(beta, count))
             moments = self.load.matrices(_divided(self._of(SECOND), debias(self.group["beta2"], count)))
-        batches, followed = self.load.matrices(averages), self._followed(averages)
+        batches = followed = self.load.matrices(averages)
         del averages  # they are in the batches
+        for stage in self._stages:
+            followed = stage.before(self.load, followed)
         self._radius = self._ball() if count is None else 1.0
-        found = self.norm.lmos(followed or batches, moments, memory_cap=self._cap, radius=self._radius)
-        found = self._bent(tuple(found))
+        found = tuple(self.norm.lmos(followed, moments, memory_cap=self._cap, radius=self._radius))
+        self._sample = self._record.sample(self.group["role"], self.norm, found, self._radius)
+        for stage in reversed(self._stages):
+            found = stage.after(self.load, found, self._states, self._accept)
         aim = Aim(found, None, None)
         if count is not None and (duals or slopes):
             later = count + 1 if self.ahead else count
@@ -163,39 +176,45 @@ class Move:
                 new = torch.where(accept, new, state.get(DUAL, torch.zeros_like(new)))
             state[DUAL] = new
 
-    def against_weights(self, *, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Inner products of the momentum, of the averages that steps follow, and of the gradients with the weights.
+    def against_weights(self, *, gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Inner products with the weights, and with what a unit of decay takes away from them.
 
         Args:
-            gradients: Whether the third is needed; else it is zero.
+            gradients: Whether those of the gradients are needed; else they are zero.
 
         Returns:
-            Three 0-d tensors.
+            <m, W> for the momentum m and <g, W> for the gradients; <m, removed>, and the same for the averages that
+            steps follow; 0-d each.
         """
         weights = [parameter.detach().to(self._dtype) for parameter in self.load.parameters]
+        removed = self._decays.removed(weights, self._directions)
         count = self._counts()
         beta = self.group["momentum"]
-        plain = ahead = _products(_divided(self._of(MOMENTUM), debias(beta, count)), weights)
+        momenta = _divided(self._of(MOMENTUM), debias(beta, count))
+        plain = lost = lost_ahead = _products(momenta, weights)
+        if removed is not weights:
+            lost = lost_ahead = _products(momenta, removed)
+        del momenta
         if self.ahead:
             averages = look_ahead(self._of(MOMENTUM), self._gradients(), beta)
-            ahead = _products(_divided(averages, debias(beta, count + 1)), weights)
+            lost_ahead = _products(_divided(averages, debias(beta, count + 1)), removed)
         own = _products(self._gradients(), weights) if gradients else torch.zeros_like(plain)
-        return plain, ahead, own
+        return plain, own, lost, lost_ahead
 
-    def prepare(self, length: float | Tensor, factors: Tensor | None, record: StepRecord) -> bool | Tensor:
+    def _directions(self) -> list[Tensor]:
+        return self.load.parameter_shaped((self.aimed or self.aim(duals=True, slopes=True)).directions)
+
+    def prepare(self, length: float | Tensor, factors: Tensor | None) -> bool | Tensor:
         """Make of the directions what is added to the weights.
 
         Args:
             length: Of every direction.
             factors: What each matrix' direction is multiplied by besides: 0-d, or one number for each; None: 1.
-            record: Takes note.
 
         Returns:
             Whether the weights stay finite; a 0-d boolean where that is not waited for.
         """
         found, radius = cast(Aim, self.aimed).directions, self._radius
-        bent = self._applied is not None and self._applied.bends_directions
-        sample = [] if bent else record.sample(self.group["role"], self.norm, found, radius)
         if factors is not None and factors.ndim == 0 and factors.device.type == "cpu":
             length = length * float(factors)  # one pass over the directions less
         elif factors is not None:
@@ -203,7 +222,9 @@ class Move:
             self.aimed = None  # a norm may have returned what it was given, so nothing is written to
             parts = factors.split([len(batch) for batch in found])
             found = tuple(batch * own.view(-1, 1, 1) for batch, own in zip(found, parts, strict=True))
-        size = record.add(self.group["role"], found, length=length / radius, sample=sample, accept=self._accept)
+        size = self._record.add(
+            self.group["role"], found, length=length / radius, sample=self._sample, accept=self._accept
+        )
         self._moves, self._length = self.load.parameter_shaped(found), length
         self.aimed = self._taken = None
         return self._stays_finite(size)
@@ -221,10 +242,10 @@ class Move:
         accept = self._both(fine)
         if accept is not None:
             moves = [torch.where(accept, move, 0.0) for move in moves]
-        if self._radius != 1:
-            pull_(self.load.parameters, moves, by=cast(float, self._decay))
-        else:
-            apply_(self.load.parameters, moves, length=self._length, decay=self._decay, accept=accept)
+        pull = self._radius != 1
+        self._decays.apply_(
+            self.load.parameters, moves, length=self._length, decay=self._decay, accept=accept, pull=pull
+        )
 
     @property
     def _decay(self) -> float | Tensor:
@@ -276,7 +297,9 @@ class Move:
         pull = self._radius != 1
         parameters = self.load.parameters
         moves = [laid_out(move, parameter) for move, parameter in zip(self._moves, parameters, strict=True)]
-        return stay_finite(local(parameters), local(moves), length=self._length, decay=self._decay, pull=pull)
+        return self._decays.stay_finite(
+            local(parameters), local(moves), length=self._length, decay=self._decay, pull=pull
+        )
 
     def _gains(self, batches: tuple[Tensor, ...], found: tuple[Tensor, ...], mass: Tensor | None) -> Tensor:
         """What directions gain on averages whose weights sum to the mass of each parameter; None: to one."""
@@ -295,24 +318,12 @@ class Move:
         if isinstance(decay, Tensor) or isinstance(self.lr, Tensor) or self._accept is not None:
             return 1.0
         plain = self.load.parameters[0].dtype is self._dtype and self.norm.free_radius
-        return 1 / decay if plain and SMALLEST_DECAY < decay < 1 / SMALLEST_DECAY else 1.0
-
-    def _followed(self, averages: list[Tensor]) -> tuple[Tensor, ...] | None:
-        """M P_a as batches, for the averages M; None where that is M."""
-        applied = self._applied
-        if applied is None or applied.on_gradient:
-            return None
-        return self.load.matrices(applied.times(self.load.parameters, averages, 0))
-
-    def _bent(self, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Directions D P_b."""
-        applied = self._applied
-        if applied is None or not applied.bends_directions:
-            return found
-        return self.load.matrices(applied.times(self.load.parameters, self.load.parameter_shaped(found), 1))
+        if not (plain and SMALLEST_DECAY < decay < 1 / SMALLEST_DECAY and all(stage.linear for stage in self._stages)):
+            return 1.0
+        return self._decays.radius(decay) or 1.0
 
     def _gradients(self) -> list[Tensor]:
-        """What is averaged: the gradients, or, where these are preconditioned, what that makes of them."""
+        """What is averaged: the gradients, or what stages make of them."""
         if self._taken is not None:
             return self._taken
         gradients = [cast(Tensor, parameter.grad) for parameter in self.load.parameters]
@@ -320,8 +331,8 @@ class Move:
             gradients = [gradient.to(self._dtype) for gradient in gradients]
         if self._accept is not None:
             gradients = [torch.where(self._accept, gradient, 0.0) for gradient in gradients]
-        if self._applied is not None and self._applied.on_gradient:
-            gradients = self._applied.times(self.load.parameters, gradients, 0)
+        for stage in self._stages:
+            gradients = stage.gradient(self.load, gradients)
         self._taken = gradients
         return gradients
 

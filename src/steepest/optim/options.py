@@ -13,9 +13,11 @@ from steepest.anatomy import ROLES, Role
 from steepest.checks import Check, choice, flag, number, optional, pair, refusal, shown
 from steepest.geometry import AdaInf, Norm, Spectral
 from steepest.geometry.layer import check_norm
+from steepest.optim.decay import Decay
 from steepest.optim.elsewhere import ELSEWHERE, SORTING
 from steepest.optim.groups import plain
-from steepest.optim.step_size import MODEL_KEYS, Momo, StepSize
+from steepest.optim.momo.model import MODEL_KEYS, Momo, StepSize
+from steepest.stages import KNOWN
 
 # What users may write into a group. Everything the optimizer keeps per group is declared here and at construction,
 # because a key that appears later is dropped by distributed checkpoints.
@@ -36,16 +38,14 @@ FOREIGN_KEYS = (
     "skipped_steps",
     "steps_taken",
     "optimizer",
-    "input_options",
-    "input_steps",
+    "decay_kind",
+    *(key for kind in KNOWN for key in kind.group_keys),
     *MODEL_KEYS,
 )
 T = TypeVar("T")
 METHOD = "optimizer"  # whose state it is, as a text
 ADAM_BETAS = (0.9, 0.95)
 STEPS_TAKEN = "steps_taken"  # by the optimizer, masked ones included
-INPUT_OPTIONS = "input_options"  # what the powers in the state were made with, where there are some
-INPUT_STEPS = "input_steps"  # how many steps were done, where layer inputs are looked at
 
 DEFAULT_NORMS: Mapping[Role, Norm] = {
     "matrix": Spectral(),
@@ -67,6 +67,11 @@ def check_rate(name: str, value: object) -> float | Tensor:
     return value.detach().reshape(())
 
 
+def check_decay(name: str, value: object) -> float | Decay:
+    """Check of a weight decay: a number, or a kind of decay with one."""
+    return value if isinstance(value, Decay) and not isinstance(value, type) else _AT_LEAST_0(name, value)
+
+
 _AT_LEAST_0 = number()
 _ABOVE_0 = number(above=True)
 _PART = number(high=1.0)
@@ -80,7 +85,7 @@ OPTIONS: Mapping[str, Check] = {
     "other_lr": check_rate,
     "momentum": _PART,
     "nesterov": flag,
-    "weight_decay": _AT_LEAST_0,
+    "weight_decay": check_decay,
     "betas": optional(check_betas),
     "beta2": _PART,
     "eps": _AT_LEAST_0,
@@ -187,6 +192,8 @@ def complete_group(group: dict[str, Any], where: str, defaults: Mapping[str, Any
     group.setdefault("name", None)
     group["skipped_steps"] = 0
     group[STEPS_TAKEN] = 0
+    for kind in KNOWN:
+        group.update(kind.group_keys)
 
 
 def check_group(group: Mapping[str, object], *, where: str) -> None:

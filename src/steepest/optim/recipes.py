@@ -13,16 +13,18 @@ from typing import Any, ClassVar, TypedDict, TypeVar, Unpack
 import torch
 from torch import Tensor
 
-from steepest.anatomy import InputMoment, Role
+from steepest.anatomy import Role
 from steepest.geometry import Ada2, AdaInf, ColNorm, Frobenius, Hybrid, Scaled, ScaleRule, Sign, Spectral
 from steepest.linalg import Coefficients, PolarMethod
 from steepest.optim.arguments import checked_options, texts_of, texts_of_keys, with_all_texts, with_shared
+from steepest.optim.combine import DualMode
+from steepest.optim.decay import Decay
 from steepest.optim.descent import SteepestDescent
-from steepest.optim.global_step import DualMode
 from steepest.optim.guard import OnNonFinite
+from steepest.optim.momo.model import StepSize
 from steepest.optim.options import per_role
 from steepest.optim.parameters import Parameters
-from steepest.optim.step_size import StepSize
+from steepest.stages import InputMoment, Stage
 
 __all__ = [
     "Adam",
@@ -71,8 +73,8 @@ class Options(TypedDict, total=False):
 class DecayedOptions(Options, total=False):
     """And of those whose weights decay as one says."""
 
-    weight_decay: float
-    """Decoupled, for everything but vectors (gains, biases)."""
+    weight_decay: float | Decay
+    """For everything but vectors (gains, biases): a number, decoupled, or a kind of decay with one."""
 
 
 class PolarOptions(Options, total=False):
@@ -86,6 +88,8 @@ class PolarOptions(Options, total=False):
     """Of the matrix products; None: bfloat16 on CUDA, float32 elsewhere, float64 for float64 parameters."""
     precondition: InputMoment | str | None
     """`InputMoment(...)`, the name of one of its presets, or None for none; as in `NewtonMuon`."""
+    stages: Sequence[Stage]
+    """What else stands around the search for the matrices' directions, such as `RowScaling()` for NorMuon."""
 
 
 class MatrixOptions(PolarOptions, DecayedOptions, total=False):

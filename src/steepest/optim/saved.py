@@ -4,7 +4,7 @@ What comes of it is a state dict, too, in which numbers are of the types that st
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,11 +14,10 @@ from steepest.checks import Check, instance, number, optional, refusal, shown
 from steepest.geometry import Norm
 from steepest.geometry.text import text_of
 from steepest.optim.groups import Group, plain
+from steepest.optim.momo.model import MODEL_KEYS
 from steepest.optim.options import (
     FOREIGN_KEYS,
     GROUP_KEYS,
-    INPUT_OPTIONS,
-    INPUT_STEPS,
     METHOD,
     NUMBERS,
     OPTIONS,
@@ -26,8 +25,9 @@ from steepest.optim.options import (
     check_group,
     check_rate,
 )
-from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, input_entry
-from steepest.optim.step_size import MODEL_KEYS
+from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, Schema
+from steepest.ranks import local
+from steepest.stages import KNOWN, Entry
 
 DAMAGED = "The checkpoint is damaged: use another one, or start with fresh state instead."
 # What tells whose a state is, where it is not ours.
@@ -37,7 +37,9 @@ PEERS = {
     "dampening": "torch.optim.SGD",
     "amsgrad": "torch.optim's Adam or AdamW",
 }
-COUNTS = ("skipped_steps", STEPS_TAKEN, INPUT_STEPS, "momo_steps", "momo_calls")
+STAGE_KEYS = {key: first for kind in KNOWN for key, first in kind.group_keys.items()}
+STAGE_COUNTS = [key for key, first in STAGE_KEYS.items() if isinstance(first, int)]
+COUNTS = ("skipped_steps", STEPS_TAKEN, *STAGE_COUNTS, "momo_steps", "momo_calls")
 CHECKED = {*GROUP_KEYS, *FOREIGN_KEYS} - {"params", "norm", "view", "name", "betas", "param_names", "role", METHOD}
 RATES = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")  # of schedulers
 MOST = 2**53  # of what is counted: floats hold all whole numbers up to it
@@ -46,15 +48,13 @@ _COUNT, _FINITE = number(0, MOST, up_to=True), number(-math.inf)
 _MODEL: Mapping[str, Check] = {**dict.fromkeys(MODEL_KEYS, _FINITE), "momo_bound": number(-math.inf, infinite=True)}
 QUOTES = "'\""
 
-Shapes = Mapping[str, torch.Size]
-
 
 def check_saved(
     saved: Any,
     groups: Sequence[Group],
     norms: Sequence[Norm],
     names: Sequence[str],
-    others: Callable[[Tensor], Shapes],
+    schemas: Sequence[Schema],
 ) -> dict[str, Any]:
     """Refuse a state dict that does not belong to these groups or holds what cannot be, before anything of it is used.
 
@@ -63,8 +63,7 @@ def check_saved(
         groups: Of the optimizer.
         norms: Of the groups.
         names: Of its parameters, in order.
-        others: Entries that a parameter may have besides our own, with their shapes, and the shapes of our own that
-            differ from the parameter's.
+        schemas: What may be kept of each of them.
 
     Returns:
         The state dict, with plain numbers in its groups and counts.
@@ -84,9 +83,8 @@ def check_saved(
     if strange := [index for index in states if index not in set(indices)]:
         raise ValueError(f"The state has an entry for {strange[0]!r}, which is in no parameter group. {DAMAGED}")
     members = [parameter for group in groups for parameter in group["params"]]
-    adapts = [norm.adapts for group, norm in zip(groups, norms, strict=True) for _ in group["params"]]
-    for index, parameter, name, own in zip(indices, members, names, adapts, strict=True):
-        _check_state(states.get(index, {}), parameter, name, others(parameter), adapts=own)
+    for index, parameter, name, entries in zip(indices, members, names, schemas, strict=True):
+        _check_state(states.get(index, {}), parameter, name, entries)
     counted = {index: _with_number(state) for index, state in states.items()}
     return {**saved, "param_groups": taken, "state": counted}
 
@@ -209,7 +207,8 @@ def _checked_options(place: int, old: Group, group: Group) -> Group:
             if key in read:
                 check = OPTIONS[key] if key in OPTIONS else optional(check_rate)
                 checked[key] = check(f"{where}: {key}", read[key])
-        optional(instance(str, "a text"))(f"{where}: {INPUT_OPTIONS}", options.get(INPUT_OPTIONS, ""))
+        for key in STAGE_KEYS.keys() - STAGE_COUNTS:
+            optional(instance(str, "a text"))(f"{where}: {key}", options.get(key, ""))
     except (ValueError, TypeError) as problem:
         raise type(problem)(f"{problem} {DAMAGED}") from problem
     for key in COUNTS:
@@ -267,25 +266,28 @@ def _with_number(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**state, STEP: _count(state[STEP])}
 
 
-def _check_state(state: Any, parameter: Tensor, name: str, more: Shapes, *, adapts: bool) -> None:
+def _check_state(state: Any, parameter: Tensor, name: str, entries: Schema) -> None:
     """Every entry of one parameter."""
     if not isinstance(state, Mapping):
         raise TypeError(f"The state of {name!r} must be a dictionary, got {_short(state)}. {DAMAGED}")
     for key, value in cast(Mapping[Any, Any], state).items():
         if not isinstance(key, str):
             raise TypeError(f"The state of {name!r} has the entry {_short(key)}, but names are texts. {DAMAGED}")
-        if input_entry(key) and not any(map(input_entry, more)):
-            continue  # moments that nobody reads here; they are dropped
+        what = f"The entry {key!r} of the state of {name!r}"
+        stage = next((kind for kind in KNOWN if key.startswith(kind.prefix)), None)
         if key == STEP:
             _check_count(value, parameter, name)
-        elif key in (MOMENTUM, SECOND, DUAL) or input_entry(key):
-            _check_tensor(key, value, parameter, name, more)
-        else:  # somebody's own; it comes back as it was put there
-            what = f"The entry {key!r} of the state of {name!r}"
+        elif key in entries:
+            _check_tensor(value, parameter, f"The state {key!r} of {name!r}", entries[key])
+        elif stage is None:  # somebody's own; it comes back as it was put there
             plain(value, what)
             if isinstance(value, Tensor):
                 _nowhere(value, parameter, what)
-    needed = (STEP, MOMENTUM, *((SECOND,) if adapts else ()))
+        elif any(known.startswith(stage.prefix) for known in entries):  # else it is dropped
+            raise ValueError(
+                f"The state {key!r} of {name!r} is not known here; known are {', '.join(entries)}. {DAMAGED}"
+            )
+    needed = [key for key in (STEP, MOMENTUM, SECOND) if entries[key].eager]
     missing = [key for key in needed if key not in state]
     if missing and any(key in state for key in (STEP, MOMENTUM, SECOND)):
         raise ValueError(
@@ -315,31 +317,28 @@ def _nowhere(value: Tensor, parameter: Tensor, what: str) -> bool:
     return value.is_meta
 
 
-def _check_tensor(key: str, value: Any, parameter: Tensor, name: str, more: Shapes) -> None:
-    what = f"The state {key!r} of {name!r}"
+def _check_tensor(value: Any, parameter: Tensor, what: str, entry: Entry) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, Tensor) else _short(value)
         raise TypeError(f"{what} is {kind}, but a tensor of real floating point is needed. {DAMAGED}")
-    if key not in more and input_entry(key):
-        raise ValueError(f"{what} is not known here; known are {', '.join(more)}. {DAMAGED}")
     if value.layout != torch.strided:
         raise TypeError(f"{what} has the layout {value.layout}, but a dense tensor is needed. {DAMAGED}")
-    expected = more.get(key, value.shape[:1] if key == DUAL else parameter.shape)
+    expected = parameter.shape if entry.shape is None else entry.shape
     if value.shape != expected:
         raise ValueError(
             f"{what} has shape {tuple(value.shape)}, but {tuple(expected)} is needed. The checkpoint is of another "
             "model or of another order of parameters."
         )
-    local = cast(Tensor, getattr(value, "to_local", lambda: value)())
-    if _nowhere(local, parameter, what) or not local.numel() or key.startswith(("input_sum", "input_leader")):
-        return  # which are looked at where they are used
-    low, high = (float(end) for end in torch.aminmax(local.detach()))
-    if key == SECOND and low >= 0 and high == math.inf:
+    (own,) = local([value])
+    if _nowhere(own, parameter, what) or not own.numel() or not entry.read:
+        return
+    low, high = (float(end) for end in torch.aminmax(own.detach()))
+    if entry.infinite and low >= 0 and high == math.inf:
         return  # a gradient whose square is out of range
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{what} holds numbers that are not finite. {DAMAGED}")
-    if low < 0 and key in (SECOND, DUAL, "input_mass"):
-        raise ValueError(f"{what} holds {low:g}, but it cannot be below 0. {DAMAGED}")
+    if entry.least is not None and low < entry.least:
+        raise ValueError(f"{what} holds {low:g}, but it cannot be below {entry.least:g}. {DAMAGED}")
 
 
 def _short(value: object) -> str:

@@ -1,33 +1,61 @@
-"""What the optimizer keeps per parameter: names, shapes and types, in one place.
+"""What the optimizer keeps of a parameter: one schema, of its own entries and those that its stages declare.
 
-step              0-d, int64, number of gradients averaged so far: float32 would stop at 2^24
-momentum_buffer   like the parameter, float32 or wider: average of gradients
-second_moment     like the parameter, float32 or wider: average of squared gradients, for norms that adapt
-dual_norm         one number per matrix, float32 or wider: of the last step, where duals are stale
-
-Moments of layer inputs have keys of their own, see `refresh` and `input_moments`; parameters that share a moment hold
-the same tensors.
+step              number of gradients averaged so far: float32 would stop at 2^24
+momentum_buffer   average of gradients
+second_moment     average of squared gradients, for norms that adapt
+dual_norm         of the last step, one number per matrix, where duals are stale
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steepest.anatomy import PlanRow
+from steepest.notices import warn
+from steepest.stages import KNOWN, Entry, Stage, state_dtype
 
 STEP, MOMENTUM, SECOND, DUAL = "step", "momentum_buffer", "second_moment", "dual_norm"
 
-
-def state_dtype(parameter: Tensor) -> torch.dtype:
-    """float64 for float64 parameters, else float32: an average in half precision stops moving."""
-    return torch.promote_types(parameter.dtype, torch.float32)
+Schema = Mapping[str, Entry]
 
 
-def input_entry(key: str) -> bool:
-    """Whether an entry is of the moments of layer inputs."""
-    return key.startswith("input_")
+def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage]) -> Schema:
+    """What may be kept of a parameter, by key.
+
+    Args:
+        row: Of the plan.
+        adapts: Whether the group's norm needs the second moment.
+        stages: That work on the group.
+    """
+    matrices = sum(count for count, _, _ in row.blocks()) or 1
+    own = (
+        Entry(STEP, torch.Size(()), dtype=torch.int64, least=0.0),
+        Entry(MOMENTUM),
+        Entry(SECOND, least=0.0, infinite=True, eager=adapts),
+        Entry(DUAL, torch.Size((matrices,)), least=0.0, eager=False),
+    )
+    declared = (entry for stage in stages for entry in stage.entries(row))
+    return {entry.key: entry for entry in (*own, *declared)}
+
+
+def allocate(state: dict[str, Tensor], parameter: Tensor, entries: Schema) -> None:
+    """Make the entries that are there from the first step on.
+
+    Args:
+        state: Of the parameter, written to; what is there stays.
+        parameter: Any shape.
+        entries: Of the parameter.
+    """
+    eager = [entry for entry in entries.values() if entry.eager]
+    missing = [entry for entry in eager if entry.key not in state]
+    if not missing:
+        return
+    if any(entry.key in (STEP, MOMENTUM) for entry in missing):  # one without the other means nothing
+        missing = eager
+    with torch.inference_mode(False):  # else no later step could write to it
+        state.update({entry.key: entry.zeros(parameter) for entry in missing})
 
 
 def check_state(state: Mapping[str, Tensor], parameter: Tensor, *, adapts: bool, row: PlanRow) -> None:
@@ -65,24 +93,6 @@ def check_state(state: Mapping[str, Tensor], parameter: Tensor, *, adapts: bool,
         )
 
 
-def ensure_state(state: dict[str, Tensor], parameter: Tensor, *, adapts: bool) -> None:
-    """Allocate what is missing, as zeros.
-
-    Args:
-        state: Of the parameter, written to.
-        parameter: Any shape.
-        adapts: Whether the group's norm needs the second moment.
-    """
-    dtype = state_dtype(parameter)
-    if STEP in state and MOMENTUM in state:
-        return
-    with torch.inference_mode(False):  # else no later step could write to it
-        state[STEP] = torch.zeros((), dtype=torch.int64, device=parameter.device)
-        state[MOMENTUM] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-        if adapts:
-            state[SECOND] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-
-
 def check_fits(state: dict[str, Tensor], parameter: Tensor, name: str) -> None:
     """Refuse a state that was made for another shape, where a parameter was replaced or has grown.
 
@@ -111,7 +121,7 @@ def check_fits(state: dict[str, Tensor], parameter: Tensor, name: str) -> None:
     state.pop(DUAL, None)  # of another parameter's last step
 
 
-def restored(saved: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+def restored(saved: Mapping[str, Any], parameter: Tensor, entries: Schema) -> dict[str, Any]:
     """State of one parameter as it was saved, in its own precision on the parameter's device.
 
     torch's own loading casts every floating-point tensor to the parameter's dtype, which would round float32 moments
@@ -120,18 +130,38 @@ def restored(saved: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     Args:
         saved: Entries of a state dict for this parameter; the count may be a number.
         parameter: The parameter.
+        entries: Of the parameter.
 
     Returns:
         New tensors.
     """
-    device, dtype = parameter.device, state_dtype(parameter)
     state: dict[str, Any] = {}
     for key, value in saved.items():
-        if key == STEP:
-            count = value if isinstance(value, Tensor) else torch.tensor(value, device=device)
-            state[key] = count.detach().to(device=device, dtype=torch.int64, copy=True)
-        elif key in (MOMENTUM, SECOND, DUAL) or input_entry(key):
-            state[key] = value.detach().to(device=device, dtype=dtype, copy=True)
+        dtype = (entries[key].dtype or state_dtype(parameter)) if key in entries else None
+        if isinstance(value, Tensor) or dtype is not None:
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value, device=parameter.device)
+            state[key] = tensor.detach().to(device=parameter.device, dtype=dtype, copy=True)
         else:  # somebody's own
-            state[key] = value.detach().to(device=device, copy=True) if isinstance(value, Tensor) else value
+            state[key] = value
     return state
+
+
+def drop_unknown(states: Iterable[tuple[dict[str, Tensor], Schema]], stages: Sequence[Stage]) -> None:
+    """Forget entries of stages that do not work here; warns of those that the optimizer was not built with.
+
+    Args:
+        states: Of the parameters, as loaded, and what may be kept of each; written to.
+        stages: The optimizer's.
+    """
+    running = {stage.prefix for stage in stages}
+    for kind in KNOWN:
+        dropped = False
+        for state, entries in states:
+            for key in [key for key in state if key.startswith(kind.prefix) and key not in entries]:
+                del state[key]
+                dropped = True
+        if dropped and kind.prefix not in running:
+            warn(
+                f"The state holds {kind.kept}, which this optimizer does not use: they are dropped. Build it with "
+                f"{kind.option} to go on with them."
+            )

@@ -10,7 +10,7 @@ from steepest.lab.bench import passes as passes_module
 from steepest.lab.bench.contestants import Settings
 from steepest.lab.bench.passes import PLAIN, loads_of, make_passes, measure_passes, merged, ways
 from steepest.lab.bench.passes_png import passes_png
-from steepest.optim import move
+from steepest.optim.decay import Decoupled
 
 SHAPES = [(6, 6), (4, 12), (12, 4), (6, 2, 2, 2), (6, 6)]
 WAYS = [PLAIN, "plain, load by load", "steepest, no decay", "steepest, with decay"]
@@ -24,8 +24,9 @@ def test_loads_and_their_order_are_those_of_a_step(rng, monkeypatch):
     """Enough matrices for several loads."""
     shapes = [(256, 256)] * 7 + [(128, 640)] * 3
     params = [tensor.requires_grad_() for tensor in tensors(shapes, rng)]
-    written, apply_ = [], move.apply_
-    monkeypatch.setattr(move, "apply_", lambda own, *rest, **named: (written.append(own), apply_(own, *rest, **named)))
+    written, apply_ = [], Decoupled.apply_
+    seen = lambda self, own, *rest, **named: (written.append(own), apply_(self, own, *rest, **named))  # noqa: E731
+    monkeypatch.setattr(Decoupled, "apply_", seen)
     optimizer = steepest.Muon(params)
     for param in params:
         param.grad = torch.randn(param.shape, generator=rng)
@@ -65,14 +66,17 @@ def test_rows_follow_from_the_seconds():
 
 def test_ours_are_timed_through_the_functions_of_the_library(monkeypatch):
     called = []
-    for name in ("average_", "apply_", "pull_"):
-        monkeypatch.setattr(passes_module, name, lambda *_, name=name, **named: called.append((name, named)))
+    for owner, name in ((passes_module, "average_"), (Decoupled, "apply_")):
+        monkeypatch.setattr(owner, name, lambda *_, name=name, **named: called.append((name, named)))
     settings = Settings(lr=0.5, weight_decay=0.25)
     works = ways(make_passes(SHAPES, seed=0), settings)
     works["steepest, no decay"]()
     works["steepest, with decay"]()
-    assert [name for name, _ in called] == ["average_", "apply_", "average_", "pull_"]
-    assert [named for _, named in called[1::2]] == [{"length": 0.5, "decay": 0.0}, {"by": 0.125}]
+    assert [name for name, _ in called] == ["average_", "apply_"] * 2
+    assert [named for _, named in called[1::2]] == [
+        {"length": 0.5, "decay": 0.0},
+        {"length": 0.5, "decay": 0.125, "pull": True},
+    ]
 
 
 def test_one_round_has_no_quartiles():

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from steepest.anatomy import LINEAR
+from steepest.anatomy import LINEAR, Bucket, Load
 from steepest.lab.bench.machine import Machine, rate_at
 from steepest.linalg import Coefficients, get_coefficients
 from steepest.linalg.plan import Iteration, Job, choose
 from steepest.linalg.polar import packed
 from steepest.linalg.products import Together
-from steepest.optim.bucket import Bucket
-from steepest.optim.load import SHARES, Load, default_cap, loads
+from steepest.optim.packing import SHARES, default_cap, loads
 
 # What a step of spectral descent does besides polar factors; a test counts again, call by call.
 # Passes read and write the matrices so many times: weights, gradients and momenta of all layers, which no cache holds

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import steepest
+from steepest.anatomy import Load
 from steepest.lab.bench.contestants import Settings
 from steepest.lab.bench.shapes import Shape
 from steepest.lab.bench.timing import Quartiles, clocked, paired_ratio, quartiles, take_turns
-from steepest.optim.bucket import apply_, pull_
-from steepest.optim.load import Load, Packing
+from steepest.optim.decay import Decoupled
 from steepest.optim.momentum import average_
+from steepest.optim.packing import Packing
 
 PLAIN = "plain"
 WARM_UP = 3
@@ -140,9 +141,9 @@ def ways(by_load: Sequence[Pass], settings: Settings | None = None) -> dict[str,
         for one in by_load:
             average_(one.momenta, one.gradients, beta)
             if decay:
-                pull_(one.parameters, one.moves, by=decay)
+                Decoupled().apply_(one.parameters, one.moves, length=lr, decay=decay, pull=True)
             else:
-                apply_(one.parameters, one.moves, length=lr, decay=0.0)
+                Decoupled().apply_(one.parameters, one.moves, length=lr, decay=0.0)
 
     works: dict[str, Callable[[], object]] = {
         PLAIN: lambda: plain([everything]),

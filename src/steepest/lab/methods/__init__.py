@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steepest.anatomy import InputMoment, PlanRow, route
+from steepest.anatomy import PlanRow, route
 from steepest.lab.methods.combined import CombinedOptimizer
 from steepest.lab.methods.tuned import TUNED, OptionValue, Tuned, Tuning
 from steepest.lab.tasks.task import Task
 from steepest.names import unknown_name
 from steepest.optim import Adam, Momo, Muon, MuonAdam, MuonMax, NewtonMuon, PolarGrad, Scion
 from steepest.optim.recipes import RECIPES
+from steepest.stages import InputMoment
 
 
 def adamw(

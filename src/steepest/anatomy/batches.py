@@ -1,0 +1,217 @@
+"""Parameters worked on together, as batches of matrices, and what belongs to matrices, rows and parameters."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from steepest.anatomy.plan import PlanRow
+from steepest.anatomy.views import LINEAR, View
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters of one group with the same shape, view, dtype and device.
+
+    Args:
+        parameters: At least one.
+        view: How one of them is a set of matrices. None: a bag of entries, one row.
+    """
+
+    parameters: tuple[Tensor, ...]
+    view: View | None
+
+    def matrices(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Gather tensors shaped like the parameters into batches, parameter by parameter.
+
+        Args:
+            tensors: One per parameter.
+
+        Returns:
+            One batch (P·B, m, n) per block of the view, P the number of parameters.
+        """
+        if self.view is None:
+            rows = [tensor.reshape(1, -1) for tensor in tensors]
+            return (torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0),)
+        if self._plain:
+            return (torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0),)
+        split = [self.view.split_tensor(tensor) for tensor in tensors]
+        if len(split) == 1:
+            return split[0]
+        return tuple(torch.cat(part) for part in zip(*split, strict=True))
+
+    def parameter_shaped(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `matrices`.
+
+        Args:
+            batches: As `matrices` returns them.
+
+        Returns:
+            One tensor per parameter; may share memory with the batches.
+        """
+        shape = self.parameters[0].shape
+        if self.view is None:
+            return [row.reshape(shape) for row in batches[0].unbind()]
+        if self._plain:
+            return list(batches[0].unbind())
+        view, count = self.view, len(self.parameters)
+        pieces = [batch.chunk(count) if count > 1 else (batch,) for batch in batches]
+        return [view.merge(blocks, shape) for blocks in zip(*pieces, strict=True)]
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int, int], ...]:
+        """Shapes (B, m, n) of one parameter's batches."""
+        shape = self.parameters[0].shape
+        return ((1, 1, shape.numel()),) if self.view is None else self.view.blocks(shape)
+
+    @property
+    def _plain(self) -> bool:
+        return self.view == LINEAR and self.parameters[0].ndim == 2
+
+
+class Load:
+    """Buckets of one group, dtype and device.
+
+    Args:
+        buckets: At least one.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self.buckets = tuple(buckets)
+        self.parameters = tuple(parameter for bucket in buckets for parameter in bucket.parameters)
+
+    def matrices(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Gather tensors shaped like the parameters into batches, bucket by bucket.
+
+        Args:
+            tensors: One per parameter.
+
+        Returns:
+            One batch (B, m, n) per bucket and block of its view.
+        """
+        parts = _split(tensors, [len(bucket.parameters) for bucket in self.buckets])
+        return tuple(batch for bucket, own in zip(self.buckets, parts, strict=True) for batch in bucket.matrices(own))
+
+    def parameter_shaped(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `matrices`; may share memory with the batches."""
+        parts = _split(batches, self._blocks())
+        return [
+            tensor for bucket, own in zip(self.buckets, parts, strict=True) for tensor in bucket.parameter_shaped(own)
+        ]
+
+    @property
+    def batches(self) -> int:
+        """Number of batches that `matrices` returns."""
+        return sum(self._blocks())
+
+    def per_matrix(self, numbers: Tensor) -> Tensor:
+        """Repeat the number of a parameter for each of its matrices.
+
+        Args:
+            numbers: One per parameter.
+
+        Returns:
+            One per matrix, batch after batch.
+        """
+        counts = [sum(block[0] for block in bucket.blocks) for bucket in self.buckets for _ in bucket.parameters]
+        return self.numbers_of_batches([number.expand(count) for number, count in zip(numbers, counts, strict=True)])
+
+    def numbers_of_parameters(self, numbers: Tensor) -> list[Tensor]:
+        """Give every parameter the numbers of its matrices.
+
+        Args:
+            numbers: One per matrix, batch after batch.
+
+        Returns:
+            One vector per parameter, block after block.
+        """
+        sizes = [len(bucket.parameters) * block[0] for bucket in self.buckets for block in bucket.blocks]
+        return self.rows_of_parameters(numbers.split(sizes))
+
+    def numbers_of_batches(self, numbers: Sequence[Tensor]) -> Tensor:
+        """The inverse of `numbers_of_parameters`."""
+        return torch.cat(self._of_batches(numbers, [(b, 1) for bucket in self.buckets for b, _, _ in bucket.blocks]))
+
+    def rows_of_parameters(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Give every parameter what belongs to the rows of its matrices.
+
+        Args:
+            batches: (B, m) for each batch of `matrices`.
+
+        Returns:
+            One vector per parameter, matrix after matrix, block after block.
+        """
+        result: list[Tensor] = []
+        for bucket, own in zip(self.buckets, _split(batches, self._blocks()), strict=True):
+            pieces = [batch.chunk(len(bucket.parameters)) for batch in own]
+            result.extend(torch.cat([piece.flatten() for piece in of_one]) for of_one in zip(*pieces, strict=True))
+        return result
+
+    def rows_of_batches(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `rows_of_parameters`."""
+        shapes = [(b, m) for bucket in self.buckets for b, m, _ in bucket.blocks]
+        flat = self._of_batches(vectors, shapes)
+        return [own.view(-1, m) for own, (_, m) in zip(flat, shapes, strict=True)]
+
+    def _of_batches(self, vectors: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Vectors of parameters as one vector for each batch, of whose part in each parameter the size is known."""
+        parts = _split(vectors, [len(bucket.parameters) for bucket in self.buckets])
+        result: list[Tensor] = []
+        for own, sizes in zip(parts, _split(shapes, self._blocks()), strict=True):
+            chunks = [vector.split([count * width for count, width in sizes]) for vector in own]
+            result.extend(torch.cat(of_block) for of_block in zip(*chunks, strict=True))
+        return result
+
+    def _blocks(self) -> list[int]:
+        return [len(bucket.blocks) for bucket in self.buckets]
+
+
+def find_buckets(parameters: Sequence[Tensor], rows: Mapping[Tensor, PlanRow], *, matrix: bool) -> list[Bucket]:
+    """Parameters of one group, together where they have one layout.
+
+    Args:
+        parameters: Of the group.
+        rows: Of the plan.
+        matrix: Whether the group's norm is one of matrices.
+
+    Returns:
+        Buckets, those with the same short side next to each other.
+    """
+    alike: dict[tuple[object, ...], list[Tensor]] = {}
+    for parameter in parameters:
+        view = rows[parameter].view if matrix else None
+        key = (parameter.shape, view, parameter.dtype, parameter.device)
+        alike.setdefault(key, []).append(parameter)
+    found = [Bucket(tuple(members), cast(View | None, view)) for (_, view, *_), members in alike.items()]
+    return sorted(found, key=lambda bucket: (kind(bucket), *sorted(bucket.blocks[0][1:])))
+
+
+def gains(batches: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
+    """What each direction is predicted to gain per unit of length, -<M, D>.
+
+    Args:
+        batches: Momenta, (B, m, n) each.
+        moves: Directions, likewise.
+
+    Returns:
+        One number per matrix, batch after batch.
+    """
+    return torch.cat([-(m * d).sum(dim=(-2, -1)) for m, d in zip(batches, moves, strict=True)])
+
+
+def kind(bucket: Bucket) -> tuple[str, str]:
+    """What parameters of one load have in common."""
+    first = bucket.parameters[0]
+    return str(first.dtype), str(first.device)
+
+
+def _split(items: Sequence[T], sizes: Sequence[int]) -> list[Sequence[T]]:
+    ends = [0]
+    for size in sizes:
+        ends.append(ends[-1] + size)
+    return [items[start:end] for start, end in itertools.pairwise(ends)]

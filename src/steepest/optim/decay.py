@@ -1,0 +1,213 @@
+"""What weight decay takes away from the weights: asked by the move, by Momo's model of the loss, and by the ball.
+
+A step is W <- W - lr · weight_decay · removed(W, D) + length · D, where `removed` is what a kind of decay says. Groups
+hold the rate, which schedulers may write, and the kind as a text.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from steepest.checks import check_fields, number, refusal
+from steepest.geometry.text import text_of
+
+
+@runtime_checkable
+class Decay(Protocol):
+    """A kind of weight decay: a frozen dataclass whose field `rate` is the `weight_decay` of the groups."""
+
+    @property
+    def rate(self) -> float:
+        """What stands in the groups as "weight_decay" until somebody writes there."""
+        ...
+
+    def radius(self, rate: float) -> float | None:
+        """Of the ball that weights are kept in by steps of norm one; None: decay keeps them in none.
+
+        Args:
+            rate: The group's, above 0.
+        """
+        ...
+
+    def removed(self, weights: Sequence[Tensor], directions: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """What is taken away per unit of lr · weight_decay.
+
+        Args:
+            weights: Of a load, in the dtype of its averages.
+            directions: Tells the directions that are added, shaped like the weights.
+        """
+        ...
+
+    def apply_(
+        self,
+        parameters: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        *,
+        length: float | Tensor,
+        decay: float | Tensor,
+        accept: Tensor | None = None,
+        pull: bool = False,
+    ) -> None:
+        """Decay and move the weights.
+
+        Args:
+            parameters: Written to.
+            moves: One per parameter, float32 or wider.
+            length: What moves are multiplied by, a number or a 0-d tensor.
+            decay: lr · weight_decay.
+            accept: A 0-d boolean on the device; where it is False nothing decays, and the moves must be zero. None
+                means True.
+            pull: Whether moves are points of the ball of `radius`, toward which weights go the part `decay` of the way.
+        """
+        ...
+
+    def stay_finite(
+        self,
+        parameters: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        *,
+        length: float | Tensor,
+        decay: float | Tensor,
+        pull: bool,
+    ) -> Tensor:
+        """Whether `apply_` would leave only finite weights; takes what it takes, and memory for one parameter.
+
+        Args:
+            parameters: Read only.
+            moves: One per parameter.
+            length: As for `apply_`, in the range of their type.
+            decay: As for `apply_`, likewise.
+            pull: As for `apply_`.
+
+        Returns:
+            0-d boolean on their device.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Decoupled:
+    """W <- (1 - lr · weight_decay) W + length · D: every weight shrinks, whatever its gradient is.
+
+    Args:
+        rate: The weight decay.
+
+    Raises:
+        ValueError: If the rate is negative or not finite.
+        TypeError: If it is no number.
+
+    Source:
+        Loshchilov and Hutter, arXiv:1711.05101.
+    """
+
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"rate": number()})
+
+    def radius(self, rate: float) -> float:
+        """1 / rate: a step of norm lr on weights on that sphere takes away as much as it adds."""
+        return 1 / rate
+
+    def removed(self, weights: Sequence[Tensor], directions: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """The weights themselves."""
+        del directions
+        return weights
+
+    def apply_(
+        self,
+        parameters: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        *,
+        length: float | Tensor,
+        decay: float | Tensor,
+        accept: Tensor | None = None,
+        pull: bool = False,
+    ) -> None:
+        """W <- (1 - decay) W + length · move, rounded once; or, in one pass, W <- (1 - decay) W + decay · move."""
+        if pull:
+            torch._foreach_lerp_(list(parameters), list(moves), cast(float, decay))
+            return
+        decay, length = masked(decay, accept), masked(length, accept)
+        shrink = 1 - (decay if accept is None else decay * accept.to(moves[0].dtype))
+        direct = parameters[0].dtype == moves[0].dtype
+        wide = list(parameters) if direct else [p.to(moves[0].dtype) for p in parameters]
+        if isinstance(shrink, Tensor) or shrink != 1:
+            torch._foreach_mul_(wide, shrink)
+        if isinstance(length, Tensor):
+            torch._foreach_add_(wide, torch._foreach_mul(list(moves), length))
+        else:
+            torch._foreach_add_(wide, list(moves), alpha=length)
+        if not direct:  # half precision: decay and move together, else both would be lost to rounding one by one
+            torch._foreach_copy_(list(parameters), wide)
+
+    def stay_finite(
+        self,
+        parameters: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        *,
+        length: float | Tensor,
+        decay: float | Tensor,
+        pull: bool,
+    ) -> Tensor:
+        """Whether `apply_` would leave only finite weights."""
+        finite: list[Tensor] = []
+        for parameter, move in zip(parameters, moves, strict=True):
+            wide = parameter.detach().to(move.dtype)
+            after = torch.lerp(wide, move, decay) if pull else wide * (1 - decay) + move * length
+            finite.append(after.to(parameter.dtype).isfinite().all())
+        return torch.stack(finite).all()
+
+
+class Decays:
+    """The kinds of decay of one optimizer, by the texts that stand for them in its groups."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Decay] = {}
+
+    def text(self, decay: float | Decay) -> str:
+        """The text that stands for a kind of decay from now on.
+
+        Args:
+            decay: A rate, of decoupled decay, or a kind with its rate.
+        """
+        kind = replace(decay, rate=0.0) if isinstance(decay, Decay) else Decoupled()  # pyright: ignore[reportArgumentType] - a dataclass
+        text = text_of(kind)
+        self._known.setdefault(text, kind)
+        return text
+
+    def of(self, group: dict[str, object]) -> Decay:
+        """The decay of a group."""
+        return self._known[cast(str, group["decay_kind"])]
+
+
+def rate_of(name: str, decay: object) -> float:
+    """The rate of a weight decay that is given as a number or an object.
+
+    Args:
+        name: Of the option, for messages.
+        decay: What was given.
+
+    Raises:
+        ValueError: If it is negative or not finite.
+        TypeError: If it is neither.
+    """
+    if isinstance(decay, Decay) and not isinstance(decay, type):
+        return number()(f"{name}: rate", decay.rate)
+    try:
+        return number()(name, decay)
+    except TypeError as error:
+        raise TypeError(refusal(name, "a number, or a kind of decay such as Decoupled(0.1)", decay)) from error
+
+
+def masked(value: float | Tensor, accept: Tensor | None) -> float | Tensor:
+    """A rate by which nothing happens where a step is not taken: 0 times what is not finite would be NaN.
+
+    Args:
+        value: A number, or a 0-d tensor.
+        accept: A 0-d boolean on the device. None means True.
+    """
+    return value if accept is None or not isinstance(value, Tensor) else torch.where(accept, value, 0.0)

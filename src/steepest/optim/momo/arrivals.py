@@ -1,0 +1,138 @@
+"""Looks at gradients when they arrive: which passes made them, and what backward left before others touch it."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import unserializable_hook
+
+from steepest.notices import warn
+from steepest.optim.momo.sample import ENTRIES, spaced
+
+WATCHED = 8  # parameters: one of each of the first groups
+
+STACKED = (
+    "step(closure): gradients of earlier backward passes were there before the closure ran, and it added to them, as "
+    "under accumulation. The loss that it returned is that of its own pass, and Momo needs the loss of them all: call "
+    "optimizer.record_loss(loss, weight=1 / micro_batches) in every micro-batch, with the loss before it is divided, "
+    "or pass the mean with step(loss=mean). If these gradients are left from an earlier step, clear them with "
+    "optimizer.zero_grad() before the closure's backward pass."
+)
+
+
+class Arrivals:
+    """Watches one parameter of each group, in every backward pass."""
+
+    def __init__(self) -> None:
+        self.watched: list[Tensor] = []
+        self.seen: list[Tensor | None] = []  # entries of the watched gradients as the last pass left them
+        self._task = -1
+        self.passes = 0  # backward passes since gradients were new
+        self._total = 0
+        self._zeroed = False  # and nothing arrived since
+        self._at_entry: dict[int, int] = {}  # versions of the watched gradients when the closure was called
+        self._entered = 0
+        self._stacked: list[Tensor] = []
+
+    def watch(self, group: Sequence[Tensor]) -> None:
+        """Watch one more parameter: the smallest that has entries enough, else the largest.
+
+        Args:
+            group: To choose from.
+        """
+        able = [p for p in group if p.requires_grad and p.numel()]
+        if not able or len(self.watched) == WATCHED:
+            return
+        chosen = min(able, key=lambda p: (p.numel() < ENTRIES, p.numel() if p.numel() >= ENTRIES else -p.numel()))
+        # Weakly: the parameter may outlive the optimizer.
+        own: weakref.ref[Arrivals] = weakref.ref(cast(Arrivals, self))
+        handles = [chosen.register_hook(unserializable_hook(partial(_arrives, own, len(self.watched))))]
+        if not self.watched:  # sharded parameters are told of their gradients only so
+            handles.append(chosen.register_post_accumulate_grad_hook(partial(_arrived, own)))
+        for handle in handles:
+            weakref.finalize(self, handle.remove)
+        self.watched.append(chosen)
+
+    def zeroed(self) -> None:
+        """Gradients were cleared."""
+        self.passes, self._zeroed = 0, True
+
+    def stepped(self) -> None:
+        """A step was made of them."""
+        self.passes, self.seen = 0, []
+
+    def enter(self) -> None:
+        """A closure is about to be called."""
+        present = [] if self._zeroed else [(i, p.grad) for i, p in enumerate(self.watched)]
+        self._at_entry = {index: gradient._version for index, gradient in present if gradient is not None}
+        self._entered, self._stacked = self._total, []
+
+    def check_closure(self) -> None:
+        """Refuse the loss of a closure that added to gradients of earlier passes; waits for the device if it may have.
+
+        Raises:
+            ValueError: If it did.
+        """
+        stacked, self._stacked, self._at_entry = self._stacked, [], {}
+        if any(bool(one) for one in stacked):  # else they were zeros
+            raise ValueError(STACKED)
+        if self._total == self._entered and self.passes > 1:
+            warn(
+                f"step(closure): the closure made no gradients; those present are of {self.passes} backward passes. "
+                "Momo takes what it returned for the loss of them all. If it is that of the last micro-batch, call "
+                "optimizer.record_loss(loss, weight=1 / micro_batches) in every micro-batch instead."
+            )
+
+    def arrives(self, index: int) -> None:
+        """A gradient is about to be added to a parameter's.
+
+        Args:
+            index: Of the watched parameter.
+        """
+        gradient, version = self.watched[index].grad, self._at_entry.pop(index, None)
+        if gradient is not None and gradient._version == version:  # nobody wrote to it since, not even zeros
+            self._stacked.append(gradient.detach().any())
+        self.arrived()
+
+    def arrived(self) -> None:
+        """Look at the gradients when this pass is over."""
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        self._task, self._zeroed = task, False
+        self.passes = 1 + self.passes * any(parameter.grad is not None for parameter in self.watched)
+        self._total += 1
+        own: weakref.ref[Arrivals] = weakref.ref(cast(Arrivals, self))
+        # Twice: what averages gradients over ranks may have asked later to be called, so it comes in between.
+        _queue(lambda: _queue(partial(_passed, own)))
+
+    def passed(self) -> None:
+        """The pass is over."""
+        gradients = [parameter.grad for parameter in self.watched]
+        self.seen = [None if g is None or g.layout != torch.strided else spaced(g).clone() for g in gradients]
+
+    def __getstate__(self) -> dict[str, object]:
+        """For copy and pickle: a copy watches nothing, as hooks stay with the original's parameters."""
+        return Arrivals().__dict__
+
+
+def _queue(callback: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def _arrives(own: "weakref.ref[Arrivals]", index: int, _: Tensor) -> None:
+    if (alive := own()) is not None:
+        alive.arrives(index)
+
+
+def _arrived(own: "weakref.ref[Arrivals]", _: Tensor) -> None:
+    if (alive := own()) is not None:
+        alive.arrived()
+
+
+def _passed(own: "weakref.ref[Arrivals]") -> None:
+    if (alive := own()) is not None:
+        alive.passed()

@@ -1,0 +1,403 @@
+"""The loss reaches a step in three ways, and a loss that cannot be the right one is caught."""
+
+import pytest
+import torch
+from torch import nn
+
+import steepest
+from steepest import Momo, Muon, MuonAdam, MuonMax
+from steepest.optim.momo.tap import LossTap, check_loss
+from tests.optim.training import backward, batch, network
+
+OPTIONS = {"lr": 5.0, "step_size": Momo(0.5)}  # so long that Momo cuts every step
+
+
+def weights_after(model, optimizer, step, count=4):
+    for index in range(count):
+        optimizer.zero_grad()
+        step(index)
+    assert optimizer.diagnostics()["t"] < 1
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def build(dtype=torch.float32, **options):
+    model = network(dtype)
+    return model, MuonAdam(model, **{**OPTIONS, **options})
+
+
+def test_three_ways_are_one():
+    def explicit(index):
+        optimizer.step(loss=backward(model, index))
+
+    def recorded(index):
+        optimizer.record_loss(backward(model, index))
+        optimizer.step()
+
+    def closure(index):
+        optimizer.step(lambda: backward(model, index))
+
+    def closure_float(index):
+        optimizer.step(lambda: backward(model, index).item())
+
+    trajectories = []
+    for way in (explicit, recorded, closure, closure_float):
+        model, optimizer = build()
+        trajectories.append(weights_after(model, optimizer, way))
+    for other in trajectories[1:]:
+        for a, b in zip(trajectories[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_micro_batches_of_any_size_are_one_batch():
+    wide = torch.float64  # a polar factor enlarges what two orders of summation differ by
+    model, optimizer = build(wide)
+    whole = weights_after(model, optimizer, lambda index: optimizer.step(loss=backward(model, index, wide)))
+    model, optimizer = build(wide)
+
+    def in_parts(index):
+        x, y = batch(index, wide)
+        for part in (slice(0, 2), slice(2, 8)):
+            loss, weight = nn.functional.cross_entropy(model(x[part]), y[part]), len(y[part]) / len(y)
+            optimizer.record_loss(loss, weight=weight)
+            (loss * weight).backward()
+        optimizer.step()
+
+    for a, b in zip(whole, weights_after(model, optimizer, in_parts), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_order_of_trust_is_explicit_then_recorded_then_closure():
+    model, optimizer = build(lr=1e9)
+
+    def closure():
+        optimizer.record_loss(3.0)  # read after the closure ran
+        backward(model, 0)
+        return 4.0
+
+    optimizer.step(closure)
+    assert optimizer.diagnostics()["gap"] == pytest.approx(3.0 - 0.5)
+    model, optimizer = build(lr=1e9)
+    optimizer.step(closure, loss=2.0)
+    assert optimizer.diagnostics()["gap"] == pytest.approx(2.0 - 0.5)
+
+
+def test_a_missing_loss_names_the_three_remedies_and_changes_nothing():
+    model, optimizer = build()
+    backward(model, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    for way in ("step(loss=loss)", "record_loss(loss, weight=1 / micro_batches)", "step(closure)"):
+        with pytest.raises(ValueError, match=r"Momo needs the loss") as caught:
+            optimizer.step()
+        assert way in str(caught.value)
+    assert not optimizer.state
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_step_that_can_change_nothing_needs_no_loss():
+    model, optimizer = build()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ValueError, match="Momo needs the loss"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "message"),
+    [
+        (torch.ones(3), ValueError, r"one number as loss, got shape \(3,\)\. Reduce it"),
+        (torch.ones(()).long(), TypeError, r"takes a real loss, got a tensor of torch\.int64"),
+        ("2", TypeError, r"takes a number or a tensor as loss, got '2'"),
+        (True, TypeError, r"takes a number or a tensor as loss, got True"),
+    ],
+)
+def test_what_cannot_be_a_loss_is_refused(loss, kind, message):
+    model, optimizer = build()
+    backward(model, 0)
+    with pytest.raises(kind, match=r"^step .*" + message):
+        optimizer.step(loss=loss)
+    with pytest.raises(kind, match=r"^record_loss .*" + message):
+        optimizer.record_loss(loss)
+    with pytest.raises(kind, match=r"^the closure of step .*" + message):
+        optimizer.step(lambda: loss)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("weight", [0.0, -0.5, 1.5, float("nan")])
+def test_a_weight_is_a_part_of_the_batch(weight):
+    with pytest.raises(ValueError, match=r"record_loss takes a weight in \(0, 1\]"):
+        LossTap().record(1.0, weight)
+
+
+def test_a_weight_is_a_number():
+    with pytest.raises(TypeError, match=r"record_loss takes a number as weight, got '1'"):
+        LossTap().record(1.0, "1")
+
+
+@pytest.mark.parametrize("weights", [(0.25,), (0.25, 0.25, 0.25), (1.0, 1.0), (0.5, 0.75)])
+def test_a_forgotten_or_doubled_micro_batch_is_caught(weights):
+    model, optimizer = build()
+    backward(model, 0)
+    for weight in weights:
+        optimizer.record_loss(2.0, weight=weight)
+    with pytest.raises(ValueError, match=rf"weights that sum to {sum(weights):g} instead of 1"):
+        optimizer.step()
+    optimizer.record_loss(2.0)  # what was wrong is forgotten
+    optimizer.step()
+
+
+def test_a_batch_whose_step_was_passed_over_is_forgotten_with_its_gradients():
+    tap = LossTap()
+    tap.record(5.0, 1.0)
+    tap.gradients_cleared()
+    tap.record(2.0, 0.5)
+    tap.record(3.0, 0.5)
+    assert tap.take() == 2.5
+    tap.record(7.0, 1.0)  # recorded before the gradients are cleared, as in loops that clear just before backward
+    tap.gradients_cleared()
+    assert tap.take() == 7.0
+    assert tap.take() is None
+
+
+def test_a_loss_keeps_no_graph():
+    loss = check_loss("x", torch.ones(1, requires_grad=True) * 2)
+    assert isinstance(loss, torch.Tensor)
+    assert not loss.requires_grad
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_skips_the_step_and_leaves_the_model_of_the_loss(bad):
+    model, optimizer = build()
+    weights_after(model, optimizer, lambda index: optimizer.step(loss=backward(model, index)), count=2)
+    before = optimizer.state_dict()
+    backward(model, 5)
+    with pytest.warns(RuntimeWarning, match="the loss is not finite"):
+        optimizer.step(loss=bad)
+    after = optimizer.state_dict()
+    assert after["param_groups"][0]["skipped_steps"] == 1
+    for key in ("momo_value", "momo_steps", "momo_bound"):
+        assert before["param_groups"][0][key] == after["param_groups"][0][key]
+
+
+def test_gradient_scaling_changes_nothing_and_a_skipped_step_neither():
+    def train(scaler):
+        model, optimizer = build()
+        for index in range(6):
+            optimizer.zero_grad()
+            x, y = batch(index)
+            loss = nn.functional.cross_entropy(model(x), y)
+            optimizer.record_loss(loss)
+            scaler.scale(loss).backward()
+            if index == 3 and scaler.is_enabled():  # an overflow: the scaler passes over this step
+                next(model.parameters()).grad[0] = torch.inf
+            elif index == 3:
+                continue
+            scaler.step(optimizer)
+            scaler.update()
+        return [p.detach().clone() for p in model.parameters()]
+
+    plain = train(torch.amp.GradScaler("cpu", enabled=False))
+    scaled = train(torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2))
+    for a, b in zip(plain, scaled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_scaling_hands_the_loss_on():
+    model, optimizer = build()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    x, y = batch(0)
+    loss = nn.functional.cross_entropy(model(x), y)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer, loss=loss)
+    assert optimizer.diagnostics()["gap"] == pytest.approx(loss.item() - 0.5, rel=1e-6)
+
+
+def test_clipping_warns_once_and_scaling_or_a_clip_without_effect_do_not():
+    model, optimizer = build(lr=1e-3)
+    for index in range(2):
+        loss = backward(model, index)
+        nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+        optimizer.step(loss=loss)
+        optimizer.zero_grad()
+    loss = backward(model, 2)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.warns(UserWarning, match="changed between backward and step .* as by clipping"):
+        optimizer.step(loss=loss)
+    optimizer.zero_grad()
+    loss = backward(model, 3)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    optimizer.step(loss=loss)  # no second warning
+
+
+def test_without_momo_clipping_is_nobodys_business():
+    model = network()
+    optimizer = Muon(model)
+    loss = backward(model, 0)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    optimizer.step(loss=loss)
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_the_watch_ends_with_the_optimizer():
+    model, optimizer = build()
+    watched = [p for p in model.parameters() if p._post_accumulate_grad_hooks]
+    assert len(watched) == 1
+    del optimizer
+    assert not watched[0]._post_accumulate_grad_hooks
+
+
+def test_momo_and_step_size_are_one_question():
+    with pytest.raises(ValueError, match=r"momo=True and step_size=.*give one of them"):
+        Muon(network(), momo=True, step_size=Momo())
+    with pytest.raises(TypeError, match=r"momo must be True or False, got Momo.*step_size="):
+        MuonMax(network(), momo=Momo())
+    with pytest.raises(TypeError, match=r"step_size must be Fixed\(\) or Momo\(\.\.\.\), got 'momo'"):
+        steepest.SteepestDescent(network(), step_size="momo")
+
+
+def parts_of(model, step, count=4):
+    x, y = batch(step)
+    for index in range(count):
+        rows = slice(index * 8 // count, (index + 1) * 8 // count)
+        yield nn.functional.cross_entropy(model(x[rows]), y[rows])
+
+
+@pytest.mark.parametrize("make", [MuonAdam, MuonMax, Muon])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_part_that_was_divided_before_it_was_recorded_is_refused(make, scaled):
+    model = network()
+    optimizer = make(model, step_size=Momo())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9, enabled=scaled)
+    for loss in parts_of(model, 0):
+        divided = loss / 4
+        optimizer.record_loss(divided, weight=1 / 4)
+        scaler.scale(divided).backward()
+    with pytest.raises(
+        ValueError, match=r"told weight=0\.25, but backward multiplied this loss by 1\..*before it is div"
+    ):
+        scaler.step(optimizer)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("recorded", ["scaled", "sum"])
+def test_a_loss_that_is_not_the_gradients_by_its_scale_is_refused(recorded):
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9, enabled=recorded == "scaled")
+    x, y = batch(0)
+    loss = nn.functional.cross_entropy(model(x), y, reduction="sum")
+    told = scaler.scale(loss / 8) if recorded == "scaled" else loss
+    optimizer.record_loss(told)
+    (told if recorded == "scaled" else told / 8).backward()
+    with pytest.raises(ValueError, match="told weight=1, but backward multiplied this loss by 0"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_parts_that_are_recorded_as_they_are_are_taken(count, scaled):
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo(0.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**9, enabled=scaled)
+    for step in range(3):
+        optimizer.zero_grad()
+        for loss in parts_of(model, step, count):
+            optimizer.record_loss(loss, weight=1 / count)
+            scaler.scale(loss / count).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert optimizer.diagnostics()["skipped_steps"] == 0
+
+
+def in_two_passes(loss, parameters):
+    loss.backward(inputs=parameters[:2], retain_graph=True)
+    loss.backward(inputs=parameters[2:])
+
+
+def with_a_penalty(loss, parameters):
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    (loss + 0.01 * sum(g.square().sum() for g in gradients)).backward()
+
+
+def after_a_look(loss, parameters):
+    torch.autograd.grad(loss, parameters, retain_graph=True)
+    loss.backward()
+
+
+def in_halves(loss, parameters):
+    (loss / 2).backward(retain_graph=True)
+    (loss / 2).backward()
+
+
+PASSES = [in_two_passes, with_a_penalty, after_a_look, in_halves]
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_loss_may_have_several_backward_passes(passes, count):
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo(0.5))
+    for step in range(2):
+        optimizer.zero_grad()
+        for loss in parts_of(model, step, count):
+            optimizer.record_loss(loss, weight=1 / count)
+            passes(loss / count, list(model.parameters()))
+        optimizer.step()
+    assert optimizer.diagnostics()["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("passes", [in_two_passes, with_a_penalty, after_a_look])
+def test_a_part_that_was_divided_is_refused_whatever_its_passes(passes):
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo())
+    for loss in parts_of(model, 0):
+        divided = loss / 4
+        optimizer.record_loss(divided, weight=1 / 4)
+        passes(divided, list(model.parameters()))
+    with pytest.raises(ValueError, match=r"told weight=0\.25, but backward multiplied this loss by 2"):
+        optimizer.step()
+
+
+def test_parts_may_be_divided_in_their_gradients():
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo(0.5))
+    for step in range(2):
+        optimizer.zero_grad()
+        for loss in parts_of(model, step):
+            optimizer.record_loss(loss, weight=1 / 4)
+            loss.backward()
+        for parameter in model.parameters():
+            parameter.grad.div_(4)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["recorded", "explicit"])
+def test_a_first_loss_of_parts_below_the_bound_is_asked_about_at_once(way):
+    model = network()
+    optimizer = MuonAdam(model, step_size=Momo(0.8))
+    total = 0.0
+    for loss in parts_of(model, 0):
+        (loss / 4).backward()
+        if way == "recorded":
+            optimizer.record_loss(loss.detach() / 4, weight=1 / 4)
+        total = loss.detach() / 4
+    with pytest.warns(UserWarning, match=r"below Momo's lower_bound 0\.8.*Was it divided by the number of") as told:
+        optimizer.step(loss=None if way == "recorded" else total)
+    assert told[0].filename == __file__
+    assert optimizer.diagnostics()["t"] == 0
+
+
+def test_a_loss_that_falls_far_below_the_others_and_the_bound_is_asked_about_once():
+    model = network()
+    optimizer = MuonAdam(model, 1e-4, step_size=Momo(0.8))
+    for step in range(3):
+        optimizer.zero_grad()
+        optimizer.step(loss=backward(model, step))
+    loss = backward(model, 3).detach()
+    with pytest.warns(UserWarning, match=r"far below .*the average of recent ones\. Was it divided"):
+        optimizer.step(loss=loss / 4)
+    optimizer.step(loss=loss / 4)

@@ -1,0 +1,149 @@
+"""Weight decay as an object: its kinds are asked by the move, by Momo's model of the loss and by the ball."""
+
+import copy
+import io
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from steepest import Decay, Decoupled, Momo, Muon, SteepestDescent
+from steepest.testing import backward, check_recipe, network
+
+
+@dataclass(frozen=True)
+class Cautious:
+    """Decay of those weights alone that the step makes smaller, too (arXiv:2510.12402)."""
+
+    rate: float = 0.0
+
+    def radius(self, rate):
+        return None
+
+    def removed(self, weights, directions):
+        return [w * (w * d < 0) for w, d in zip(weights, directions(), strict=True)]
+
+    def apply_(self, parameters, moves, *, length, decay, accept=None, pull=False):
+        for w, move in zip(parameters, moves, strict=True):
+            wide = w.to(move.dtype)
+            part = decay if accept is None else torch.where(accept, decay, 0.0)
+            w.copy_(wide - part * wide * (wide * move < 0) + move * length)
+
+    def stay_finite(self, parameters, moves, *, length, decay, pull):
+        return torch.stack(
+            [w.isfinite().all() & d.isfinite().all() for w, d in zip(parameters, moves, strict=True)]
+        ).all()
+
+
+def trained(steps=4, **options):
+    model = network()
+    optimizer = Muon(model, **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = backward(model, step)
+        optimizer.step(loss=loss.detach())
+    return model, optimizer
+
+
+def weights(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_a_number_is_decoupled_decay():
+    number, decay = (trained(weight_decay=own)[0] for own in (0.1, Decoupled(0.1)))
+    assert all(torch.equal(a, b) for a, b in zip(weights(number), weights(decay), strict=True))
+    assert isinstance(Decoupled(0.1), Decay)
+
+
+def test_groups_hold_the_rate_and_schedulers_may_write_it():
+    model, optimizer = trained(weight_decay=Decoupled(0.1))
+    rates = {group["role"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert rates["matrix"] == 0.1
+    assert rates["vector"] == 0.0
+    other, plain = trained(weight_decay=0.1)
+    for own in (optimizer, plain):
+        own.param_groups[0]["weight_decay"] = 0.3
+    for m, own in ((model, optimizer), (other, plain)):
+        backward(m, 9)
+        own.step()
+    assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(other), strict=True))
+
+
+def test_another_kind_is_what_it_says():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    optimizer = Muon([weight], lr=0.1, weight_decay=Cautious(0.5), nesterov=False, scale="none", polar="svd")
+    before = weight.detach().clone()
+    weight.grad = torch.randn(5, 3, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(weight.grad, full_matrices=False)
+    optimizer.step()
+    expected = before - 0.05 * before * (before * -(u @ vh) < 0) - 0.1 * u @ vh
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_another_kind_keeps_the_laws_of_recipes():
+    def cautious(model, **options):
+        return Muon(model, **{"weight_decay": Cautious(0.1), **options})
+
+    check_recipe(cautious)
+
+
+@pytest.mark.parametrize("bookkeeping", ["recurrent", "direct"])
+@pytest.mark.parametrize("dual", ["cached", "stale"])
+def test_momo_predicts_what_another_kind_takes_away(bookkeeping, dual):
+    """On a linear loss the model is exact, and so is its value after steps with decay."""
+    torch.manual_seed(1)
+    slope = torch.randn(5, 3, dtype=torch.float64)
+    weight = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    momo = Momo(-100.0, bookkeeping=bookkeeping)
+    optimizer = Muon([weight], lr=0.1, weight_decay=Cautious(0.5), step_size=momo, dual=dual)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = (slope * weight).sum()
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+        value = optimizer.state_dict()["param_groups"][0]["momo_value"]
+        assert value == pytest.approx(float((slope * weight).detach().sum()), rel=1e-9)
+
+
+def test_where_no_ball_is_kept_none_is_promised():
+    _, optimizer = trained(weight_decay=Cautious(0.1))
+    assert not any(name.endswith("/ball_radius") for name in optimizer.diagnostics(weights=True))
+
+
+def test_the_kind_survives_saving_copying_and_pickling():
+    model, optimizer = trained(weight_decay=Cautious(0.5))
+    stream = io.BytesIO()
+    torch.save(optimizer.state_dict(), stream)
+    stream.seek(0)
+    again = copy.deepcopy(model)
+    loaded = Muon(again, weight_decay=Cautious(0.5))
+    loaded.load_state_dict(torch.load(stream, weights_only=True))
+    others = [(again, loaded), copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    for m, own in [(model, optimizer), *others]:
+        own.zero_grad()
+        backward(m, 8)
+        own.step()
+    for other, _ in others:
+        assert all(torch.equal(a, b) for a, b in zip(weights(other), weights(model), strict=True))
+
+
+def test_a_group_may_have_its_own_and_change_it():
+    one, two = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    optimizer = SteepestDescent([{"params": [one], "weight_decay": Cautious(0.2)}, {"params": [two]}], weight_decay=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.1]
+    assert [group["decay_kind"] for group in optimizer.param_groups] == ["Cautious(rate=0.0)", "Decoupled(rate=0.0)"]
+    optimizer.param_groups[1]["weight_decay"] = Cautious(0.3)
+    one.grad = two.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert optimizer.param_groups[1]["weight_decay"] == 0.3
+    assert optimizer.param_groups[1]["decay_kind"] == "Cautious(rate=0.0)"
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
+def test_a_rate_out_of_range_is_refused(rate):
+    with pytest.raises(ValueError, match="weight_decay: rate"):
+        Muon(network(), weight_decay=Cautious(rate))
+    with pytest.raises(ValueError, match="Decoupled: rate"):
+        Decoupled(rate)
