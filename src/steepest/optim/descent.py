@@ -813,12 +813,10 @@ def checked_stages(precondition: InputMoment | str | None, stages: Sequence[Stag
             raise ValueError(f"precondition: {error}") from error
     if precondition is not None and not isinstance(cast(object, precondition), InputMoment):
         raise TypeError(refusal("precondition", "InputMoment(...), the name of a preset or None", precondition))
-    if not isinstance(cast(object, stages), list | tuple):
+    fine = isinstance(cast(object, stages), list | tuple) and all(isinstance(one, Stage) for one in cast(Any, stages))
+    if not fine:
         raise TypeError(refusal("stages", "a list of stages, such as [RowScaling()]", stages))
     every = [*([] if precondition is None else [precondition]), *stages]
-    for stage in every:
-        if not isinstance(cast(object, stage), Stage):
-            raise TypeError(refusal("stages", "a list of stages, such as [RowScaling()]", stage))
     prefixes = [stage.prefix for stage in every if stage.prefix]
     if repeated := [prefix for prefix in prefixes if prefixes.count(prefix) > 1]:
         raise ValueError(
