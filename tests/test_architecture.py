@@ -26,6 +26,10 @@ ROOMS = [
 ]
 
 
+# Likewise inside the lab. The command that makes a study stands with the study, and belongs to the commands.
+LAB = ["errors", "disk", "models", "tasks", "methods", "runs", "report", "studies", "engine", "bench", "cli"]
+
+
 def label(path):
     return path.relative_to(SOURCE).as_posix()
 
@@ -54,6 +58,21 @@ def test_imports_point_upward():
                 if package == "steepest" and below and below.split(".")[0] not in allowed:
                     wrong.append(f"{label(path)}:{line} imports {module}")
     assert not wrong
+
+
+def test_imports_inside_the_lab_point_upward():
+    wrong = []
+    for path in FILES:
+        if room(path) != "lab" or path.parent == SOURCE / "lab":
+            continue
+        own = path.relative_to(SOURCE / "lab").parts[0]
+        if (own, path.name) == ("studies", "command.py"):
+            own = "cli"
+        for line, module in imports(path):
+            parts = module.split(".")
+            if parts[:2] == ["steepest", "lab"] and len(parts) > 2 and LAB.index(parts[2]) > LAB.index(own):
+                wrong.append(f"{label(path)}:{line} imports {module}")
+    assert wrong == ["lab/studies/__init__.py:17 imports steepest.lab.cli.command"]  # for its type, and no more
 
 
 def test_the_library_needs_nothing_but_torch():

@@ -25,7 +25,7 @@ from steepest.lab.engine.pool import Pool, last_words
 from steepest.lab.engine.study import default_workers
 from steepest.lab.runs.config import RunConfig, configure
 from steepest.lab.runs.records import read_result
-from steepest.lab.studies.study import run_directory
+from steepest.lab.studies.study import run_directory, write_configs
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.task import Task
 
@@ -193,9 +193,7 @@ def tune(task: Task, contestant: Contestant, out: Path, pool: Pool, budget: int)
         )
         configs.append(config)
         run = run_directory(out, config)
-        run.mkdir(parents=True, exist_ok=True)
-        if not (run / "config.json").exists():
-            write_whole(run / "config.json", config.to_json())
+        write_configs(out, [config])
         if not (run / "result.json").exists() and (outcome := pool.train(run)) != "finished":
             raise SystemExit(f"{run}: {outcome}, {last_words(run)}")
         result = read_result(run / "result.json")

@@ -10,8 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steepest.batch_size.bound_shapes import LogCurve, PowerCurve
-from steepest.batch_size.bounds import Bound, Problem, Setting, bound, inverse_batch_noise, lag, noise_factor
+from steepest.batch_size.bounds import (
+    Bound,
+    LogCurve,
+    PowerCurve,
+    Problem,
+    Setting,
+    bound,
+    inverse_batch_noise,
+    lag,
+    noise_factor,
+)
 from steepest.optim.momentum import average_, look_ahead
 from tests.cases import cases
 

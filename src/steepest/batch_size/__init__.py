@@ -4,8 +4,7 @@ Fits need numpy and scipy, and are imported by themselves: `steepest.batch_size.
 """
 
 from steepest.batch_size.ball import Ball, frank_wolfe_gap
-from steepest.batch_size.bound_shapes import LogCurve, PowerCurve
-from steepest.batch_size.bounds import Bound, Critical, Problem, Setting, bound, lag, noise_factor
+from steepest.batch_size.bounds import Bound, Critical, LogCurve, PowerCurve, Problem, Setting, bound, lag, noise_factor
 from steepest.batch_size.estimators import alignment, euclidean, l1, nested_sizes, nuclear
 from steepest.batch_size.noise import NoiseScale
 from steepest.batch_size.noise_report import Curve, NoiseReport, Scale

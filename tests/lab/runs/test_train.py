@@ -22,8 +22,7 @@ from steepest.lab.runs.checkpoint import CheckpointError
 from steepest.lab.runs.config import RunConfig, configure
 from steepest.lab.runs.records import read_run
 from steepest.lab.runs.schedule import cooldown
-from steepest.lab.runs.train import Interrupted, RunMismatchError, train_run
-from steepest.lab.runs.training import Training
+from steepest.lab.runs.train import Interrupted, RunMismatchError, Training, train_run
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.task import DataIdentity
 from tests.cases import cases

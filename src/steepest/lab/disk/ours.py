@@ -16,7 +16,7 @@ _REMEDY = "Choose another --out: nothing of somebody else's is overwritten."
 # What tells a directory of ours, and what every version of it has.
 _MARKS = {"run": ("config.json", {"format", "method", "code"}), "study": ("study.json", {"format", "kind", "runs"})}
 _DATABASE = r"optuna\.db(-journal|-wal|-shm)?"
-_REPORT = r"report\.html|plots|(rows|lr_sweep|basins|crossings|estimates|learning_rates|token_ratio)\.csv"
+_REPORT = r"report\.html|plots|[a-z_]+\.csv"
 _BRANCH = r"[0-9a-f]{16}-[0-9a-f]{12}-[0-9]+-[0-9]+-[a-z]+-[0-9]+\.json"
 _BENCH = ("accuracy", "momenta", "passes", "scaling", "step", "train")
 

@@ -135,7 +135,7 @@ class BeatingStorage(RDBStorage):
             if sqlite
             else {
                 "pool_pre_ping": True,
-                "connect_args": {"connect_timeout": CONNECT_S, "tcp_user_timeout": 1000 * LOCK_S},
+                "connect_args": CONNECTION,
             },
             heartbeat_interval=beat_s,
             grace_period=grace_s,

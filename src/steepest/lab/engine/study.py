@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from sqlalchemy.engine import URL
 
-from steepest.lab.disk.files import check_regular, exists, make_directory, one_line, write_whole
+from steepest.lab.disk.files import check_regular, exists, make_directory, one_line
 from steepest.lab.disk.ledger import RunBusyError, locked
 from steepest.lab.disk.ours import refusal
 from steepest.lab.engine.display import StudyDisplay
@@ -33,6 +33,7 @@ from steepest.lab.studies.study import (
     read_listed,
     read_listing,
     run_directory,
+    write_configs,
     write_study,
 )
 from steepest.lab.tasks import make_task
@@ -330,11 +331,7 @@ def train_runs(runs: Mapping[str, Sequence[RunConfig]], out: Path, *, workers: i
     if (problem := refusal(out, "study")) is not None:
         raise StudyMismatchError(problem)
     configs = [config for labelled in runs.values() for config in labelled]
-    for config in configs:
-        directory = run_directory(out, config)
-        make_directory(directory)
-        if not exists(directory / "config.json"):
-            write_whole(directory / "config.json", config.to_json())
+    write_configs(out, configs)
     shown = {label: [run_directory(out, config) for config in labelled] for label, labelled in runs.items()}
     missing = [run for config in configs if not exists((run := run_directory(out, config)) / "result.json")]
     pool = Pool(workers, threads=1, data=None, stop=threading.Event())

@@ -31,8 +31,7 @@ from steepest.lab.disk.ours import refusal
 from steepest.lab.errors import UsageError
 from steepest.lab.runs.config import RunConfig, read_config, run_hash
 from steepest.lab.runs.schedule import rate_factor
-from steepest.lab.runs.train import load_task, using_threads
-from steepest.lab.runs.training import Training
+from steepest.lab.runs.train import Training, load_task, using_threads
 from steepest.lab.runs.version import code_version
 from steepest.lab.tasks.task import Task
 from steepest.names import unknown_name

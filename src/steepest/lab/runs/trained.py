@@ -15,8 +15,7 @@ from steepest.lab.disk.files import exists
 from steepest.lab.errors import UsageError
 from steepest.lab.methods.combined import CombinedOptimizer
 from steepest.lab.runs.config import RunConfig, read_config
-from steepest.lab.runs.train import load_task, using_threads
-from steepest.lab.runs.training import Training
+from steepest.lab.runs.train import Training, load_task, using_threads
 from steepest.lab.runs.version import code_version
 from steepest.lab.tasks.task import Batch, Task
 

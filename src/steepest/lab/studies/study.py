@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,9 +110,27 @@ class Listing:
     runs: Mapping[str, str]
 
 
+def rounded(rate: float) -> float:
+    """To six digits, so that the name of a run does not depend on the last bit."""
+    return float(f"{rate:.6g}")
+
+
 def run_directory(out: Path, config: RunConfig) -> Path:
     """Where a run of a study lives: named by its content, so that a finished run is found and never run again."""
     return out / "runs" / run_hash(config)
+
+
+def write_configs(out: Path, configs: Iterable[RunConfig]) -> None:
+    """Make the directory of each run, with its `config.json`; what is there already stays.
+
+    Raises:
+        OSError: If they cannot be written.
+    """
+    for config in configs:
+        directory = run_directory(out, config)
+        make_directory(directory)
+        if not exists(directory / "config.json"):
+            write_whole(directory / "config.json", config.to_json())
 
 
 def write_study(out: Path, plan: StudyPlan, configs: Sequence[RunConfig], *, command: str) -> None:
@@ -134,11 +152,7 @@ def write_study(out: Path, plan: StudyPlan, configs: Sequence[RunConfig], *, com
     kept = _kept(path, plan) if exists(path) else {}
     if kept:
         _rename(out)
-    for config in configs:
-        directory = run_directory(out, config)
-        make_directory(directory)
-        if not exists(directory / "config.json"):
-            write_whole(directory / "config.json", config.to_json())
+    write_configs(out, configs)
     content = {
         "format": FORMAT,
         "kind": plan.kind,

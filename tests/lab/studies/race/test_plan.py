@@ -21,7 +21,7 @@ from steepest.lab.engine.pool import read_progress
 from steepest.lab.engine.study import FailedRunsError, default_workers, run_study
 from steepest.lab.engine.worker import BUSY, INTERRUPTED
 from steepest.lab.runs.config import configure, run_hash
-from steepest.lab.runs.training import Training
+from steepest.lab.runs.train import Training
 from steepest.lab.studies.race.plan import Race
 from steepest.lab.studies.study import StudyMismatchError, run_directory, write_study
 from steepest.lab.tasks import make_task

@@ -22,7 +22,7 @@ from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, configure, run_hash
 from steepest.lab.runs.records import check_positive, read_run
 from steepest.lab.studies.batch.results import run_crossing
-from steepest.lab.studies.study import StudyPlan, run_directory
+from steepest.lab.studies.study import StudyPlan, rounded, run_directory
 
 MOST_RATES = 9  # of one batch size; the search then ends, and the report flags the edge
 TUNING_SEED = 1000  # and the following ones: other seeds than those that are reported
@@ -138,7 +138,7 @@ class BatchSweep(StudyPlan):
         """Options of an arm whose learning rates are its own times a power of two."""
         changes = dict(self.options.get(arm.method, {})) | dict(arm.changes)
         found = resolve(arm.method, task=self.task.name, preset=self.task.preset, options=changes).options
-        rates = {name: _rounded(float(found[name]) * 2.0**exponent) for name in ("lr", "other_lr") if name in found}
+        rates = {name: rounded(float(found[name]) * 2.0**exponent) for name in ("lr", "other_lr") if name in found}
         return {**changes, **rates}
 
     def described(self, config: RunConfig) -> dict[str, object]:
@@ -289,7 +289,3 @@ def make_arms(methods: Sequence[str], varied: Sequence[tuple[str, str, Sequence[
         changes = [tuple(check_options(method, {option: value}).items()) for option, value in own]
         arms += [Arm(method, change) for change in changes] or [Arm(method)]
     return tuple(arms)
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.6g}")

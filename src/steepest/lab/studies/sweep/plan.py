@@ -12,7 +12,7 @@ from steepest.lab.disk.fields import HIGHEST_RATE, LOWEST_RATE
 from steepest.lab.methods import check_buildable, resolve
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, configure
-from steepest.lab.studies.study import StudyPlan
+from steepest.lab.studies.study import StudyPlan, rounded
 
 MOST_RATES = 1000
 
@@ -41,7 +41,7 @@ class Sweep(StudyPlan):
             if not (rates := self.lrs.get(method)):
                 raise ValueError(f"No learning rates for {method!r}; add --lrs {method}=1e-3:1e-1:log5.")
             if (
-                list(rates) != sorted(set(map(_rounded, rates)))
+                list(rates) != sorted(set(map(rounded, rates)))
                 or not LOWEST_RATE <= rates[0] <= rates[-1] < HIGHEST_RATE
             ):
                 raise ValueError(
@@ -82,7 +82,7 @@ class Sweep(StudyPlan):
                 f"{method} has lr {own:g} and other_lr {other:g}, which have no ratio to keep; --set {method}.lr "
                 f"above 0 and {method}.other_lr to at least 0."
             )
-        return [{**changes, "lr": lr, "other_lr": _rounded(lr * (other / own))} for lr in self.lrs[method]]
+        return [{**changes, "lr": lr, "other_lr": rounded(lr * (other / own))} for lr in self.lrs[method]]
 
 
 def rates_by_method(texts: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -129,7 +129,7 @@ def parse_rates(text: str) -> tuple[float, ...]:
     wrong = f"--lrs {text}: write LOW:HIGH:logN, for example 1e-4:1e1:log9, or a list like 0.001,0.01"
     low, colon, rest = text.partition(":")
     if not colon:
-        rates = sorted(_rounded(_rate(item, wrong)) for item in text.split(","))
+        rates = sorted(rounded(_rate(item, wrong)) for item in text.split(","))
         if len(set(rates)) < len(rates):
             raise ValueError(f"{wrong}; a rate occurs twice.")
         return tuple(rates)
@@ -138,7 +138,7 @@ def parse_rates(text: str) -> tuple[float, ...]:
     if number == count or not re.fullmatch("[0-9]{1,9}", number) or not 2 <= int(number) <= MOST_RATES:
         raise ValueError(f"{wrong}; N is a number from 2 to {MOST_RATES}.")
     first, last, steps = _rate(low, wrong), _rate(high, wrong), int(number) - 1
-    rates = [_rounded(first * (last / first) ** (index / steps)) for index in range(steps)] + [_rounded(last)]
+    rates = [rounded(first * (last / first) ** (index / steps)) for index in range(steps)] + [rounded(last)]
     if rates != sorted(set(rates)):
         raise ValueError(f"{wrong}; LOW is below HIGH, and N rates of 6 digits fit between them.")
     return tuple(rates)
@@ -149,10 +149,6 @@ def _rate(text: str, wrong: str) -> float:
         rate = float(text)
     except ValueError:
         rate = math.nan
-    if not LOWEST_RATE <= _rounded(rate) < HIGHEST_RATE:
+    if not LOWEST_RATE <= rounded(rate) < HIGHEST_RATE:
         raise ValueError(f"{wrong}; {text!r} is not a positive number from {LOWEST_RATE:g} to below {HIGHEST_RATE:g}.")
     return rate
-
-
-def _rounded(rate: float) -> float:
-    return float(f"{rate:.6g}")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steepest.lab.tasks.corpus import read_corpus, read_standard_library, split_names, tuning_names
+from steepest.lab.tasks.text import read_corpus, read_standard_library, split_names, tuning_names
 
 
 def write(root, files: dict[str, bytes]):
