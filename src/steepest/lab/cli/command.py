@@ -117,27 +117,30 @@ def made(command: type[Own], words: argparse.Namespace) -> Own:
 
 
 def spelled_out(command: Command, *, but: Collection[str] = ()) -> list[str]:
-    """The words that ask for a command's options once more, those that are None left out.
+    """The words that ask for a command once more, with every option that is not None; `made` reads them back.
 
     Args:
         command: A whole one.
-        but: Fields that are left out, too.
+        but: Fields that are left out.
     """
+    first: list[str] = []
     words: list[str] = []
+    defaults = {field.name: field.default for field in dataclasses.fields(command)}
     for name, hint in _fields(type(command)).items():
-        value, arg = getattr(command, name), _arg(hint)
+        value, arg, option = getattr(command, name), _arg(hint), _option(name)
         if value is None or name in but:
             continue
-        option = _option(name)
-        if isinstance(value, bool):
-            words += [option] if value else []
+        if arg.how == "place":
+            first.append(str(value))
+        elif isinstance(value, bool):
+            words += [] if value == defaults[name] else [option if value else _option(f"no_{name}")]
         elif arg.how == "repeated":
             words += [word for one in value for word in (option, str(one))]
         elif "nargs" in _reading(hint):
             words += [option, *map(str, value)] if value else []
         else:
             words += [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return words
+    return [*first, *words]
 
 
 def _fields(command: type[Options]) -> dict[str, Any]:
