@@ -196,7 +196,10 @@ class SteepestDescent(Optimizer):
                 raise ValueError(stage.no_duals)
         rows = [self._rows[p] for group in self.param_groups if self._staged(group) for p in group["params"]]
         self._schemas.clear()
-        self._stages = [stage.attach([row for row in rows if row.trainable]) for stage in stages]
+        rows = [row for row in rows if row.trainable]
+        self._stages = [stage.attach(rows) for stage in stages]
+        for row in rows:
+            schema(row, adapts=False, stages=self._stages)  # refuses what a stage cannot work on
         for group in self.param_groups:
             for stage in self._stages:
                 group.update(stage.group_keys)
@@ -272,6 +275,7 @@ class SteepestDescent(Optimizer):
             for _, parameter in group["params"]:
                 check_view(rows[parameter], group["norm"])
                 self._check_layout(rows[parameter])
+                schema(rows[parameter], adapts=False, stages=self._stages if _staged(group, group["norm"]) else ())
         self._check_together([*self.param_groups, *groups])
         for group in groups:
             group["params"] = [parameter for _, parameter in group["params"]]  # named apart: a group may be empty
@@ -767,9 +771,7 @@ class SteepestDescent(Optimizer):
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
 
     def _staged(self, group: Group) -> bool:
-        """Whether stages work on a group."""
-        norm = self._norms.of(group)
-        return bool(group["role"] == "matrix" and norm.matrix and not norm.adapts)
+        return _staged(group, self._norms.of(group))
 
     def _keeps_ball(self, group: Group) -> bool:
         return not self._staged(group) or all(stage.keeps_ball for stage in self._stages)
@@ -793,6 +795,11 @@ class SteepestDescent(Optimizer):
         own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps", "_norms", "_members", "_decays"]
         own += ["_losses", "_combine", "_packing", "_rates", "_stages", "_warned_of_ball"]
         return {**super().__getstate__(), "_schemas": {}, **{name: getattr(self, name) for name in own}}
+
+
+def _staged(group: Group, norm: Norm) -> bool:
+    """Whether stages work on a group."""
+    return bool(group["role"] == "matrix" and norm.matrix and not norm.adapts)
 
 
 def checked_stages(precondition: InputMoment | str | None, stages: Sequence[Stage]) -> list[Stage]:

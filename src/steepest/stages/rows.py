@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, number
+from steepest.ranks import is_sharded
 from steepest.stages.stage import Entry, Stage
 
 ROW_MOMENT = "row_moment"
@@ -55,7 +56,15 @@ class RowScaling(Stage):
 
         Args:
             row: Of the plan, with a view.
+
+        Raises:
+            ValueError: If the parameter is sharded.
         """
+        if is_sharded(row.parameter):
+            raise ValueError(
+                f"RowScaling: {row.name!r} is a sharded DTensor, and moments of rows are for whole parameters. Use "
+                "DistributedDataParallel, or leave out stages=[RowScaling()]."
+            )
         return (Entry(ROW_MOMENT, torch.Size((sum(count * m for count, m, _ in row.blocks()),)), least=0.0),)
 
     def after(
