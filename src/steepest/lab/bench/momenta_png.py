@@ -8,7 +8,7 @@ from typing import Literal
 from steepest.lab.bench.momenta import NORMAL, Finding
 from steepest.lab.report.figure import Axis, Dots, Figure, Label, Rule, evenly, named
 from steepest.lab.report.palette import GUIDE, styles
-from steepest.lab.report.vega import to_png
+from steepest.lab.report.vega import panels_png
 
 
 def momenta_png(findings: Sequence[Finding]) -> bytes:
@@ -22,7 +22,7 @@ def momenta_png(findings: Sequence[Finding]) -> bytes:
     """
     left = _panel(findings, "distance", "distance ‖Q - U Vᵀ‖ / √k")
     right = _panel(findings, "alignment", "alignment <M, Q> / ‖M‖ nuclear")
-    return to_png(left, right, columns=2, width=330)
+    return panels_png([left, right], columns=2, width=330)
 
 
 def _panel(findings: Sequence[Finding], quantity: Literal["distance", "alignment"], title: str) -> Figure:

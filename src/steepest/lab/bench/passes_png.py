@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from steepest.lab.bench.passes import PLAIN, Passes
 from steepest.lab.report.figure import Axis, Bar, Figure, Label, named, whisker
 from steepest.lab.report.palette import TEXT, styles
-from steepest.lab.report.vega import to_png
+from steepest.lab.report.vega import panels_png
 
 
 def passes_png(cases: Mapping[str, Passes]) -> bytes:
@@ -20,7 +20,7 @@ def passes_png(cases: Mapping[str, Passes]) -> bytes:
         The PNG.
     """
     panels = [_panel(title, case) for title, case in cases.items()]
-    return to_png(*panels, columns=len(panels), width=300)
+    return panels_png(panels, columns=len(panels), width=300)
 
 
 def _panel(title: str, case: Passes) -> Figure:

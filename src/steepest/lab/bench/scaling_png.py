@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from steepest.lab.bench.scaling import OF_ASPECT, SIDE, Row, Varied
 from steepest.lab.report.figure import Axis, Curve, Dots, Figure, around
 from steepest.lab.report.palette import styles
-from steepest.lab.report.vega import to_png
+from steepest.lab.report.vega import panels_png
 
 _TITLES: dict[Varied, str] = {
     "width": "width of one layer",
@@ -32,7 +32,8 @@ def scaling_png(rows: Sequence[Row]) -> bytes:
         present.setdefault(row.point.axis, []).append(row)
     last = list(present)[-1]
     times = [_time(axis, own, keyed=axis == last) for axis, own in present.items()]
-    return to_png(*times, *(_memory(axis, own) for axis, own in present.items()), columns=len(present), width=300)
+    memory = [_memory(axis, own) for axis, own in present.items()]
+    return panels_png([*times, *memory], columns=len(present), width=300)
 
 
 def _time(axis: Varied, rows: Sequence[Row], *, keyed: bool) -> Figure:

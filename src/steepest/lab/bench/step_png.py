@@ -9,7 +9,7 @@ from steepest.lab.bench.contestants import CONTESTANTS
 from steepest.lab.bench.step import Case
 from steepest.lab.report.figure import Axis, Bar, Curve, Figure, Label, named, whisker
 from steepest.lab.report.palette import GUIDE, TEXT, Dash, styles
-from steepest.lab.report.vega import to_png
+from steepest.lab.report.vega import panels_png
 from steepest.lab.report.wording import shortened
 
 _LOOKS = styles(("ours", "others"), baseline="others")
@@ -22,7 +22,7 @@ def cases_png(cases: Sequence[Case]) -> bytes:
     Args:
         cases: At least one.
     """
-    return to_png(*map(panel, cases), width=560)
+    return panels_png(list(map(panel, cases)), columns=1, width=560)
 
 
 def panel(case: Case) -> Figure:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from steepest.lab.bench.train_share import BASELINE, Share
 from steepest.lab.report.figure import Axis, Bar, Figure, Label, named
 from steepest.lab.report.palette import TEXT, styles
-from steepest.lab.report.vega import to_png
+from steepest.lab.report.vega import panels_png
 
 _PARTS = ("forward and backward", "optimizer")
 _LOOKS = {
@@ -27,7 +27,7 @@ def train_png(shares: Mapping[str, Sequence[Share]]) -> bytes:
     """
     last = list(shares)[-1]
     panels = [_panel(preset, own, keyed=preset == last) for preset, own in shares.items()]
-    return to_png(*panels, columns=len(panels), width=470)
+    return panels_png(panels, columns=len(panels), width=470)
 
 
 def _panel(preset: str, shares: Sequence[Share], *, keyed: bool) -> Figure:

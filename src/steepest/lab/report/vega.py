@@ -51,7 +51,7 @@ _SORTS: dict[Sort, tuple[float, float, str | None]] = {  # pixels, opacity, own 
     "diverged": (8, 1.0, _X),
     "mean": (9, 1.0, None),
 }
-_FIXED = ("type", "align", "baseline", "dx", "fontSize")
+_FIXED = ("type", "align", "baseline", "dx", "xOffset", "fontSize")
 _COLOUR = "(dark ? datum.dark : datum.light)"
 
 
@@ -75,23 +75,39 @@ def to_svg(figure: Figure) -> str:
     return vl_convert.vegalite_to_svg(to_vega(figure) | {"width": _WIDTH})
 
 
-def to_png(*figures: Figure, columns: int = 1, width: int = _WIDTH) -> bytes:
-    """The picture as PNG on light ground; the same figures give the same bytes.
+def to_png(figure: Figure) -> bytes:
+    """The picture as PNG on light ground; the same figure gives the same bytes."""
+    return _png(to_vega(figure) | {"width": _WIDTH})
+
+
+def panels_png(figures: Sequence[Figure], *, columns: int, width: int) -> bytes:
+    """Figures as the panels of one picture, each with its title over it.
 
     Args:
-        figures: One; or several, which become panels with their titles over them.
+        figures: At least one, whose heights are those of the frames.
         columns: Of panels.
-        width: Of one figure with all that is around it, or of the frame of one panel.
+        width: Of the frame of a panel in pixels.
 
     Returns:
-        The PNG, with few colours and therefore small.
+        The PNG.
     """
-    spec = to_vega(figures[0]) | {"width": width}
-    if len(figures) > 1:
-        panels = [{"title": one.title, "width": width, "height": one.height} for one in figures]
-        layers = [{"layer": to_vega(one)["layer"]} for one in figures]
-        spec = {key: spec[key] for key in ("$schema", "params", "config")}
-        spec |= {"concat": [a | b for a, b in zip(panels, layers, strict=True)], "columns": columns, "spacing": 30}
+    spec = to_vega(figures[0])
+    shared = {key: spec[key] for key in ("$schema", "params", "config")}
+    panels = [
+        # names of layers would have to differ between panels
+        {
+            "title": one.title,
+            "width": width,
+            "height": one.height,
+            "layer": [own | {"name": None} for own in _layers(one)],
+        }
+        for one in figures
+    ]
+    return _png(shared | {"concat": panels, "columns": columns, "spacing": 30})
+
+
+def _png(spec: Json) -> bytes:
+    """With few colours, and therefore small."""
     drawn = Image.open(BytesIO(vl_convert.vegalite_to_png(spec, scale=2))).convert("RGB")
     buffer = BytesIO()
     drawn.quantize(colors=192, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
@@ -108,7 +124,7 @@ def _config() -> Json:
         "padding": 6,
         "axis": axis | text | {"titleFontWeight": "normal", "labelFlush": False},
         "view": {"stroke": None},
-        "title": {"anchor": "start", "fontSize": 13, "color": ink},
+        "title": {"anchor": "start", "frame": "group", "fontSize": 13, "color": ink},
     }
 
 
@@ -273,24 +289,21 @@ def _names(labels: Sequence[Label], place: Json) -> Iterator[Json]:
 
 
 def _key(figure: Figure) -> Iterator[Json]:
-    """To the right of the frame: dash and marker of each method, and its name."""
+    """To the right of the frame: line and marker of each method, as far as it is drawn with them, and its name."""
+    lined = {curve.name for curve in figure.curves}
+    marked = {mark.name for mark in (*figure.dots, *figure.bars)} | {one.name for one in figure.curves if not one.bare}
     looks = {mark.name: mark.style for mark in (*figure.curves, *figure.dots, *figure.bars) if mark.name}
-    rows = [
-        _point(0, 10 + 21 * i, wording.shortened(name, length=40), style, size=8) | {"dash": _DASHES[style.dash]}
+    rows = {
+        name: _point(0, 10 + 21 * i, wording.shortened(name, length=40), style, size=8) | {"dash": _DASHES[style.dash]}
         for i, (name, style) in enumerate(looks.items())
-    ]
-    at = {"y": "datum.y"}
-    stroke = {
-        "stroke": _COLOUR,
-        "strokeDash": "datum.dash",
-        "strokeWidth": "2",
-        "shape": "'M-1,0H1'",
-        "size": "34 * 34",
     }
-    yield from _layer({"type": "point", "x": "width + 33"} | at | stroke, rows, {})
-    yield from _layer(_point_look() | {"x": "width + 33"} | at, rows, {})
-    text = {"type": "text", "align": "left", "fontSize": 12.5, "text": "datum.text", "fontWeight": "600"}
-    yield from _layer(text | {"x": "width + 58", "fill": _COLOUR} | at, rows, {})
+    at = {"x": {"value": "width"}}
+    line = {"shape": "'M-1,0H1'", "size": "34 * 34", "stroke": _COLOUR, "strokeDash": "datum.dash", "strokeWidth": "2"}
+    symbol = {"type": "point", "xOffset": 33, "y": "datum.y"}
+    yield from _layer(symbol | line, [row for name, row in rows.items() if name in lined], at)
+    yield from _layer(symbol | _point_look(), [row for name, row in rows.items() if name in marked], at)
+    text = {"type": "text", "align": "left", "xOffset": 58, "fontSize": 12.5, "text": "datum.text"}
+    yield from _layer(text | {"fontWeight": "600", "fill": _COLOUR, "y": "datum.y"}, list(rows.values()), at)
 
 
 def _small_print(figure: Figure, place: Json) -> Iterator[Json]:
@@ -299,7 +312,7 @@ def _small_print(figure: Figure, place: Json) -> Iterator[Json]:
     over = look | {"baseline": "bottom", "y": "-4"}
     zone = [] if figure.zone is None else [{"text": f"shaded: {figure.zone.text}"}]
     yield from _layer(over | {"align": "left", "x": "0"}, [{"text": figure.above}] if figure.above else [], {})
-    yield from _layer(over | {"align": "right", "x": "width"}, zone, {}, name="zone")
+    yield from _layer(over | {"align": "right"}, zone, {"x": {"value": "width"}}, name="zone")
     rule = figure.rule
     if rule is not None and rule.text:
         own = over | {"align": "center"} if rule.axis == "x" else look | {"align": "left", "baseline": "top", "x": "2"}
