@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 
 import pytest
-from selenium.webdriver import Chrome
+from selenium.webdriver import ActionChains, Chrome
+from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.lab.browser import BROWSER, requests, show
 
@@ -40,6 +42,18 @@ def test_hostile_names_do_nothing(chrome: Chrome, pages: dict[str, Path]) -> Non
         "const s = document.createElement('script'); s.text = 'window.intruded = 1'; document.body.append(s)"
     )
     assert chrome.execute_script("return window.intruded") is None  # the policy holds for what gets in all the same
+
+
+def test_hovering_tells_of_the_nearest_point_as_text(chrome: Chrome, pages: dict[str, Path]) -> None:
+    show(chrome, pages["hostile"])
+    drawing = chrome.find_element("css selector", "#loss-steps .plot svg")
+    chrome.execute_script("arguments[0].scrollIntoView()", drawing)
+    ActionChains(chrome).move_to_element_with_offset(drawing, 0, 60).perform()
+    tip = "document.querySelector('.vg-tooltip.visible')"
+    shown = f"return {tip} && [{tip}.textContent, {tip}.children.length]"
+    text, children = WebDriverWait(chrome, 20).until(lambda driver: driver.execute_script(shown))
+    assert re.fullmatch(r".+ at \d+: \d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)", text)
+    assert children == 0
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -33,25 +33,27 @@ _DASHES: dict[Dash, list[float]] = {
     "longdash": [14, 4],
 }
 _X = "M-.6,-1L0,-.4L.6,-1L1,-.6L.4,0L1,.6L.6,1L0,.4L-.6,1L-1,.6L-.4,0L-1,-.6Z"
+_TRIANGLE, _DIAMOND = "M0,-1.15L1.2,.95H-1.2Z", "M0,-1.3L1.2,0L0,1.3L-1.2,0Z"
 _UP, _DOWN = "M0,-1L.7,-.1H.2V1H-.2V-.1H-.7Z", "M0,1L.7,.1H.2V-1H-.2V.1H-.7Z"
 _SHAPES: dict[Marker, str] = {
     "circle": "circle",
     "square": "square",
-    "triangle": "triangle-up",
-    "diamond": "diamond",
+    "triangle": _TRIANGLE,
+    "diamond": _DIAMOND,
     "cross": "cross",
     "x": _X,
 }
 _END = "M0,-1V1"  # of an interval
 _SORTS: dict[Sort, tuple[float, float, str | None]] = {  # pixels, opacity, own shape; in the order of drawing
     "seed": (5, 0.45, None),
-    "above": (8, 0.8, "triangle-up"),
+    "above": (8, 0.8, _TRIANGLE),
     "up": (12, 1.0, _UP),
     "down": (12, 1.0, _DOWN),
     "diverged": (8, 1.0, _X),
     "mean": (9, 1.0, None),
 }
 _FIXED = ("type", "align", "baseline", "dx", "xOffset", "fontSize")
+_TOLD = "(datum.datum || datum).text"  # while hovering, at or near the mark
 _COLOUR = "(dark ? datum.dark : datum.light)"
 
 
@@ -158,8 +160,9 @@ def _layers(figure: Figure) -> Iterator[Json]:
         own = {figure.rule.axis: place[figure.rule.axis]}
         yield from _layer(dotted, [{figure.rule.axis: figure.rule.value}], own)
     bars = [_bar(bar) for bar in figure.bars]
-    told = {"tooltip": {"field": "text"}}
-    yield from _layer({"type": "rect", "fill": _COLOUR, "fillOpacity": "datum.opacity"}, bars, place | ends | told)
+    yield from _layer(
+        {"type": "rect", "fill": _COLOUR, "fillOpacity": "datum.opacity", "tooltip": _TOLD}, bars, place | ends
+    )
     intervals = [whisker(row.style, *ends, row.y) for row in figure.rows if len(ends := _ends(row)) == 2]
     own = place | {"detail": {"field": "line"}}
     band = own | {"y": place["y"] | {"field": "low"}, "y2": {"field": "high"}}
@@ -169,7 +172,7 @@ def _layers(figure: Figure) -> Iterator[Json]:
     look = {"type": "line", "stroke": _COLOUR, "strokeDash": "datum.dash", "strokeWidth": "2"}
     yield from _layer(look, list(_lines([*figure.curves, *intervals], figure)), own)
     points = [*_curve_points(figure), *_row_points(figure), *_dots(figure)]
-    yield from _layer(_point_look(), points, place | told, name="points")
+    yield from _layer(_point_look(), points, place, name="points")
     yield from _names(figure.labels, place)
     if figure.keyed:
         yield {"name": "key", "layer": list(_key(figure))}
@@ -228,7 +231,7 @@ def _bands(curves: Sequence[Curve], figure: Figure) -> Iterator[Json]:
 def _point_look() -> Json:
     paper = _theme(**PAPER)
     fill, edge = f"datum.hollow ? {paper} : {_COLOUR}", f"datum.hollow ? {_COLOUR} : {paper}"
-    numbers = {key: f"datum.{key}" for key in ("shape", "size", "opacity", "strokeWidth")}
+    numbers = {key: f"datum.{key}" for key in ("shape", "size", "opacity", "strokeWidth")} | {"tooltip": _TOLD}
     return {"type": "point", "fill": fill, "stroke": edge, **numbers}
 
 
