@@ -17,7 +17,7 @@ import vl_convert
 from PIL import Image
 
 from steepest.lab.report import wording
-from steepest.lab.report.figure import Axis, Bar, Curve, Figure, Label, Row, Sort, cut, pieces, whisker
+from steepest.lab.report.figure import Axis, Bar, Curve, Figure, Label, Sort, cut, pieces, whisker
 from steepest.lab.report.palette import INK, MUTED, PAPER, Dash, Marker, Style
 
 Json = dict[str, Any]
@@ -95,16 +95,10 @@ def panels_png(figures: Sequence[Figure], *, columns: int, width: int) -> bytes:
     """
     spec = to_vega(figures[0])
     shared = {key: spec[key] for key in ("$schema", "params", "config")}
-    panels = [
-        # names of layers would have to differ between panels
-        {
-            "title": one.title,
-            "width": width,
-            "height": one.height,
-            "layer": [own | {"name": None} for own in _layers(one)],
-        }
-        for one in figures
-    ]
+    frames = [{"title": one.title, "width": width, "height": one.height} for one in figures]
+    # a name that is in two panels would give both the rows of one
+    layers = [{"layer": [layer | {"name": None} for layer in _layers(one)]} for one in figures]
+    panels = [frame | own for frame, own in zip(frames, layers, strict=True)]
     return _png(shared | {"concat": panels, "columns": columns, "spacing": 30})
 
 
@@ -159,18 +153,15 @@ def _layers(figure: Figure) -> Iterator[Json]:
         dotted = {"type": "rule", "stroke": _theme(*MUTED), "strokeDash": str(_DASHES["dot"])}
         own = {figure.rule.axis: place[figure.rule.axis]}
         yield from _layer(dotted, [{figure.rule.axis: figure.rule.value}], own)
-    bars = [_bar(bar) for bar in figure.bars]
-    yield from _layer(
-        {"type": "rect", "fill": _COLOUR, "fillOpacity": "datum.opacity", "tooltip": _TOLD}, bars, place | ends
-    )
-    intervals = [whisker(row.style, *ends, row.y) for row in figure.rows if len(ends := _ends(row)) == 2]
+    filled = {"type": "rect", "fill": _COLOUR, "fillOpacity": "datum.opacity", "tooltip": _TOLD}
+    yield from _layer(filled, list(map(_bar, figure.bars)), place | ends)
+    intervals = [whisker(row.style, row.interval.low, row.interval.high, row.y) for row in figure.rows if row.interval]
     own = place | {"detail": {"field": "line"}}
     band = own | {"y": place["y"] | {"field": "low"}, "y2": {"field": "high"}}
-    yield from _layer(
-        {"type": "area", "fill": _COLOUR, "fillOpacity": "0.16"}, list(_bands(figure.curves, figure)), band
-    )
-    look = {"type": "line", "stroke": _COLOUR, "strokeDash": "datum.dash", "strokeWidth": "2"}
-    yield from _layer(look, list(_lines([*figure.curves, *intervals], figure)), own)
+    pale = {"type": "area", "fill": _COLOUR, "fillOpacity": "0.16"}
+    yield from _layer(pale, list(_bands(figure.curves, figure)), band)
+    dashed = {"type": "line", "stroke": _COLOUR, "strokeDash": "datum.dash", "strokeWidth": "2"}
+    yield from _layer(dashed, list(_lines([*figure.curves, *intervals], figure)), own)
     points = [*_curve_points(figure), *_row_points(figure), *_dots(figure)]
     yield from _layer(_point_look(), points, place, name="points")
     yield from _names(figure.labels, place)
@@ -257,15 +248,11 @@ def _curve_points(figure: Figure) -> Iterator[Json]:
                 yield _point(x, y, text, curve.style, size=7, opacity=seen)
 
 
-def _ends(row: Row) -> tuple[float, ...]:
-    return () if row.interval is None else (row.interval.low, row.interval.high)
-
-
 def _row_points(figure: Figure) -> Iterator[Json]:
     for row in figure.rows:
         for value in row.values:
             yield _point(value, row.y_values, f"one seed: {wording.signed(value)}", row.style, size=8, opacity=0.4)
-        for end in _ends(row):
+        for end in (row.interval.low, row.interval.high) if row.interval else ():
             yield _point(end, row.y, "", row.style, size=12, shape=_END)
         yield _point(row.mean, row.y, f"mean: {wording.signed(row.mean)}", row.style, size=14)
 
@@ -276,7 +263,7 @@ def _dots(figure: Figure) -> Iterator[Json]:
             if dots.sort == sort:
                 texts = dots.texts or ("",) * len(dots.x)
                 for x, y, text in zip(dots.x, dots.y, texts, strict=True):
-                    told = f"{wording.shortened(dots.name)}: {text}"
+                    told = ": ".join(filter(None, (wording.shortened(dots.name), text)))
                     yield _point(x, y, told, dots.style, size=size, opacity=opacity, shape=shape)
 
 
