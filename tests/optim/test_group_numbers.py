@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from steepest import Muon, NonFiniteError
-from steepest.optim.group_numbers import check_numbers
+from steepest.optim.options import check_numbers
 from tests.optim.training import assert_same, backward, network, snapshot, train
 
 BAD = {

@@ -9,8 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from steepest.checks import check_keywords, refusal
-from steepest.optim.elsewhere import ELSEWHERE
-from steepest.optim.options import OPTIONS, check_role, chosen_step_size
+from steepest.optim.options import ELSEWHERE, OPTIONS, check_role, chosen_step_size
 
 S = TypeVar("S")
 P = ParamSpec("P")

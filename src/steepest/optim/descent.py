@@ -27,8 +27,7 @@ from steepest.optim.ball import beyond_ball, weight_numbers
 from steepest.optim.combine import Combine, DualMode
 from steepest.optim.decay import Decay, Decays, rate_of
 from steepest.optim.diagnostics import StepRecord
-from steepest.optim.group_numbers import check_numbers
-from steepest.optim.groups import Group, Norms, make_plain, plain, view_of, view_text
+from steepest.optim.groups import Group, Norms, Rates, make_plain, plain, view_of, view_text
 from steepest.optim.guard import Guard, OnNonFinite, dense_gradients
 from steepest.optim.momentum import FORGET_EVERY
 from steepest.optim.momo import Heard, Loss, Losses, StepSize
@@ -41,6 +40,7 @@ from steepest.optim.options import (
     STEPS_TAKEN,
     check_group,
     check_norms,
+    check_numbers,
     complete_group,
 )
 from steepest.optim.packing import Packing
@@ -53,7 +53,6 @@ from steepest.optim.parameters import (
     newcomer,
     refuse_repeats,
 )
-from steepest.optim.rates import Rates
 from steepest.optim.saved import check_mapping, check_saved
 from steepest.optim.state import DUAL, Schema, allocate, check_fits, check_state, drop_unknown, restored, schema
 from steepest.ranks import check_layout, decide, sharded

@@ -1,7 +1,8 @@
 """Options of a parameter group: their names, what they may be, and one value per role."""
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -14,7 +15,6 @@ from steepest.checks import Check, choice, flag, number, optional, pair, refusal
 from steepest.geometry import AdaInf, Norm, Spectral
 from steepest.geometry.layer import check_norm
 from steepest.optim.decay import Decay
-from steepest.optim.elsewhere import ELSEWHERE, SORTING
 from steepest.optim.groups import plain
 from steepest.optim.momo.model import MODEL_KEYS, Momo, StepSize
 from steepest.stages import KNOWN
@@ -42,6 +42,37 @@ FOREIGN_KEYS = (
     *(key for kind in KNOWN for key in kind.group_keys),
     *MODEL_KEYS,
 )
+# What other optimizers call their options, and what to write here.
+_NO_SWITCH = "Leave it out: parameters are stepped together wherever that is faster."
+_COEFFICIENTS = "Write coefficients=: a name such as 'jordan' (five steps), or a list with one (a, b, c) for each step."
+_ADAM_LR = "Write adam_lr=, or other_lr= for Scion: the rate of everything that is no matrix."
+SORTING = ("use_muon", "algorithm")  # which say something with every value
+ELSEWHERE: Mapping[str, str] = {
+    **dict.fromkeys(("fused", "foreach"), _NO_SWITCH),
+    **dict.fromkeys(("ns_steps", "backend_steps", "num_ns_steps", "newton_schulz_steps"), _COEFFICIENTS),
+    **dict.fromkeys(("ns_coefficients", "ns_coeffs", "coefficient_type", "polar_express"), _COEFFICIENTS),
+    **dict.fromkeys(("adjust_lr_fn", "adjust_lr", "scale_mode"), "Write scale='original' or 'match_rms_adamw'."),
+    **dict.fromkeys(("momentum_beta", "mu", "beta"), "Write momentum=."),
+    **dict.fromkeys(("beta1", "beta2"), "Write betas=(beta1, beta2)."),
+    **dict.fromkeys(("adamw_betas", "adam_betas"), "Write betas=."),
+    **dict.fromkeys(("adamw_eps", "adam_eps", "epsilon"), "Write eps=."),
+    **dict.fromkeys(("adamw_lr", "scalar_lr", "aux_lr", "embed_lr", "head_lr"), _ADAM_LR),
+    **dict.fromkeys(("wd", "decay", "adamw_wd", "weight_decay_rate"), "Write weight_decay=."),
+    **dict.fromkeys(("learning_rate", "alpha", "muon_lr"), "Write lr=."),
+    **dict.fromkeys(
+        ("adamw_params", "adam_params", "muon_params", "scalar_params"),
+        "Pass the model as the first argument, which sorts its parameters, or groups with a role= each.",
+    ),
+    **dict.fromkeys(("rank", "world_size"), "Leave it out: every rank takes the whole step."),
+    "capturable": "Leave it out: a step never waits for the device. Give lr as a 0-d tensor to change it in a graph.",
+    "differentiable": "Leave it out: no gradient flows through a step.",
+    "maximize": "Leave it out, and negate the loss.",
+    "amsgrad": "Leave it out: there is no such variant; torch.optim.AdamW has it.",
+    "use_muon": "Write role='matrix' for True, and role='embedding', 'head' or 'vector' for False.",
+    "algorithm": "Write role='matrix' for Muon, and role='embedding', 'head' or 'vector' for the others.",
+    "dampening": "Leave it out: averages weigh a new gradient with 1 - momentum.",
+    "lower_bound": "Write step_size=Momo(lower_bound=...).",
+}
 T = TypeVar("T")
 METHOD = "optimizer"  # whose state it is, as a text
 ADAM_BETAS = (0.9, 0.95)
@@ -94,6 +125,7 @@ OPTIONS: Mapping[str, Check] = {
     "constrained": flag,
     "regularized": flag,
 }
+BELOW = {"lr": math.inf, "momentum": 1.0, "weight_decay": math.inf, "beta2": 1.0}  # bounds of what schedulers may write
 NUMBERS = ("lr", "momentum", "nesterov", "weight_decay", "beta2")  # and flags, in every group
 PER_ROLE = ("lr", "momentum", "nesterov", "weight_decay", "betas")  # what may be a mapping from roles
 
@@ -220,6 +252,49 @@ def check_group(group: Mapping[str, object], *, where: str) -> None:
         raise ValueError(
             f"{where}: name {name!r} is a role, but the group's role is {group['role']!r}; choose another."
         )
+
+
+def check_numbers(groups: Sequence[tuple[int, dict[str, Any]]]) -> list[Tensor]:
+    """Refuse numbers with which weights would not stay numbers, and flags that are none.
+
+    Args:
+        groups: Those that move in this step, and their places; a whole number becomes a float, as torch takes no larger
+            ones than 2^63.
+
+    Returns:
+        For each number that is a tensor on an accelerator, and so stays unread, whether it is in its range: 0-d.
+
+    Raises:
+        ValueError: If a number is out of its range, or not finite.
+        TypeError: If it is no number, or the flag is none.
+    """
+    unread: list[Tensor] = []
+    for place, group in groups:
+        if type(ahead := group.get("nesterov", False)) is not bool:
+            flag(f"{_who(place, group)}: nesterov", ahead)
+        for option, below in BELOW.items():
+            value = group[option]
+            if type(value) is float and 0.0 <= value < below:
+                continue
+            name = f"{_who(place, group)}: {option}"
+            if isinstance(value, Tensor):
+                if value.ndim:
+                    raise TypeError(
+                        f"{name} as a tensor must be 0-d, got shape {tuple(value.shape)}; write .squeeze()."
+                    )
+                OPTIONS["lr"](name, value)  # type, and what is here is finite and at least 0
+                if value.device.type != "cpu":
+                    unread.append((value >= 0) & (value < below))
+                    continue
+                value = float(value)
+            checked = OPTIONS[option](name, value)
+            if type(value) is int:
+                group[option] = checked
+    return unread
+
+
+def _who(place: int, group: dict[str, Any]) -> str:
+    return f"parameter group {place} (role {group['role']!r}), as this step finds it"
 
 
 def check_norms(norms: object) -> Mapping[Role, Norm | str]:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steepest import Adam, Momo, Muon, MuonAdam, MuonMax, PolarGrad, Scion
+from steepest.optim.momo.arrivals import ENTRIES, spaced
 from steepest.optim.momo.clipping import _unread, compared
-from steepest.optim.momo.sample import ENTRIES, spaced
 from tests.optim.training import backward, batch, network
 from tests.processes import join_ranks, leave_ranks
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from steepest import Adam, Momo, Muon, MuonAdam, MuonMax, PolarGrad
-from steepest.optim.momo.sample import ENTRIES
+from steepest.optim.momo.arrivals import ENTRIES
 from steepest.optim.momo.weights import NEVER, Changes
 from tests.optim.training import assert_same, backward, network, snapshot
 

@@ -1,5 +1,6 @@
 """Looks at gradients when they arrive: which passes made them, and what backward left before others touch it."""
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,8 +11,8 @@ from torch import Tensor
 from torch.utils.hooks import unserializable_hook
 
 from steepest.notices import warn
-from steepest.optim.momo.sample import ENTRIES, spaced
 
+ENTRIES = 64  # of a gradient, by which it is recognised without a pass over it
 WATCHED = 8  # parameters: one of each of the first groups
 
 STACKED = (
@@ -136,3 +137,21 @@ def _arrived(own: "weakref.ref[Arrivals]", _: Tensor) -> None:
 def _passed(own: "weakref.ref[Arrivals]") -> None:
     if (alive := own()) is not None:
         alive.passed()
+
+
+def spaced(tensor: Tensor) -> Tensor:
+    """At most 64 entries, evenly spaced in memory; all of a small tensor.
+
+    Args:
+        tensor: Of any shape.
+
+    Returns:
+        One dimension; a view without a graph, unless the tensor has gaps in memory, then a copy.
+    """
+    dense = tensor.detach()
+    flat = dense.permute(sorted(range(dense.ndim), key=dense.stride, reverse=True)).reshape(-1)
+    stride = max(1, math.ceil(flat.numel() / ENTRIES))
+    row = tensor.size(-1) if tensor.ndim else 1
+    while math.gcd(stride, row) != 1:  # else all entries could be of one column
+        stride -= 1
+    return flat[::stride][:ENTRIES]

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from steepest.notices import warn
-from steepest.optim.momo.arrivals import Arrivals
+from steepest.optim.momo.arrivals import ENTRIES, Arrivals, spaced
 from steepest.optim.momo.model import scalar_type
-from steepest.optim.momo.sample import ENTRIES, spaced
 from steepest.ranks import world_size
 
 WHOLE = 4096  # above, every number is near one over a whole number

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steepest.notices import warn as warn_user
-from steepest.optim.momo.sample import spaced
+from steepest.optim.momo.arrivals import spaced
 
 SAME = 1e-5  # relative; of a sum over all weights in float32
 NEVER = -1.0  # what no sum of absolute values is
