@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from steepest.lab.disk.fields import read_text
-from steepest.lab.disk.ledger import write_whole
+from steepest.lab.disk.files import write_whole
 from steepest.lab.engine.study import train_runs
 from steepest.lab.runs.config import RunConfig, configure
 from steepest.lab.runs.records import read_result

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steepest.lab.disk.fields import read_text
-from steepest.lab.disk.ledger import write_whole
+from steepest.lab.disk.files import write_whole
 from steepest.lab.engine.pool import Pool, last_words
 from steepest.lab.engine.study import default_workers
 from steepest.lab.runs.config import RunConfig, configure

@@ -24,7 +24,8 @@ from steepest.lab.disk.files import (
     read_text,
     write_whole,
 )
-from steepest.lab.disk.ledger import MetricsFile, locked
+from steepest.lab.disk.ours import locked
+from steepest.lab.runs.recorder import MetricsFile
 from tests.cases import cases
 
 SECRET = "SECRET of somebody else"
@@ -235,6 +236,27 @@ def test_a_row_that_is_written_in_parts_is_whole(tmp_path, monkeypatch):
     write_whole(tmp_path / "result.json", "a longer text")
     assert (tmp_path / "metrics.jsonl").read_text() == '{"kind": "train", "step": 1}\n'
     assert (tmp_path / "result.json").read_text() == "a longer text"
+
+
+def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / "a.json"
+    write_whole(path, "old")
+    write_whole(path, b"new\xff")
+    assert path.read_bytes() == b"new\xff"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_whole(path, "old")
+
+    def fail(_: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
 
 
 def test_a_full_disk_is_told_with_the_name_of_the_file_and_leaves_nothing(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from steepest.lab.disk.fields import RecordError
-from steepest.lab.disk.ledger import RunBusyError, locked
+from steepest.lab.disk.ours import RunBusyError, locked
 from steepest.lab.disk.packed import RunFiles
 from steepest.lab.methods import METHODS
 from steepest.lab.runs import train

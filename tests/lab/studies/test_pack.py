@@ -11,7 +11,7 @@ import pytest
 from steepest.lab.cli import main
 from steepest.lab.disk import files
 from steepest.lab.disk.files import RecordError
-from steepest.lab.disk.ledger import RunBusyError, locked
+from steepest.lab.disk.ours import RunBusyError, locked
 from steepest.lab.disk.packed import PACKED
 from steepest.lab.studies import pack
 from steepest.lab.studies.batch.records import BatchStudy

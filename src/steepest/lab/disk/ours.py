@@ -1,15 +1,28 @@
-"""Whether a directory may be written to: it is empty, or the lab has made what is in it."""
+"""Whose a directory is: it may be written to if it is empty or made by the lab, and by one process at a time."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
+from collections.abc import Generator
 from pathlib import Path
 from typing import Literal
 
 from steepest.lab.disk.fields import parse_object
-from steepest.lab.disk.files import RecordError, exists, is_unfinished, read_bytes, read_text
+from steepest.lab.disk.files import (
+    RecordError,
+    exists,
+    is_unfinished,
+    open_to_append,
+    read_bytes,
+    read_text,
+    remove_unfinished,
+    write_all,
+)
 from steepest.lab.disk.packed import is_packed, unpacking
+from steepest.lab.errors import Failure
 
 Content = Literal["run", "study", "branches", "bench"]
 _REMEDY = "Choose another --out: nothing of somebody else's is overwritten."
@@ -19,6 +32,35 @@ _DATABASE = r"optuna\.db(-journal|-wal|-shm)?"
 _REPORT = r"report\.html|plots|[a-z_]+\.csv"
 _BRANCH = r"[0-9a-f]{16}-[0-9a-f]{12}-[0-9]+-[0-9]+-[a-z]+-[0-9]+\.json"
 _BENCH = ("accuracy", "momenta", "passes", "scaling", "step", "train")
+
+
+class RunBusyError(Failure, RuntimeError):
+    """Another process is writing to the run's directory."""
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Generator[None]:
+    """Hold the run's directory for this process; the kernel lets go when the process ends, however it ends.
+
+    Raises:
+        RunBusyError: If another process holds it.
+        RecordError: If its `lock` is no regular file inside it.
+    """
+    descriptor = open_to_append(run_dir / "lock", empty=True)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = re.fullmatch(rb"([0-9]{1,10})\n", os.pread(descriptor, 12, 0))
+            remedy = "Wait until it ends, or stop that process first: the run then goes on from its last checkpoint."
+            process = owner[1].decode() if owner else "unknown"
+            raise RunBusyError(f"{run_dir} is being trained by process {process}. {remedy}") from None
+        os.ftruncate(descriptor, 0)
+        write_all(descriptor, f"{os.getpid()}\n".encode())
+        remove_unfinished(run_dir)  # of a holder that was killed
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def refusal(directory: Path, content: Content) -> str | None:

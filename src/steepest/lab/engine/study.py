@@ -16,8 +16,7 @@ from rich.console import Console
 from sqlalchemy.engine import URL
 
 from steepest.lab.disk.files import check_regular, exists, make_directory, one_line
-from steepest.lab.disk.ledger import RunBusyError, locked
-from steepest.lab.disk.ours import refusal
+from steepest.lab.disk.ours import RunBusyError, locked, refusal
 from steepest.lab.engine.display import StudyDisplay
 from steepest.lab.engine.pool import STOP_S, Pool, last_words
 from steepest.lab.engine.queue import Queue, damaged_runs, missing_runs, open_queue

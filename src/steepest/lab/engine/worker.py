@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from steepest.lab.disk.files import one_line
-from steepest.lab.disk.ledger import RunBusyError
+from steepest.lab.disk.ours import RunBusyError
 from steepest.lab.runs.config import read_config
 from steepest.lab.runs.train import Interrupted, train_run
 

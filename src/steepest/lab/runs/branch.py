@@ -26,8 +26,7 @@ import torch
 
 from steepest.lab.disk.fields import RecordError, decode, read_text
 from steepest.lab.disk.files import digest, exists, make_directory, one_line, write_whole
-from steepest.lab.disk.ledger import locked
-from steepest.lab.disk.ours import refusal
+from steepest.lab.disk.ours import locked, refusal
 from steepest.lab.errors import UsageError
 from steepest.lab.runs.config import RunConfig, read_config, run_hash
 from steepest.lab.runs.schedule import rate_factor

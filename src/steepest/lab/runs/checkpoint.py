@@ -131,7 +131,7 @@ class Counters(msgspec.Struct, forbid_unknown_fields=True):
     peak_memory_bytes: Count = 0
 
 
-class Progress(msgspec.Struct):
+class Saved(msgspec.Struct):
     """How far a run is: counters, losses of the last evaluations, threads, and the last evaluations themselves."""
 
     counters: Counters
@@ -142,7 +142,7 @@ class Progress(msgspec.Struct):
     final: Final | None
 
 
-def read_progress(state: Mapping[str, Any], order: ExampleOrder, *, steps: int, batch_size: int) -> Progress:
+def read_saved(state: Mapping[str, Any], order: ExampleOrder, *, steps: int, batch_size: int) -> Saved:
     """How far the run of a checkpoint is.
 
     Args:
@@ -155,14 +155,14 @@ def read_progress(state: Mapping[str, Any], order: ExampleOrder, *, steps: int, 
         ValueError: If a value is of another type or out of range, or two of them contradict each other.
     """
     try:
-        progress = msgspec.convert({name: state[name] for name in Progress.__struct_fields__}, Progress)
+        saved = msgspec.convert({name: state[name] for name in Saved.__struct_fields__}, Saved)
     except msgspec.ValidationError as problem:
         raise ValueError(str(problem)) from None
-    done, place = progress.counters.step, state["order"]
+    done, place = saved.counters.step, state["order"]
     seen = place["epoch"] * order.size + place["position"]
     if done > steps or seen != done * batch_size:
         raise ValueError(f"{seen} examples were seen in {done} of {steps} steps of {batch_size}")
-    return progress
+    return saved
 
 
 def check_weights(saved: Mapping[str, Tensor], model: nn.Module) -> None:

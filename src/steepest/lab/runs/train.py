@@ -23,8 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from steepest.lab.disk.fields import parse_object, read_text
 from steepest.lab.disk.files import exists, make_directory, one_line, remove, write_whole
-from steepest.lab.disk.ledger import locked
-from steepest.lab.disk.ours import refusal
+from steepest.lab.disk.ours import locked, refusal
 from steepest.lab.errors import UsageError
 from steepest.lab.methods import build_optimizer
 from steepest.lab.runs.checkpoint import (
@@ -34,7 +33,7 @@ from steepest.lab.runs.checkpoint import (
     check_weights,
     finite,
     load_checkpoint,
-    read_progress,
+    read_saved,
     save_checkpoint,
 )
 from steepest.lab.runs.config import RunConfig, names_of, read_config, run_hash
@@ -203,17 +202,17 @@ class Training:
         if state["run"] not in names_of(self.config):
             raise CheckpointError(path, f"it is of the run {state['run']}, this is {run_hash(self.config)}")
         try:
-            progress = read_progress(state, self.order, steps=self.config.steps, batch_size=self.config.batch_size)
+            saved = read_saved(state, self.order, steps=self.config.steps, batch_size=self.config.batch_size)
             check_weights(state["model"], self.model)
             check_optimizer(state, self.optimizer, self.scheduler, self._rate_factor)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             self.order.load_state_dict(state["order"])
-            self.counters, self.losses = progress.counters, progress.losses
-            self.diverged, self.last_evaluation, self.final = progress.diverged, progress.evaluation, progress.final
+            self.counters, self.losses = saved.counters, saved.losses
+            self.diverged, self.last_evaluation, self.final = saved.diverged, saved.evaluation, saved.final
             torch.set_rng_state(state["random"])
-            torch.set_num_threads(progress.threads)
+            torch.set_num_threads(saved.threads)
         except (
             msgspec.ValidationError,
             RuntimeError,

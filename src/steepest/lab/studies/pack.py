@@ -17,7 +17,7 @@ from steepest.lab.disk.files import (
     remove_directory,
     write_whole,
 )
-from steepest.lab.disk.ledger import locked
+from steepest.lab.disk.ours import locked
 from steepest.lab.disk.packed import PACKED, RECORDS, RunFiles, StudyFiles, pack, unpack
 from steepest.lab.runs.config import names_of, run_hash
 from steepest.lab.runs.records import read_run

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from steepest.lab.disk.fields import RecordError
-from steepest.lab.disk.ledger import RunBusyError, locked
+from steepest.lab.disk.ours import RunBusyError, locked
 from steepest.lab.engine.display import StudyDisplay
 from steepest.lab.engine.pool import read_progress
 from steepest.lab.engine.study import FailedRunsError, default_workers, run_study
