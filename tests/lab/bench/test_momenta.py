@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from steepest.lab.bench import momenta as module
+from steepest.lab.bench.accuracy import consult
 from steepest.lab.bench.momenta import (
     NORMAL,
     SETS,
     assess,
     collect_momenta,
     compare,
-    know,
     look_at_spectra,
     momenta_of,
     normal_like,
@@ -86,7 +86,7 @@ def singular(values, rng, shape):
 @cases("shape", [(3, 5), (5, 3)])
 def test_findings_are_what_the_map_does_to_singular_values(name, shape, rng):
     chosen, s = SETS[name], torch.tensor([1.0, 0.5, 0.02], dtype=torch.float64)
-    found = assess("here", name, [know(singular(s.tolist(), rng, shape))], dtype=torch.float32)
+    found = assess("here", name, [consult(singular(s.tolist(), rng, shape))], dtype=torch.float32)
     images = chosen(s / torch.linalg.vector_norm(s, 8 if chosen.norm == "schatten8" else 2))
     assert (found.source, found.coefficients, found.reason) == ("here", name, None)
     assert found.flops == flops(*shape, coefficients=chosen)
@@ -97,7 +97,7 @@ def test_findings_are_what_the_map_does_to_singular_values(name, shape, rng):
 
 
 def test_several_matrices_give_means_of_errors_and_the_range_of_all(rng):
-    each = [know(torch.randn(shape, generator=rng)) for shape in [(4, 4), (3, 8)]]
+    each = [consult(torch.randn(shape, generator=rng)) for shape in [(4, 4), (3, 8)]]
     both = assess("", "nonic", each, dtype=torch.float32)
     single = [assess("", "nonic", [one], dtype=torch.float32) for one in each]
     for name in ("flops", "distance", "orthogonality_error", "alignment"):
@@ -108,13 +108,13 @@ def test_several_matrices_give_means_of_errors_and_the_range_of_all(rng):
 
 def test_an_exact_polar_factor_has_no_errors(rng, monkeypatch):
     monkeypatch.setattr(module, "polar", lambda matrix, **_: polar(matrix, method="svd"))
-    found = assess("", "jordan", [know(torch.randn(6, 9, generator=rng))], dtype=torch.float32)
+    found = assess("", "jordan", [consult(torch.randn(6, 9, generator=rng))], dtype=torch.float32)
     assert (found.distance, found.orthogonality_error) == pytest.approx((0, 0), abs=1e-6)
     assert (found.alignment, found.smallest, found.median, found.largest) == pytest.approx((1, 1, 1, 1), abs=1e-6)
 
 
 def test_sets_that_do_not_bear_a_dtype_are_refused(rng):
-    known = [know(torch.randn(4, 4, generator=rng))]
+    known = [consult(torch.randn(4, 4, generator=rng))]
     found = assess("", "nonic", known, dtype=torch.bfloat16)
     assert found.reason is not None
     assert "need products in a wider type than torch.bfloat16" in found.reason
@@ -123,7 +123,7 @@ def test_sets_that_do_not_bear_a_dtype_are_refused(rng):
 
 
 def test_spectra_are_relative_to_the_largest_singular_value(rng):
-    known = [know(singular([4.0, 2.0, 2.0], rng, (3, 5))), know(singular([1.0, 1.0, 1.0], rng, (3, 3)))]
+    known = [consult(singular([4.0, 2.0, 2.0], rng, (3, 5))), consult(singular([1.0, 1.0, 1.0], rng, (3, 3)))]
     found = look_at_spectra("here", known)
     assert (found.source, found.matrices) == ("here", 2)
     assert found.frobenius == pytest.approx((math.sqrt(1.5) + math.sqrt(3)) / 2)

@@ -41,11 +41,16 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Oracle:
-    """A gradient, its polar factor and its nuclear norm, from a singular value decomposition in float64."""
+    """A gradient, its polar factor and its singular values, largest first, from a decomposition in float64."""
 
     gradient: Tensor
     polar: Tensor
-    nuclear: float
+    values: Tensor
+
+    @property
+    def nuclear(self) -> float:
+        """The sum of the singular values."""
+        return float(self.values.sum())
 
 
 def sampled(shapes: Sequence[Shape]) -> list[Shape]:
@@ -82,17 +87,15 @@ def draw_oracles(
         device: Theirs, too.
         seed: Of the gradients.
     """
-    generator, draw = (
-        torch.Generator(device="cpu").manual_seed(seed),
-        {"gaussian": gaussian, "decaying": decaying}[spectrum],
-    )
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    draw = {"gaussian": gaussian, "decaying": decaying}[spectrum]
     return [consult(draw(shape, generator).to(device, dtype)) for shape in sampled(shapes)]
 
 
 def consult(gradient: Tensor) -> Oracle:
     """Decompose a gradient of any shape as (out, everything else)."""
     u, s, vh = torch.linalg.svd(gradient.detach().cpu().double().flatten(1), full_matrices=False)
-    return Oracle(gradient, u @ vh, float(s.sum()))
+    return Oracle(gradient, u @ vh, s)
 
 
 def judge(direction: Tensor, oracle: Oracle) -> Accuracy:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any, Literal
 
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 
 import steepest
-from steepest.lab.bench.plain_muon import PlainMuon
 from steepest.names import unknown_name
 
 Products = Literal["parameters", "float32", "bfloat16"]
 Step = Callable[[], object]
 BASELINE = "steepest"
+JORDAN = (3.4445, -4.7750, 2.0315)
 HEAVYBALL_COMPILE = "max-autotune-no-cudagraphs"  # heavyball's own default
 
 
@@ -94,30 +95,51 @@ def choose(names: Sequence[str]) -> list[Contestant]:
 
 def _steepest(**options: Any) -> Callable[[list[Tensor], Settings], Step]:
     def build(params: list[Tensor], settings: Settings) -> Step:
-        optimizer = steepest.Muon(
-            params, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, **options
-        )
-        return optimizer.step
+        return steepest.Muon(params, **asdict(settings), **options).step
 
     return build
 
 
 def _torch(params: list[Tensor], settings: Settings) -> Step:
-    return torch.optim.Muon(
-        params, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=True
-    ).step
+    return torch.optim.Muon(params, **asdict(settings), nesterov=True).step
 
 
 def _plain(params: list[Tensor], settings: Settings) -> Step:
-    return PlainMuon(params, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay).step
+    """The update of `torch.optim.Muon` with products in the parameters' own dtype, one matrix after the other.
+
+    Source:
+        Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
+    """
+    lr, beta, decay = settings.lr, settings.momentum, settings.weight_decay
+    momenta = [torch.zeros_like(param) for param in params]
+
+    @torch.no_grad()
+    def step() -> None:
+        for param, momentum in zip(params, momenta, strict=True):
+            if param.grad is not None:
+                momentum.lerp_(param.grad, 1 - beta)
+                direction = _five_quintics(param.grad.lerp(momentum, beta))
+                param.mul_(1 - lr * decay)
+                param.add_(direction, alpha=-lr * math.sqrt(max(1.0, param.size(0) / param.size(1))))
+
+    return step
+
+
+def _five_quintics(g: Tensor) -> Tensor:
+    """Applied to the singular values of g / ‖g‖_F; (m, n) -> (m, n)."""
+    a, b, c = JORDAN
+    tall = g.size(0) > g.size(1)
+    x = g.T if tall else g
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
 def _pytorch_optimizer(params: list[Tensor], settings: Settings) -> Step:
-    library = _import("pytorch_optimizer")
     group = {"params": params, "use_muon": True}
-    return library.Muon(
-        [group], lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=True
-    ).step
+    return _import("pytorch_optimizer").Muon([group], **asdict(settings), nesterov=True).step
 
 
 def _heavyball(mode: str | None) -> Callable[[list[Tensor], Settings], Step]:

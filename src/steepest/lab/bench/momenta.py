@@ -33,14 +33,6 @@ NORMAL = "normal"  # where matrices of independent normal entries come from
 
 
 @dataclass(frozen=True)
-class Known:
-    """A matrix with what is exact: its polar factor, and its singular values, largest first, in float64."""
-
-    oracle: Oracle
-    values: Tensor
-
-
-@dataclass(frozen=True)
 class Spectra:
     """Singular values of the matrices of one source, relative to the largest s1 of each.
 
@@ -142,12 +134,7 @@ def normal_like(matrices: Sequence[Tensor], *, seed: int) -> list[Tensor]:
     return [torch.randn(matrix.shape, generator=generator, device="cpu") for matrix in matrices]
 
 
-def know(matrix: Tensor) -> Known:
-    """Decompose a matrix (m, n)."""
-    return Known(consult(matrix), torch.linalg.svdvals(matrix.double()))
-
-
-def look_at_spectra(source: str, known: Sequence[Known]) -> Spectra:
+def look_at_spectra(source: str, known: Sequence[Oracle]) -> Spectra:
     """Of at least one matrix."""
     relative = [one.values / one.values[0] for one in known]
     norms = {order: [float(torch.linalg.vector_norm(s, order)) for s in relative] for order in (2, 8)}
@@ -156,7 +143,7 @@ def look_at_spectra(source: str, known: Sequence[Known]) -> Spectra:
     return Spectra(source, len(known), means[2], means[8], median, tenth)
 
 
-def assess(source: str, name: str, known: Sequence[Known], *, dtype: torch.dtype) -> Finding:
+def assess(source: str, name: str, known: Sequence[Oracle], *, dtype: torch.dtype) -> Finding:
     """Compare what a set makes of matrices with their polar factors.
 
     Args:
@@ -172,16 +159,16 @@ def assess(source: str, name: str, known: Sequence[Known], *, dtype: torch.dtype
         return Finding(source, name, reason=str(refusal))
     counts, values, errors = list[int](), list[Tensor](), list[tuple[float, float, float]]()
     for one in known:
-        matrix, k = one.oracle.gradient, len(one.values)
+        matrix, k = one.gradient, len(one.values)
         q = polar(matrix, coefficients=chosen, dtype=dtype).double()
         s = torch.linalg.svdvals(q)
         counts.append(flops(*matrix.shape, coefficients=chosen, dtype=dtype))
         values.append(s)
         errors.append(
             (
-                float((q - one.oracle.polar).norm()) / math.sqrt(k),
+                float((q - one.polar).norm()) / math.sqrt(k),
                 float((s.square() - 1).norm()) / math.sqrt(k),
-                float((matrix.double() * q).sum()) / one.oracle.nuclear,
+                float((matrix.double() * q).sum()) / one.nuclear,
             )
         )
     together = torch.cat(values)
@@ -211,7 +198,7 @@ def compare(momenta: dict[int, list[Tensor]], *, dtype: torch.dtype, seed: int) 
     sources = {**{f"step {step}": own for step, own in momenta.items()}, NORMAL: normal_like(first, seed=seed)}
     spectra, findings = list[Spectra](), list[Finding]()
     for source, matrices in sources.items():
-        known = [know(matrix) for matrix in matrices]
+        known = list(map(consult, matrices))
         spectra.append(look_at_spectra(source, known))
         findings += [assess(source, name, known, dtype=dtype) for name in SETS]
     return spectra, findings
