@@ -18,6 +18,7 @@ from steepest.lab.bench.momenta import SETS
 from steepest.lab.bench.train_share import Seconds
 from steepest.lab.cli import main
 from steepest.lab.cli.bench import CONTESTANTS, OTHERS, SHAPES, Step
+from steepest.lab.disk.ours import refusal
 from steepest.lab.methods import METHODS
 from steepest.lab.studies.batch import coverage
 from tests.cases import cases
@@ -61,6 +62,7 @@ def written(run, tmp_path):
         assert {path.name for path in out.iterdir()} == {f"{name}.{ending}" for ending in endings}
         assert all(f"{out / name}.{ending}\n" in err for ending in endings)
         assert not drawn or (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert refusal(out, "bench") is None  # the same command may write there again
         with (out / f"{name}.csv").open(newline="") as file:
             return content, list(csv.DictReader(file))
 
