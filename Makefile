@@ -4,20 +4,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= out/demo
+TORCH := 2.13.0
+OLDEST_TORCH := 2.9.1
 
-.PHONY: setup race test quick lint types speed clean
+.PHONY: setup race test quick oldest lint types speed clean
 
 setup: $(STAMP)
 
 # torch comes first and pinned: any package that asks for "torch" later then finds it in place.
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or newer is needed: make PYTHON=python3.11" && false)
-	@echo "Installing into $(VENV) (about two minutes) ..."
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-	touch $(STAMP)
+	$(call install,$(VENV),$(TORCH))
+
+define install
+	@echo "Installing into $(1) (about two minutes) ..."
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(2)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(1)/.installed
+endef
 
 race: setup
 	$(BIN)/steepest race --preset demo --out $(OUT)
@@ -36,6 +42,13 @@ test: lint types
 QUICK := -q -n 2 -m "not slow and not browser and not postgres"
 quick: lint types
 	$(BIN)/python -m pytest $(QUICK)
+
+# The quick tests with the oldest torch that is supported; its build for Linux brings CUDA along, seven gigabytes.
+oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest $(QUICK)
+
+$(VENV)-oldest/.installed: requirements.txt pyproject.toml
+	$(call install,$(VENV)-oldest,$(OLDEST_TORCH))
 
 # Every measurement of results/speed. Leave the machine alone meanwhile: about fifteen minutes on two cores.
 SPEED ?= results/speed
@@ -56,4 +69,4 @@ speed: setup
 		--methods adamw,muon,torch-muon,newton-muon,muonadam,muonadam-momo --out $(SPEED)/train_small
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-oldest
