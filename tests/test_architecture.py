@@ -1,12 +1,14 @@
 """The shape of the source: rooms know only the rooms above them."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 import steepest
 
 SOURCE = Path(steepest.__file__).parent
+ROOT = Path(__file__).parent.parent
 FILES = sorted(SOURCE.rglob("*.py"))
 # Top to bottom; a room may import itself and what stands before it. `names`, `checks` and `notices` serve all.
 ROOMS = [
@@ -86,3 +88,11 @@ def test_the_library_needs_nothing_but_torch():
             if foreign or module.startswith("steepest.batch_size.curve"):
                 wrong.append(f"{label(path)}:{line} imports {module}")
     assert not wrong
+
+
+def test_every_file_that_the_map_names_exists_and_it_names_every_room():
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / "docs" / "architecture.md").read_text())
+    assert [name for name in named if not (SOURCE / name).exists()] == []
+    assert {*ROOMS, *(f"lab/{room}" for room in LAB)} <= {name.removesuffix("/").removesuffix(".py") for name in named}
+    paths = re.findall(r"`((?:src|tests)/[\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert [path for path in paths if not (ROOT / path).exists()] == []

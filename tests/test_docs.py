@@ -15,20 +15,35 @@ import shlex
 import sys
 import types
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import yaml
 
+import steepest
 from steepest.lab.cli import main
+from steepest.lab.methods import METHODS
+from steepest.lab.studies import KINDS
+from steepest.lab.tasks import TASKS
 from steepest.linalg import COEFFICIENTS
 from tests.cases import cases
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(page for room in ("docs", "results") for page in (ROOT / room).rglob("*.md"))]
+FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*FRONT, *sorted(page for room in ("docs", "results") for page in (ROOT / room).rglob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
+@pytest.fixture
+def _registries_as_before():
+    """An example may add a task, a method or a kind of study."""
+    with patch.dict(TASKS), patch.dict(METHODS), patch.dict(KINDS):
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_registries_as_before")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_python_example_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -128,7 +143,7 @@ def test_no_page_is_half_written(page):
 
 @pytest.mark.slow
 def test_the_table_of_tasks_is_that_of_the_code(tmp_path):
-    from steepest.lab.tasks import TASKS, make_task
+    from steepest.lab.tasks import make_task
     from tests.lab.tasks.fake_data import write_cifar10, write_fineweb
 
     data = {"cifar10": write_cifar10(tmp_path / "cifar"), "fineweb": write_fineweb(tmp_path / "fineweb")}
@@ -156,3 +171,13 @@ def test_the_table_of_coefficients_is_that_of_the_code():
         assert cells[2] == f"{fine.slope:.0f}"
         assert cells[3] == "{:.3f} … {:.3f}".format(*coarse.image)
         assert cells[4] == "{:.3f} … {:.3f}".format(*fine.image)
+
+
+def test_the_citation_names_this_version_and_every_entry_has_its_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == steepest.__version__
+    assert citation["authors"] == [{"name": "the steepest developers"}]
+    for paper in citation["references"]:
+        assert paper["title"]
+        assert paper["authors"]
+        assert re.fullmatch(r"arXiv:\d{4}\.\d{5}", paper["identifiers"][0]["value"])
