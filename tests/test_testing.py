@@ -27,7 +27,7 @@ from steepest import (
 )
 from steepest.geometry import NORMS, Norm
 from steepest.optim.recipes import RECIPES
-from steepest.stages import Entry, Stage
+from steepest.stages import KNOWN, Entry, Stage
 from steepest.testing import NORM_LAWS, RECIPE_LAWS, STAGE_LAWS, check_norm, check_recipe, check_stage, network
 from tests.cases import cases
 from tests.optim import training
@@ -53,8 +53,12 @@ EXACT = [
 
 def test_every_recipe_and_every_norm_has_its_row():
     assert ROWS.keys() == RECIPES.keys()
-    norms = re.findall(r"^\| `(\w+)\([^)]*\)` \|", PAGE.partition("## Norms")[2], flags=re.MULTILINE)
+    norms = re.findall(
+        r"^\| `(\w+)\([^)]*\)` \|", PAGE.partition("## Norms")[2].partition("\n## ")[0], flags=re.MULTILINE
+    )
     assert sorted(norms) == sorted([*(kind.__name__ for kind in NORMS.values()), "Scaled"])
+    stages = re.findall(r"^\| `(\w+)\([^)]*\)` \|", PAGE.partition("## Stages")[2], flags=re.MULTILINE)
+    assert sorted(stages) == sorted(kind.__name__ for kind in KNOWN)
 
 
 @cases("law", NORM_LAWS)
@@ -73,7 +77,7 @@ def test_recipes_keep_the_law(name, law):
 @pytest.mark.parametrize(
     "stage",
     [
-        RowScaling(),
+        *(kind() for kind in KNOWN),
         RowScaling(beta2=0.0, eps=0.0),
         InputMoment(every=2, first=1, structure="full"),
         InputMoment(every=1, first=0, structure="full", exponents=(0.5, 0.5)),

@@ -23,10 +23,7 @@ if TYPE_CHECKING:
     from steepest.linalg import minimax as minimax
     from steepest.linalg import polar as polar
     from steepest.optim import *  # noqa: F403
-    from steepest.stages import InputMoment as InputMoment
-    from steepest.stages import MissingInputsError as MissingInputsError
-    from steepest.stages import RowScaling as RowScaling
-    from steepest.stages import Stage as Stage
+    from steepest.stages import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -36,7 +33,7 @@ _PUBLIC = {
     "anatomy": ("Plan", "Role", "Rule", "View", "route"),
     "geometry": None,
     "linalg": ("COEFFICIENTS", "Coefficients", "describe", "minimax", "polar"),
-    "stages": ("InputMoment", "MissingInputsError", "RowScaling", "Stage"),
+    "stages": None,
     "optim": None,
     "batch_size": ("NoiseReport", "NoiseScale"),
 }

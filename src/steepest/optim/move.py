@@ -18,7 +18,8 @@ from steepest.optim.momentum import average_, debias, forget_, look_ahead
 from steepest.optim.packing import SHARES
 from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP
 from steepest.ranks import agree, laid_out, local, sharded
-from steepest.stages import Stage, state_dtype
+from steepest.stages import Stage
+from steepest.stages.stage import state_dtype
 
 Group = dict[str, Any]
 # Below, the point that decay pulls toward would be too far away for float32; above one over it, too near.

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from steepest.anatomy import PlanRow
 from steepest.notices import warn
-from steepest.stages import KNOWN, Entry, Stage, state_dtype
+from steepest.stages import KNOWN, Entry, Stage
+from steepest.stages.stage import state_dtype
 
 STEP, MOMENTUM, SECOND, DUAL = "step", "momentum_buffer", "second_moment", "dual_norm"
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steepest.stages import PRESETS, InputMoment
+from steepest.stages.inputs import PRESETS, InputMoment
 
 
 def test_defaults_are_the_default_preset_and_a_valid_choice():
