@@ -6,6 +6,7 @@ import re
 import pytest
 
 from steepest.lab.cli import main
+from steepest.lab.tasks import TASKS
 from tests.cases import cases
 
 
@@ -82,7 +83,7 @@ def test_the_report_can_be_written_anew(capsys, tmp_path):
         (["race", "--workers", "-2"], "'-2' must be a whole number of at least 1"),
         (
             ["race", "--task", "txt"],
-            "Unknown task 'txt': did you mean 'text'? Valid: cifar10, digits, fineweb, quadratic, text.",
+            f"Unknown task 'txt': did you mean 'text'? Valid: {', '.join(sorted(TASKS))}.",
         ),
         (["race", "--preset", "dmo"], "Unknown preset 'dmo': did you mean 'demo'? Valid: demo, small, tiny."),
         (["race", "--task", "digits", "--data", "x"], "The task 'digits' has its own images, got --data 'x'"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from steepest.lab.disk.fields import RecordError
+from steepest.lab.studies import KINDS
 from steepest.lab.studies.race.records import RaceStudy
 from steepest.lab.studies.records import Asked, Recorded, read_study
 from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, write_study
@@ -95,7 +96,7 @@ def test_a_study_that_cannot_be_read(study_dir: Path, content: bytes | None, mes
     [
         ("format", 2, "format must be 1, got 2"),
         ("kind", "sweep", "kind must be 'race', got 'sweep'"),
-        ("kind", "rally", "kind must be one of race, sweep, critical-batch, got 'rally'"),
+        ("kind", "rally", f"kind must be one of {', '.join(KINDS)}, got 'rally'"),
         ("methods", [], r"methods must be a non-empty list, got \[\]"),
         ("methods", ["adamw", "adamw"], "methods must be a list of different values, got"),
         ("methods", ["adamw", 3], r"methods\.1 must be a string, got 3"),
