@@ -3,9 +3,18 @@
 import pytest
 import torch
 
-from steepest.lab.bench import gemm
-from steepest.lab.bench.floor import FORMS, find_floor, least
-from steepest.lab.bench.gemm import FASTEST, MOST_BYTES, gemm_works, key, product_flops, rates
+from steepest.lab.bench import floor as module
+from steepest.lab.bench.floor import (
+    FASTEST,
+    FORMS,
+    MOST_BYTES,
+    find_floor,
+    gemm_works,
+    key,
+    least,
+    product_flops,
+    rates,
+)
 from tests.cases import cases
 
 BY_NAME = {form.name: form for form in FORMS}
@@ -70,24 +79,24 @@ def test_the_fastest_form_need_not_be_public():
 
 def test_onednn_multiplies_float32_where_it_is_to_be_had(monkeypatch):
     seen = []
-    monkeypatch.setattr(gemm, "has_onednn", lambda: True)
-    monkeypatch.setattr(gemm, "_onednn", lambda a, b: seen.append(a @ b))
+    monkeypatch.setattr(module, "has_onednn", lambda: True)
+    monkeypatch.setattr(module, "_onednn", lambda a, b: seen.append(a @ b))
     works = gemm_works([(4, 8), (8, 4)], [torch.float32, torch.bfloat16], device="cpu", seed=0)
     assert [name for name in works if name.startswith("onednn")] == ["onednn 4x8 float32"]
     assert works["onednn 4x8 float32"]() > 0
     assert [one.shape for one in seen] == [(4, 8)] * 2
 
 
-@pytest.mark.skipif(not gemm.has_onednn(), reason="oneDNN's product is not to be had here")
+@pytest.mark.skipif(not module.has_onednn(), reason="oneDNN's product is not to be had here")
 def test_onednn_is_given_the_operands_of_the_other_forms(rng):
     left, right = (torch.randn(5, side, generator=rng) for side in (5, 7))
-    torch.testing.assert_close(gemm._onednn(left, right), left @ right)
+    torch.testing.assert_close(module._onednn(left, right), left @ right)
 
 
 def test_products_are_run_once_for_all_that_share_their_sides(monkeypatch):
     seen = []
     batched = torch.bmm
-    monkeypatch.setattr(gemm, "has_onednn", lambda: False)
+    monkeypatch.setattr(module, "has_onednn", lambda: False)
     monkeypatch.setattr(torch, "bmm", lambda a, b: (seen.append((a.shape, b.shape, b.dtype)), batched(a, b))[1])
     works = gemm_works([(4, 8), (8, 4), (4, 4)], [torch.float32, torch.bfloat16], device="cpu", seed=0)
     assert len(works) == 8

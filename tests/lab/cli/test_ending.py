@@ -114,6 +114,13 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
 
 
+def test_commands_run_without_docstrings():
+    words = ["theory", "spike", "--kappa", "3", "--eps", "0.5", "--json"]
+    for command in (["--help"], words):
+        ended = subprocess.run([sys.executable, "-OO", "-m", "steepest", *command], capture_output=True, check=False)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 def test_the_names_of_the_library_are_where_they_are_said_to_be():
     for node in ast.walk(ast.parse(Path(steepest.__file__).read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("steepest."):

@@ -15,8 +15,7 @@ import torch
 from steepest.lab.bench.accuracy import Accuracy
 from steepest.lab.bench.contestants import BASELINE, CONTESTANTS, Contestant, Settings, choose
 from steepest.lab.bench.examine import Examined, Workload, examine, make_workload
-from steepest.lab.bench.floor import Floor, find_floor
-from steepest.lab.bench.gemm import FASTEST, gemm_works, rates
+from steepest.lab.bench.floor import FASTEST, Floor, find_floor, gemm_works, rates
 from steepest.lab.bench.shapes import WIDTHS, Shape, make_shapes, matrix_shape
 from steepest.lab.bench.timing import Quartiles, paired_ratio, quartiles, take_turns
 from steepest.names import unknown_name

@@ -65,7 +65,7 @@ class BoundCommand(Command, AsJson):
     batch: Annotated[tuple[Count, ...], Arg("batch sizes to evaluate K at", "B")] = ()
 
     def run(self) -> int:
-        r"""Evaluate it and print every answer."""
+        """Evaluate it and print every answer."""
         with checking_usage():
             found = _find(self)
         batches = _batches(self, found)

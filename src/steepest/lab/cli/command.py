@@ -44,7 +44,9 @@ class Options:
     """Fields that commands share; `Command` is one of its kind that can be run."""
 
     def __init_subclass__(cls) -> None:
+        told = cls.__doc__ or ""
         dataclass(frozen=True, kw_only=True)(cls)
+        cls.__doc__ = told  # without one, as under -OO, a dataclass writes one of its own
 
 
 class Command(Options, ABC):
