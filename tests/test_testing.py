@@ -61,12 +61,14 @@ def test_every_recipe_and_every_norm_has_its_row():
     assert sorted(stages) == sorted(kind.__name__ for kind in KNOWN)
 
 
+@pytest.mark.slow
 @cases("law", NORM_LAWS)
 @cases("norm", EXACT)
 def test_norms_keep_the_law(norm, law):
     law(norm, 1e-12)
 
 
+@pytest.mark.slow
 @cases("law", RECIPE_LAWS)
 @cases("name", HELD)
 def test_recipes_keep_the_law(name, law):
@@ -261,6 +263,7 @@ class Decaying(Muon):
         return super().step(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_recipe_with_a_fault_is_found_out():
     for make, message in [
         (Slow, r"^Slow: forty steps on one batch lower its loss, but it was .* and is .*learning rate"),

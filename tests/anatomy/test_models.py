@@ -214,6 +214,7 @@ def build(make):
         return make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", EXPECTED, ids=lambda make: make.__name__)
 def test_every_parameter_has_the_role_and_view_written_here(make):
     plan = route(build(make), strict=True)

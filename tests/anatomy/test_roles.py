@@ -23,6 +23,7 @@ def test_attention_with_other_key_width_has_separate_matrices():
     assert found == dict.fromkeys(weights, ("matrix", "linear"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steepest.anatomy.views import CONV1D, EXPERTS, EXPERTS_TRANSPOSED, LINEAR, View, conv
+from tests.cases import cases
 
 LAYOUTS = [  # view, shape
     (LINEAR, (5, 7)),
@@ -45,7 +46,7 @@ LAYOUTS = [  # view, shape
     (EXPERTS, (0, 4, 5)),
     (conv(groups=2), (4, 3, 0)),
 ]
-BY_LAYOUT = pytest.mark.parametrize(("view", "shape"), LAYOUTS, ids=lambda value: str(value))
+BY_LAYOUT = cases("view, shape", LAYOUTS)
 
 
 def loop_oracle(view: View, t: torch.Tensor) -> list[list[list[list[object]]]]:
@@ -97,7 +98,7 @@ def test_each_element_goes_where_the_loop_says(view, shape):
 
 
 @BY_LAYOUT
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@cases("dtype", [torch.bfloat16, torch.float64])
 def test_merge_undoes_split(view, shape, dtype, rng):
     t = torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
     merged = view.merge(view.split_tensor(t), shape)

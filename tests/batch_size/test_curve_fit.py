@@ -99,6 +99,7 @@ def test_points_that_are_none(size, steps):
 REPLICATIONS = 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "sizes"), [("H", OCTAVES), ("S", HALVES), ("I", HALVES), ("U", OCTAVES)])
 def test_intervals_cover(key, sizes):
     """90% intervals, 3 seeds, 8 batch sizes, 400 data sets; results/critical_batch/coverage.csv has 500 of more.

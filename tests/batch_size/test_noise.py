@@ -564,6 +564,7 @@ def test_telling_after_measurements_in_micro_batches_is_too_late():
     measured().micro_batch(PER)  # a constructor's samples are the same unit
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, when it compiles
 def test_a_compiled_step_is_measured_outside_of_its_graph():
     """Both hooks break the graph: nothing of the estimators is traced."""

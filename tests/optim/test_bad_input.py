@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from steepest import AdaInf, Adam, Muon, MuonAdam, Sign, Spectral, SteepestDescent, View
+from tests.cases import cases
 
 
 def weight(*shape, dtype=torch.float32):
@@ -198,7 +199,7 @@ BUILD = {
 }
 
 
-@pytest.mark.parametrize("case", BUILD)
+@cases("case", BUILD)
 def test_building(case):
     call, error, message = BUILD[case]
     with pytest.raises(error, match=re.escape(message)):

@@ -45,6 +45,7 @@ def rank_main(rank, folder, method):
     leave_ranks()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 def test_two_ranks_are_one_process(tmp_path, method):

@@ -8,6 +8,7 @@ from steepest import Frobenius, Muon, SteepestDescent
 from tests.optim.training import RECIPES, assert_same, backward, batch, network, snapshot, train
 
 
+@pytest.mark.slow
 def test_every_recipe_learns_and_leaves_gradients_alone(recipe):
     model = network()
     optimizer = recipe(model)

@@ -29,6 +29,7 @@ from steepest import (
     SteepestDescent,
     Sum,
 )
+from tests.cases import cases
 from tests.reference import grid, muon
 from tests.reference.regression import ROLES, blocks, loss_of, oracle, parameter_groups, train
 
@@ -129,7 +130,8 @@ def identity(value):
     return {False: "constrained", True: "regularized"}[value] if isinstance(value, bool) else str(value)
 
 
-@pytest.mark.parametrize(("tree", "regularized", "other", "way"), CELLS, ids=identity)
+@pytest.mark.slow
+@cases("tree, regularized, other, way", CELLS)
 def test_every_cell_equals_the_reference(tree, regularized, other, way):
     norms, way = others(other), WAYS[way]
     groups, parameters = parameter_groups()
@@ -171,6 +173,7 @@ RECIPE_WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", RECIPE_WAYS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_equals_the_reference(recipe, way):
@@ -257,6 +260,7 @@ def test_t_stays_between_zero_and_one(exponent, bound, tree, regularized, other,
         assert 0 <= optimizer.diagnostics()["t"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bookkeeping", ["recurrent", "direct"])
 @pytest.mark.parametrize("regularized", [False, True], ids=identity)
 @pytest.mark.parametrize("tree", TREES, ids=str)
@@ -282,6 +286,7 @@ def test_a_bound_above_the_loss_leaves_only_the_decay(regularized):
     assert optimizer.diagnostics()["t"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [Sign(), AdaInf(), Ada2()], ids=str)
 @pytest.mark.parametrize("tree", [*TREES, *MORE_TREES], ids=str)
 def test_at_a_huge_rate_constrained_and_regularized_momo_of_one_norm_coincide(tree, other):

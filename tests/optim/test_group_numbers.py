@@ -8,6 +8,7 @@ import torch
 
 from steepest import Muon, NonFiniteError
 from steepest.optim.options import check_numbers
+from tests.cases import cases
 from tests.optim.training import assert_same, backward, network, snapshot, train
 
 BAD = {
@@ -26,8 +27,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay", "beta2"])
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.slow
+@cases("option", ["lr", "momentum", "weight_decay", "beta2"])
+@cases("case", BAD)
 def test_a_number_that_is_none_is_refused_before_anything_changes(recipe, option, case):
     value, error = BAD[case]
     model = network()

@@ -64,6 +64,7 @@ def idle(norm, dtype=torch.float32, steps=LAST + 5, **options):
     return torch.stack(moved), optimizer.state[weight]["momentum_buffer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_idle_expert_comes_to_rest_under_every_norm(norm):
     moved, average = idle(NORMS[norm])
@@ -73,6 +74,7 @@ def test_an_idle_expert_comes_to_rest_under_every_norm(norm):
     assert (moved[:, 0] > 0).all()  # the other has gradients all the time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_an_idle_expert_comes_to_rest_with_every_option(options):
     moved, _ = idle(Spectral(), **OPTIONS[options])

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from steepest import Frobenius, Momo, Muon, MuonMax, SteepestDescent
+from tests.cases import cases
 from tests.optim.training import assert_same, backward, network, snapshot, train
 
 
@@ -57,8 +58,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.slow
+@cases("first", [True, False], ["first", "later"])
+@cases("fault", FAULTS)
 def test_what_can_be_seen_before_is_refused_before(recipe, fault, first):
     change, error, message = FAULTS[fault]
     model = network()

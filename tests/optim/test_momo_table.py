@@ -60,6 +60,7 @@ def excess(recipe, setting, lr, step_size, *, dual="cached", seed=1):
         return loss_of(*parameters, slice(None)).item() - BEST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "setting", "reached"), REACHED)
 def test_momo_is_flat_over_four_decades_where_the_base_method_diverges(recipe, setting, reached):
     start = loss_of(torch.zeros(8, 6).double(), torch.zeros(8).double(), slice(None)).item() - BEST
@@ -70,6 +71,7 @@ def test_momo_is_flat_over_four_decades_where_the_base_method_diverges(recipe, s
         assert max(finals) < 1.2 * min(finals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "reached"), [(MuonAdam, 2e-5), (MuonMax, 4e-4)])
 def test_stale_dual_norms_are_as_flat(recipe, reached):
     finals = [excess(recipe, "noisy", lr, Momo(BEST), dual="stale") for lr in HUGE[::2]]
@@ -77,6 +79,7 @@ def test_stale_dual_norms_are_as_flat(recipe, reached):
     assert max(finals) < 1.2 * min(finals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [MuonAdam, MuonMax])
 def test_at_a_small_rate_momo_is_the_base_method_whatever_the_bound(recipe):
     base = excess(recipe, "noisy", 1e-2, Fixed())
@@ -84,6 +87,7 @@ def test_at_a_small_rate_momo_is_the_base_method_whatever_the_bound(recipe):
         assert excess(recipe, "noisy", 1e-2, Momo(bound)) == base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [MuonAdam, MuonMax])
 @pytest.mark.parametrize("bound", [2.1, 2.5, 4.0])
 def test_training_stops_at_a_lower_bound_that_is_too_high(recipe, bound):

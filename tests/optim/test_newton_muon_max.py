@@ -80,6 +80,7 @@ def test_the_predicted_decrease_is_what_the_averaged_raw_gradient_says_of_the_ap
         assert gained > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "lr"), [(NewtonMuon, 0.1), (NewtonMuonMax, 0.05)])
 @pytest.mark.parametrize("momo", [True, False])
 @pytest.mark.parametrize("options", [{}, {"exponents": (0.5, 0.5)}, {"exponents": (1.0, 0.0)}], ids=str)

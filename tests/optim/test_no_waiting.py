@@ -18,6 +18,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step_size", [Fixed(), Momo(), Momo("auto"), Momo(bookkeeping="direct")], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_reads_nothing(method, step_size, monkeypatch):

@@ -22,6 +22,7 @@ from steepest.batch_size.curve_fit import Point
 from steepest.linalg import COEFFICIENTS, Coefficients
 from steepest.optim import recipes
 from steepest.optim.arguments import texts_of
+from tests.cases import cases
 
 
 class Thing:
@@ -228,7 +229,8 @@ def told(text, kind):
     return any(part in text for part in parts)
 
 
-@pytest.mark.parametrize(("owner", "option"), CALLS, ids=lambda part: part)
+@pytest.mark.slow
+@cases("owner, option", CALLS)
 def test_a_wrong_value_is_refused_with_name_value_and_expectation(owner, option):
     for kind, value in VALUES.items():
         if not refused(owner, option, kind):
@@ -248,7 +250,7 @@ def test_a_wrong_value_is_refused_with_name_value_and_expectation(owner, option)
 
 
 @pytest.mark.filterwarnings("ignore:lr · weight_decay is")
-@pytest.mark.parametrize(("owner", "option"), CALLS, ids=lambda part: part)
+@cases("owner, option", CALLS)
 def test_a_right_value_is_taken(owner, option):
     for kind, value in VALUES.items():
         if not refused(owner, option, kind):
@@ -294,20 +296,20 @@ def test_objects_take_their_options_together(make):
     make()
 
 
-@pytest.mark.parametrize("kind", [kind for kind, value in VALUES.items() if not isinstance(value, str) or not value])
+@cases("kind", [kind for kind, value in VALUES.items() if not isinstance(value, str) or not value])
 def test_a_product_norm_refuses_what_is_no_child(kind):
     for node in (steepest.Max, steepest.Sum, steepest.Euclid, steepest.Hybrid):
         with pytest.raises((TypeError, ValueError), match=f"^{node.__name__} takes nodes and labels such as 'matrix'"):
             node(VALUES[kind])
 
 
-@pytest.mark.parametrize("kind", VALUES)
+@cases("kind", VALUES)
 def test_an_override_is_a_role_a_view_or_a_rule(kind):
     with pytest.raises((TypeError, ValueError), match=r"The override '1\.weight' (must be a role|asks for the role)"):
         route(model(), overrides={"1.weight": VALUES[kind]})
 
 
-@pytest.mark.parametrize("kind", [kind for kind in VALUES if "tensor" not in kind])
+@cases("kind", [kind for kind in VALUES if "tensor" not in kind])
 def test_parameters_of_every_wrong_kind_are_refused(kind):
     for make in (lambda value: steepest.Muon(value), lambda value: steepest.Muon([{"params": value}])):
         with pytest.raises((TypeError, ValueError), match=r"must be a|must be in an order|empty parameter list"):

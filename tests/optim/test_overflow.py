@@ -24,6 +24,7 @@ from steepest import (
     SteepestDescent,
 )
 from steepest.optim.guard import Guard
+from tests.cases import cases
 
 METHODS = {
     "muon": lambda m, **o: Muon(m, weight_decay=0.1, **o),
@@ -69,11 +70,12 @@ def finite(model, optimizer):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@cases("masked", [False, True], ["", "masked"])
+@cases("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@cases("method", METHODS)
 def test_large_and_small_gradients_leave_everything_finite(method, dtype, masked, monkeypatch):
     if masked:
         monkeypatch.setattr(Guard, "admit", lambda *_: torch.tensor(True))
@@ -89,12 +91,13 @@ def test_large_and_small_gradients_leave_everything_finite(method, dtype, masked
             assert finite(model, optimizer), (size, own)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("rate", ["huge", "tensor", "decay"])
-@pytest.mark.parametrize("method", ["muon", "muon_max", "adam", "muon_momo", "Sign"])
+@cases("masked", [False, True], ["", "masked"])
+@cases("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@cases("rate", ["huge", "tensor", "decay"])
+@cases("method", ["muon", "muon_max", "adam", "muon_momo", "Sign"])
 def test_steps_too_long_for_the_type_are_not_made(method, rate, dtype, masked, monkeypatch):
     if masked:
         monkeypatch.setattr(Guard, "admit", lambda *_: torch.tensor(True))

@@ -84,6 +84,7 @@ def loss_main(rank, folder):
     leave_ranks()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_rank_counts_on_all(tmp_path):
     mp.spawn(loss_main, args=(str(tmp_path),), nprocs=WORLD)
 
@@ -178,6 +179,7 @@ def stray_main(rank, folder):
     leave_ranks()
 
 
+@pytest.mark.slow
 def test_a_rank_that_refuses_a_step_tells_the_others_which_pass_over_it(tmp_path):
     mp.spawn(stray_main, args=(str(tmp_path),), nprocs=WORLD)
 
@@ -200,6 +202,7 @@ def lacking_main(rank, folder):
     leave_ranks()
 
 
+@pytest.mark.slow
 def test_ranks_miss_inputs_together(tmp_path):
     mp.spawn(lacking_main, args=(str(tmp_path),), nprocs=WORLD)
 
@@ -218,6 +221,7 @@ def alone_main(rank, folder):
     leave_ranks()
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_one_rank_alone_does_not_wait_for_others(tmp_path):
     mp.spawn(alone_main, args=(str(tmp_path),), nprocs=WORLD)
 
@@ -296,9 +300,11 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_ranks_that_keep_shards_move_together_or_are_refused(tmp_path):
     mp.spawn(edge_main, args=(str(tmp_path),), nprocs=WORLD)
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_not_finite_counts_on_all_ranks(tmp_path):
     mp.spawn(sharded_main, args=(str(tmp_path),), nprocs=WORLD)

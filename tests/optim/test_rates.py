@@ -101,6 +101,7 @@ KEEPING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", KEEPING)
 @pytest.mark.parametrize("method", METHODS)
 def test_what_keeps_the_ratio_is_not_told(method, scheduler):

@@ -29,6 +29,7 @@ def run(optimizer, parameters, gradients):
     return trajectory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("nesterov", "weight_decay"), VARIANTS)
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw", "spectral", "none"])
 def test_the_four_variants_of_muon_equal_the_formulas(nesterov, weight_decay, scale, rng):
@@ -50,6 +51,7 @@ def test_the_four_variants_of_muon_equal_the_formulas(nesterov, weight_decay, sc
             torch.testing.assert_close(trajectory[step][index], expected[step], rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("nesterov", "weight_decay"), VARIANTS)
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
 def test_muon_equals_torch_under_its_coefficients_and_dtype(nesterov, weight_decay, scale, rng):

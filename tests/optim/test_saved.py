@@ -211,6 +211,7 @@ def refused(optimizer, state, message):
     return str(told.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_damage_is_refused_and_leaves_no_trace(recipe):
     state = copy.deepcopy(trained(recipe, range(3))[1].state_dict())

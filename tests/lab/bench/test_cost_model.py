@@ -77,6 +77,7 @@ def counted(shapes):
 BUCKETS = [[(1, 64, 64)], [(4, 128, 512)], [(1, 256, 256)], [(4, 512, 256)], [(6, 512, 512)], LAYER]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", BUCKETS, ids=str)
 def test_the_counts_are_those_of_a_step(shapes, monkeypatch):
     """Of whole products: those in blocks, of large matrices without oneDNN, take calls that are not counted."""

@@ -46,6 +46,7 @@ def test_rates_stay_those_at_the_ends_beyond_them():
     assert (rate_at(PASSES, 1), rate_at(PASSES, 2**40)) == (100e9, 10e9)
 
 
+@pytest.mark.slow
 def test_calibration_with_a_clock_that_ticks_knows_what_was_done_in_a_tick():
     ticks = itertools.count()
     machine = calibrate(clock=lambda: float(next(ticks)))
@@ -70,6 +71,7 @@ def test_the_typical_machine_is_the_median_of_each_number():
     assert typical([MACHINE]) == MACHINE
 
 
+@pytest.mark.slow
 def test_calibration_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     calibrate(clock=iter(range(10**6)).__next__)

@@ -349,6 +349,7 @@ def test_whoever_waits_for_others_says_so(task, tmp_path, monkeypatch):
 TASK = make_task("digits", "demo")
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_trained_and_what_is_there_stays(tmp_path):
     first, second = (configure(TASK, method="sgd", seed=seed, steps=2, batch_size=4) for seed in (0, 1))
     train_runs({"sgd": [first]}, tmp_path, workers=1)
@@ -358,6 +359,7 @@ def test_what_is_missing_is_trained_and_what_is_there_stays(tmp_path):
     assert read_result(run_directory(tmp_path, second) / "result.json").steps == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
     config = configure(TASK, method="sgd", seed=0, steps=2, options={"momentum": 0.0})  # torch refuses Nesterov then
     with pytest.raises(RuntimeError, match=rf"Not finished: .*{run_directory(tmp_path, config).name}: ValueError: "):

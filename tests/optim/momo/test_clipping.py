@@ -43,6 +43,7 @@ def plain_value(history, weights):
     return total
 
 
+@pytest.mark.slow
 @TOLD
 @pytest.mark.parametrize("bookkeeping", ["recurrent", "direct"])
 @pytest.mark.parametrize("method", METHODS)
@@ -252,6 +253,7 @@ def test_in_half_precision_a_first_factor_below_one_is_clipping(dtype, factor):
     assert optimizer.diagnostics()["gap"] == pytest.approx(factor * (loss.item() - BOUND), rel=1e-2)
 
 
+@pytest.mark.slow
 @TOLD
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("limit", [0.02, 0.05, 0.3])
@@ -315,6 +317,7 @@ def clipped_lengths(first, share, ranks):
     return lengths
 
 
+@pytest.mark.slow
 @TOLD
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 def test_two_ranks_clip_as_one(tmp_path):

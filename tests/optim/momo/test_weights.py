@@ -86,6 +86,7 @@ def trained(method, between=None, steps=6):
     return snapshot(model, optimizer), optimizer.diagnostics()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_that_come_back_the_same_are_no_change(method, swap):

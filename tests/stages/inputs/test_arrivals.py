@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from steepest import InputMoment
+from tests.cases import cases
 from tests.stages.inputs.watched import assert_kept, backward, data, moments, net, newton
 
 
@@ -41,9 +42,10 @@ DISCARDS = {
 }
 
 
-@pytest.mark.parametrize("discard", DISCARDS)
-@pytest.mark.parametrize("split", [[8], [3, 5]], ids=str)
-@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.slow
+@cases("discard", DISCARDS)
+@cases("split", [[8], [3, 5]])
+@cases("reentrant", [None, True, False])
 def test_a_gradient_that_is_thrown_away_takes_its_inputs_along(discard, split, reentrant):
     model, x = net(reentrant=reentrant), data()
     optimizer, expected = newton(model), moments(model, [x])

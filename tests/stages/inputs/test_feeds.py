@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from steepest.anatomy import EXPERTS, EXPERTS_TRANSPOSED, Rule, View, route
 from steepest.stages import InputMoment
 from steepest.stages.inputs import find_readers
+from tests.cases import cases
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # float64, sums of at most a hundred products
 
@@ -70,8 +71,8 @@ GEOMETRIES = [
 ]
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize(("dims", "kernel"), [(1, 3), (1, 4), (2, 3), (2, (2, 3)), (3, (1, 2, 3))], ids=str)
+@cases("geometry", GEOMETRIES)
+@cases("dims, kernel", [(1, 3), (1, 4), (2, 3), (2, (2, 3)), (3, (1, 2, 3))])
 def test_convolutions(dims, kernel, geometry):
     module = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1](4, 6, kernel, **geometry)
     reader = reader_of(nn.Sequential(module), "0.weight", overrides={"0.weight": "matrix"})

@@ -154,6 +154,7 @@ DONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DONE)
 def test_a_model_can_be_used_for_anything_before_any_step(what):
     model = net()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from steepest import InputMoment, Muon, NewtonMuon, View
+from tests.cases import cases
 
 STRUCTURES = {
     "full": {"structure": "full"},
@@ -137,9 +138,9 @@ def test_a_blend_is_between_the_gradient_and_the_preconditioned_gradient():
 # What it does not depend on
 
 
-@pytest.mark.parametrize("unit", ["trace", "frobenius", "spectral"])
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize(("inputs_by", "gradients_by"), [(1e-3, 1.0), (1e3, 1.0), (1.0, 1e-3), (1.0, 1e3)])
+@cases("unit", ["trace", "frobenius", "spectral"])
+@cases("structure", STRUCTURES)
+@cases("inputs_by, gradients_by", [(1e-3, 1.0), (1e3, 1.0), (1.0, 1e-3), (1.0, 1e3)])
 def test_scales_of_inputs_and_of_gradients_do_not_matter(structure, unit, inputs_by, gradients_by):
     gradients, inputs = tensors((4, 6), 10), tensors((9, 6), 30)
     options = {"every": 2, "ridge_unit": unit, **STRUCTURES[structure]}

@@ -69,6 +69,7 @@ def through_a_file(things):
     return torch.load(file, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_resuming_after_any_micro_batch_is_exact_to_the_bit(method):
     """Every step of three intervals, and in the middle of each; gradients are saved as a trainer would."""
@@ -104,6 +105,7 @@ def test_resuming_after_any_micro_batch_is_exact_to_the_bit(method):
             assert_same(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
 )
@@ -262,6 +264,7 @@ def rank_main(rank, world, folder):
     leave_ranks()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
 def test_ranks_that_share_a_batch_are_one_process(tmp_path, world):

@@ -79,6 +79,7 @@ def wrapped(call, *, use_reentrant):
     return lambda x: checkpoint(call, x.requires_grad_(torch.is_grad_enabled()), use_reentrant=use_reentrant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "backend"), [*((way, "aot_eager") for way in WAYS), ("whole", "eager"), ("checkpoint inside", "eager")]
 )
@@ -92,6 +93,7 @@ def test_moments_are_those_of_eager_and_no_step_compiles_again(way, backend):
     assert counter.frame_count == graphs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_inductor():
     model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)).double()
@@ -112,6 +114,7 @@ class Block(nn.Module):
         return x + self.q(x).tanh() * self.k(x).sigmoid() + self.v(x)
 
 
+@pytest.mark.slow
 def test_blocks_compiled_one_by_one_share_their_graphs_and_moments():
     torch.manual_seed(7)
     model = nn.Sequential(*(Block() for _ in range(10)), nn.Linear(5, 3)).double()
@@ -178,6 +181,7 @@ def zeroed(call, model):
     model.zero_grad(set_to_none=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("discard", [attack, saliency, thrown_away, zeroed])
 def test_gradients_that_are_thrown_away_take_their_inputs_along(discard):
     model, x = net(), data()
@@ -200,6 +204,7 @@ def test_a_model_that_is_converted_after_the_optimizer_was_built():
     assert_kept(model, optimizer, expected)
 
 
+@pytest.mark.slow
 def test_compiled_autograd_sees_the_same():
     model, x = net(), data()
     optimizer, expected = newton(model), moments(model, [x])
@@ -209,6 +214,7 @@ def test_compiled_autograd_sees_the_same():
     assert_kept(model, optimizer, expected)
 
 
+@pytest.mark.slow
 def test_shapes_that_vary_are_seen_too():
     model, sizes = net(), (8, 3, 5, 6)
     optimizer, expected = newton(model), moments(model, [data(size=size) for size in sizes])
@@ -232,6 +238,7 @@ def test_a_copy_of_a_compiled_model_is_not_seen():
     assert_kept(model, optimizer, expected)
 
 
+@pytest.mark.slow
 def test_a_mask_must_be_in_force_in_the_backward_pass():
     model, x, mask = net(), data(), torch.arange(24).view(8, 3) % 2
     optimizer, expected = newton(model), moments(model, [x], [mask])
@@ -277,6 +284,7 @@ def test_models_of_one_class_with_and_without_hooks_in_turns():
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_a_model_compiled_for_an_optimizer_that_is_gone_is_seen_by_the_next():
     model = net()
     compiled = torch.compile(model, backend="aot_eager")
