@@ -130,7 +130,7 @@ def test_every_figure_is_drawn_in_a_browser_and_nothing_is_fetched(
     chrome: Chrome, pages: dict[str, Path], name: str
 ) -> None:
     show(chrome, pages[name])
-    marks = "f.querySelector('.plot path.point, .plot .point path')"
+    marks = "f.querySelector('.plot .mark-symbol path, .plot .mark-rect path')"
     with_marks = f"return [...document.querySelectorAll('figure')].filter(f => {marks}).length"
     assert chrome.execute_script(with_marks) == 3
     assert [url for url in requests(chrome) if url.split(":")[0] not in ("file", "data", "blob")] == []
