@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +23,7 @@ PLAIN = "plain"
 WARM_UP = 3
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """What is done to the parameters of one load, or of all: with these momenta, gradients and moves."""
 
     parameters: list[Tensor]
@@ -113,12 +114,7 @@ def loads_of(parameters: list[Tensor]) -> list[Load]:
 
 def merged(passes: Sequence[Pass]) -> Pass:
     """All as one."""
-    return Pass(
-        [parameter for one in passes for parameter in one.parameters],
-        [momentum for one in passes for momentum in one.momenta],
-        [gradient for one in passes for gradient in one.gradients],
-        [move for one in passes for move in one.moves],
-    )
+    return Pass(*(list(itertools.chain(*own)) for own in zip(*passes, strict=True)))
 
 
 def ways(by_load: Sequence[Pass], settings: Settings | None = None) -> dict[str, Callable[[], float]]:

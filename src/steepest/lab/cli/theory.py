@@ -29,6 +29,12 @@ def png(text: str) -> Path:
     return Path(text)
 
 
+def _pictures():  # what draws loads libraries, for which a plot alone should wait
+    from steepest.lab.report import theory_png
+
+    return theory_png
+
+
 class Drawn(AsJson):
     """A result that can be drawn, too."""
 
@@ -69,16 +75,11 @@ class Scores(Command, Drawn):
             for case, study in studies.items()
         }
 
-        def draw() -> bytes:
-            from steepest.lab.report.theory_png import scores_png
-
-            return scores_png(ratios)
-
         names = list(next(iter(means.values())))
         rows = [[name, *(f"{means[case][name]:.0f} {ratios[case][name]:6.3f}" for case in means)] for name in names]
         title = f"Mean score and share of Newton's, {self.simulations} simulations"
         content = {"simulations": self.simulations, "seed": self.seed, "scores": means, "of_newton": ratios}
-        return self.show(content, Table(title, ["direction", *means], rows), draw)
+        return self.show(content, Table(title, ["direction", *means], rows), lambda: _pictures().scores_png(ratios))
 
 
 class Spike(Command, Drawn):
@@ -99,11 +100,6 @@ class Spike(Command, Drawn):
         with checking_usage():
             counts = {kappa: iterations(kappa, eps=self.eps) for kappa in self.kappa}
 
-        def draw() -> bytes:
-            from steepest.lab.report.theory_png import spike_png
-
-            return spike_png(counts, eps=self.eps)
-
         methods = list(next(iter(counts.values())))
         rows = [
             [f"{kappa:g}", *(" / ".join(map(str, dataclasses.astuple(found[method]))) for method in methods)]
@@ -114,7 +110,11 @@ class Spike(Command, Drawn):
             for kappa, found in counts.items()
         ]
         title = f"Steps to errors of {self.eps:g}: reached / settled / guaranteed"
-        return self.show({"eps": self.eps, "rows": content}, Table(title, ["kappa", *methods], rows), draw)
+        return self.show(
+            {"eps": self.eps, "rows": content},
+            Table(title, ["kappa", *methods], rows),
+            lambda: _pictures().spike_png(counts, eps=self.eps),
+        )
 
 
 class Directions(Command, Drawn):
@@ -145,15 +145,10 @@ class Directions(Command, Drawn):
         with checking_usage():
             layers = self._score(trained)
 
-        def draw() -> bytes:
-            from steepest.lab.report.theory_png import directions_png
-
-            return directions_png(layers)
-
         title = f"{self.run_dir} after {trained.step} steps, {self.examples} examples, ridge {self.ridge:g}"
         table = Table(title, ["layer and direction", "alignment", "curvature", "score", "decrease"], _rows(layers))
         content = {"run": str(self.run_dir), "step": trained.step, "examples": self.examples, "ridge": self.ridge}
-        return self.show({**content, "layers": _records(layers)}, table, draw)
+        return self.show({**content, "layers": _records(layers)}, table, lambda: _pictures().directions_png(layers))
 
     def _score(self, trained: TrainedRun) -> list[LayerDirections]:
         from steepest.theory import linear_layers, score_directions
