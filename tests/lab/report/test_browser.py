@@ -56,6 +56,16 @@ def test_hovering_tells_of_the_nearest_point_as_text(chrome: Chrome, pages: dict
     assert children == 0
 
 
+def test_figures_and_their_points_can_be_read_aloud(chrome: Chrome, pages: dict[str, Path]) -> None:
+    show(chrome, pages["clear"])
+    told = "return [...document.querySelectorAll('#loss-steps [aria-label]')].map(e => e.getAttribute('aria-label'))"
+    whole, *parts = chrome.execute_script(told)
+    assert whole.startswith("Loss by steps. Loss on held-out data")
+    axes, points = parts[:2], parts[2:]
+    assert [text.split("'")[1] for text in axes] == ["optimizer steps", "evaluation loss"]
+    assert {text.split(" at ")[0] for text in points} == {"adamw", "muon", "muonadam"}
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_phone_never_scrolls_sideways(chrome: Chrome, pages: dict[str, Path], name: str) -> None:
     show(chrome, pages[name], width=375, height=812)

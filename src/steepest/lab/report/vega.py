@@ -171,10 +171,14 @@ def _layers(figure: Figure) -> Iterator[Json]:
 
 
 def _layer(look: Json, rows: Sequence[Json], encoding: Json, *, name: str = "") -> Iterator[Json]:
-    """One layer of rows, or none; of the look, all but what is fixed is an expression."""
+    """One layer of rows, or none; of the look, all but what is fixed is an expression.
+
+    What hovering tells is also what is read aloud; of other marks nothing is.
+    """
     if rows:
         fixed = {key: look[key] for key in _FIXED if key in look}
         mark = fixed | {key: {"expr": value} for key, value in look.items() if key not in fixed}
+        mark |= {"description": mark["tooltip"]} if "tooltip" in mark else {"aria": False}
         yield {"data": {"values": rows}, "mark": mark, "encoding": encoding} | ({"name": name} if name else {})
 
 
