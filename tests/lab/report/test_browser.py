@@ -111,8 +111,7 @@ def test_print_shows_the_static_figures(chrome: Chrome, pages: dict[str, Path]) 
     show(chrome, pages["clear"])
     pdf = base64.b64decode(chrome.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"])
     assert pdf.startswith(b"%PDF")
-    sizes = "return [...document.querySelectorAll('figure img')].map(image => image.naturalWidth)"
-    assert chrome.execute_script(sizes) == [820] * 4
+    assert pdf.count(b"/Subtype /Image") >= 4
     chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     displays = "return ['img', '.plot'].map(s => getComputedStyle(document.querySelector('figure ' + s)).display)"
     assert chrome.execute_script(displays) == ["block", "none"]

@@ -53,7 +53,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_is_small(pages: dict[str, Pat
     page = Page(pages[name])
     addresses = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "srcset")]
     assert addresses
-    assert all(address is not None and address.startswith("data:image/svg+xml;base64,") for address in addresses)
+    assert all(address is not None and address.startswith("data:image/png;base64,") for address in addresses)
     assert "@import" not in pages[name].read_text().split("</style>")[0]
     assert pages[name].stat().st_size < 6_000_000
 

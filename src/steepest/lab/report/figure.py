@@ -196,7 +196,7 @@ def around(title: str, values: Iterable[float], *, margin: float = 1.25) -> Axis
 
 def named(names: Sequence[str]) -> Axis:
     """Rows one below the other, the first at height 0."""
-    return Axis("", 0.4 - len(names), 0.6, ticks=tuple((-float(row), name) for row, name in enumerate(names)))
+    return Axis("", 0.4 - len(names), 0.6, ticks=tuple((0.0 - row, name) for row, name in enumerate(names)))
 
 
 def whisker(style: Style, low: float, high: float, y: float) -> Curve:

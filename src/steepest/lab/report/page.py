@@ -19,7 +19,7 @@ from steepest.lab.report.figure import Figure
 from steepest.lab.report.notices import Notice
 from steepest.lab.report.palette import styles
 from steepest.lab.report.table import Column
-from steepest.lab.report.vega import script, to_png, to_svg, to_vega
+from steepest.lab.report.vega import script, to_png, to_vega
 from steepest.lab.report.wording import plain, shortened
 from steepest.lab.runs.records import Run
 
@@ -193,7 +193,7 @@ def render(content: Content, *, directory: str) -> Page:
             looks=styles(study.methods, baseline=study.baseline),
             dashes=_DASHES,
             markers=_MARKERS,
-            drawn=[(figure, base64.b64encode(to_svg(figure).encode()).decode()) for figure in content.figures],
+            drawn=[(figure, base64.b64encode(images[f"{figure.key}.png"]).decode()) for figure in content.figures],
             plots={figure.key: to_vega(figure) for figure in content.figures},
             options=lambda result: _options(result, content.hidden),
             created=f"{study.created.day} {study.created:%B %Y}",

@@ -72,13 +72,11 @@ def to_vega(figure: Figure) -> Json:
     }
 
 
-def to_svg(figure: Figure) -> str:
-    """The picture as SVG on light ground, for print and for readers without scripts."""
-    return vl_convert.vegalite_to_svg(to_vega(figure) | {"width": _WIDTH})
-
-
 def to_png(figure: Figure) -> bytes:
-    """The picture as PNG on light ground; the same figure gives the same bytes."""
+    """The picture as PNG on light ground; the same figure gives the same bytes.
+
+    It is also what a page prints, and shows without scripts: text of an SVG would need the fonts it was laid out for.
+    """
     return _png(to_vega(figure) | {"width": _WIDTH})
 
 

@@ -52,7 +52,7 @@ def test_nothing_comes_from_elsewhere(pages: dict[str, Path], name: str) -> None
     page = Page(pages[name])
     addresses = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "srcset")]
     assert len(addresses) == 3
-    assert all(address is not None and address.startswith("data:image/svg+xml;base64,") for address in addresses)
+    assert all(address is not None and address.startswith("data:image/png;base64,") for address in addresses)
     assert len(page.scripts) == 2
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
 
