@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,7 @@ def test_a_missing_library_is_named_with_the_remedy(tmp_path: Path, monkeypatch:
         return original(name, *args, **kwargs)
 
     write_study(tmp_path, {"adamw": Pace()}, seeds=(0,))
+    monkeypatch.delitem(sys.modules, "steepest.lab.studies.race.page", raising=False)
     monkeypatch.setattr(builtins, "__import__", without_page)
     remedy = r"cannot be drawn without vl_convert\. .*pip install 'steepest\[lab\]'"
     with pytest.raises(ModuleNotFoundError, match=remedy):

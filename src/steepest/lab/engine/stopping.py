@@ -8,24 +8,18 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steepest.lab.engine.pool import Pool
 
 POLL_S = 0.25
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stoppable(Protocol):
-    """What ends workers: `stop` lets them save first, `kill` does not."""
-
-    @property
-    def stop(self) -> threading.Event: ...  # noqa: D102
-    @property
-    def kill(self) -> threading.Event: ...  # noqa: D102
-
-
 def attend(
     slots: Sequence[Future[Any]],
-    pool: Stoppable,
+    pool: Pool,
     *,
     update: Callable[[], None],
     tell: Callable[[str], None],
@@ -35,7 +29,7 @@ def attend(
 
     Args:
         slots: What trains.
-        pool: Its means to stop.
+        pool: What they train with, and its means to stop them.
         update: Called now and then.
         tell: Says something to the user.
         patience_s: How long a worker may take to save, for what is said.

@@ -21,10 +21,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args
 
-import msgspec
 import torch
 
-from steepest.lab.disk.fields import RecordError, decode, read_text
+from steepest.lab.disk.fields import RecordError, Versioned, decode, read_text
 from steepest.lab.disk.files import digest, exists, make_directory, one_line, write_whole
 from steepest.lab.disk.ours import locked, refusal
 from steepest.lab.errors import UsageError
@@ -335,19 +334,13 @@ def _known(loss: float | None) -> float:
     return math.inf if loss is None else loss
 
 
-class _Stored(msgspec.Struct):
-    format: Literal[1]
-    batch_size: int
-    repeat: int
-    losses: tuple[float, ...]
-    final_loss: float | None
-
-
 def _read(path: Path, batch: int, repeat: int) -> Branch | None:
     if not exists(path):
         return None
-    stored = decode(_Stored, read_text(path, remedy=_BRANCH), path, remedy=_BRANCH)
+    text = read_text(path, remedy=_BRANCH)
+    decode(Versioned, text, path, remedy=_BRANCH)
+    stored = decode(Branch, text, path, remedy=_BRANCH)
     if (stored.batch_size, stored.repeat) != (batch, repeat):
         problem = f"batch_size must be {batch} and repeat {repeat}, got {stored.batch_size} and {stored.repeat}"
         raise RecordError(path, problem, _BRANCH)
-    return Branch(batch, repeat, stored.losses, stored.final_loss)
+    return stored

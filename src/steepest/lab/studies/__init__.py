@@ -46,7 +46,11 @@ class Kind:
             RecordError: If `study.json` is damaged; a damaged run is told on the page.
             ModuleNotFoundError: If the libraries that draw are not installed.
         """
-        page = importlib.import_module(f"{__name__}.{self.folder}.page")
+        try:
+            page = importlib.import_module(f"{__name__}.{self.folder}.page")
+        except ModuleNotFoundError as missing:
+            problem = f"The report cannot be drawn without {missing.name}. Install what the lab needs"
+            raise ModuleNotFoundError(f"{problem}: pip install 'steepest[lab]'.", name=missing.name) from missing
         return cast("Content", page.content(study_dir))
 
 

@@ -28,12 +28,9 @@ def write_report(study_dir: Path) -> Path:
             page instead.
         ModuleNotFoundError: If the libraries that draw are not installed.
     """
-    try:
-        from steepest.lab.report.page import render
+    content = KINDS[read_kind(study_dir)].content(study_dir)
+    from steepest.lab.report.page import render  # which takes what that has looked for
 
-        content = KINDS[read_kind(study_dir)].content(study_dir)
-    except ModuleNotFoundError as missing:
-        raise _not_installed(missing) from missing
     page, images = render(content, directory=str(study_dir))
     _write_tables(study_dir, content.tables)
     _write_images(study_dir, images, keys=content.keys)
@@ -58,19 +55,11 @@ def write_plots(study_dir: Path, kind: str) -> tuple[Path, ...]:
     """
     if (other := read_kind(study_dir)) != kind:
         raise RecordError(study_dir / "study.json", f"kind must be {kind!r}, got {other!r}", STUDY_REMEDY)
-    try:
-        from steepest.lab.report.page import pictures
+    content = KINDS[kind].content(study_dir)
+    from steepest.lab.report.page import pictures
 
-        content = KINDS[kind].content(study_dir)
-    except ModuleNotFoundError as missing:
-        raise _not_installed(missing) from missing
     images = _write_images(study_dir, pictures(content.figures), keys=content.keys)
     return (*images, *_write_tables(study_dir, content.tables))
-
-
-def _not_installed(missing: ModuleNotFoundError) -> ModuleNotFoundError:
-    remedy = "Install what the lab needs: pip install 'steepest[lab]'."
-    return ModuleNotFoundError(f"The report cannot be drawn without {missing.name}. {remedy}", name=missing.name)
 
 
 def _write_tables(study_dir: Path, tables: Mapping[str, str]) -> tuple[Path, ...]:

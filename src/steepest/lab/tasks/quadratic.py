@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +42,7 @@ class QuadraticTask:
         self.preset: PresetName = preset
         self.budget = PRESETS[preset]
         self.curvature = torch.linspace(0.1, 1, ROWS, device="cpu")[:, None]  # the diagonal of H, as a column
-        data = _draw_once()
-        self.target, self.noise_table, self._identity = data.target, data.noise, data.identity
+        self.target, self.noise_table, self._identity = _draw_once()
 
     @property
     def train_size(self) -> int:
@@ -96,26 +94,20 @@ class QuadraticTask:
         return Evaluation(self.value(_weight(model)).item())
 
 
-@dataclass(frozen=True)
-class _Data:
-    target: Tensor
-    noise: Tensor
-    identity: DataIdentity
-
-
 def _weight(model: nn.Module) -> Tensor:
     """W (m, n), read by sending the unit vectors through the layer: so methods that look at its inputs see some."""
     return model(torch.eye(COLUMNS, device="cpu")).T
 
 
 @functools.cache
-def _draw_once() -> _Data:
+def _draw_once() -> tuple[Tensor, Tensor, DataIdentity]:
+    """W*, noise, and what they are."""
     target = TARGET_SCALE * _normal("quadratic target", 1)[0]
     half = _normal("quadratic noise", EXAMPLES // 2)
     noise = torch.cat([half, -half])
     content = target.numpy().tobytes() + noise.numpy().tobytes()
     identity = DataIdentity(f"quadratic {ROWS} x {COLUMNS}", hashlib.sha256(content).hexdigest(), len(content))
-    return _Data(target, noise, identity)
+    return target, noise, identity
 
 
 def _normal(purpose: str, count: int) -> Tensor:

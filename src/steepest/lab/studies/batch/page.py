@@ -27,7 +27,7 @@ from steepest.lab.studies.batch.results import (
     reference,
     sample_ratios,
 )
-from steepest.lab.studies.batch.sentences import BEST, KNEE, number
+from steepest.lab.studies.batch.sentences import BEST, KNEE, interval, number
 from steepest.lab.studies.records import read_study
 
 
@@ -82,8 +82,8 @@ def columns(report: BatchReport) -> tuple[Column[TargetResult], ...]:
     return (
         Column("Target", _target),
         Column(BEST, _best, f"least data, {report.unit}"),
-        Column(KNEE, _knee, f"of the hyperbola, {report.unit}"),
-        Column("b at 20% more data", _overhead, report.unit),
+        Column(KNEE, partial(_other, "knee"), f"of the hyperbola, {report.unit}"),
+        Column("b at 20% more data", partial(_other, "overhead"), report.unit),
         Column("Family", _family, "lowest AICc"),
         *versus,
         Column("Soonest", _time, "on this machine"),
@@ -96,23 +96,16 @@ def _target(result: TargetResult) -> Cell:
 
 
 def _best(result: TargetResult) -> Cell:
-    if result.estimate is None:
-        return Cell("refused", (result.refusal,))
-    return _answer(result.estimate.b_star)
+    return Cell("refused", (result.refusal,)) if result.estimate is None else _answer(result.estimate.b_star)
 
 
-def _knee(result: TargetResult) -> Cell:
-    return Cell(DASH) if result.estimate is None else _answer(result.estimate.knee)
-
-
-def _overhead(result: TargetResult) -> Cell:
-    return Cell(DASH) if result.estimate is None else _answer(result.estimate.overhead)
+def _other(name: str, result: TargetResult) -> Cell:
+    return Cell(DASH) if result.estimate is None else _answer(getattr(result.estimate, name))
 
 
 def _answer(answer: Answer) -> Cell:
-    ends = ["open" if end is None else size_text(end) for end in (answer.low, answer.high)]
-    interval = (f"[{', '.join(ends)}]",) if answer.kind == "point" else ()
-    return Cell(number(answer), (*interval, *((answer.reason,) if answer.reason else ())))
+    shown = (interval(answer) if answer.kind == "point" else "", answer.reason)
+    return Cell(number(answer), tuple(filter(None, shown)))
 
 
 def _family(result: TargetResult) -> Cell:

@@ -51,14 +51,12 @@ def facts(report: BatchReport) -> tuple[Fact, ...]:
         (found.overhead, f"batch size that takes {share} more {report.unit} than the fewest"),
         (found.knee, f"{KNEE} of the hyperbola: beyond it larger batches save few steps"),
     )
-    return tuple(
-        Fact(
-            number(answer),
-            "; ".join([meaning, *_interval_of(answer, level), *([answer.reason] if answer.reason else [])]),
-        )
-        for answer, meaning in told
-        if answer.kind != "refused"
-    )
+    shown: list[Fact] = []
+    for answer, meaning in told:
+        if answer.kind != "refused":
+            around = f"{level} {interval(answer)}" if answer.kind == "point" else ""
+            shown.append(Fact(number(answer), "; ".join(filter(None, (meaning, around, answer.reason)))))
+    return tuple(shown)
 
 
 def number(answer: Answer) -> str:
@@ -128,15 +126,12 @@ def methodology(report: BatchReport) -> tuple[str, ...]:
 
 def _reach(answer: Answer, unit: str, level: float) -> str:
     if answer.kind == "point":
-        return f"= {number(answer)} {unit}, {100 * level:g}% interval {_interval(answer)}"
+        return f"= {number(answer)} {unit}, {100 * level:g}% interval {interval(answer)}"
     edge = ", no minimum inside what was measured" if answer.kind in ("at most", "at least") else ""
     return f"{number(answer)} {unit}{edge}"
 
 
-def _interval_of(answer: Answer, level: str) -> tuple[str, ...]:
-    return (f"{level} {_interval(answer)}",) if answer.kind == "point" else ()
-
-
-def _interval(answer: Answer) -> str:
+def interval(answer: Answer) -> str:
+    """Its ends: "[95, 180]", "[open, 180]"."""
     ends = ["open" if end is None else size_text(end) for end in (answer.low, answer.high)]
     return f"[{', '.join(ends)}]"
