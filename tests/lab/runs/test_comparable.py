@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from steepest.lab.studies.race.records import RaceStudy
+from steepest.lab.studies.race.plan import RaceStudy
 from steepest.lab.studies.race.results import choose
 from steepest.lab.studies.records import read_study
 from tests.cases import cases

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from steepest.lab.disk.fields import RecordError
 from steepest.lab.disk.packed import RunFiles
 from steepest.lab.runs.records import Result, read_result, read_run
-from steepest.lab.studies.race.records import RaceStudy
+from steepest.lab.studies.race.plan import RaceStudy
 from steepest.lab.studies.records import Asked, Recorded, read_study
 from tests.lab.synthetic import STEPS, Pace, run_dir, write_study
 

@@ -14,12 +14,12 @@ from steepest.lab.disk.files import RecordError
 from steepest.lab.disk.ours import RunBusyError, locked
 from steepest.lab.disk.packed import PACKED
 from steepest.lab.studies import pack
-from steepest.lab.studies.batch.records import BatchStudy
+from steepest.lab.studies.batch.plan import BatchStudy
 from steepest.lab.studies.pack import pack_study, unpack_study
-from steepest.lab.studies.race.records import RaceStudy
+from steepest.lab.studies.race.plan import RaceStudy
 from steepest.lab.studies.records import read_study
 from steepest.lab.studies.report import write_report
-from steepest.lab.studies.sweep.records import SweepStudy
+from steepest.lab.studies.sweep.plan import SweepStudy
 from tests.lab.studies.batch.cases import written
 from tests.lab.synthetic import Pace, Valley, run_dir, write_study, write_sweep
 

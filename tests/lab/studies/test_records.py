@@ -11,7 +11,7 @@ import pytest
 
 from steepest.lab.disk.fields import RecordError
 from steepest.lab.studies import KINDS
-from steepest.lab.studies.race.records import RaceStudy
+from steepest.lab.studies.race.plan import RaceStudy
 from steepest.lab.studies.records import Asked, Recorded, read_study
 from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, write_study
 

@@ -8,8 +8,7 @@ import pytest
 from steepest.lab.methods.tuned import Tuning
 from steepest.lab.runs.config import names_of, run_hash
 from steepest.lab.studies.pack import pack_study
-from steepest.lab.studies.race.plan import Race
-from steepest.lab.studies.race.records import RaceStudy
+from steepest.lab.studies.race.plan import Race, RaceStudy
 from steepest.lab.studies.records import read_study
 from steepest.lab.studies.study import read_listing, run_directory, write_study
 from steepest.lab.tasks import make_task

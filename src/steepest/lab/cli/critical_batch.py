@@ -57,7 +57,7 @@ class Fit(Command, AsJson):
     def run(self) -> int:
         """Fit and print."""
         from steepest.batch_size.curve import family
-        from steepest.lab.studies.batch.records import BatchStudy
+        from steepest.lab.studies.batch.plan import BatchStudy
         from steepest.lab.studies.batch.results import read_report
         from steepest.lab.studies.records import read_study
 

@@ -1,8 +1,8 @@
 """The kinds of study. A new one is a folder beside this file and a line in `KINDS`.
 
-Its folder holds the command that makes one (`command.py`, its `COMMAND`), what is run (`plan.py`, a `StudyPlan`), what
-the stored records say (`records.py`, a `Listed`, and `results.py`), and the page about them (`page.py`, whose `content`
-is all that reports know).
+Its folder holds the command that makes one (`command.py`, its `COMMAND`), what is asked for (`plan.py`: a `StudyPlan`
+that is run, and a `Listed` as which `study.json` is read), the numbers that come of the records (`results.py`), and the
+page about them (`page.py`, whose `content` is all that reports know).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pytest
 
 from steepest.lab.studies.batch.figures import figures
 from steepest.lab.studies.batch.notices import look
-from steepest.lab.studies.batch.records import BatchStudy
+from steepest.lab.studies.batch.plan import BatchStudy
 from steepest.lab.studies.batch.results import read_report
 from steepest.lab.studies.records import read_study
 from steepest.lab.studies.report import write_plots, write_report

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from steepest.lab.disk.fields import RecordError
-from steepest.lab.studies.batch.records import BatchStudy
+from steepest.lab.studies.batch.plan import BatchStudy
 from steepest.lab.studies.records import read_study
 from tests.lab.studies.batch.cases import written
 

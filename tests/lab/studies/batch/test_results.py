@@ -16,7 +16,7 @@ from steepest.lab.disk.packed import RunFiles
 from steepest.lab.runs.config import configure
 from steepest.lab.runs.records import EvalRow, read_run
 from steepest.lab.runs.train import Interrupted, train_run
-from steepest.lab.studies.batch.records import BatchStudy
+from steepest.lab.studies.batch.plan import BatchStudy
 from steepest.lab.studies.batch.results import BatchReport, read_report, reference, run_crossing, sample_ratios
 from steepest.lab.studies.batch.varied import varied
 from steepest.lab.studies.records import read_study

@@ -18,7 +18,7 @@ from steepest.lab.report.figure import Figure
 from steepest.lab.report.palette import PAPER, styles
 from steepest.lab.report.vega import to_png, to_vega
 from steepest.lab.studies.race.figures import KEYS, figures
-from steepest.lab.studies.race.records import RaceStudy
+from steepest.lab.studies.race.plan import RaceStudy
 from steepest.lab.studies.race.results import read_race
 from steepest.lab.studies.records import read_study
 from tests.lab.drawn import layers, rows

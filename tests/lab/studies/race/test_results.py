@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from steepest.lab.studies.race.records import RaceStudy
+from steepest.lab.studies.race.plan import RaceStudy
 from steepest.lab.studies.race.results import Race, read_race
 from steepest.lab.studies.records import read_study
 from tests.lab.synthetic import STEPS, Pace, write_study

@@ -11,7 +11,7 @@ import pytest
 
 from steepest.lab.report.statistics import Interval
 from steepest.lab.studies.race import notices, sentences
-from steepest.lab.studies.race.records import RaceStudy
+from steepest.lab.studies.race.plan import RaceStudy
 from steepest.lab.studies.race.results import Race, read_race
 from steepest.lab.studies.records import read_study
 from tests.cases import cases

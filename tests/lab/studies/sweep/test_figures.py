@@ -19,7 +19,7 @@ from steepest.lab.report.palette import styles
 from steepest.lab.report.vega import to_png, to_vega
 from steepest.lab.studies.records import read_study
 from steepest.lab.studies.sweep.figures import KEYS, figures
-from steepest.lab.studies.sweep.records import SweepStudy
+from steepest.lab.studies.sweep.plan import SweepStudy
 from steepest.lab.studies.sweep.results import read_results
 from tests.lab.drawn import layers, rows
 from tests.lab.synthetic import FINE, Valley, write_scenario, write_sweep

@@ -11,7 +11,7 @@ import pytest
 
 from steepest.lab.disk.fields import RecordError
 from steepest.lab.studies.records import Asked, read_kind, read_study
-from steepest.lab.studies.sweep.records import SweepStudy, rate
+from steepest.lab.studies.sweep.plan import SweepStudy, rate
 from tests.lab.synthetic import Pace, Valley, write_study, write_sweep
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from steepest.lab.studies.records import read_study
-from steepest.lab.studies.sweep.records import SweepStudy
+from steepest.lab.studies.sweep.plan import SweepStudy
 from steepest.lab.studies.sweep.results import WIDE, Sweep, comparable_settings, read_results
 from tests.lab.synthetic import FINE, UNTRAINED, Valley, grid_of, write_sweep
 

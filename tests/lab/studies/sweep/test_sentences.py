@@ -15,7 +15,7 @@ from steepest.lab.runs.version import code_version
 from steepest.lab.studies.records import read_study
 from steepest.lab.studies.sweep import notices as lr_notices
 from steepest.lab.studies.sweep import sentences as lr_sentences
-from steepest.lab.studies.sweep.records import SweepStudy
+from steepest.lab.studies.sweep.plan import SweepStudy
 from steepest.lab.studies.sweep.results import Sweep, read_results
 from tests.cases import cases
 from tests.lab.synthetic import FINE, Valley, write_scenario, write_sweep

@@ -16,7 +16,7 @@ from steepest.lab.report.wording import DASH, duration, shortened
 from steepest.lab.studies.batch import sentences
 from steepest.lab.studies.batch.figures import KEYS, figures
 from steepest.lab.studies.batch.notices import look, notices
-from steepest.lab.studies.batch.records import BatchStudy
+from steepest.lab.studies.batch.plan import BatchStudy
 from steepest.lab.studies.batch.results import (
     LEVEL,
     ArmResult,

@@ -3,6 +3,8 @@
 The learning rate is tuned anew for each batch size, on seeds of its own: among rates that are powers of two apart, the
 search goes on past the best one until both of its neighbours are worse. Then the other seeds run with it. Runs have a
 constant rate and end when the hardest target is reached, so that one run tells of all targets.
+
+What `study.json` says of it is written and read here.
 """
 
 from __future__ import annotations
@@ -10,18 +12,25 @@ from __future__ import annotations
 import functools
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
+import msgspec
+from msgspec import Meta
+
+from steepest.batch_size.curve import Crossing, first_crossing
+from steepest.lab.disk.fields import HUGE, Count, Positive, Rate, RunName, Text, Texts, wrong
 from steepest.lab.disk.files import exists
 from steepest.lab.disk.packed import RunFiles
 from steepest.lab.methods import check_buildable, check_options, resolve
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, configure, run_hash
-from steepest.lab.runs.records import check_positive, read_run
-from steepest.lab.studies.batch.results import run_crossing
+from steepest.lab.runs.records import Run, check_positive, read_run
+from steepest.lab.runs.schedule import SMOOTHED
+from steepest.lab.studies.records import Asked, Listed
 from steepest.lab.studies.study import StudyPlan, rounded, run_directory
 
 MOST_RATES = 9  # of one batch size; the search then ends, and the report flags the edge
@@ -35,7 +44,7 @@ class Arm:
 
     Args:
         method: A key of `METHODS`.
-        changes: Options that differ between arms of one method, by name.
+        changes: Options that differ between arms of one method, by name; of one that was read, their values as text.
     """
 
     method: str
@@ -45,6 +54,11 @@ class Arm:
     def label(self) -> str:
         """The method, and what was changed."""
         return " ".join([self.method, *(f"{name}={value}" for name, value in self.changes)])
+
+    @property
+    def name(self) -> str:
+        """The label, shortened, so that arms with different values stay apart beside a curve."""
+        return self.label.replace("weight_decay=", "wd=")
 
 
 @dataclass(frozen=True)
@@ -289,3 +303,146 @@ def make_arms(methods: Sequence[str], varied: Sequence[tuple[str, str, Sequence[
         changes = [tuple(check_options(method, {option: value}).items()) for option, value in own]
         arms += [Arm(method, change) for change in changes] or [Arm(method)]
     return tuple(arms)
+
+
+def run_crossing(run: Run, target: float) -> Crossing:
+    """Where the validation loss of a run first comes down to a target, as medians of five evaluations say.
+
+    The median counts for the evaluation in the middle; the start counts as it is. So a run has crossed its own target
+    exactly if it ended for that reason.
+
+    Args:
+        run: With one evaluation at least.
+        target: Loss.
+    """
+    steps = [row.step for row in run.evals]
+    losses = [float("inf") if row.loss is None else row.loss for row in run.evals]
+    middle = SMOOTHED // 2
+    medians = [statistics.median(losses[i - middle : i + middle + 1]) for i in range(middle, len(losses) - middle)]
+    crossing = first_crossing([steps[0], *steps[middle : len(steps) - middle]], [losses[0], *medians], target)
+    if crossing.status in ("reached", "at the start"):
+        return crossing
+    return replace(crossing, steps=steps[-1], status="stopped" if math.isfinite(losses[-1]) else "diverged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchAsked(Asked):
+    """A run that a batch-size study lists.
+
+    Args:
+        lr: Learning rate.
+        arm: Of which it is.
+        batch_size: Examples per step.
+        tunes: Whether it serves to find the learning rate only.
+    """
+
+    lr: float
+    arm: Arm
+    batch_size: int
+    tunes: bool
+
+    @property
+    def name(self) -> str:
+        """Of the arm."""
+        return self.arm.name
+
+    def check(self, run: Run, files: RunFiles) -> None:
+        """As of any run, also comparing batch size and the options that were changed.
+
+        Raises:
+            RecordError: If they differ, or a loss is not above 0.
+        """
+        super().check(run, files)
+        check_positive(files, run)
+        own = {"batch_size": run.config.batch_size, **run.config.options}
+        expected = {"batch_size": str(self.batch_size), **{key: str(value) for key, value in self.arm.changes}}
+        both = [(key, str(own.get(key)), value) for key, value in expected.items()]
+        if differing := [f"{key} {found} instead of {value}" for key, found, value in both if found != value]:
+            raise files.error("config.json", f"the run has {', '.join(differing)}")
+
+
+class _Run(msgspec.Struct):
+    method: Text
+    arm: Text
+    batch_size: Count
+    lr: Rate
+    seed: Count
+    tunes: bool
+
+
+class BatchStudy(Listed[BatchAsked], frozen=True, kw_only=True):
+    """Arms at several batch sizes; `targets` fall, `batches` rise. Runs that follow from results are listed later.
+
+    Raises:
+        ValueError: If the fields contradict each other.
+    """
+
+    kind: Literal["critical-batch"]
+    labels: Texts = msgspec.field(name="arms")
+    batches: Annotated[tuple[Positive, ...], Meta(min_length=1)]
+    targets: Annotated[tuple[Annotated[float, Meta(gt=0, le=HUGE)], ...], Meta(min_length=1)]
+    runs: Mapping[RunName, _Run]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if list(self.batches) != sorted(set(self.batches)):
+            raise wrong("batches", "a list of whole numbers of at least 1, rising", self.batches)
+        if list(self.targets) != sorted(set(self.targets), reverse=True):
+            raise wrong("targets", f"a list of losses above 0 and at most {HUGE:g}, falling", self.targets)
+        if len(set(self.methods)) < len(self.labels):
+            raise wrong("arms", "a list of arms with different names", self.labels)
+        self.asked()
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """What is compared.
+
+        Raises:
+            ValueError: If one is of another method.
+        """
+        return tuple(map(self._arm, self.labels))
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the arms."""
+        return tuple(arm.name for arm in self.arms)
+
+    @property
+    def baseline(self) -> str:
+        """The first arm of AdamW, or the first one."""
+        return next((arm.name for arm in self.arms if arm.method == "adamw"), self.methods[0])
+
+    def asked(self) -> Mapping[BatchAsked, str | None]:
+        """The runs that are listed, in the order of arms, batch sizes, rates and seeds."""
+        arms = dict(zip(self.labels, self.arms, strict=True))
+        found: dict[BatchAsked, str | None] = {}
+        rates: dict[tuple[str, int], float] = {}
+        for name, run in self.runs.items():
+            if run.arm not in arms or run.method != arms[run.arm].method:
+                raise wrong(f"runs.{name}.arm", f"one of the arms {list(arms)}, and of its method", run.arm)
+            one = BatchAsked(
+                method=run.method,
+                seed=run.seed,
+                lr=run.lr,
+                arm=arms[run.arm],
+                batch_size=run.batch_size,
+                tunes=run.tunes,
+            )
+            if one.batch_size not in self.batches or (one.seed in self.seeds) == one.tunes:
+                among = f"at one of the batch sizes {list(self.batches)}, with one of the seeds {list(self.seeds)}"
+                raise wrong(f"runs.{name}", among, (one.batch_size, one.seed))
+            if one in found:
+                raise ValueError(f"runs.{name} must be the only run of its arm, batch size, learning rate and seed")
+            if not one.tunes and (rate := rates.setdefault((run.arm, one.batch_size), one.lr)) != one.lr:
+                raise wrong(f"runs.{name}.lr", f"{rate}, as for the other seeds of that batch size", one.lr)
+            found[one] = name
+        places = {arm: place for place, arm in enumerate(arms.values())}
+        order = sorted(found, key=lambda one: (places[one.arm], one.batch_size, one.tunes, one.lr, one.seed))
+        return {one: found[one] for one in order}
+
+    def _arm(self, label: str) -> Arm:
+        for method in self.listed_methods:
+            if label == method or label.startswith(f"{method} "):
+                return Arm(method, tuple(re.findall(r"(\w+)=(\S+)", label[len(method) :])))
+        expected = f"a list of the methods {list(self.listed_methods)} with what was changed of them"
+        raise wrong("arms", expected, self.labels)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean, median
 
 from scipy.stats import t as student
 
-from steepest.batch_size.curve import Crossing, Estimate, Point, TimeOptimum, estimate, first_crossing, time_optimal
+from steepest.batch_size.curve import Crossing, Estimate, Point, TimeOptimum, estimate, time_optimal
 from steepest.batch_size.curve_fit import ALL_FAMILIES
 from steepest.lab.runs.comparable import Description, SetAside, comparable, fixed_options
 from steepest.lab.runs.config import RunConfig
 from steepest.lab.runs.records import Run
-from steepest.lab.runs.schedule import SMOOTHED
-from steepest.lab.studies.batch.records import BatchAsked, BatchStudy
+from steepest.lab.studies.batch.plan import BatchAsked, BatchStudy, run_crossing
 from steepest.lab.studies.records import Recorded
 from steepest.lab.tasks import entry
 
@@ -269,26 +267,6 @@ def _points(arrivals: Sequence[Arrival]) -> tuple[Point, ...]:
         for one in arrivals
         if one.crossing.status != "at the start" and one.crossing.steps > 0
     )
-
-
-def run_crossing(run: Run, target: float) -> Crossing:
-    """Where the validation loss of a run first comes down to a target, as medians of five evaluations say.
-
-    The median counts for the evaluation in the middle; the start counts as it is. So a run has crossed its own target
-    exactly if it ended for that reason.
-
-    Args:
-        run: With one evaluation at least.
-        target: Loss.
-    """
-    steps = [row.step for row in run.evals]
-    losses = [float("inf") if row.loss is None else row.loss for row in run.evals]
-    middle = SMOOTHED // 2
-    medians = [statistics.median(losses[i - middle : i + middle + 1]) for i in range(middle, len(losses) - middle)]
-    crossing = first_crossing([steps[0], *steps[middle : len(steps) - middle]], [losses[0], *medians], target)
-    if crossing.status in ("reached", "at the start"):
-        return crossing
-    return replace(crossing, steps=steps[-1], status="stopped" if math.isfinite(losses[-1]) else "diverged")
 
 
 @dataclass(frozen=True)

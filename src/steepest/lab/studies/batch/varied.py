@@ -31,7 +31,7 @@ def varied(report: BatchReport) -> tuple[Varied, ...]:
     groups: dict[tuple[str, str], dict[float, TargetResult]] = {}
     shown = {one.name: one for one in report.at(report.shown)}
     for arm in report.study.arms:
-        if len(arm.changes) == 1 and (value := _number(arm.changes[0][1])) is not None:
+        if len(arm.changes) == 1 and (value := _number(str(arm.changes[0][1]))) is not None:
             groups.setdefault((arm.method, arm.changes[0][0]), {})[value] = shown[arm.name]
     found = [Varied(*key, tuple(sorted(own.items(), key=lambda pair: pair[0]))) for key, own in groups.items()]
     return tuple(one for one in found if len(one.values) > 1)[:MOST]

@@ -22,7 +22,7 @@ from steepest.lab.report.statistics import (
 from steepest.lab.runs.comparable import Description, SetAside, comparable
 from steepest.lab.runs.config import RunConfig
 from steepest.lab.runs.records import Run, finals
-from steepest.lab.studies.race.records import RaceStudy
+from steepest.lab.studies.race.plan import RaceStudy
 from steepest.lab.studies.records import Asked, Recorded
 
 Refusal = Literal["unequal", "unknown"]

@@ -8,7 +8,7 @@ from steepest.lab.report import wording
 from steepest.lab.report.notices import GO_ON, Notice, cut, machines, notice, older, ordered, progress, set_aside
 from steepest.lab.report.wording import plain
 from steepest.lab.runs.records import Run
-from steepest.lab.studies.sweep.records import rate
+from steepest.lab.studies.sweep.plan import rate
 from steepest.lab.studies.sweep.results import MethodSweep, Sweep
 
 

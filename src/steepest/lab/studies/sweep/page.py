@@ -15,7 +15,7 @@ from steepest.lab.studies.sweep import sentences
 from steepest.lab.studies.sweep.basin import TOLERANCES
 from steepest.lab.studies.sweep.figures import KEYS, figures
 from steepest.lab.studies.sweep.notices import notices
-from steepest.lab.studies.sweep.records import SweepStudy, rate
+from steepest.lab.studies.sweep.plan import SweepStudy, rate
 from steepest.lab.studies.sweep.results import WIDE, Basins, MethodSweep, Sweep, read_results
 from steepest.lab.studies.sweep.sentences import width
 

@@ -11,7 +11,7 @@ from steepest.lab.runs.config import RunConfig
 from steepest.lab.runs.records import Run, finals
 from steepest.lab.studies.records import Asked, Recorded
 from steepest.lab.studies.sweep.basin import TOLERANCES, Basin, Best, Point, basin, best, expected_best, grid, unchanged
-from steepest.lab.studies.sweep.records import SweepStudy, rate
+from steepest.lab.studies.sweep.plan import SweepStudy, rate
 
 WIDE = 0.05  # the tolerance that headline, chart and ranking speak of
 
