@@ -107,6 +107,12 @@ def counting(self, load, directions, states, accept):
     return directions
 
 
+def waking(self, states, present, accept):
+    for state in states.values():
+        if "faulty_count" in state:
+            state["faulty_count"] += 1
+
+
 def sharing(self, load, directions, states, accept):
     return tuple(d * sum(own.square().sum() for own in directions) for d in directions)
 
@@ -114,13 +120,17 @@ def sharing(self, load, directions, states, accept):
 @pytest.mark.parametrize(
     ("name", "fault", "message"),
     [
-        ("entries", lambda self, row: (Entry("count", torch.Size([1])),), "what is kept is what entries declares"),
+        ("entries", lambda self, row: (Entry("count", torch.Size([1])),), "must begin with the stage's prefix"),
         ("after", lambda self, load, d, states, accept: tuple(one.mul_(2) for one in d), "arguments are only read"),
         ("before", lambda self, load, batches: tuple(one.mul_(2) for one in batches), "arguments are only read"),
         ("linear", True, "after(c D) = c after(D)"),
         ("keeps_ball", True, "keeps_ball"),
+        ("refresh", waking, "a step that is not taken changes no entry"),
+        ("gradient", lambda self, load, gradients: [2 * one for one in gradients], "no_duals"),
+        ("after", lambda self, load, d, states, accept: tuple(-one for one in d), "-<M, D> is at least 0"),
+        ("entries", lambda self, row: (Entry("faulty_row", torch.Size([-1])),), "entries_are_what_is_declared"),
         ("after", counting, "a step that is not taken changes no entry"),
-        ("after", lambda self, load, d, states, accept: tuple(one + 1 for one in d), "after(0) = 0"),
+        ("after", lambda self, load, d, states, accept: tuple(one + (one == 0) for one in d), "after(0) = 0"),
         ("after", sharing, "a load is its parameters"),
     ],
 )

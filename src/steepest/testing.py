@@ -65,7 +65,10 @@ def check_stage(stage: Stage) -> None:
         AssertionError: If a law does not hold; the message has law, numbers and what to look at.
     """
     for law in STAGE_LAWS:
-        law(stage)
+        try:
+            law(stage)
+        except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise AssertionError(f"{stage}: {law.__name__}: {type(error).__name__}: {error}") from error
     check_recipe(partial(Muon, stages=[stage]))
 
 
@@ -276,6 +279,8 @@ NORM_LAWS: tuple[Callable[[Norm, float], None], ...] = (
 class _Staged:
     """A stage at work, on the matrices of `network` after some steps."""
 
+    model: nn.Module
+    optimizer: SteepestDescent
     stage: Stage
     load: Load
     states: list[dict[str, Tensor]]
@@ -291,7 +296,7 @@ class _Staged:
         (attached,) = optimizer.stages
         attached.allocate(optimizer.state)
         attached.refresh(optimizer.state, (), None)
-        return cls(attached, load, [optimizer.state[row.parameter] for row in rows], rows)
+        return cls(model, optimizer, attached, load, [optimizer.state[row.parameter] for row in rows], rows)
 
     def random(self, seed: int) -> tuple[Tensor, ...]:
         """Averages of gradients, as it were."""
@@ -347,6 +352,28 @@ def batches_are_only_read(stage: Stage) -> None:
         _hold(fine, stage, law, f"{[one.shape for one in like]} became {[one.shape for one in result]}", remedy)
 
 
+def gradients_are_averaged_or_it_is_said(stage: Stage) -> None:
+    """Where `gradient` changes something, `no_duals` says that averages do not tell how the loss changes."""
+    own = _Staged.of(stage)
+    given = own.load.parameter_shaped(own.random(5))
+    made = own.stage.gradient(own.load, [one.clone() for one in given])
+    same = all(torch.equal(one, other) for one, other in zip(made, given, strict=True))
+    law = "what changes gradients says no_duals"
+    _hold(same or own.stage.no_duals, stage, law, "it says nothing", "Set no_duals to the reason and the remedy.")
+
+
+def directions_go_down(stage: Stage) -> None:
+    """For an average M and what becomes of the direction for it, -<M, D> is at least 0."""
+    own = _Staged.of(stage)
+    for seed in range(5):
+        m = own.random(seed)
+        d = tuple(polar(-one, method="svd") for one in own.stage.before(own.load, m))
+        for one, found in zip(m, own.after(d), strict=True):
+            least = float(-(one * found).sum(MATRIX).max())
+            fine = least >= -1e-4 * float(one.abs().sum())
+            _hold(fine, stage, "-<M, D> is at least 0", f"it is {least:.3g}", "Turn no direction round.")
+
+
 def a_linear_stage_is_linear(stage: Stage) -> None:
     """Where `linear` says so, after(c D) = c after(D)."""
     own = _Staged.of(stage)
@@ -370,8 +397,10 @@ def the_ball_is_kept_where_that_is_said(stage: Stage) -> None:
 def a_step_that_is_not_taken_changes_no_entry(stage: Stage) -> None:
     """Where `accept` is False, `after` and `refresh` leave the state as it is."""
     own = _Staged.of(stage)
-    before = own.kept()
     never = torch.tensor(False, device="cpu")
+    backward(own.model, 9)
+    before = own.kept()
+    own.stage.refresh(own.optimizer.state, [p for p in own.model.parameters() if p.grad is not None], never)
     own.stage.after(own.load, own.factors(2), own.states, never)
     law = "a step that is not taken changes no entry"
     for one, other in zip(own.kept(), before, strict=True):
@@ -408,6 +437,8 @@ def a_load_is_its_parameters(stage: Stage) -> None:
 STAGE_LAWS: tuple[Callable[[Stage], None], ...] = (
     entries_are_what_is_declared,
     batches_are_only_read,
+    gradients_are_averaged_or_it_is_said,
+    directions_go_down,
     a_linear_stage_is_linear,
     the_ball_is_kept_where_that_is_said,
     a_step_that_is_not_taken_changes_no_entry,

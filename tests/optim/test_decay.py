@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from steepest import Decay, Decoupled, Momo, Muon, SteepestDescent
+from steepest import Decay, Decoupled, Momo, Muon, Spectral, SteepestDescent
 from steepest.testing import backward, check_recipe, network
 
 
@@ -17,6 +17,7 @@ class Cautious:
     """Decay of those weights alone that the step makes smaller, too (arXiv:2510.12402)."""
 
     rate: float = 0.0
+    needs_directions = True
 
     def radius(self, rate):
         return None
@@ -24,11 +25,11 @@ class Cautious:
     def removed(self, weights, directions):
         return [w * (w * d < 0) for w, d in zip(weights, directions(), strict=True)]
 
-    def apply_(self, parameters, moves, *, length, decay, accept=None, pull=False):
-        for w, move in zip(parameters, moves, strict=True):
+    def apply_(self, parameters, moves, *, directions, length, decay, accept=None, pull=False):
+        for w, move, d in zip(parameters, moves, directions, strict=True):
             wide = w.to(move.dtype)
             part = decay if accept is None else torch.where(accept, decay, 0.0)
-            w.copy_(wide - part * wide * (wide * move < 0) + move * length)
+            w.copy_(wide - part * wide * (wide * d < 0) + move * length)
 
     def stay_finite(self, parameters, moves, *, length, decay, pull):
         return torch.stack(
@@ -91,20 +92,23 @@ def test_another_kind_keeps_the_laws_of_recipes():
 
 @pytest.mark.parametrize("bookkeeping", ["recurrent", "direct"])
 @pytest.mark.parametrize("dual", ["cached", "stale"])
-def test_momo_predicts_what_another_kind_takes_away(bookkeeping, dual):
-    """On a linear loss the model is exact, and so is its value after steps with decay."""
+@pytest.mark.parametrize("product", ["max", "sum", "euclid"])
+def test_momo_predicts_what_another_kind_takes_away(bookkeeping, dual, product):
+    """On a linear loss the model is exact, and so is its value after steps with decay, also where a layer stays."""
     torch.manual_seed(1)
-    slope = torch.randn(5, 3, dtype=torch.float64)
-    weight = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    slopes = [torch.randn(5, 3, dtype=torch.float64), 0.2 * torch.randn(3, 4, dtype=torch.float64)]
+    weights = [torch.nn.Parameter(torch.randn_like(slope)) for slope in slopes]
     momo = Momo(-100.0, bookkeeping=bookkeeping)
-    optimizer = Muon([weight], lr=0.1, weight_decay=Cautious(0.5), step_size=momo, dual=dual)
+    options = {"weight_decay": Cautious(0.5), "product": product, "step_size": momo, "dual": dual}
+    optimizer = SteepestDescent(weights, lr=0.1, norms={"matrix": Spectral(polar="svd")}, **options)
     for _ in range(3):
         optimizer.zero_grad()
-        loss = (slope * weight).sum()
+        loss = sum((slope * weight).sum() for slope, weight in zip(slopes, weights, strict=True))
         loss.backward()
         optimizer.step(loss=loss.detach())
         value = optimizer.state_dict()["param_groups"][0]["momo_value"]
-        assert value == pytest.approx(float((slope * weight).detach().sum()), rel=1e-9)
+        now = sum(float((s * w.detach()).sum()) for s, w in zip(slopes, weights, strict=True))
+        assert value == pytest.approx(now, rel=1e-9)
 
 
 def test_where_no_ball_is_kept_none_is_promised():
@@ -147,3 +151,51 @@ def test_a_rate_out_of_range_is_refused(rate):
         Muon(network(), weight_decay=Cautious(rate))
     with pytest.raises(ValueError, match="Decoupled: rate"):
         Decoupled(rate)
+
+
+def test_a_group_of_another_optimizer_is_taken():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    first = Muon([weight], weight_decay=0.1)
+    second = Muon([dict(first.param_groups[0])])
+    weight.grad = torch.ones(2, 2)
+    second.step()
+    second.param_groups[0] = dict(first.param_groups[0])
+    second.step()
+    assert second.param_groups[0]["decay_kind"] == "Decoupled(rate=0.0)"
+
+
+@pytest.mark.parametrize("text", ["x", 5])
+def test_a_text_that_stands_for_no_kind_is_refused_before_anything_changes(text):
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    optimizer = Muon([weight])
+    optimizer.param_groups[0]["decay_kind"] = text
+    with pytest.raises(ValueError, match=f"decay_kind is {text!r}, which stands for no kind"):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(weight.detach(), torch.ones(2, 2))
+
+
+def test_kinds_that_print_alike_are_told_apart():
+    @dataclass(frozen=True, repr=False)
+    class Hidden(Cautious):
+        part: float = 1.0
+
+    one, two = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    kinds = [(one, Hidden(0.1, part=0.5)), (two, Hidden(0.1, part=0.25))]
+    groups = [
+        {"params": [p], "role": "matrix", "weight_decay": kind} for p, kind in zip((one, two), kinds, strict=True)
+    ]
+    optimizer = SteepestDescent(groups)
+    first, second = (group["decay_kind"] for group in optimizer.param_groups)
+    assert second == f"{first}#2"
+
+
+def test_a_kind_that_is_no_dataclass_is_refused():
+    class Bare:
+        rate, needs_directions = 0.1, False
+        radius, removed = Decoupled.radius, Decoupled.removed
+        apply_, stay_finite = Decoupled.apply_, Decoupled.stay_finite
+
+    with pytest.raises(TypeError, match="a kind of decay that is a dataclass"):
+        Muon(network(), weight_decay=Bare())

@@ -90,7 +90,7 @@ def weight_numbers(
             radius = decay.radius(rate) if decay and rate else None
             if radius is not None:
                 numbers[f"{prefix}/ball_radius"] = max(lengths) * radius
-            if decay and (radius is not None or not rate) and (state := states.get(parameter)):
+            if decay and (radius is not None or not rate) and (state := states.get(parameter)) and int(state[STEP]):
                 mass = debias(group["momentum"], state[STEP].to(state[MOMENTUM].dtype))
                 averages = bucket.matrices([state[MOMENTUM] / torch.where(mass == 0, 1.0, mass)])
                 pulls = [1 / (length * radius) if radius else 0.0 for length in lengths]

@@ -4,15 +4,16 @@ A step is W <- W - lr · weight_decay · removed(W, D) + length · D, where `rem
 hold the rate, which schedulers may write, and the kind as a text.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, cast, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from steepest.checks import check_fields, number, refusal
+from steepest.checks import check_fields, number, refusal, shown
 from steepest.geometry.text import text_of
+from steepest.optim.groups import Group
 
 
 @runtime_checkable
@@ -22,6 +23,11 @@ class Decay(Protocol):
     @property
     def rate(self) -> float:
         """What stands in the groups as "weight_decay" until somebody writes there."""
+        ...
+
+    @property
+    def needs_directions(self) -> bool:
+        """Whether what is removed depends on the directions."""
         ...
 
     def radius(self, rate: float) -> float | None:
@@ -46,6 +52,7 @@ class Decay(Protocol):
         parameters: Sequence[Tensor],
         moves: Sequence[Tensor],
         *,
+        directions: Sequence[Tensor] = (),
         length: float | Tensor,
         decay: float | Tensor,
         accept: Tensor | None = None,
@@ -55,7 +62,8 @@ class Decay(Protocol):
 
         Args:
             parameters: Written to.
-            moves: One per parameter, float32 or wider.
+            moves: One per parameter, float32 or wider: directions, times what Momo and the product norm say.
+            directions: As `removed` saw them, if it needs them; else nothing.
             length: What moves are multiplied by, a number or a 0-d tensor.
             decay: lr · weight_decay.
             accept: A 0-d boolean on the device; where it is False nothing decays, and the moves must be zero. None
@@ -108,6 +116,11 @@ class Decoupled:
     def __post_init__(self) -> None:
         check_fields(self, {"rate": number()})
 
+    @property
+    def needs_directions(self) -> bool:
+        """No."""
+        return False
+
     def radius(self, rate: float) -> float:
         """1 / rate: a step of norm lr on weights on that sphere takes away as much as it adds."""
         return 1 / rate
@@ -122,12 +135,14 @@ class Decoupled:
         parameters: Sequence[Tensor],
         moves: Sequence[Tensor],
         *,
+        directions: Sequence[Tensor] = (),
         length: float | Tensor,
         decay: float | Tensor,
         accept: Tensor | None = None,
         pull: bool = False,
     ) -> None:
         """W <- (1 - decay) W + length · move, rounded once; or, in one pass, W <- (1 - decay) W + decay · move."""
+        del directions
         if pull:
             torch._foreach_lerp_(list(parameters), list(moves), cast(float, decay))
             return
@@ -166,22 +181,56 @@ class Decays:
     """The kinds of decay of one optimizer, by the texts that stand for them in its groups."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Decay] = {}
+        self._known: dict[str, Decay] = {text_of(Decoupled()): Decoupled()}
 
     def text(self, decay: float | Decay) -> str:
-        """The text that stands for a kind of decay from now on.
+        """The text that stands for a kind of decay from now on; two that print alike, but differ, have two.
 
         Args:
             decay: A rate, of decoupled decay, or a kind with its rate.
+
+        Raises:
+            TypeError: If the kind is no dataclass with a rate.
         """
-        kind = replace(decay, rate=0.0) if isinstance(decay, Decay) else Decoupled()  # pyright: ignore[reportArgumentType] - a dataclass
-        text = text_of(kind)
-        self._known.setdefault(text, kind)
+        kind: Any = decay if isinstance(decay, Decay) else Decoupled()
+        if not is_dataclass(kind):
+            raise TypeError(refusal("weight_decay", "a number, or a kind of decay that is a dataclass", kind))
+        kind = replace(cast(Any, kind), rate=0.0)
+        text = first = text_of(kind)
+        count = 1
+        while (known := self._known.setdefault(text, kind)) is not kind and not (
+            type(known) is type(kind) and known == kind
+        ):
+            count += 1
+            text = f"{first}#{count}"
         return text
 
-    def of(self, group: dict[str, object]) -> Decay:
+    def settle(self, group: Group, where: str) -> None:
+        """Turn a kind of decay that somebody wrote as a group's weight decay into its rate and its text.
+
+        Args:
+            group: Written to.
+            where: Which group, for the message.
+
+        Raises:
+            ValueError: If the text stands for no kind of decay of this optimizer, or the rate is out of range.
+            TypeError: If the kind is no dataclass.
+        """
+        decay, text = group["weight_decay"], group.get("decay_kind")
+        if isinstance(decay, Decay) and not isinstance(decay, type):
+            group["decay_kind"] = self.text(decay)
+            group["weight_decay"] = rate_of(f"{where}: weight_decay", decay)
+        elif text is None:
+            group["decay_kind"] = self.text(0.0)
+        elif not isinstance(text, str) or text not in self._known:
+            raise ValueError(
+                f"{where}: decay_kind is {shown(text)}, which stands for no kind of weight decay that this optimizer "
+                f"knows ({', '.join(self._known)}). Write the kind itself: weight_decay=Decoupled(0.1)."
+            )
+
+    def of(self, group: Mapping[str, Any]) -> Decay:
         """The decay of a group."""
-        return self._known[cast(str, group["decay_kind"])]
+        return self._known[group["decay_kind"]]
 
 
 def rate_of(name: str, decay: object) -> float:

@@ -25,10 +25,10 @@ from steepest.notices import warn
 from steepest.optim.arguments import checked_options
 from steepest.optim.ball import beyond_ball, weight_numbers
 from steepest.optim.combine import Combine, DualMode
-from steepest.optim.decay import Decay, Decays, rate_of
+from steepest.optim.decay import Decay, Decays
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.groups import Group, Norms, Rates, make_plain, plain, view_of, view_text
-from steepest.optim.guard import Guard, OnNonFinite, dense_gradients
+from steepest.optim.guard import Guard, NonFiniteError, OnNonFinite, dense_gradients
 from steepest.optim.momentum import FORGET_EVERY
 from steepest.optim.momo import Heard, Loss, Losses, StepSize
 from steepest.optim.momo.model import MODEL_KEYS
@@ -54,9 +54,19 @@ from steepest.optim.parameters import (
     refuse_repeats,
 )
 from steepest.optim.saved import check_mapping, check_saved
-from steepest.optim.state import DUAL, Schema, allocate, check_fits, check_state, drop_unknown, restored, schema
-from steepest.ranks import check_layout, decide, sharded
-from steepest.stages import InputMoment, Stage
+from steepest.optim.state import (
+    DUAL,
+    Schema,
+    allocate,
+    check_fits,
+    check_state,
+    drop_unknown,
+    forget_untouched,
+    restored,
+    schema,
+)
+from steepest.ranks import check_layout, decide, is_sharded, sharded
+from steepest.stages import KNOWN, InputMoment, Stage
 from steepest.stages.inputs import InputMoments
 
 ByRole = Mapping[Role, Any]
@@ -198,7 +208,7 @@ class SteepestDescent(Optimizer):
         rows = [row for row in rows if row.trainable]
         self._stages = [stage.attach(rows) for stage in stages]
         for row in rows:
-            schema(row, adapts=False, stages=self._stages)  # refuses what a stage cannot work on
+            check_stages(row, self._stages)
         for group in self.param_groups:
             for stage in self._stages:
                 group.update(stage.group_keys)
@@ -263,10 +273,10 @@ class SteepestDescent(Optimizer):
         for group in groups:
             make_plain(group, where, strict=False)
             complete_group(group, where, self._defaults_per_role, momo=self._losses.momo is not None)
-            self._settle_decay(group, where)
+            self._decays.settle(group, where)
             group.update(self._losses.saved([]))
             group[METHOD] = self._combine.method
-            for stage in self._stages:
+            for stage in (*KNOWN, *self._stages):
                 group.update(stage.group_keys)
             make_plain(group, where, strict=False)
             check_group(group, where=where)
@@ -274,7 +284,8 @@ class SteepestDescent(Optimizer):
             for _, parameter in group["params"]:
                 check_view(rows[parameter], group["norm"])
                 self._check_layout(rows[parameter])
-                schema(rows[parameter], adapts=False, stages=self._stages if _staged(group, group["norm"]) else ())
+                if _staged(group, group["norm"]):
+                    check_stages(rows[parameter], self._stages)
         self._check_together([*self.param_groups, *groups])
         for group in groups:
             group["params"] = [parameter for _, parameter in group["params"]]  # named apart: a group may be empty
@@ -300,14 +311,6 @@ class SteepestDescent(Optimizer):
                     "weight_decay.",
                 )
 
-    def _settle_decay(self, group: Group, where: str) -> None:
-        """Turn a kind of decay that somebody wrote as a group's weight decay into its rate and its text."""
-        decay = group["weight_decay"]
-        if isinstance(decay, Decay) or "decay_kind" not in group:
-            group["decay_kind"] = self._decays.text(decay)
-        if isinstance(decay, Decay):
-            group["weight_decay"] = rate_of(f"{where}: weight_decay", decay)
-
     def _collect(self, params: Parameters, **options: Any) -> tuple[dict[Tensor, PlanRow], list[Group]]:
         defaults = self._defaults_per_role
         return collect(params, norms=defaults["norm"], rates=defaults["lr"], **options)
@@ -325,7 +328,7 @@ class SteepestDescent(Optimizer):
                 members = group["params"]
                 group["params"] = [members] if isinstance(members, Tensor) else list(members)
             self._norms.settle(group, where)
-            self._settle_decay(group, where)
+            self._decays.settle(group, where)
             if type(group.get("view")) not in (str, type(None)):
                 group["view"] = view_text(view_of(group, where))
             make_plain(group, where)
@@ -341,6 +344,7 @@ class SteepestDescent(Optimizer):
             TypeError: If one is nothing that can be optimised.
         """
         found: dict[Tensor, PlanRow] = {}
+        groups: dict[Tensor, Group] = {}
         gone: set[Tensor] = set()
         for index, group in enumerate(self.param_groups):
             where = f"parameter group {index}"
@@ -359,13 +363,16 @@ class SteepestDescent(Optimizer):
                     gone |= {there} if there is not None else set()
                 if parameter in found:
                     raise ValueError(f"{row.name!r} stands twice in param_groups, also in {where}; list it once.")
-                found[parameter] = row
+                found[parameter], groups[parameter] = row, group
         changed = [parameter for parameter, row in found.items() if self._rows.get(parameter) is not row]
         for parameter in changed:
-            check_fits(self.state.get(parameter, {}), parameter, found[parameter].name)
+            row = found[parameter]
+            stages = self._stages if self._staged(groups[parameter]) else ()
+            entries = schema(row, adapts=self._norms.of(groups[parameter]).adapts, stages=stages)
+            check_fits(self.state.get(parameter, {}), parameter, row.name, entries)
         for parameter in gone - found.keys():  # another one stands in its place
-            self._rows.pop(parameter, None)
-            self.state.pop(parameter, None)
+            for known in (self._rows, self._schemas, self.state):
+                known.pop(parameter, None)
         self._rows.update(found)
         self._members = [list(group["params"]) for group in self.param_groups]
         for group in self.param_groups:
@@ -418,11 +425,18 @@ class SteepestDescent(Optimizer):
         if ready.admitted is False:
             self._publish_skips()
         else:
-            self._take(ready, ready.admitted if isinstance(ready.admitted, Tensor) else None)
+            try:
+                self._take(ready, ready.admitted if isinstance(ready.admitted, Tensor) else None)
+            except NonFiniteError:  # averages hold the gradients of this step all the same
+                self._passed(ready)
+                raise
+        self._passed(ready)
+        return returned
+
+    def _passed(self, ready: Ready) -> None:
         for stage in self._stages:
             stage.passed(skipped=ready.admitted is False, idle=partial(self._idle, ready.gradients))
         self._losses.stepped()
-        return returned
 
     def _take(self, ready: Ready, accept: Tensor | None) -> None:
         """Make the step that all ranks admitted, where `accept` does."""
@@ -490,6 +504,8 @@ class SteepestDescent(Optimizer):
         for group, members in present:
             for parameter in members:
                 adapts = self._norms.of(group).adapts
+                if parameter in self.state:
+                    forget_untouched(self.state[parameter], parameter, self._schema(parameter, group))
                 check_state(self.state.get(parameter, {}), parameter, adapts=adapts, row=self._rows[parameter])
 
     @contextmanager
@@ -651,7 +667,7 @@ class SteepestDescent(Optimizer):
             looked = weight_numbers(balls, self._rows, self.state)
         if self._combine.regularized:  # steps of any length: there is no ball
             looked = {name: number for name, number in looked.items() if name.endswith("/spectral_norm")}
-        return {"skipped_steps": float(self._guard.skipped_steps()), **self._record.read(), **staged, **looked}
+        return {**staged, "skipped_steps": float(self._guard.skipped_steps()), **self._record.read(), **looked}
 
     def _publish_skips(self) -> None:
         skipped = self._guard.skipped_steps()
@@ -721,7 +737,7 @@ class SteepestDescent(Optimizer):
             indices = [index for group in given["param_groups"] for index in group["params"]]
             states = {p: given["state"].get(i, {}) for p, i in zip(self._parameters(), indices, strict=False)}
             for stage in self._stages:
-                stage.check(given["param_groups"], states)
+                stage.check(_with_keys(stage, given["param_groups"]), states)
             effective.update(given)
             return given
 
@@ -766,7 +782,7 @@ class SteepestDescent(Optimizer):
                 self.state[parameter].pop(DUAL, None)
         drop_unknown([(self.state[p], schemas[p]) for p in self._parameters()], self._stages)
         for stage in self._stages:
-            stage.load(self.state, saved["param_groups"])
+            stage.load(self.state, _with_keys(stage, saved["param_groups"]))
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
 
     def _staged(self, group: Group) -> bool:
@@ -823,13 +839,43 @@ def checked_stages(precondition: InputMoment | str | None, stages: Sequence[Stag
     if not fine:
         raise TypeError(refusal("stages", "a list of stages, such as [RowScaling()]", stages))
     every = [*([] if precondition is None else [precondition]), *stages]
-    prefixes = [stage.prefix for stage in every if stage.prefix]
-    if repeated := [prefix for prefix in prefixes if prefixes.count(prefix) > 1]:
-        raise ValueError(
-            f"stages: two of {', '.join(map(repr, every))} keep their state under names that begin with "
-            f"{repeated[0]!r}. Leave one of them out."
-        )
+    taken = [(stage.prefix, stage) for stage in every if stage.prefix]
+    foreign = [(kind.prefix, kind) for kind in KNOWN if not any(kind.prefix == own for own, _ in taken)]
+    for place, (prefix, stage) in enumerate(taken):
+        for other, owner in (*taken[:place], *foreign):
+            if prefix.startswith(other) or other.startswith(prefix):
+                raise ValueError(
+                    f"stages: {stage!r} and {owner!r} keep their state under names that begin with {prefix!r} and "
+                    f"{other!r}. Leave one of them out, or give yours another prefix."
+                )
+    for stage in every:
+        for key in stage.group_keys:
+            if not stage.prefix or not key.startswith(stage.prefix):
+                raise ValueError(f"stages: {stage!r} has the group key {key!r}, which must begin with its prefix.")
     return every
+
+
+def check_stages(row: PlanRow, stages: Sequence[Stage]) -> None:
+    """Refuse a matrix on which stages cannot work.
+
+    Args:
+        row: Of the plan.
+        stages: Attached ones.
+
+    Raises:
+        ValueError: If it is sharded, or a stage keeps something of it under a name that is not its own.
+    """
+    if stages and is_sharded(row.parameter):
+        raise ValueError(
+            f"{stages[0]!r}: {row.name!r} is a sharded DTensor, and stages work on whole matrices. Use "
+            "DistributedDataParallel, or leave out stages=."
+        )
+    schema(row, adapts=False, stages=stages)
+
+
+def _with_keys(stage: Stage, groups: Sequence[Group]) -> list[Group]:
+    """Saved groups, with the keys of a stage also where it did not work when they were saved."""
+    return [{**stage.group_keys, **group} for group in groups]
 
 
 def _any_role(value: Any) -> Any:

@@ -85,7 +85,8 @@ class Move:
         self.ahead = bool(group["nesterov"]) and not self.norm.adapts
         self._states = states
         self._stages = stages
-        self._decays = decay
+        self._decay = decay
+        self._kept: list[Tensor] = []  # directions, where decay needs them
         self._record = record
         self._sample: Sequence[tuple[Tensor, float]] = ()
         self._taken: list[Tensor] | None = None
@@ -188,7 +189,7 @@ class Move:
             steps follow; 0-d each.
         """
         weights = [parameter.detach().to(self._dtype) for parameter in self.load.parameters]
-        removed = self._decays.removed(weights, self._directions)
+        removed = self._decay.removed(weights, self._directions)
         count = self._counts()
         beta = self.group["momentum"]
         momenta = _divided(self._of(MOMENTUM), debias(beta, count))
@@ -216,6 +217,7 @@ class Move:
             Whether the weights stay finite; a 0-d boolean where that is not waited for.
         """
         found, radius = cast(Aim, self.aimed).directions, self._radius
+        self._kept = self.load.parameter_shaped(found) if self._decay.needs_directions else []
         if factors is not None and factors.ndim == 0 and factors.device.type == "cpu":
             length = length * float(factors)  # one pass over the directions less
         elif factors is not None:
@@ -236,7 +238,7 @@ class Move:
         Args:
             fine: Whether to do it at all; a 0-d boolean masks the writing.
         """
-        moves, self._moves = self._moves, []
+        moves, kept, self._moves, self._kept = self._moves, self._kept, [], []
         if fine is False:
             return
         self.moved = True
@@ -244,12 +246,19 @@ class Move:
         if accept is not None:
             moves = [torch.where(accept, move, 0.0) for move in moves]
         pull = self._radius != 1
-        self._decays.apply_(
-            self.load.parameters, moves, length=self._length, decay=self._decay, accept=accept, pull=pull
+        self._decay.apply_(
+            self.load.parameters,
+            moves,
+            directions=kept,
+            length=self._length,
+            decay=self._shrinkage,
+            accept=accept,
+            pull=pull,
         )
 
     @property
-    def _decay(self) -> float | Tensor:
+    def _shrinkage(self) -> float | Tensor:
+        """lr · weight_decay."""
         return self.lr * self.group["weight_decay"]
 
     def _both(self, fine: bool | Tensor) -> Tensor | None:
@@ -275,7 +284,7 @@ class Move:
 
     def _own_stay_finite(self, size: Tensor, *, whole: bool) -> bool | Tensor:
         """Of this rank's parts; beyond doubt without a look at them, or by one, for which all ranks have the reason."""
-        bounds = ((self._length, LONGEST), (self._decay, 2.0))
+        bounds = ((self._length, LONGEST), (self._shrinkage, 2.0))
         half = self.load.parameters[0].dtype == torch.float16
         largest = torch.finfo(self._dtype).max
         if any(not isinstance(number, Tensor) and not abs(number) <= largest for number, _ in bounds):
@@ -298,8 +307,8 @@ class Move:
         pull = self._radius != 1
         parameters = self.load.parameters
         moves = [laid_out(move, parameter) for move, parameter in zip(self._moves, parameters, strict=True)]
-        return self._decays.stay_finite(
-            local(parameters), local(moves), length=self._length, decay=self._decay, pull=pull
+        return self._decay.stay_finite(
+            local(parameters), local(moves), length=self._length, decay=self._shrinkage, pull=pull
         )
 
     def _gains(self, batches: tuple[Tensor, ...], found: tuple[Tensor, ...], mass: Tensor | None) -> Tensor:
@@ -321,7 +330,7 @@ class Move:
         plain = self.load.parameters[0].dtype is self._dtype and self.norm.free_radius
         if not (plain and SMALLEST_DECAY < decay < 1 / SMALLEST_DECAY and all(stage.linear for stage in self._stages)):
             return 1.0
-        return self._decays.radius(decay) or 1.0
+        return self._decay.radius(decay) or 1.0
 
     def _gradients(self) -> list[Tensor]:
         """What is averaged: the gradients, or what stages make of them."""

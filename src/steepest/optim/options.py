@@ -224,8 +224,6 @@ def complete_group(group: dict[str, Any], where: str, defaults: Mapping[str, Any
     group.setdefault("name", None)
     group["skipped_steps"] = 0
     group[STEPS_TAKEN] = 0
-    for kind in KNOWN:
-        group.update(kind.group_keys)
 
 
 def check_group(group: Mapping[str, object], *, where: str) -> None:

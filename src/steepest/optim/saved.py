@@ -318,9 +318,11 @@ def _nowhere(value: Tensor, parameter: Tensor, what: str) -> bool:
 
 
 def _check_tensor(value: Any, parameter: Tensor, what: str, entry: Entry) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    real = isinstance(value, Tensor) and value.is_floating_point()
+    if not isinstance(value, Tensor) or not (real if entry.dtype is None else value.dtype == entry.dtype):
         kind = value.dtype if isinstance(value, Tensor) else _short(value)
-        raise TypeError(f"{what} is {kind}, but a tensor of real floating point is needed. {DAMAGED}")
+        needed = "real floating point" if entry.dtype is None else entry.dtype
+        raise TypeError(f"{what} is {kind}, but a tensor of {needed} is needed. {DAMAGED}")
     if value.layout != torch.strided:
         raise TypeError(f"{what} has the layout {value.layout}, but a dense tensor is needed. {DAMAGED}")
     expected = parameter.shape if entry.shape is None else entry.shape

@@ -29,6 +29,9 @@ def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage]) -> Schema:
         row: Of the plan.
         adapts: Whether the group's norm needs the second moment.
         stages: That work on the group.
+
+    Raises:
+        ValueError: If a stage declares an entry under a name that is not its own.
     """
     matrices = sum(count for count, _, _ in row.blocks()) or 1
     own = (
@@ -37,8 +40,16 @@ def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage]) -> Schema:
         Entry(SECOND, least=0.0, infinite=True, eager=adapts),
         Entry(DUAL, torch.Size((matrices,)), least=0.0, eager=False),
     )
-    declared = (entry for stage in stages for entry in stage.entries(row))
-    return {entry.key: entry for entry in (*own, *declared)}
+    found = {entry.key: entry for entry in own}
+    for stage in stages:
+        for entry in stage.entries(row):
+            if not stage.prefix or not entry.key.startswith(stage.prefix) or entry.key in found:
+                raise ValueError(
+                    f"{stage!r}: the entry {entry.key!r} must begin with the stage's prefix, which is "
+                    f"{stage.prefix!r}, and be declared once. Set prefix to a text of its own, such as 'mine_'."
+                )
+            found[entry.key] = entry
+    return found
 
 
 def allocate(state: dict[str, Tensor], parameter: Tensor, entries: Schema) -> None:
@@ -57,6 +68,23 @@ def allocate(state: dict[str, Tensor], parameter: Tensor, entries: Schema) -> No
         missing = eager
     with torch.inference_mode(False):  # else no later step could write to it
         state.update({entry.key: entry.zeros(parameter) for entry in missing})
+
+
+def forget_untouched(state: dict[str, Tensor], parameter: Tensor, entries: Schema) -> None:
+    """Take out what was made for a parameter that has changed since, if nothing was ever averaged into it.
+
+    Args:
+        state: Of the parameter, written to.
+        parameter: As it is now.
+        entries: Of the parameter as it was, or is.
+    """
+    momentum, count = state.get(MOMENTUM), state.get(STEP)
+    if momentum is None or not isinstance(count, Tensor) or count.is_meta:
+        return
+    here = (momentum.shape, momentum.device, momentum.dtype, SECOND in state or not entries[SECOND].eager)
+    if here != (parameter.shape, parameter.device, state_dtype(parameter), True) and int(count) == 0:
+        for key in entries:
+            state.pop(key, None)
 
 
 def check_state(state: Mapping[str, Tensor], parameter: Tensor, *, adapts: bool, row: PlanRow) -> None:
@@ -94,19 +122,23 @@ def check_state(state: Mapping[str, Tensor], parameter: Tensor, *, adapts: bool,
         )
 
 
-def check_fits(state: dict[str, Tensor], parameter: Tensor, name: str) -> None:
+def check_fits(state: dict[str, Tensor], parameter: Tensor, name: str, entries: Schema) -> None:
     """Refuse a state that was made for another shape, where a parameter was replaced or has grown.
 
     Args:
         state: Of the parameter; a count that is a number becomes a tensor.
         parameter: Any shape.
         name: Of the parameter, for the message.
+        entries: Of the parameter as it is now.
 
     Raises:
         ValueError: If an entry has another shape, or the count is missing.
     """
-    for key in (MOMENTUM, SECOND):
-        if key in state and state[key].shape != parameter.shape:
+    state.pop(DUAL, None)  # of another parameter's last step
+    forget_untouched(state, parameter, entries)
+    for key, entry in entries.items():
+        expected = parameter.shape if entry.shape is None else entry.shape
+        if key != STEP and key in state and state[key].shape != expected:
             raise ValueError(
                 f"{name!r} has shape {tuple(parameter.shape)}, but its state {key!r} has {tuple(state[key].shape)}: it "
                 "was replaced or changed without add_param_group. Change the state alike, or delete "
@@ -119,7 +151,6 @@ def check_fits(state: dict[str, Tensor], parameter: Tensor, name: str) -> None:
         )
     if STEP in state:
         state[STEP] = torch.as_tensor(state[STEP], dtype=torch.int64, device=parameter.device)
-    state.pop(DUAL, None)  # of another parameter's last step
 
 
 def restored(saved: Mapping[str, Any], parameter: Tensor, entries: Schema) -> dict[str, Any]:
@@ -147,7 +178,7 @@ def restored(saved: Mapping[str, Any], parameter: Tensor, entries: Schema) -> di
     return state
 
 
-def drop_unknown(states: Iterable[tuple[dict[str, Tensor], Schema]], stages: Sequence[Stage]) -> None:
+def drop_unknown(states: Sequence[tuple[dict[str, Tensor], Schema]], stages: Sequence[Stage]) -> None:
     """Forget entries of stages that do not work here; warns of those that the optimizer was not built with.
 
     Args:

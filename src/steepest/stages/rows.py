@@ -16,7 +16,6 @@ from torch import Tensor
 
 from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, number
-from steepest.ranks import is_sharded
 from steepest.stages.stage import Entry, Stage
 
 ROW_MOMENT = "row_moment"
@@ -56,15 +55,7 @@ class RowScaling(Stage):
 
         Args:
             row: Of the plan, with a view.
-
-        Raises:
-            ValueError: If the parameter is sharded.
         """
-        if is_sharded(row.parameter):
-            raise ValueError(
-                f"RowScaling: {row.name!r} is a sharded DTensor, and moments of rows are for whole parameters. Use "
-                "DistributedDataParallel, or leave out stages=[RowScaling()]."
-            )
         return (Entry(ROW_MOMENT, torch.Size((sum(count * m for count, m, _ in row.blocks()),)), least=0.0),)
 
     def after(
@@ -90,7 +81,7 @@ class RowScaling(Stage):
         return tuple(self._divided(d, average) for d, average in zip(directions, averages, strict=True))
 
     def _divided(self, direction: Tensor, average: Tensor) -> Tensor:
-        new = direction / (average.sqrt() + self.eps).unsqueeze(-1)
-        new = torch.where(direction == 0, 0.0, new)  # 0 / 0 without ε
+        length = (average.sqrt() + self.eps).unsqueeze(-1)
+        new = direction / torch.where(length == 0, 1.0, length)
         before, after = (torch.linalg.vector_norm(d, dim=(-2, -1), keepdim=True) for d in (direction, new))
         return new * (before / torch.where(after == 0, 1.0, after))

@@ -57,13 +57,13 @@ class Entry:
 
 
 class Stage:
-    """Something around the search for a direction, for matrices in norms that do not adapt. By default it does nothing.
+    """Something around the search for a direction, for whole matrices in norms that do not adapt; by default nothing.
 
     What is given to the optimizer is a stage with options; what it works with is what `attach` returns: the same object
     if all that it keeps is in the state of the parameters, as it is declared by `entries`.
 
     Attributes:
-        prefix: With which its entries' keys begin, and those of nobody else.
+        prefix: With which the keys of its entries and of its numbers begin, and those of nobody else.
         kept: What its entries are, in words, for the warning that they are dropped where nobody needs them.
         option: How an optimizer is told to work with it, in words, likewise.
         group_keys: Where its `numbers` stand in every group, with the values of a new optimizer.
@@ -90,7 +90,7 @@ class Stage:
         return None
 
     def attach(self, rows: Sequence[PlanRow]) -> "Stage":
-        """Begin to work for one optimizer.
+        """Begin to work for one optimizer; `entries` is also asked of matrices that are added later.
 
         Args:
             rows: Of the plan: the trainable matrices.
@@ -127,7 +127,7 @@ class Stage:
         states: Sequence[dict[str, Tensor]],
         accept: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """Change directions; called once in a step.
+        """Change directions, which must still go down: -<M, D> is at least 0. Called once in a step.
 
         Args:
             load: Whose directions these are.
@@ -219,7 +219,7 @@ class Stage:
         """Refuse a saved state with which the stage cannot go on; nothing has changed yet.
 
         Args:
-            groups: Of the state dict.
+            groups: Of the state dict, with `group_keys`.
             states: Of the parameters, as saved.
 
         Raises:
@@ -238,5 +238,5 @@ class Stage:
 
         Args:
             states: Of the parameters, as loaded.
-            groups: Of the state dict.
+            groups: Of the state dict, with `group_keys`.
         """

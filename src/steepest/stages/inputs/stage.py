@@ -52,6 +52,9 @@ class InputMoments(Stage):
         ValueError: If no parameter is left to precondition, or none can be hooked.
     """
 
+    prefix = InputMoment.prefix
+    group_keys = InputMoment.group_keys
+
     def __init__(self, options: InputMoment, rows: Sequence[PlanRow]) -> None:
         self.options = options
         readers = find_readers(rows, options)
@@ -91,6 +94,13 @@ class InputMoments(Stage):
         self._owed: set[int] = set()  # readers whose turn fell into a step that was not taken
         self._applied: Applied | None = None  # in this step
         self.expect()
+
+    def attach(self, rows: Sequence[PlanRow]) -> Stage:
+        """Refuse to work for a second optimizer."""
+        raise ValueError(
+            f"stages: what looks at the inputs of {self.readers[0].row.name!r} is at work for another optimizer. Give "
+            "the options, InputMoment(...), instead of what optimizer.stages holds."
+        )
 
     def _first_of(self, group: int) -> int:
         return next(number for number, reader in enumerate(self.readers) if reader.group == group)
