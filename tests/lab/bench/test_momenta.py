@@ -17,7 +17,7 @@ from steepest.lab.bench.momenta import (
     momenta_of,
     normal_like,
 )
-from steepest.lab.bench.momenta_png import momenta_png
+from steepest.lab.bench.pictures import momenta_png
 from steepest.lab.methods import build_optimizer, resolve
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.order import ExampleOrder

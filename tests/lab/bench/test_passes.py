@@ -9,7 +9,7 @@ import steepest
 from steepest.lab.bench import passes as passes_module
 from steepest.lab.bench.contestants import Settings
 from steepest.lab.bench.passes import PLAIN, loads_of, make_passes, measure_passes, merged, ways
-from steepest.lab.bench.passes_png import passes_png
+from steepest.lab.bench.pictures import passes_png
 from steepest.optim.decay import Decoupled
 
 SHAPES = [(6, 6), (4, 12), (12, 4), (6, 2, 2, 2), (6, 6)]

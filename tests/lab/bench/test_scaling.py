@@ -6,8 +6,8 @@ import pytest
 from steepest.lab.bench import scaling
 from steepest.lab.bench.cost_model import cost
 from steepest.lab.bench.machine import Machine
+from steepest.lab.bench.pictures import scaling_png
 from steepest.lab.bench.scaling import ASPECTS, LAYERS, SIDE, WIDTHS, Point, measure_scaling, points, predict, stride
-from steepest.lab.bench.scaling_png import scaling_png
 from tests.cases import cases
 
 MACHINE = Machine(((64, 100e9),), *[((2**20, 10e9),)] * 3, 1e-6)

@@ -8,8 +8,8 @@ import torch
 from steepest.lab.bench import Bench, measure
 from steepest.lab.bench import step as step_module
 from steepest.lab.bench.contestants import CONTESTANTS
+from steepest.lab.bench.pictures import step_panel
 from steepest.lab.bench.step import largest_bucket
-from steepest.lab.bench.step_png import panel
 
 BENCH = Bench(widths=(16, 8), layers=1, peers=("torch-fp32", "torch", "heavyball"), pairs=4, warm_up=1)
 
@@ -88,7 +88,7 @@ def medians(case):
 
 
 def test_the_picture_has_a_panel_per_width_with_bars_floors_and_the_reason(cases):
-    panels = [panel(case) for case in cases]
+    panels = [step_panel(case) for case in cases]
     assert [figure.title.split(":")[0] for figure in panels] == ["gpt2 8", "gpt2 16"]
     for figure, case in zip(panels, cases, strict=True):
         assert [bar.length for bar in figure.bars] == [row.milliseconds.median for row in case.rows[:3]]

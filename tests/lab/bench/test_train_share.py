@@ -4,8 +4,8 @@ import statistics
 import pytest
 import torch
 
+from steepest.lab.bench.pictures import train_png
 from steepest.lab.bench.timing import Quartiles
-from steepest.lab.bench.train_png import train_png
 from steepest.lab.bench.train_share import (
     BASELINE,
     CYCLE,

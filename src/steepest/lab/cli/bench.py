@@ -173,7 +173,7 @@ class Step(Bench, OnThreads):
     def measure(self) -> Measured:
         """Every width."""
         from steepest.lab import bench
-        from steepest.lab.bench.step_png import cases_png
+        from steepest.lab.bench.pictures import step_png
 
         names = {own.name for own in dataclasses.fields(bench.Bench)} - {"widths"}
         with checking_usage():
@@ -185,7 +185,7 @@ class Step(Bench, OnThreads):
         tables = [self._table(case, [row for row in rows if row["width"] == case.width]) for case in cases]
         content = {"bench": asdict(asked), "cases": list(map(asdict, cases))}
         widths = tuple(width for width in asked.cases() if width is not None)
-        return Measured(content, rows, tables, lambda: cases_png(cases), {"width": widths})
+        return Measured(content, rows, tables, lambda: step_png(cases), {"width": widths})
 
     def _table(self, case: Case, rows: Sequence[Row]) -> Table:
         notes = [f"{row['contestant']} has no numbers. {row['reason']}" for row in rows if "reason" in row]
@@ -253,7 +253,7 @@ class Train(Bench, OnThreads):
 
     def measure(self) -> Measured:
         """Every preset."""
-        from steepest.lab.bench.train_png import train_png
+        from steepest.lab.bench.pictures import train_png
         from steepest.lab.bench.train_share import summarize, time_steps
         from steepest.lab.tasks import make_task
 
@@ -310,8 +310,8 @@ class Scaling(Bench, OnThreads):
 
     def measure(self) -> Measured:
         """Every point."""
+        from steepest.lab.bench.pictures import scaling_png
         from steepest.lab.bench.scaling import measure_scaling, points
-        from steepest.lab.bench.scaling_png import scaling_png
 
         chosen = {"widths": self.widths, "layers": self.layers, "aspects": self.aspects}
         with checking_usage():
@@ -371,7 +371,7 @@ class Accuracy(Bench, OnTask, OnThreads):
     def measure(self) -> Measured:
         """Train, and compare."""
         from steepest.lab.bench.momenta import collect_momenta, compare
-        from steepest.lab.bench.momenta_png import momenta_png
+        from steepest.lab.bench.pictures import momenta_png
         from steepest.lab.bench.step import DTYPES
         from steepest.names import unknown_name
 
@@ -428,7 +428,7 @@ class Passes(Bench, OnThreads):
         """Every width."""
         from steepest.lab import bench
         from steepest.lab.bench.passes import measure_passes
-        from steepest.lab.bench.passes_png import passes_png
+        from steepest.lab.bench.pictures import passes_png
 
         with checking_usage():
             asked = bench.Bench(self.shapes, self.width or None, self.layers, pairs=self.pairs, seed=self.seed)
