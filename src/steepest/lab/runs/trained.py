@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from steepest.lab.disk.fields import RecordError
 from steepest.lab.disk.files import exists
 from steepest.lab.errors import UsageError
-from steepest.lab.methods.combined import CombinedOptimizer
+from steepest.lab.methods import CombinedOptimizer
 from steepest.lab.runs.config import RunConfig, read_config
 from steepest.lab.runs.train import Training, load_task, using_threads
 from steepest.lab.runs.version import code_version

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from steepest.lab.studies.batch.figures import figures
-from steepest.lab.studies.batch.notices import look
 from steepest.lab.studies.batch.plan import BatchStudy
 from steepest.lab.studies.batch.results import read_report
+from steepest.lab.studies.batch.sentences import look
 from steepest.lab.studies.records import read_study
 from steepest.lab.studies.report import write_plots, write_report
 from tests.cases import cases

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from steepest.lab.report.statistics import Interval
-from steepest.lab.studies.race import notices, sentences
+from steepest.lab.studies.race import sentences
 from steepest.lab.studies.race.plan import RaceStudy
 from steepest.lab.studies.race.results import Race, read_race
 from steepest.lab.studies.records import read_study
@@ -33,7 +33,7 @@ def told(read: Race) -> str:
 
 
 def noticed(read: Race) -> str:
-    found = notices.notices(read)
+    found = sentences.notices(read)
     return _spaced("\n".join(f"[{one.level}] {one.title}: {' | '.join(one.lines)}" for one in found))
 
 

@@ -13,7 +13,6 @@ import pytest
 from steepest.lab.report.notices import Notice
 from steepest.lab.runs.version import code_version
 from steepest.lab.studies.records import read_study
-from steepest.lab.studies.sweep import notices as lr_notices
 from steepest.lab.studies.sweep import sentences as lr_sentences
 from steepest.lab.studies.sweep.plan import SweepStudy
 from steepest.lab.studies.sweep.results import Sweep, read_results
@@ -126,11 +125,11 @@ def test_facts_of_a_clear_sweep(tmp_path: Path) -> None:
 
 
 def test_a_clean_sweep_has_no_notices(tmp_path: Path) -> None:
-    assert lr_notices.notices(results(tmp_path, {"adamw": NARROW, "muon": WIDE}, seeds=(0, 1))) == ()
+    assert lr_sentences.notices(results(tmp_path, {"adamw": NARROW, "muon": WIDE}, seeds=(0, 1))) == ()
 
 
 def test_every_trouble_has_its_notice(tmp_path: Path) -> None:
-    notices = lr_notices.notices(read_results(read_study(write_scenario(tmp_path, "sweep-troubled"), SweepStudy)))
+    notices = lr_sentences.notices(read_results(read_study(write_scenario(tmp_path, "sweep-troubled"), SweepStudy)))
     assert titles(notices) == [
         "Not ranked: the methods were not tried alike",
         "A learning rate that changed nothing",
@@ -158,11 +157,11 @@ def test_every_trouble_has_its_notice(tmp_path: Path) -> None:
 def test_momo_may_take_the_same_steps_at_large_rates(tmp_path: Path) -> None:
     constant = replace(NARROW, constant=True)
     momo = results(tmp_path / "momo", {"adamw": NARROW, "muonmax-momo": constant}, seeds=(0, 1))
-    notice = next(n for n in lr_notices.notices(momo) if n.title == "A learning rate that changed nothing")
+    notice = next(n for n in lr_sentences.notices(momo) if n.title == "A learning rate that changed nothing")
     assert notice.level == "warning"
     assert "Where Momo cuts every single step" in notice.lines[-1]
     both = results(tmp_path / "both", {"muon": constant, "muonmax-momo": constant}, seeds=(0, 1))
-    notice = next(n for n in lr_notices.notices(both) if n.title == "A learning rate that changed nothing")
+    notice = next(n for n in lr_sentences.notices(both) if n.title == "A learning rate that changed nothing")
     assert notice.level == "stop"
     assert "was not in effect" in notice.lines[-1]
     assert lr_sentences.headline(both) == "Not ranked: a learning rate changed nothing"
@@ -172,7 +171,7 @@ def test_negative_losses_one_seed_and_damaged_runs_have_notices(tmp_path: Path) 
     path = write_sweep(tmp_path, {"adamw": replace(NARROW, best=-2.0)}, seeds=(0,))
     run = min((path / "runs").iterdir())
     (run / "metrics.jsonl").write_text("?\n")
-    notices = lr_notices.notices(read_results(read_study(path, SweepStudy)))
+    notices = lr_sentences.notices(read_results(read_study(path, SweepStudy)))
     assert titles(notices)[:2] == ["No basins", "1 of 9\N{NO-BREAK SPACE}runs missing"]
     assert f"seed 0: runs/{run.name}/metrics.jsonl: line 1: not valid JSON" in notices[1].lines[0]
     assert any("One seed: how much" in line for line in notices[-1].lines)
@@ -180,7 +179,7 @@ def test_negative_losses_one_seed_and_damaged_runs_have_notices(tmp_path: Path) 
 
 def test_many_missing_runs_are_counted(tmp_path: Path) -> None:
     stops = [(lr, seed) for lr in FINE for seed in (0, 1)]
-    [notice] = lr_notices.notices(results(tmp_path, {"adamw": replace(NARROW, stops=stops)}, seeds=(0, 1)))
+    [notice] = lr_sentences.notices(results(tmp_path, {"adamw": replace(NARROW, stops=stops)}, seeds=(0, 1)))
     assert notice.title == "18 of 18\N{NO-BREAK SPACE}runs missing"
     assert len(notice.lines) == 14
     assert notice.lines[-2] == "and 6\N{NO-BREAK SPACE}more runs"
@@ -191,7 +190,7 @@ def test_runs_whose_config_is_all_there_is_have_not_started_and_say_nothing_of_t
     for run in sorted((path / "runs").iterdir())[:2]:
         for name in ("metrics.jsonl", "result.json", "environment.json"):
             (run / name).unlink()
-    [notice] = lr_notices.notices(read_results(read_study(path, SweepStudy)))
+    [notice] = lr_sentences.notices(read_results(read_study(path, SweepStudy)))
     assert notice.title == "2 of 18\N{NO-BREAK SPACE}runs missing"
     assert notice.lines[0] == "adamw: 2\N{NO-BREAK SPACE}runs not started"
 
@@ -199,7 +198,7 @@ def test_runs_whose_config_is_all_there_is_have_not_started_and_say_nothing_of_t
 def test_machines_that_differ_are_named(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, {"adamw": NARROW}, seeds=(0, 1))
     (min((path / "runs").iterdir()) / "environment.json").write_text('{"python": "3.12"}')
-    [notice] = lr_notices.notices(read_results(read_study(path, SweepStudy)))
+    [notice] = lr_sentences.notices(read_results(read_study(path, SweepStudy)))
     assert (notice.level, notice.title) == ("note", "More than one environment")
     assert "python" in notice.lines[0]
     assert notice.lines[0].endswith("so may their losses.")
@@ -209,5 +208,5 @@ def test_runs_of_another_code_are_named_with_their_learning_rate(tmp_path: Path)
     study = read_study(write_sweep(tmp_path, {"adamw": NARROW}, seeds=(0,)), SweepStudy)
     other = replace(study.runs[0], config=replace(study.runs[0].config, code="9"))
     sweep = read_results(replace(study, found=study.found | {next(iter(study.found)): other}))
-    notice = next(notice for notice in lr_notices.notices(sweep) if "other conditions" in notice.title)
+    notice = next(notice for notice in lr_sentences.notices(sweep) if "other conditions" in notice.title)
     assert notice.lines[0] == f"adamw, lr 0.001, seed 0: code 9 instead of {code_version()}"

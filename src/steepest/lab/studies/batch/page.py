@@ -15,7 +15,6 @@ from steepest.lab.report.table import Cell, Column
 from steepest.lab.report.wording import DASH, duration, shortened
 from steepest.lab.studies.batch import sentences
 from steepest.lab.studies.batch.figures import KEYS, figures
-from steepest.lab.studies.batch.notices import look, notices
 from steepest.lab.studies.batch.plan import BatchStudy
 from steepest.lab.studies.batch.results import (
     LEVEL,
@@ -27,7 +26,7 @@ from steepest.lab.studies.batch.results import (
     reference,
     sample_ratios,
 )
-from steepest.lab.studies.batch.sentences import BEST, KNEE, interval, number
+from steepest.lab.studies.batch.sentences import BEST, KNEE, interval, look, notices, number
 from steepest.lab.studies.records import read_study
 
 

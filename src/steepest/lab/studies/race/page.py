@@ -11,9 +11,9 @@ from steepest.lab.report.table import DOT, Cell, Column
 from steepest.lab.report.wording import DASH, FIXED, NARROW, plain
 from steepest.lab.studies.race import sentences
 from steepest.lab.studies.race.figures import KEYS, figures
-from steepest.lab.studies.race.notices import notices, tuned
 from steepest.lab.studies.race.plan import RaceStudy
 from steepest.lab.studies.race.results import MethodResult, Race, read_race
+from steepest.lab.studies.race.sentences import notices, tuned
 from steepest.lab.studies.records import read_study
 
 

@@ -14,10 +14,9 @@ from steepest.lab.studies.records import read_study
 from steepest.lab.studies.sweep import sentences
 from steepest.lab.studies.sweep.basin import TOLERANCES
 from steepest.lab.studies.sweep.figures import KEYS, figures
-from steepest.lab.studies.sweep.notices import notices
 from steepest.lab.studies.sweep.plan import SweepStudy, rate
 from steepest.lab.studies.sweep.results import WIDE, Basins, MethodSweep, Sweep, read_results
-from steepest.lab.studies.sweep.sentences import width
+from steepest.lab.studies.sweep.sentences import notices, width
 
 
 def content(study_dir: Path) -> Content:
