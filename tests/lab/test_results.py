@@ -1,17 +1,36 @@
-"""Committed tables are what today's code reads from the packed records beside them."""
+"""Committed tables and pictures are what today's code makes of the committed records."""
 
 import csv
+import functools
 import io
 import math
+import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from steepest.lab.report.vega import to_png
 from steepest.lab.studies import KINDS
 from steepest.lab.studies.records import read_kind
 
 RESULTS = Path(__file__).parents[2] / "results"
+IMAGES = RESULTS.parent / "docs/images"
+DRAWN = {  # study and key of the figure, by name of the picture
+    "race": ("race_demo", "loss-steps"),
+    "lr_sweep": ("lr_sweep", "lr_sweep"),
+    "newton_muon": ("newton_muon/tiny", "difference"),
+    "critical_batch_samples": ("critical_batch/digits", "samples"),
+    "critical_batch_rates": ("critical_batch/digits", "learning_rates"),
+    "critical_batch_text": ("critical_batch/text", "token_ratio"),
+}
 STUDIES = sorted(path.parent for path in RESULTS.rglob("runs.jsonl.xz"))
+
+
+@functools.cache
+def content(study):
+    return KINDS[read_kind(study)].content(study)
 
 
 def same(one, other):
@@ -25,10 +44,33 @@ def same(one, other):
 @pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.relative_to(RESULTS).as_posix())
 def test_tables_come_from_their_records(study):
-    tables = KINDS[read_kind(study)].content(study).tables
+    tables = content(study).tables
     kept = {name for name in tables if (study / name).exists()}
     assert kept in (set(), set(tables))
     for name in kept:
         own, made = (list(csv.reader(io.StringIO(text))) for text in ((study / name).read_text(), tables[name]))
         differing = [pair for pair in zip(own, made, strict=True) if not all(map(same, *pair))]
         assert not differing, f"{name} is not what `steepest report` writes"
+
+
+def differing(path, png):
+    """The share of pixels that are visibly not those of a file; all of them if the sizes differ."""
+    own, made = (np.asarray(Image.open(file).convert("RGB")).astype(int) for file in (path, io.BytesIO(png)))
+    return 1.0 if own.shape != made.shape else float((np.abs(own - made).sum(-1) > 24).mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRAWN)
+def test_pictures_of_the_docs_come_from_records(name):
+    study, key = DRAWN[name]
+    [figure] = [figure for figure in content(RESULTS / study).figures if figure.key == key]
+    assert differing(IMAGES / f"{name}.png", to_png(figure)) < 0.002, f"docs/images/{name}.png is not today's {key}.png"
+
+
+@pytest.mark.slow
+def test_pictures_of_speed_come_from_their_rows():
+    pictures = dict(runpy.run_path(RESULTS / "speed/redraw.py")["pictures"]())
+    assert len(pictures) == 10
+    old = [path for path, png in pictures.items() if differing(path, png) >= 0.002]
+    assert not old, "python results/speed/redraw.py draws them anew"
+    assert (IMAGES / "step.png").read_bytes() == (RESULTS / "speed/gpt2/step.png").read_bytes()

@@ -116,7 +116,7 @@ def _config() -> Json:
         "font": _FONT,
         "background": paper,
         "padding": 6,
-        "axis": axis | text | {"titleFontWeight": "normal", "labelFlush": False},
+        "axis": axis | text | {"titleFontWeight": "normal", "labelFlush": False, "labelLimit": 0},
         "view": {"stroke": None},
         "title": {"anchor": "start", "frame": "group", "fontSize": 13, "color": ink},
     }

@@ -61,8 +61,8 @@ def test_a_curve_ends_where_its_first_seed_diverges(tmp_path: Path) -> None:
     figure = scenario(tmp_path, "diverged")["loss-steps"]
     curve = figure.curves[-1]
     assert (curve.name, curve.x[-1]) == ("sgd", 60)
-    assert "sgd ✕" in [label.text for label in figure.labels]
-    assert "✕: a run diverged there." in figure.caption
+    assert "sgd ×" in [label.text for label in figure.labels]
+    assert "×: a run diverged there." in figure.caption
 
 
 def test_runs_on_their_way_are_drawn_only_before_any_has_ended(tmp_path: Path) -> None:

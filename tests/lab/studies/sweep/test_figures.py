@@ -57,7 +57,7 @@ def test_every_run_is_a_mark_or_in_a_lane(tmp_path: Path) -> None:
     assert ("a", "diverged") not in marks
     lanes = {y for (_, sort), dots in marks.items() if sort in ("above", "diverged") for y in dots.y}
     assert all(ceiling < y < figure.y.high for y in lanes)
-    assert "✕ diverged" in figure.above
+    assert "× diverged" in figure.above
     assert "▲ above the frame" in figure.above
 
 

@@ -14,7 +14,7 @@ from steepest.lab.studies.race.results import MethodResult, Race
 from steepest.lab.tasks import entry
 
 KEYS = ("difference", "loss-steps", "loss-tokens", "loss-samples", "loss-time")
-DIVERGED, UNFINISHED = " \N{MULTIPLICATION X}", " \N{HORIZONTAL ELLIPSIS}"
+DIVERGED, UNFINISHED = " \N{MULTIPLICATION SIGN}", " \N{HORIZONTAL ELLIPSIS}"
 
 
 def figures(race: Race) -> tuple[Figure, ...]:

@@ -32,7 +32,7 @@ from steepest.lab.studies.sweep.sentences import width
 
 KEYS = ("lr_sweep", "basins", "expected_best")
 MARKS: Mapping[Sort, str] = {
-    "diverged": "\N{MULTIPLICATION X} diverged",
+    "diverged": "\N{MULTIPLICATION SIGN} diverged",
     "above": "\N{BLACK UP-POINTING TRIANGLE} above the frame",
 }
 _FRAME, _LANE, _AROUND = 380, 14, 90  # pixels: the frame, a lane above it, axis titles and margins
