@@ -10,15 +10,11 @@ from typing import Any
 import msgspec
 
 from steepest.lab.bench.momenta import Finding
-from steepest.lab.bench.momenta_png import momenta_png
 from steepest.lab.bench.passes import Passes
-from steepest.lab.bench.passes_png import passes_png
+from steepest.lab.bench.pictures import cases_png, momenta_png, passes_png, scaling_png, train_png
 from steepest.lab.bench.scaling import Point, Row
-from steepest.lab.bench.scaling_png import scaling_png
 from steepest.lab.bench.step import Case
-from steepest.lab.bench.step_png import cases_png
 from steepest.lab.bench.timing import Quartiles
-from steepest.lab.bench.train_png import train_png
 from steepest.lab.bench.train_share import Share
 
 HERE = Path(__file__).parent
