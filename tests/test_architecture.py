@@ -96,3 +96,77 @@ def test_every_file_that_the_map_names_exists_and_it_names_every_room():
     assert {*ROOMS, *(f"lab/{room}" for room in LAB)} <= {name.removesuffix("/").removesuffix(".py") for name in named}
     paths = re.findall(r"`((?:src|tests)/[\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text())
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+# Source files without a test of their own name: where they are tested, which, and why there.
+ELSEWHERE = {
+    "anatomy/test_routing.py": ("anatomy/heads anatomy/layouts anatomy/sites", "the plan is what they make"),
+    "batch_size/test_noise.py": ("batch_size/noise_collect batch_size/noise_layers", "parts of NoiseScale"),
+    "geometry/test_layer.py": (
+        "geometry/adaptive geometry/norm geometry/scale geometry/spectrum",
+        "all norms keep the same laws",
+    ),
+    "lab/bench/test_contestants.py": ("lab/bench/examine", "it looks at contestants"),
+    "lab/bench/test_momenta.py": ("lab/bench/momenta_png", "its picture"),
+    "lab/bench/test_passes.py": ("lab/bench/passes_png", "its picture"),
+    "lab/bench/test_scaling.py": ("lab/bench/scaling_png", "its picture"),
+    "lab/bench/test_step.py": ("lab/bench/step_png", "its picture"),
+    "lab/bench/test_train_share.py": ("lab/bench/train_png", "its picture"),
+    "lab/cli/test_bench.py": ("lab/bench/cost lab/studies/batch/coverage", "what these commands print"),
+    "lab/cli/test_critical_batch_bound.py": ("lab/cli/bound", "tested as it is typed"),
+    "lab/cli/test_critical_batch_fit.py": ("lab/cli/critical_batch", "tested as it is typed"),
+    "lab/cli/test_ending.py": ("lab/cli/outcome lab/errors", "how a command ends"),
+    "lab/cli/test_examples.py": ("lab/cli/parser", "what is shown where a word is wrong"),
+    "lab/cli/test_main.py": (
+        "__main__ lab/cli/options lab/cli/runs lab/cli/studies lab/cli/study lab/studies/race/command "
+        "lab/studies/sweep/command",
+        "tested as they are typed",
+    ),
+    "lab/cli/test_theory.py": ("lab/report/theory_png lab/runs/trained", "what these commands use alone"),
+    "lab/engine/test_study.py": ("lab/engine/pool lab/engine/worker", "a study and its processes"),
+    "lab/methods/test_methods.py": ("lab/methods/tuned", "a table of options for methods"),
+    "lab/report/test_page.py": (
+        "lab/report/figure lab/report/notices lab/report/palette lab/report/sheet lab/report/table lab/studies/report",
+        "what they make is read on the page",
+    ),
+    "lab/studies/batch/test_page.py": (
+        "lab/studies/batch/figures lab/studies/batch/notices lab/studies/batch/sentences lab/studies/batch/varied",
+        "what they make is read on the page",
+    ),
+    "lab/studies/race/test_plan.py": ("lab/engine/display lab/studies/race/page", "seen in a whole race"),
+    "lab/studies/race/test_sentences.py": ("lab/studies/race/notices", "they are sentences, too"),
+    "lab/studies/sweep/test_page.py": ("lab/studies/sweep/notices", "read on the page"),
+    "lab/studies/test_records.py": (
+        "lab/studies/race/records",
+        "records are tried with those of races",
+    ),
+    "lab/tasks/test_tasks.py": (
+        "lab/tasks/digits lab/tasks/held_out lab/tasks/images lab/tasks/task lab/tasks/windows",
+        "all tasks keep the same laws",
+    ),
+    "linalg/test_coefficients.py": ("linalg/minimax linalg/odd_polynomial", "what coefficients are made with"),
+    "linalg/test_polar.py": ("linalg/iterations linalg/plan", "parts of the polar factor"),
+    "linalg/test_products.py": ("linalg/symmetric", "products of blocks, and how they are counted"),
+    "optim/momo/test_tap.py": ("optim/momo/losses", "the object that keeps what the tap hears"),
+    "optim/test_descent.py": (
+        "optim/combine optim/diagnostics optim/move optim/state",
+        "parts of the step, which the step shows",
+    ),
+    "optim/test_options.py": ("optim/arguments", "every option of every constructor"),
+    "optim/test_plain_groups.py": ("optim/guesses", "groups without a model, of which guesses are made"),
+    "optim/test_ranks_alike.py": ("ranks/agree ranks/boxes", "they need several ranks"),
+    "stages/inputs/test_precondition.py": ("stages/inputs/applied stages/inputs/stage", "the stage as a whole"),
+    "test_checks.py": ("names notices", "how options are refused"),
+    "test_testing.py": ("stages/stage", "the protocol, to which laws hold every stage"),
+}
+
+
+def test_every_file_has_tests_of_its_name_or_stands_in_the_list_with_a_reason():
+    tests = ROOT / "tests"
+    listed = [name for names, _ in ELSEWHERE.values() for name in names.split()]
+    assert sorted(set(listed)) == sorted(listed)
+    assert [test for test in ELSEWHERE if not (tests / test).exists()] == []
+    own = {label(path).removesuffix(".py") for path in FILES if path.name != "__init__.py"}
+    without = {name for name in own if not (tests / Path(name).parent / f"test_{Path(name).name}.py").exists()}
+    assert without - {*listed} == set(), "name a test file after each, or add it to ELSEWHERE with a reason"
+    assert {*listed} - without == set(), "these need no entry of ELSEWHERE: they have gone, or tests of their own name"
