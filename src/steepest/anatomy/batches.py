@@ -55,10 +55,8 @@ class Bucket:
             One tensor per parameter; may share memory with the batches.
         """
         shape = self.parameters[0].shape
-        if self.view is None:
-            return [row.reshape(shape) for row in batches[0].unbind()]
-        if self._plain:
-            return list(batches[0].unbind())
+        if self.view is None or self._plain:
+            return [row.reshape(shape) for row in batches[0].split(1)]  # torch 2.9 has no unbind of sharded tensors
         view, count = self.view, len(self.parameters)
         pieces = [batch.chunk(count) if count > 1 else (batch,) for batch in batches]
         return [view.merge(blocks, shape) for blocks in zip(*pieces, strict=True)]

@@ -57,6 +57,12 @@ def assert_same(ours, theirs, tolerance=1e-13):
             torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance)
 
 
+needs_hook_guards = pytest.mark.skipif(
+    torch.__version__.startswith("2.9."),
+    reason="torch 2.9 does not notice hooks that come or go after compiling; the step says that inputs are missing",
+)
+
+
 # How a model is compiled, and in how many graphs: one with gradients and one without, in general.
 WAYS = {
     "whole": (None, lambda model, backend: torch.compile(model, backend=backend), 2),
@@ -114,6 +120,7 @@ class Block(nn.Module):
         return x + self.q(x).tanh() * self.k(x).sigmoid() + self.v(x)
 
 
+@needs_hook_guards
 @pytest.mark.slow
 def test_blocks_compiled_one_by_one_share_their_graphs_and_moments():
     torch.manual_seed(7)
@@ -254,6 +261,7 @@ def test_a_mask_must_be_in_force_in_the_backward_pass():
     assert_kept(model, optimizer, expected)
 
 
+@needs_hook_guards
 def test_a_model_compiled_before_the_optimizer_was_built_is_compiled_anew():
     model, x = net(), data()
     compiled = torch.compile(model, backend="aot_eager")
@@ -265,6 +273,7 @@ def test_a_model_compiled_before_the_optimizer_was_built_is_compiled_anew():
     assert_kept(model, optimizer, expected)
 
 
+@needs_hook_guards
 def test_models_of_one_class_with_and_without_hooks_in_turns():
     """What compilers made of one is not taken for another; each is compiled once."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -284,6 +293,7 @@ def test_models_of_one_class_with_and_without_hooks_in_turns():
     assert counter.frame_count == 2
 
 
+@needs_hook_guards
 @pytest.mark.slow
 def test_a_model_compiled_for_an_optimizer_that_is_gone_is_seen_by_the_next():
     model = net()

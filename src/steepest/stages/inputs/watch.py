@@ -265,7 +265,8 @@ class _Hook:
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any] | None = None) -> Any:
         if not torch.is_grad_enabled() or not self.parameter.requires_grad:
             return None
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        # is_exporting() is True in every compiled graph of torch 2.9
+        if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
             return None  # what is made of the model takes no optimizer along
         compiling = torch.compiler.is_compiling()
         watch = None if compiling else _WATCHES.get(self.key)
