@@ -11,7 +11,7 @@ import msgspec
 
 from steepest.lab.bench.momenta import Finding
 from steepest.lab.bench.passes import Passes
-from steepest.lab.bench.pictures import cases_png, momenta_png, passes_png, scaling_png, train_png
+from steepest.lab.bench.pictures import momenta_png, passes_png, scaling_png, step_png, train_png
 from steepest.lab.bench.scaling import Point, Row
 from steepest.lab.bench.step import Case
 from steepest.lab.bench.timing import Quartiles
@@ -37,7 +37,7 @@ def _passes(content: Any) -> bytes:
 
 
 def _step(content: Any) -> bytes:
-    return cases_png(msgspec.convert(content["cases"], list[Case]))
+    return step_png(msgspec.convert(content["cases"], list[Case]))
 
 
 def _scaling(content: Any) -> bytes:
