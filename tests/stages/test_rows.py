@@ -9,7 +9,7 @@ import torch
 
 from steepest import Decoupled, InputMoment, Momo, Muon, MuonMax, NewtonMuon, RowScaling, SteepestDescent
 from steepest.testing import backward, network
-from tests.reference.normuon import normuon
+from tests.reference.muon import normuon
 
 
 def gradients(count, shape, seed=0):

@@ -6,16 +6,15 @@ for each load, and `passed` at its end.
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from steepest.anatomy import Load, PlanRow
+from steepest.anatomy import LINEAR, Load, PlanRow
 from steepest.notices import warn
 from steepest.ranks import summed, unanimous
-from steepest.stages.inputs.applied import Applied
 from steepest.stages.inputs.moments import given_rows
 from steepest.stages.inputs.options import INPUT_OPTIONS, INPUT_STEPS, InputMoment
 from steepest.stages.inputs.readers import Reader, find_readers
@@ -26,6 +25,7 @@ from steepest.stages.inputs.refresh import (
     Outcome,
     ensure_moments,
     invert_,
+    multiplied,
     refresh_,
 )
 from steepest.stages.inputs.watch import InputWatch
@@ -35,6 +35,51 @@ INPUT_LEADER = "input_leader"  # 0-d, number of the reader whose moment a reader
 UNSETTLED = -1.0
 MOMENT_KEYS = (INPUT_MOMENT, INPUT_MASS, INPUT_POWERS)
 INPUT_SUM, INPUT_SUM_MASS = "input_sum", "input_sum_mass"  # seen since the last step, if a refresh is under way
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The powers of one step.
+
+    Args:
+        options: Of the preconditioning.
+        powers: Identity of a parameter to how it is read, and the powers (one per exponent, *shape of its layout).
+        blend: Part of them that is used.
+    """
+
+    options: InputMoment
+    powers: Mapping[int, tuple[Reader, Tensor]]
+    blend: float
+
+    def times(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor], which: int) -> list[Tensor]:
+        """Multiply with P_a or P_b.
+
+        Args:
+            parameters: To which the tensors belong.
+            tensors: Shaped like them.
+            which: 0 for P_a, 1 for P_b.
+
+        Returns:
+            New tensors, or the given ones where nothing is to be multiplied.
+        """
+        exponent = self.options.exponents[which]
+        if exponent == 0:
+            return list(tensors)
+        place = self.options.powers.index(exponent)
+        return [self._one(parameter, tensor, place) for parameter, tensor in zip(parameters, tensors, strict=True)]
+
+    def _one(self, parameter: Tensor, tensor: Tensor, place: int) -> Tensor:
+        found = self.powers.get(id(parameter))
+        if found is None:
+            return tensor
+        reader, powers = found
+        solver = self.options.solver
+        if reader.view == LINEAR and tensor.ndim == 2:
+            result = multiplied(tensor.unsqueeze(0), powers[place], reader.layout, solver=solver)[0]
+        else:
+            (batch,) = reader.view.split_tensor(tensor)
+            result = reader.view.merge((multiplied(batch, powers[place], reader.layout, solver=solver),), tensor.shape)
+        return result if self.blend == 1 else torch.lerp(tensor, result, self.blend)
 
 
 class MissingInputsError(RuntimeError):
