@@ -102,6 +102,7 @@ def test_every_file_that_the_map_names_exists_and_it_names_every_room():
 ELSEWHERE = {
     "anatomy/test_routing.py": ("anatomy/heads anatomy/layouts anatomy/sites", "the plan is what they make"),
     "batch_size/test_noise.py": ("batch_size/noise_collect batch_size/noise_layers", "parts of NoiseScale"),
+    "batch_size/test_curve_fit.py": ("batch_size/curve_likelihood", "what a fit makes largest"),
     "geometry/test_layer.py": (
         "geometry/adaptive geometry/norm geometry/scale geometry/spectrum",
         "all norms keep the same laws",
@@ -151,9 +152,8 @@ ELSEWHERE = {
         "parts of the step, which the step shows",
     ),
     "optim/test_options.py": ("optim/arguments", "every option of every constructor"),
-    "optim/test_plain_groups.py": ("optim/guesses", "groups without a model, of which guesses are made"),
+    "optim/test_groups.py": ("optim/guesses", "groups without a model, of which guesses are made"),
     "optim/test_ranks_alike.py": ("ranks/agree ranks/boxes", "they need several ranks"),
-    "stages/inputs/test_precondition.py": ("stages/inputs/applied stages/inputs/stage", "the stage as a whole"),
     "test_checks.py": ("names notices", "how options are refused"),
     "test_testing.py": ("stages/stage", "the protocol, to which laws hold every stage"),
 }

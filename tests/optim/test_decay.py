@@ -183,9 +183,7 @@ def test_kinds_that_print_alike_are_told_apart():
 
     one, two = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
     kinds = [(one, Hidden(0.1, part=0.5)), (two, Hidden(0.1, part=0.25))]
-    groups = [
-        {"params": [p], "role": "matrix", "weight_decay": kind} for p, kind in zip((one, two), kinds, strict=True)
-    ]
+    groups = [{"params": [p], "role": "matrix", "weight_decay": kind} for p, kind in kinds]
     optimizer = SteepestDescent(groups)
     first, second = (group["decay_kind"] for group in optimizer.param_groups)
     assert second == f"{first}#2"
