@@ -129,16 +129,10 @@ ELSEWHERE = {
         "what they make is read on the page",
     ),
     "lab/studies/batch/test_page.py": (
-        "lab/studies/batch/figures lab/studies/batch/notices lab/studies/batch/sentences lab/studies/batch/varied",
+        "lab/studies/batch/figures lab/studies/batch/sentences lab/studies/batch/varied",
         "what they make is read on the page",
     ),
     "lab/studies/race/test_plan.py": ("lab/engine/display lab/studies/race/page", "seen in a whole race"),
-    "lab/studies/race/test_sentences.py": ("lab/studies/race/notices", "they are sentences, too"),
-    "lab/studies/sweep/test_page.py": ("lab/studies/sweep/notices", "read on the page"),
-    "lab/studies/test_records.py": (
-        "lab/studies/race/records",
-        "records are tried with those of races",
-    ),
     "lab/tasks/test_tasks.py": (
         "lab/tasks/digits lab/tasks/held_out lab/tasks/images lab/tasks/task lab/tasks/windows",
         "all tasks keep the same laws",
