@@ -216,7 +216,7 @@ def test_the_run_of_a_dead_process_here_is_taken_at_once(out):
         assert states(queue) == ["FAIL"] + ["WAITING"] * 4
 
 
-@pytest.mark.parametrize("worker", [HERE, "nonsense", f"{socket.gethostname()}:99999999999"])
+@pytest.mark.parametrize("worker", [HERE, "nonsense", f"{socket.gethostname()}:99999999999"], ids=["here", "?", "gone"])
 def test_the_run_of_a_process_that_may_live_is_left_alone(out, worker):
     with opened(out) as queue:
         queue.fill()
