@@ -125,7 +125,7 @@ ELSEWHERE = {
     "lab/engine/test_study.py": ("lab/engine/pool lab/engine/worker", "a study and its processes"),
     "lab/methods/test_methods.py": ("lab/methods/tuned", "a table of options for methods"),
     "lab/report/test_page.py": (
-        "lab/report/figure lab/report/notices lab/report/palette lab/report/sheet lab/report/table lab/studies/report",
+        "lab/report/figure lab/report/notices lab/report/palette lab/report/sheet lab/studies/report",
         "what they make is read on the page",
     ),
     "lab/studies/batch/test_page.py": (

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from steepest.lab.report.figure import Figure
 from steepest.lab.report.notices import Notice
 from steepest.lab.report.palette import styles
-from steepest.lab.report.table import Column
+from steepest.lab.report.sheet import Column
 from steepest.lab.report.vega import script, to_png, to_vega
 from steepest.lab.report.wording import plain, shortened
 from steepest.lab.runs.records import Run

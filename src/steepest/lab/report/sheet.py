@@ -1,16 +1,38 @@
-"""Tables for other programs, and for spreadsheets."""
+"""Tables: of a page, where each cell is a number and what lies behind it, and for spreadsheets and other programs."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from steepest.lab.report.wording import plain
 
+Row = TypeVar("Row")  # results of a method
 Cells = Sequence[object]  # None is left empty
 # after these a spreadsheet takes the rest for a formula; the last four are their wide forms
 _STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+
+DOT = " \N{MIDDLE DOT} "
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is read first, and the lines of small print under it."""
+
+    text: str
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Column(Generic[Row]):
+    """A column of a table over methods; `note` says in a few words what its title leaves open."""
+
+    title: str
+    cell: Callable[[Row], Cell]
+    note: str = ""
 
 
 def sheet(head: Sequence[str], rows: Iterable[Cells]) -> str:

@@ -10,8 +10,7 @@ from statistics import fmean
 from steepest.batch_size.curve import Answer, size_text
 from steepest.lab.report import wording
 from steepest.lab.report.page import Comparison, Content, Settings
-from steepest.lab.report.sheet import Cells, sheet
-from steepest.lab.report.table import Cell, Column
+from steepest.lab.report.sheet import Cell, Cells, Column, sheet
 from steepest.lab.report.wording import DASH, duration, shortened
 from steepest.lab.studies.batch import sentences
 from steepest.lab.studies.batch.figures import KEYS, figures

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from steepest.lab.report import wording
 from steepest.lab.report.page import Content, Settings
-from steepest.lab.report.table import DOT, Cell, Column
+from steepest.lab.report.sheet import DOT, Cell, Column
 from steepest.lab.report.wording import DASH, FIXED, NARROW, plain
 from steepest.lab.studies.race import sentences
 from steepest.lab.studies.race.figures import KEYS, figures

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from steepest.lab.report import wording
 from steepest.lab.report.page import Content, Settings
-from steepest.lab.report.sheet import Cells, sheet
-from steepest.lab.report.table import DOT, Cell, Column
+from steepest.lab.report.sheet import DOT, Cell, Cells, Column, sheet
 from steepest.lab.report.wording import DASH, FIXED
 from steepest.lab.runs.records import Run
 from steepest.lab.studies.records import read_study
