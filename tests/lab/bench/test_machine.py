@@ -59,8 +59,9 @@ def test_calibration_with_a_clock_that_ticks_knows_what_was_done_in_a_tick():
 
 
 def test_calls_are_as_many_as_they_are_taken_for():
-    with Calls() as counted:
-        polars([torch.ones(1, 4, 4)], coefficients="nonic", times=[-1.0])
+    for _ in range(2):  # the first asks once and for all what the processor can do
+        with Calls() as counted:
+            polars([torch.ones(1, 4, 4)], coefficients="nonic", times=[-1.0])
     assert counted.calls == pytest.approx(CALLS, rel=0.1)
 
 
