@@ -159,5 +159,6 @@ def test_every_file_has_tests_of_its_name_or_stands_in_the_list_with_a_reason():
     assert sorted(set(listed)) == sorted(listed)
     assert [test for test in ELSEWHERE if not (tests / test).exists()] == []
     own = {label(path).removesuffix(".py") for path in FILES if path.name != "__init__.py"}
+    assert set(listed) - own == set(), "these files are not there"
     without = {name for name in own if not (tests / Path(name).parent / f"test_{Path(name).name}.py").exists()}
     assert without - {*listed} == set(), "name a test file after each, or add it to ELSEWHERE with a reason"

@@ -307,10 +307,6 @@ class Bound:
         """b K(b): gradients of samples evaluated until the bound is at the target; errors as `curve`."""
         return batch * self.steps(target, batch)
 
-    def least_batch(self, target: float) -> float:
-        """b_min, samples; errors as `curve`."""
-        return self.curve(target).least
-
     def best_batch(self, target: float) -> float:
         """b*, samples: where b K(b) is smallest; errors as `curve`."""
         return self.curve(target).best

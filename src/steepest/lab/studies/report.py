@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from steepest.lab.disk.files import RecordError, make_directory, remove, write_whole
-from steepest.lab.disk.packed import STUDY_REMEDY
 from steepest.lab.studies import KINDS
 from steepest.lab.studies.records import read_kind
 
@@ -54,7 +53,8 @@ def write_plots(study_dir: Path, kind: str) -> tuple[Path, ...]:
         ModuleNotFoundError: If the libraries that draw are not installed.
     """
     if (other := read_kind(study_dir)) != kind:
-        raise RecordError(study_dir / "study.json", f"kind must be {kind!r}, got {other!r}", STUDY_REMEDY)
+        remedy = f"Nothing is wrong with it: `steepest report {study_dir}` makes its page."
+        raise RecordError(study_dir, f"this is the study of a {other}, and a {kind} was asked for", remedy)
     content = KINDS[kind].content(study_dir)
     from steepest.lab.report.page import pictures
 
