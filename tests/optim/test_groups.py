@@ -33,6 +33,8 @@ from steepest import (
     SteepestDescent,
     View,
 )
+from steepest.optim.combine import Combine
+from steepest.optim.momo import Losses
 from tests.optim.training import RECIPES, assert_same, backward, network, train
 
 
@@ -316,8 +318,10 @@ def test_names_are_distinct_and_the_users_stay():
 
 def test_names_of_roles_leave_the_product_norm_as_it_is():
     groups = [{"params": [weight(2, 2)]}, {"params": [weight(2, 2)]}, {"params": [weight(2, 2)], "name": "own"}]
-    optimizer = SteepestDescent(groups, product=Max("matrix", "own"), step_size=None)
-    assert [optimizer._combine.label(group) for group in optimizer.param_groups] == ["matrix", "matrix", "own"]
+    product = Max("matrix", "own")
+    optimizer = SteepestDescent(groups, product=product)
+    combine = Combine(product, Losses(None), regularized=False, dual="cached")
+    assert [combine.label(group) for group in optimizer.param_groups] == ["matrix", "matrix", "own"]
 
 
 def test_a_state_saved_without_names_loads():

@@ -22,6 +22,7 @@ from steepest.batch_size.curve_fit import Point
 from steepest.linalg import COEFFICIENTS, Coefficients
 from steepest.optim import recipes
 from steepest.optim.arguments import texts_of
+from steepest.optim.guard import Guard
 from steepest.optim.options import check_numbers
 from tests.cases import cases
 from tests.optim.training import assert_same, backward, network, snapshot, train
@@ -575,7 +576,5 @@ def test_unread_numbers_are_judged_on_their_device():
 
 
 def test_raising_waits_for_a_rate():
-    model = network()
-    optimizer = Muon(model, on_nonfinite="raise")
     with pytest.raises(NonFiniteError, match="A learning rate, a momentum or a decay that is a tensor is not finite"):
-        optimizer._guard.restrict(True, [torch.tensor(False)])
+        Guard("raise").restrict(True, [torch.tensor(False)])

@@ -64,9 +64,9 @@ def give(model, size):
 
 def finite(model, optimizer):
     numbers = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
-    model_of_loss = optimizer._losses.model
+    group = optimizer.state_dict()["param_groups"][0]
     return all(bool(t.isfinite().all()) for t in numbers) and (
-        model_of_loss is None or all(math.isfinite(number) for number in model_of_loss.numbers().values())
+        all(math.isfinite(number) for key, number in group.items() if key.startswith("momo_") and key != "momo_weights")
     )
 
 
