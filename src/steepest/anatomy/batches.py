@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steepest.anatomy.plan import PlanRow
 from steepest.anatomy.views import LINEAR, View
+from steepest.ranks import is_sharded
 
 T = TypeVar("T")
 
@@ -56,7 +57,10 @@ class Bucket:
         """
         shape = self.parameters[0].shape
         if self.view is None or self._plain:
-            return [row.reshape(shape) for row in batches[0].split(1)]  # torch 2.9 has no unbind of sharded tensors
+            if is_sharded(batches[0]):  # which torch 2.9 cannot unbind
+                return [row.reshape(shape) for row in batches[0].split(1)]
+            rows = batches[0].unbind()
+            return list(rows) if self._plain else [row.reshape(shape) for row in rows]
         view, count = self.view, len(self.parameters)
         pieces = [batch.chunk(count) if count > 1 else (batch,) for batch in batches]
         return [view.merge(blocks, shape) for blocks in zip(*pieces, strict=True)]
