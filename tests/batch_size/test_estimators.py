@@ -70,6 +70,7 @@ class TestEuclidean:
         of_ratios = (pairs[:, 0] / pairs[:, 1]).mean()
         assert abs(of_means - truth) < 0.2 * abs(of_ratios - truth)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("count", [2, 4, 16])
     def test_the_mean_does_not_depend_on_how_the_batch_is_cut(self, problem, count):
         pairs = [euclidean(g, equal(count, 32 / count)) for g in self.drawn(problem, count, 32 / count)]
@@ -157,6 +158,7 @@ class TestNuclear:
         assert abs(noise / (16 * 64**0.5) - 1) < 0.01  # 128; the long side has 256
         torch.testing.assert_close(nuclear(wide.mT, equal(64, 1)).noise, noise)
 
+    @pytest.mark.slow
     def test_noise_is_the_root_of_an_unbiased_covariance(self, rng):
         left = torch.randn(6, 6, generator=rng, dtype=F64)
         g = left @ torch.randn(2000, 6, 9, generator=rng, dtype=F64)
@@ -241,6 +243,7 @@ class TestAlignment:
             error = (crossed.var() / 200 + truth.var() / 2000) ** 0.5
             assert abs(crossed.mean() - truth.mean()) < 3 * error
 
+    @pytest.mark.slow
     def test_every_size_is_unbiased_and_larger_batches_align_better(self, rng):
         gradient, sizes = signal(8, 12, 2, 60.0), nested_sizes(8)
         found = torch.stack([alignment(noisy(gradient, 8, 4, rng), equal(8, 4), exact, sizes) for _ in range(500)])

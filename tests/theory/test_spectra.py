@@ -40,12 +40,14 @@ def test_scores_are_those_that_were_measured_elsewhere(case):
         torch.testing.assert_close(ratios, expected, rtol=0.05, atol=0)
 
 
+@pytest.mark.slow
 def test_a_large_input_costs_muon_most_of_the_score_and_newton_muon_little():
     scores = study("few-large")
     assert (scores["newton-muon"] / scores["newton"]).mean() >= 0.93
     assert (scores["muon"] / scores["newton"]).mean() <= 0.30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_direction_beats_newtons(case):
     scores = study(case)

@@ -114,6 +114,7 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
 
 
+@pytest.mark.slow
 def test_commands_run_without_docstrings():
     words = ["theory", "spike", "--kappa", "3", "--eps", "0.5", "--json"]
     for command in (["--help"], words):

@@ -22,6 +22,7 @@ def hold(run_dir, held, release):
         release.wait(30)
 
 
+@pytest.mark.slow
 def test_a_second_process_is_told_who_is_there_and_a_killed_one_lets_go(tmp_path):
     context = multiprocessing.get_context("forkserver")
     held, release = context.Event(), context.Event()

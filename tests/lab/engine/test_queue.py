@@ -225,6 +225,7 @@ def test_the_run_of_a_process_that_may_live_is_left_alone(out, worker):
         assert states(queue) == ["RUNNING"] + ["WAITING"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worker", [None, "elsewhere:1"])
 def test_the_run_of_a_process_elsewhere_is_taken_when_its_heart_stops(out, worker):
     with opened(out, grace_s=1) as queue:
@@ -439,6 +440,7 @@ def test_failed_runs_beyond_the_first_few_are_tried_again_too(task, tmp_path):
         assert queue.failures() == []
 
 
+@pytest.mark.slow
 def test_a_run_whose_beat_is_of_a_clock_that_was_ahead_is_taken_over(out):
     with opened(out, grace_s=1) as queue:
         queue.fill()

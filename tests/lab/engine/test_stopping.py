@@ -44,6 +44,7 @@ def saves_for_ever(pool):
     assert pool.kill.wait(30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", SIGNALS)
 def test_a_signal_stops_the_workers_and_waits_until_they_have_saved(sent):
     pool, before = Pool(1, 1, None, threading.Event()), [signal.getsignal(number) for number in SIGNALS]

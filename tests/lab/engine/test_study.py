@@ -209,6 +209,7 @@ def test_a_worker_without_last_words_has_no_reason(tmp_path):
     assert last_words(tmp_path) == "no reason was recorded"
 
 
+@pytest.mark.slow
 def test_whoever_joins_hears_of_failed_runs(task, tmp_path, monkeypatch):
     asked = sweep(task, lrs={"sgd": (0.1,)})
     write_study(tmp_path, asked, asked.configs(), command=ASK)
@@ -338,6 +339,7 @@ def test_there_are_no_more_workers_than_runs(task, tmp_path, monkeypatch):
     assert [pool.workers for pool in pools] == [2, 2]
 
 
+@pytest.mark.slow
 def test_whoever_waits_for_others_says_so(task, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "QUIET_S", 0.1)
     monkeypatch.setattr(engine, "_work", lambda *_: time.sleep(1.5))

@@ -117,6 +117,7 @@ def test_everything_a_reader_asks_for_is_there(pages: dict[str, Path]) -> None:
         assert expected in text
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_filled_say_so(tmp_path: Path) -> None:
     paces = {
         "adamw": Pace(accuracy=0.9),

@@ -51,6 +51,7 @@ def test_at_its_own_batch_size_a_fork_is_the_run_bit_for_bit(parents, method, sc
     assert fork.final_loss == [row["loss"] for row in rows(out / "whole") if row["kind"] == "eval"][-1]
 
 
+@pytest.mark.slow
 def test_forking_changes_nothing_in_the_run_or_in_the_process(parents):
     out = parents["muon", "constant"]
     before = {path.name: path.read_bytes() for path in (out / "parent").iterdir() if path.is_file()}

@@ -236,6 +236,7 @@ def die_before_the_first_checkpoint(config: RunConfig, run_dir: Path) -> None:
     train_run(config, run_dir, checkpoint_every=7, threads=1)
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_each_step_once_after_kill_9_before_the_first_checkpoint(tmp_path):
     config = short()
     process = FORKSERVER.Process(target=die_before_the_first_checkpoint, args=(config, tmp_path))

@@ -147,6 +147,7 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0])
 
 
+@pytest.mark.slow
 def test_an_input_given_three_times():
     torch.manual_seed(7)
     model = Attention().double()

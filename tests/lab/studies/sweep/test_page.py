@@ -57,6 +57,7 @@ def test_nothing_comes_from_elsewhere(pages: dict[str, Path], name: str) -> None
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on")]
 
 
+@pytest.mark.slow
 @cases("start", ["=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20"])
 def test_no_name_in_a_table_is_a_formula(tmp_path: Path, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steepest.lab.report.page.to_png", lambda _: b"")
