@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from steepest.lab.methods.tuned import Tuning
 from steepest.lab.runs.config import RunConfig, run_hash
 from steepest.lab.runs.version import code_version
+from steepest.lab.studies.records import Recorded
 from steepest.lab.tasks.task import DataIdentity
 
 SHA = hashlib.sha256(b"data").hexdigest()
@@ -341,3 +342,17 @@ def write_scenario(study_dir: Path, name: str) -> Path:
         return write_sweep(study_dir, valleys, **changes)
     paces, changes = SCENARIOS[name]
     return write_study(study_dir, paces, **changes)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the values of a JSON file."""
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def only_problem(study: Recorded[Any, Any]) -> str:
+    """Why the one run that cannot be used cannot."""
+    [problem] = study.absent.values()
+    assert problem is not None
+    return problem

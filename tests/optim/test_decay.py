@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from steepest import Decay, Decoupled, Momo, Muon, Spectral, SteepestDescent
+from steepest import Decay, Decoupled, Momo, Muon, RowScaling, Spectral, SteepestDescent
 from steepest.testing import backward, check_recipe, network
 
 
@@ -114,6 +114,23 @@ def test_momo_predicts_what_another_kind_takes_away(bookkeeping, dual, product):
 def test_where_no_ball_is_kept_none_is_promised():
     _, optimizer = trained(weight_decay=Cautious(0.1))
     assert not any(name.endswith("/ball_radius") for name in optimizer.diagnostics(weights=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "weights are no longer kept within norm 1 / weight_decay"),
+        ({"stages": [RowScaling()]}, "decay takes more from weights than they have"),
+        ({"weight_decay": Cautious(2.0)}, "decay takes more from weights than they have"),
+    ],
+)
+def test_too_much_decay_is_told_and_of_a_ball_only_where_there_is_one(options, told):
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    optimizer = Muon([weight], **{"lr": 0.1, "weight_decay": 2.0, **options})
+    optimizer.param_groups[0]["lr"] = 1.0
+    with pytest.warns(UserWarning, match=rf"lr · weight_decay is 2 .*{told}, and from 2 on"):
+        optimizer.step()
 
 
 def test_the_kind_survives_saving_copying_and_pickling():

@@ -284,7 +284,7 @@ class SteepestDescent(Optimizer):
             for _, parameter in group["params"]:
                 check_view(rows[parameter], group["norm"])
                 self._check_layout(rows[parameter])
-                if _staged(group, group["norm"]):
+                if self._staged(group):
                     check_stages(rows[parameter], self._stages)
         self._check_together([*self.param_groups, *groups])
         for group in groups:
@@ -305,10 +305,12 @@ class SteepestDescent(Optimizer):
         for group in () if self._warned_of_ball else groups:
             if (product := beyond_ball(group)) is not None:
                 self._warned_of_ball = True
+                ball = self._keeps_ball(group) and self._decays.of(group).radius(group["weight_decay"]) is not None
+                lost = "weights are no longer kept within norm 1 / weight_decay"
                 warn(
-                    f"lr · weight_decay is {product:.3g} for the role {group['role']!r}: above 1, weights are no "
-                    "longer kept within norm 1 / weight_decay, and from 2 on they may grow without bound. Lower lr or "
-                    "weight_decay.",
+                    f"lr · weight_decay is {product:.3g} for the role {group['role']!r}: above 1, "
+                    f"{lost if ball else 'decay takes more from weights than they have'}, and from 2 on they may grow "
+                    "without bound. Lower lr or weight_decay."
                 )
 
     def _collect(self, params: Parameters, **options: Any) -> tuple[dict[Tensor, PlanRow], list[Group]]:
@@ -366,10 +368,8 @@ class SteepestDescent(Optimizer):
                 found[parameter], groups[parameter] = row, group
         changed = [parameter for parameter, row in found.items() if self._rows.get(parameter) is not row]
         for parameter in changed:
-            row = found[parameter]
-            stages = self._stages if self._staged(groups[parameter]) else ()
-            entries = schema(row, adapts=self._norms.of(groups[parameter]).adapts, stages=stages)
-            check_fits(self.state.get(parameter, {}), parameter, row.name, entries)
+            entries = self._entries(found[parameter], groups[parameter])
+            check_fits(self.state.get(parameter, {}), parameter, found[parameter].name, entries)
         for parameter in gone - found.keys():  # another one stands in its place
             for known in (self._rows, self._schemas, self.state):
                 known.pop(parameter, None)
@@ -530,12 +530,15 @@ class SteepestDescent(Optimizer):
     def _names_of(self, parameters: Sequence[Tensor]) -> list[str]:
         return [self._rows[parameter].name for parameter in parameters]
 
+    def _entries(self, row: PlanRow, group: Group) -> Schema:
+        stages = self._stages if self._staged(group) else ()
+        return schema(row, adapts=self._norms.of(group).adapts, stages=stages)
+
     def _schema(self, parameter: Tensor, group: Group) -> Schema:
         """What may be kept of a parameter."""
         row, norm, known = self._rows[parameter], group["norm"], self._schemas.get(parameter)
         if known is None or known[0] is not row or known[1] != norm:
-            stages = self._stages if self._staged(group) else ()
-            entries = schema(row, adapts=self._norms.of(group).adapts, stages=stages)
+            entries = self._entries(row, group)
             known = self._schemas[parameter] = row, norm, entries
         return known[2]
 
@@ -786,9 +789,12 @@ class SteepestDescent(Optimizer):
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
 
     def _staged(self, group: Group) -> bool:
-        return _staged(group, self._norms.of(group))
+        """Whether stages work on a group, whose norm may not be a text yet."""
+        norm = self._norms.of(group) if isinstance(group["norm"], str) else group["norm"]
+        return bool(group["role"] == "matrix" and norm.matrix and not norm.adapts)
 
     def _keeps_ball(self, group: Group) -> bool:
+        """Whether directions have at most norm one, as stages say."""
         return not self._staged(group) or all(stage.keeps_ball for stage in self._stages)
 
     def _parameters(self) -> list[Tensor]:
@@ -810,11 +816,6 @@ class SteepestDescent(Optimizer):
         own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps", "_norms", "_members", "_decays"]
         own += ["_losses", "_combine", "_packing", "_rates", "_stages", "_warned_of_ball"]
         return {**super().__getstate__(), "_schemas": {}, **{name: getattr(self, name) for name in own}}
-
-
-def _staged(group: Group, norm: Norm) -> bool:
-    """Whether stages work on a group."""
-    return bool(group["role"] == "matrix" and norm.matrix and not norm.adapts)
 
 
 def checked_stages(precondition: InputMoment | str | None, stages: Sequence[Stage]) -> list[Stage]:

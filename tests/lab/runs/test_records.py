@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from steepest.lab.disk.fields import RecordError
 from steepest.lab.disk.packed import RunFiles
 from steepest.lab.runs.records import Result, read_result, read_run
 from steepest.lab.studies.race.plan import RaceStudy
-from steepest.lab.studies.records import Asked, Recorded, read_study
-from tests.lab.synthetic import STEPS, Pace, run_dir, write_study
+from steepest.lab.studies.records import read_study
+from tests.lab.synthetic import STEPS, Pace, edit, only_problem, run_dir, write_study
 
 DELETED = "Delete the directory [0-9a-f]{16} and repeat the study's command"
 
@@ -26,18 +25,6 @@ DELETED = "Delete the directory [0-9a-f]{16} and repeat the study's command"
 @pytest.fixture
 def study_dir(tmp_path: Path) -> Path:
     return write_study(tmp_path, {"adamw": Pace(), "muon": Pace(speed=1.7)}, seeds=(0, 1))
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def only_problem(study: Recorded[RaceStudy, Asked]) -> str:
-    [problem] = study.absent.values()
-    assert problem is not None
-    return problem
 
 
 def test_a_line_still_being_written_is_left_out(study_dir: Path) -> None:

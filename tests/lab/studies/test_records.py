@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from steepest.lab.disk.fields import RecordError
 from steepest.lab.studies import KINDS
 from steepest.lab.studies.race.plan import RaceStudy
-from steepest.lab.studies.records import Asked, Recorded, read_study
-from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, write_study
+from steepest.lab.studies.records import Asked, read_study
+from tests.lab.synthetic import EVERY, STEPS, TOKENS, Pace, edit, write_study
 
 
 @pytest.fixture
 def study_dir(tmp_path: Path) -> Path:
     return write_study(tmp_path, {"adamw": Pace(), "muon": Pace(speed=1.7)}, seeds=(0, 1))
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def only_problem(study: Recorded[RaceStudy, Asked]) -> str:
-    [problem] = study.absent.values()
-    assert problem is not None
-    return problem
 
 
 def test_what_was_written_is_read(study_dir: Path) -> None:
