@@ -10,7 +10,6 @@ from torch import Tensor
 
 from steepest.anatomy.plan import PlanRow
 from steepest.anatomy.views import LINEAR, View
-from steepest.ranks import is_sharded
 
 T = TypeVar("T")
 
@@ -22,10 +21,17 @@ class Bucket:
     Args:
         parameters: At least one.
         view: How one of them is a set of matrices. None: a bag of entries, one row.
+        part: Shape of what is worked on of each; None: all of it.
     """
 
     parameters: tuple[Tensor, ...]
     view: View | None
+    part: torch.Size | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of what is worked on of one parameter."""
+        return self.parameters[0].shape if self.part is None else self.part
 
     def matrices(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Gather tensors shaped like the parameters into batches, parameter by parameter.
@@ -55,10 +61,8 @@ class Bucket:
         Returns:
             One tensor per parameter; may share memory with the batches.
         """
-        shape = self.parameters[0].shape
+        shape = self.shape
         if self.view is None or self._plain:
-            if is_sharded(batches[0]):  # which torch 2.9 cannot unbind
-                return [row.reshape(shape) for row in batches[0].split(1)]
             rows = batches[0].unbind()
             return list(rows) if self._plain else [row.reshape(shape) for row in rows]
         view, count = self.view, len(self.parameters)
@@ -68,19 +72,19 @@ class Bucket:
     @property
     def blocks(self) -> tuple[tuple[int, int, int], ...]:
         """Shapes (B, m, n) of one parameter's batches."""
-        shape = self.parameters[0].shape
+        shape = self.shape
         return ((1, 1, shape.numel()),) if self.view is None else self.view.blocks(shape)
 
     @property
     def _plain(self) -> bool:
-        return self.view == LINEAR and self.parameters[0].ndim == 2
+        return self.view == LINEAR and len(self.shape) == 2
 
 
 class Load:
     """Buckets of one group, dtype and device.
 
     Args:
-        buckets: At least one.
+        buckets: Those of one process at least one; a rank may have none to work on.
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
@@ -111,6 +115,23 @@ class Load:
         """Number of batches that `matrices` returns."""
         return sum(self._blocks())
 
+    @property
+    def counts(self) -> list[int]:
+        """Matrices of each batch."""
+        return [len(bucket.parameters) * block[0] for bucket in self.buckets for block in bucket.blocks]
+
+    def blocks_of(self, place: int) -> tuple[tuple[int, int, int], ...]:
+        """Shapes (B, m, n) of one parameter's batches.
+
+        Args:
+            place: Of the parameter.
+        """
+        for bucket in self.buckets:
+            if place < len(bucket.parameters):
+                return bucket.blocks
+            place -= len(bucket.parameters)
+        raise IndexError(place)
+
     def per_matrix(self, numbers: Tensor) -> Tensor:
         """Repeat the number of a parameter for each of its matrices.
 
@@ -132,11 +153,12 @@ class Load:
         Returns:
             One vector per parameter, block after block.
         """
-        sizes = [len(bucket.parameters) * block[0] for bucket in self.buckets for block in bucket.blocks]
-        return self.rows_of_parameters(numbers.split(sizes))
+        return self.rows_of_parameters(numbers.split(self.counts))
 
     def numbers_of_batches(self, numbers: Sequence[Tensor]) -> Tensor:
         """The inverse of `numbers_of_parameters`."""
+        if not numbers:
+            return torch.empty(0)
         return torch.cat(self._of_batches(numbers, [(b, 1) for bucket in self.buckets for b, _, _ in bucket.blocks]))
 
     def rows_of_parameters(self, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -193,17 +215,21 @@ def find_buckets(parameters: Sequence[Tensor], rows: Mapping[Tensor, PlanRow], *
     return sorted(found, key=lambda bucket: (kind(bucket), *sorted(bucket.blocks[0][1:])))
 
 
-def gains(batches: Sequence[Tensor], moves: Sequence[Tensor]) -> Tensor:
+def gains(batches: Sequence[Tensor], moves: Sequence[Tensor], *, wide: bool = False) -> Tensor:
     """What each direction is predicted to gain per unit of length, -<M, D>.
 
     Args:
         batches: Momenta, (B, m, n) each.
         moves: Directions, likewise.
+        wide: Whether to add up in float64, so that it does not matter in which parts.
 
     Returns:
         One number per matrix, batch after batch.
     """
-    return torch.cat([-(m * d).sum(dim=(-2, -1)) for m, d in zip(batches, moves, strict=True)])
+    wide = wide and batches[0].device.type != "mps"
+    return torch.cat(
+        [-(m * d).sum(dim=(-2, -1), dtype=torch.float64 if wide else None) for m, d in zip(batches, moves, strict=True)]
+    )
 
 
 def kind(bucket: Bucket) -> tuple[str, str]:

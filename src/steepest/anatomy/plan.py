@@ -12,6 +12,7 @@ from torch import Tensor
 from steepest.anatomy.sites import Site
 from steepest.anatomy.views import View
 from steepest.names import near_miss
+from steepest.ranks import Team
 
 Role = Literal["matrix", "embedding", "head", "vector"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -33,6 +34,8 @@ class PlanRow:
         parameter: The parameter itself. Rows are compared without it.
         lr: Learning rate, once an optimizer has one for it.
         sites: Where it sits in the model, if it was found in one.
+        copies: Ranks that have a copy each, if it is in a `DistributedDataParallel` module.
+        owner: Ranks that work on it, in words, where an optimizer shares its work with others.
         inputs: What an optimizer keeps of its layer's inputs, in words; None: nothing.
         moment_bytes: Memory of the moment of the inputs; 0 where another row of the plan counts it.
         inverse_bytes: Memory of the moment's inverse or powers, likewise.
@@ -48,6 +51,8 @@ class PlanRow:
     parameter: Tensor = field(repr=False, compare=False)
     lr: float | None = None
     sites: tuple[Site, ...] = field(default=(), repr=False, compare=False)
+    copies: Team | None = field(default=None, repr=False, compare=False)
+    owner: str | None = None
     inputs: str | None = None
     moment_bytes: int = 0
     inverse_bytes: int = 0
@@ -152,13 +157,27 @@ class Plan(Sequence[PlanRow]):
 
         Returns:
             Lines of name, shape, role, view, norm, learning rate (once there is one), what is kept of the layer's
-            inputs and the bytes it takes (where something is), numbers, tensors and reason, then totals.
+            inputs and the bytes it takes (where something is), the ranks that work on it (where work is shared),
+            numbers, tensors and reason, then totals.
         """
         alike: dict[tuple[str, ...], list[PlanRow]] = {}
         for row in self:
             alike.setdefault((_starred(row.name) if collapse else row.name, *_cells(row, collapse)), []).append(row)
         lines: list[tuple[str, ...]] = [
-            ("parameter", "shape", "role", "view", "norm", "lr", "inputs", "bytes", "numbers", "tensors", "reason")
+            (
+                "parameter",
+                "shape",
+                "role",
+                "view",
+                "norm",
+                "lr",
+                "inputs",
+                "bytes",
+                "owner",
+                "numbers",
+                "tensors",
+                "reason",
+            )
         ]
         for (_, *cells, reason), rows in alike.items():
             name = ".".join(
@@ -167,8 +186,11 @@ class Plan(Sequence[PlanRow]):
             )
             memory = sum(row.moment_bytes + row.inverse_bytes for row in rows)
             numbers = f"{sum(row.numel for row in rows):,}"
-            lines.append((name, *cells, f"{memory:,}" if memory else "-", numbers, str(len(rows)), reason))
+            owners = ", ".join(dict.fromkeys(row.owner or "-" for row in rows))
+            kept = f"{memory:,}" if memory else "-"
+            lines.append((name, *cells, kept, owners, numbers, str(len(rows)), reason))
         hidden = [5] * all(row.lr is None for row in self) + [6, 7] * all(row.inputs is None for row in self)
+        hidden += [8] * all(row.owner is None for row in self)
         shown = [tuple(cell for place, cell in enumerate(line) if place not in hidden) for line in lines]
         return "\n".join((*_aligned(shown), "", *_aligned(self._totals()), *self._memory()))
 
@@ -189,6 +211,7 @@ class Plan(Sequence[PlanRow]):
                     "view": str(row.view) if row.view else None,
                     "norm": row.norm,
                     "lr": row.lr,
+                    "owner": row.owner,
                     "inputs": row.inputs,
                     "moment_bytes": row.moment_bytes,
                     "inverse_bytes": row.inverse_bytes,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from steepest.anatomy.heads import find_heads
 from steepest.anatomy.plan import ROLES, UNKNOWN, Plan, PlanRow, Role
@@ -19,6 +19,7 @@ from steepest.anatomy.sites import Site, distinct
 from steepest.anatomy.views import LINEAR, View
 from steepest.checks import check_fields, choice, flag, instance, optional, refusal, shown
 from steepest.names import near_miss
+from steepest.ranks import Team
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def route(
     verdicts = [_verdict(sites) for sites in groups]
     heads = find_heads(model, groups, [verdict.role for verdict in verdicts])
     chosen = _match_overrides(overrides or {}, groups)
+    copies = _copies(model)
     rows: list[PlanRow] = []
     for sites, found, pattern in zip(groups, verdicts, chosen, strict=True):
         site, verdict = sites[0], found
@@ -97,11 +99,22 @@ def route(
             verdict = replace(verdict, reason=f"{verdict.reason}, tied with {others}")
         if overrides and pattern:
             verdict = _override(site, verdict, pattern, overrides[pattern])
-        rows.append(_row(sites, verdict))
+        rows.append(replace(_row(sites, verdict), copies=copies.get(site.parameter)))
     plan = Plan(tuple(rows))
     if strict:
         _refuse_unknown(plan)
     return plan
+
+
+def _copies(model: nn.Module) -> dict[Tensor, Team]:
+    """Parameters of which each rank has a copy, as DistributedDataParallel keeps them."""
+    found: dict[Tensor, Team] = {}
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            team = Team(module.process_group)
+            ignored = module.parameters_to_ignore
+            found |= {p: team for name, p in module.module.named_parameters() if name not in ignored}
+    return found
 
 
 def _verdict(sites: Sequence[Site]) -> Verdict:

@@ -17,7 +17,7 @@ Rules for odd shapes:
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal, NamedTuple, Self, cast, get_args
 
@@ -177,6 +177,41 @@ class View(Textual):
         for target, batch in zip(self._strided(merged), batches, strict=True):
             target.copy_(batch.reshape(target.shape))
         return merged
+
+    def within(self, shape: Sequence[int], box: Sequence[tuple[int, int]]) -> Self | None:
+        """The view of a part of the parameter that is a whole number of its matrices.
+
+        Args:
+            shape: Shape of the stored parameter.
+            box: First and one past the last index of each dimension.
+
+        Returns:
+            The view; None if the part cuts a matrix, or matrices of fused parts are not all of equal share in it.
+
+        Example:
+            >>> View(heads=4).within((32, 16), ((0, 16), (0, 16)))
+            View(transposed=False, experts=False, groups=1, split=(), interleave=1, heads=2, heads_dim='out')
+        """
+        shape = tuple(shape)
+        cut = [
+            place for place, (size, (start, stop)) in enumerate(zip(shape, box, strict=True)) if stop - start != size
+        ]
+        if not cut:
+            return self
+        (place, *others), first = cut, int(self.experts)
+        if others:
+            return None
+        if self.experts and place == 0:
+            return self
+        heads, (start, stop) = self._heads(), box[place]
+        if self.groups > 1 and place == first:
+            width = shape[place] // self.groups
+            return replace(self, groups=(stop - start) // width) if start % width == stop % width == 0 else None
+        along = first + (self.transposed != (self.heads_dim == "in"))
+        if len(heads) != 1 or self.split or self.interleave > 1 or self.groups > 1 or place != along:
+            return None
+        width = shape[place] // heads[0]
+        return replace(self, heads=(stop - start) // width) if start % width == stop % width == 0 else None
 
     def __str__(self) -> str:
         tokens = [option for option in ("transposed", "experts") if getattr(self, option)]

@@ -46,6 +46,7 @@ class AdaInf(Printed):
     name: ClassVar[str] = "ada_inf"
     adapts = True
     matrix = False
+    elementwise = True
 
     def __post_init__(self) -> None:
         check_fields(self, CHECKS)

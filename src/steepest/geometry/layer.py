@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steepest.checks import Check, check_fields, choice, refusal
 from steepest.geometry.adaptive import Ada2, AdaInf
-from steepest.geometry.norm import MATRIX, Norm, Printed, sized_one
+from steepest.geometry.norm import MATRIX, Norm, Printed, sized_one, svd_work
 from steepest.geometry.scale import ScaleRule, scale_factor
 from steepest.geometry.spectrum import Nuclear, Schatten
 from steepest.geometry.text import built
@@ -18,6 +18,7 @@ from steepest.linalg import (
     Coefficients,
     PolarMethod,
     compute_dtype,
+    flops,
     get_coefficients,
     overshoot,
     polar,
@@ -101,6 +102,7 @@ class Spectral(Printed):
         *,
         memory_cap: int | None = None,
         radius: float = 1.0,
+        company: Sequence[tuple[int, int, int]] | None = None,
     ) -> list[Tensor]:
         """Polar factors of matrices of several shapes take less time together than one shape after the other."""
         return polars(
@@ -110,6 +112,15 @@ class Spectral(Printed):
             dtype=self.dtype,
             memory_cap=memory_cap or MEMORY_CAP,
             times=[-radius * self.polar_scale(*batch.shape[-2:]) for batch in batches],
+            company=company,
+        )
+
+    def work(self, fan_out: int, fan_in: int) -> float:
+        """Operations of the products, or of a singular value decomposition."""
+        if self.polar == "svd":
+            return svd_work(fan_out, fan_in)
+        return float(
+            flops(fan_out, fan_in, method=self.polar, coefficients=self.coefficients, dtype=self.dtype or torch.float32)
         )
 
     def polar_scale(self, fan_out: int, fan_in: int) -> float:
@@ -155,6 +166,7 @@ class Sign(Printed):
     name: ClassVar[str] = "sign"
     adapts = False
     matrix = False
+    elementwise = True
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Largest |w_ij|; 0 for a weight without entries."""

@@ -23,6 +23,11 @@ __all__ = ["Norm"]
 MATRIX = (-2, -1)
 
 
+def svd_work(fan_out: int, fan_in: int) -> float:
+    """Operations of a singular value decomposition with both factors, roughly: 20 m n min(m, n)."""
+    return 20.0 * fan_out * fan_in * min(fan_out, fan_in)
+
+
 def sized_one(m: Tensor) -> tuple[Tensor, Tensor]:
     """M divided by a power of two for each matrix, so that the largest entry is of size one and squares fit.
 
@@ -52,11 +57,13 @@ class Norm(ABC):
     Attributes:
         adapts: Whether the norm needs the second moment V. Otherwise V is ignored and may be None.
         matrix: Whether the norm sees a linear map, so that fan-out, fan-in and fused parts matter.
+        elementwise: Whether `lmo` looks at each entry by itself, so that parts of a matrix can be worked on apart.
         free_radius: Whether directions of another length cost nothing, so that decay and move are one pass.
     """
 
     adapts: bool
     matrix: bool
+    elementwise: bool = False
     free_radius: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -64,6 +71,8 @@ class Norm(ABC):
         super().__init_subclass__(**options)
         if "lmo" in vars(cls) and "lmos" not in vars(cls):
             cls.lmos, cls.free_radius = Norm.lmos, Norm.free_radius
+        if "lmo" in vars(cls) and "elementwise" not in vars(cls):
+            cls.elementwise = Norm.elementwise
 
     def __str__(self) -> str:
         return type(self).__name__
@@ -87,6 +96,7 @@ class Norm(ABC):
         *,
         memory_cap: int | None = None,
         radius: float = 1.0,
+        company: Sequence[tuple[int, int, int]] | None = None,
     ) -> list[Tensor]:
         """Steepest directions for matrices of several shapes; by default one shape after the other.
 
@@ -95,6 +105,8 @@ class Norm(ABC):
             moments: Second moments likewise, for a norm that adapts, else None for each.
             memory_cap: Bytes that temporaries may take; None for the norm's own bound.
             radius: Norm of the directions.
+            company: Shapes (B, m, n) of all that is worked on in the same step, these and what other ranks have: what
+                is chosen by it is chosen alike everywhere. None: of the batches.
 
         Returns:
             `radius` times `lmo` of each.
@@ -108,6 +120,10 @@ class Norm(ABC):
         By it `SteepestDescent.diagnostics` says how orthogonal directions are, and where in its ball a weight is.
         """
         return None
+
+    def work(self, fan_out: int, fan_in: int) -> float:
+        """Operations that the direction of an m x n matrix takes, roughly: by these, ranks share the matrices."""
+        return float(fan_out * fan_in)
 
     def overshoot(self, w: Tensor) -> float:
         """Largest norm of a computed direction for weights of the dtype and device of W; 1 where `lmo` is exact."""

@@ -61,6 +61,15 @@ class Scaled(Textual, Norm):
         """Whether the norm or the rule sees a linear map."""
         return self.norm.matrix or self.by in ("sqrt_fan_out", "inverse_fan_in")
 
+    @property
+    def elementwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride] - read only
+        """As the norm, where s does not depend on the shape."""
+        return self.norm.elementwise and not isinstance(self.by, str)
+
+    def work(self, fan_out: int, fan_in: int) -> float:
+        """Operations of the norm."""
+        return self.norm.work(fan_out, fan_in)
+
     def factor(self, shape: tuple[int, ...]) -> float:
         """s for matrices of a shape (*batch, m, n)."""
         m, n = shape[-2:]

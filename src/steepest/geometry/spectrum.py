@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steepest.checks import check_fields, number
-from steepest.geometry.norm import Printed
+from steepest.geometry.norm import Printed, svd_work
 
 __all__ = ["Nuclear", "Schatten"]
 
@@ -40,6 +40,10 @@ class Nuclear(Printed):
     name: ClassVar[str] = "nuclear"
     adapts = False
     matrix = True
+
+    def work(self, fan_out: int, fan_in: int) -> float:
+        """Operations of a singular value decomposition."""
+        return svd_work(fan_out, fan_in)
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Sum of singular values."""
@@ -87,6 +91,10 @@ class Schatten(Printed):
     def q(self) -> float:
         """The conjugate exponent p / (p - 1)."""
         return self.p / (self.p - 1)
+
+    def work(self, fan_out: int, fan_in: int) -> float:
+        """Operations of a singular value decomposition."""
+        return svd_work(fan_out, fan_in)
 
     def primal(self, w: Tensor, /, m: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """‖σ‖_p."""

@@ -72,6 +72,7 @@ def polars(
     dtype: torch.dtype | None = None,
     memory_cap: int = MEMORY_CAP,
     times: Sequence[float] | None = None,
+    company: Sequence[tuple[int, int, int]] | None = None,
 ) -> list[Tensor]:
     """Polar factors of several batches; those with the same short side are worked on together.
 
@@ -82,6 +83,7 @@ def polars(
         dtype: As for `polar`.
         memory_cap: As for `polar`.
         times: What each batch's factors are multiplied with; None for nothing.
+        company: Shapes (B, m, n) by which "auto" chooses the form, where these are a part of more; None: of these.
 
     Returns:
         Like `xs`.
@@ -109,7 +111,10 @@ def polars(
             alike.setdefault((job.rows, computed, x.device), []).append(job)
     for (rows, computed, device), jobs in alike.items():
         chosen = get_coefficients(coefficients, computed)
-        iteration = choose(method, chosen, rows, [(len(j.source), j.columns) for j in jobs], computed, device)
+        columns = [(len(job.source), job.columns) for job in jobs]
+        if company is not None:
+            columns = [(count, max(m, n)) for count, m, n in company if min(m, n) == rows and count]
+        iteration = choose(method, chosen, rows, columns, computed, device)
         with full_precision(device):
             for together in packed(jobs, iteration, memory_cap):
                 iteration.run(together)

@@ -21,8 +21,8 @@ from steepest.geometry import Product, get_product
 from steepest.names import unknown_name
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.momo import Decision, Heard, Losses
-from steepest.optim.momo.model import scalar_type
-from steepest.optim.move import Move
+from steepest.optim.move import Aim, Move
+from steepest.ranks import scalar_type, summed
 
 DualMode = Literal["cached", "stale"]
 
@@ -117,7 +117,7 @@ class Combine:
         slopes = self._losses.momo is not None and heard.loss is not None
         for move in moves:
             move.advance()
-        duals = [self._duals(move, slopes=slopes) for move in moves]
+        duals = self._duals(moves, slopes=slopes)
         factors, total = self._factors(moves, duals)
         record.note(dual_norm=total)
         decrease = total.square() if self.regularized else total
@@ -136,11 +136,19 @@ class Combine:
         return fine
 
     def _stream(self, moves: Sequence[Move]) -> list[bool | Tensor]:
-        """One load after the other, none waiting for another."""
+        """One load after the other, none waiting for another; on several ranks the next one is on its way meanwhile."""
         fine: list[bool | Tensor] = []
-        for move in moves:
-            move.advance()
+        for move, follower in zip(moves, [*moves[1:], None], strict=True):
+            if not move.averaged:
+                move.advance()
+            move.depart()
+            if follower is not None and follower.portion.travels:
+                follower.advance()
+                follower.depart()
             duals = move.aim(duals=self.regularized).duals
+            if duals is not None:
+                _share([move])
+                duals = move.aimed.duals if move.aimed else None
             factors = None if duals is None else _wide(duals) * self._scale(move)
             fine.append(move.prepare(self._scale(move), factors))
             move.write(fine[-1])
@@ -160,7 +168,10 @@ class Combine:
         parts: list[Tensor | None] = []
         fine: list[bool | Tensor] = []
         for move, factor in zip(moves, factors, strict=True):
-            aim = move.aimed or move.aim(duals=True, slopes=slopes)
+            if move.aimed is None:
+                move.aim(duals=True, slopes=slopes)
+                _share([move])
+            aim = cast(Aim, move.aimed)
             part = None
             flags = [solid]
             if aim.slopes is not None:
@@ -193,10 +204,20 @@ class Combine:
             return move.lr
         return move.lr.sqrt() if isinstance(move.lr, Tensor) else math.sqrt(move.lr)
 
-    def _duals(self, move: Move, *, slopes: bool) -> Tensor:
+    def _duals(self, moves: Sequence[Move], *, slopes: bool) -> list[Tensor]:
         """Of this step, or, where these are stale, of the one before."""
-        known = move.known_duals() if self.dual == "stale" and move.norm.matrix else None
-        return cast(Tensor, move.aim(duals=True, slopes=slopes).duals) if known is None else known
+        known = [move.known_duals() if self.dual == "stale" and move.norm.matrix else None for move in moves]
+        aiming = [move for move, own in zip(moves, known, strict=True) if own is None]
+        for move, follower in zip(aiming, [*aiming[1:], None], strict=True):
+            move.depart()
+            if follower is not None:
+                follower.depart()
+            move.aim(duals=True, slopes=slopes)
+        _share(aiming)
+        return [
+            cast(Tensor, cast(Aim, move.aimed).duals) if own is None else own
+            for move, own in zip(moves, known, strict=True)
+        ]
 
     def _factors(self, moves: Sequence[Move], duals: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """What multiplies s · D of each block, t left out: one 0-d or (blocks,) tensor per move; and N."""
@@ -214,6 +235,16 @@ class Combine:
             parts[label] = iter(whole.split([len(part) for part in own]) if whole.ndim else [whole] * len(own))
         scale = combined.total if self.regularized else torch.ones_like(combined.total)
         return [scale * next(parts[move.label]) for move in moves], combined.total
+
+
+def _share(moves: Sequence[Move]) -> None:
+    """Tell all ranks the dual norms and slopes of each other's matrices, in one exchange."""
+    shared = [move for move in moves if move.portion.shared]
+    if shared:
+        parts = [move.numbers() for move in shared]
+        found = iter(summed([own for part in parts for own in part], shared[0].portion.team))
+        for move, part in zip(shared, parts, strict=True):
+            move.take_numbers([next(found) for _ in part])
 
 
 def every(flags: Sequence[bool | Tensor]) -> bool | Tensor:

@@ -54,6 +54,7 @@ from steepest.optim.parameters import (
     refuse_repeats,
 )
 from steepest.optim.saved import check_mapping, check_saved
+from steepest.optim.sharing import Sharing, Summary
 from steepest.optim.state import (
     DUAL,
     Schema,
@@ -65,7 +66,7 @@ from steepest.optim.state import (
     restored,
     schema,
 )
-from steepest.ranks import check_layout, decide, is_sharded, sharded
+from steepest.ranks import decide, is_sharded, laid_out, listeners, local
 from steepest.stages import KNOWN, InputMoment, Stage
 from steepest.stages.inputs import InputMoments
 
@@ -81,9 +82,9 @@ class Ready:
     """What one rank knows of a step before it is taken.
 
     Args:
-        present: Groups, each with those of its parameters that have a gradient.
+        present: Groups, each with those of its parameters that have a gradient, on any rank.
         parameters: All of these.
-        gradients: One for each.
+        gradients: What this rank has of each.
         heard: Of the loss.
         admitted: Whether everything is finite; 0-d where that is not read.
     """
@@ -132,6 +133,11 @@ class SteepestDescent(Optimizer):
             it; "stale" uses the last step's dual norms of the matrices.
         on_nonfinite: "skip" passes over a step whose gradient or loss is not finite, with all parameters and state
             untouched, counts it and warns once; "raise" raises `NonFiniteError`.
+        process_group: Ranks that keep copies of the parameters that are plain tensors, and step together. None: those
+            of `DistributedDataParallel`, if the model is or contains such a module; else each is this process' own.
+            Parameters that are DTensors say themselves who keeps what.
+        exchange_dtype: Type of averages and directions on their way between ranks, such as torch.bfloat16. None: that
+            of the averages, so that no bit is lost.
         memory_cap: Bytes that a step's temporaries may take, where layers can be moved one after the other; one
             parameter is never divided, and the norms that need a decomposition take more. None: one and a half times
             the largest set of parameters of one shape, at least 6 MiB.
@@ -162,6 +168,8 @@ class SteepestDescent(Optimizer):
         stages: Sequence[Stage] = (),
         dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
+        process_group: Any = None,
+        exchange_dtype: torch.dtype | None = None,
         memory_cap: int | None = None,
     ) -> None:
         self._defaults_per_role: dict[str, Any] = {
@@ -178,6 +186,7 @@ class SteepestDescent(Optimizer):
         self._losses = Losses(step_size)
         self._combine = Combine(product, self._losses, regularized=regularized, dual=dual)
         self._packing = Packing(memory_cap)
+        self._sharing = Sharing(process_group, exchange_dtype)
         self._rates = Rates()
         self._norms = Norms()
         self._decays = Decays()
@@ -197,6 +206,18 @@ class SteepestDescent(Optimizer):
         self._losses.watch([group["params"] for group in self.param_groups])
         self._attach(checked_stages(precondition, stages))
         self._rows = {parameter: replace(row, sites=()) for parameter, row in self._rows.items()}
+        self._share()
+
+    def _share(self) -> None:
+        """Find out who keeps, and who works on, what."""
+        members = [
+            (self._rows[parameter], self.norm_of(group), self._stages if self._staged(group) else ())
+            for group in self.param_groups
+            for parameter in group["params"]
+        ]
+        if self._sharing.know(members):
+            for stage in self._stages:
+                stage.assigned(self._sharing.duties)
 
     def _attach(self, stages: Sequence[Stage]) -> None:
         needs = self._combine.needs_duals
@@ -218,8 +239,10 @@ class SteepestDescent(Optimizer):
         """Routing of every parameter, with the norms, learning rates and moments of inputs of now."""
         self._settle()
         self._meet()
+        self._share()
+        owners = self._sharing.summary.owners if self._sharing.team.size > 1 else {}
         rows = [
-            complete_row(self._rows[parameter], group, self.norm_of(group))
+            complete_row(self._rows[parameter], group, self.norm_of(group), owners)
             for group in self.param_groups
             for parameter in cast(list[Tensor], group["params"])
         ]
@@ -231,6 +254,11 @@ class SteepestDescent(Optimizer):
     def stages(self) -> tuple[Stage, ...]:
         """What stands around the search for the matrices' directions, attached to this optimizer."""
         return tuple(self._stages)
+
+    @property
+    def sharing(self) -> Summary:
+        """How ranks share the work, and what the last step sent."""
+        return self._sharing.summary
 
     @property
     def memory_cap(self) -> int | None:
@@ -283,7 +311,6 @@ class SteepestDescent(Optimizer):
             self._combine.label(group)
             for _, parameter in group["params"]:
                 check_view(rows[parameter], group["norm"])
-                self._check_layout(rows[parameter])
                 if self._staged(group):
                     check_stages(rows[parameter], self._stages)
         self._check_together([*self.param_groups, *groups])
@@ -295,9 +322,6 @@ class SteepestDescent(Optimizer):
             self._rates.add(group)
         self._rows.update(rows)
         self._losses.watch_more(list(rows))
-
-    def _check_layout(self, row: PlanRow) -> None:
-        check_layout(row.name, row.parameter, whole=self._combine.needs_duals)
 
     def _check_together(self, groups: Sequence[Group]) -> None:
         """Refuse momenta that differ where they must not; warn, once, of a group whose lr · weight_decay is above 1."""
@@ -385,9 +409,7 @@ class SteepestDescent(Optimizer):
         if old is not None:
             for stage in self._stages:
                 stage.replaced(old, tuple(getattr(parameter, "shape", ())), where)
-        row = newcomer(parameter, name, group, self.norm_of(group), old, where)
-        self._check_layout(row)
-        return row
+        return newcomer(parameter, name, group, self.norm_of(group), old, where)
 
     @overload
     def step(self, closure: None = None, *, loss: Loss | None = None) -> None: ...
@@ -445,9 +467,11 @@ class SteepestDescent(Optimizer):
             stage.refresh(self.state, ready.parameters, accept)
         self._record.clear()
         self._steps += 1
-        moves = self._moves(ready.present, accept)
+        moves = self._moves(ready, accept)
+        before = sum(move.portion.sent_bytes for move in moves)
         with self._told(moves):
             fine = self._combine.take(moves, ready.heard, accept, self._record)
+        self._sharing.note([move.portion for move in moves], before)
         if self._guard.made(partial(self._names, moves), fine, accept):
             self._publish_skips()
 
@@ -464,8 +488,9 @@ class SteepestDescent(Optimizer):
             return
         if not self._packing.fits(ready.present):
             self._meet(moving=True)
+            self._share()
         names = partial(self._names_of, parameters)
-        ready.gradients = dense_gradients(parameters, names)
+        ready.gradients = self._local_gradients(parameters, names)
         self._losses.check_told(heard.loss, partial(self._idle, ready.gradients))
         self._check_together([group for _, group in moving])
         self._check_states(ready.present)
@@ -475,29 +500,66 @@ class SteepestDescent(Optimizer):
         if ready.admitted is not False:
             heard.clipping = self._losses.clipping()
 
+    def _local_gradients(self, parameters: Sequence[Tensor], names: Callable[[], Sequence[str]]) -> list[Tensor]:
+        """What this rank has of gradients that are there; a sum that ranks have not made yet is made here."""
+        found = dense_gradients(parameters, names)
+        pairs = zip(found, parameters, strict=True)
+        return local(
+            [laid_out(gradient, p) if is_sharded(p) or is_sharded(gradient) else gradient for gradient, p in pairs]
+        )
+
     def _agree(self, ready: Ready, *, told: bool, refused: bool = False) -> None:
-        """Hear of the other ranks whether they can take the step, and share loss and clipping with them.
+        """Hear of the other ranks whether they can take the step, and share what all of them must know.
 
         Args:
             ready: Of this rank; what is shared is written to it.
             told: Whether it was told a loss.
             refused: Whether it has to raise an error.
+
+        Raises:
+            ValueError: If ranks know different parameters, or only some have the gradient of one that is copied.
         """
-        heard = ready.heard
-        # Torch's checkpoints may take an idle step, without a loss, on one rank alone.
-        idle = bool(ready.parameters) and heard.loss is None and not refused
-        ask = told or (self._losses.momo is not None and not idle)
-        ask = ask or any(stage.exchanges for stage in self._stages)
+        heard, team = ready.heard, self._sharing.team
         device = next((parameter.device for parameter in self._rows), torch.device("cpu"))
-        fine, (heard.loss, heard.clipping) = decide(
-            False if refused else ready.admitted,
-            [heard.loss, heard.clipping],
-            device,
-            sharded(self._rows),
-            ask=ask,
-        )
-        if ready.parameters and not refused:
+        if team.size == 1:
+            # Torch's checkpoints may take an idle step, without a loss, on one rank alone.
+            idle = bool(ready.parameters) and heard.loss is None and not refused
+            ask = told or (self._losses.momo is not None and not idle)
+            ask = ask or any(stage.exchanges for stage in self._stages)
+            everyone = listeners(team) if ask else team
+        else:
+            everyone = team
+            team.agreed_bytes = 0
+            if not self._sharing.alike:
+                self._sharing.check_alike(device)
+        numbers = [heard.loss, heard.clipping, heard.changed]
+        counts = [float(p.grad is not None) for p in self._parameters()] if self._sharing.counts(device) else []
+        admitted = False if refused else ready.admitted
+        told_here = heard.loss is not None
+        fine, (heard.loss, heard.clipping, heard.changed), counted = decide(admitted, numbers, counts, device, everyone)
+        if not told_here and device.type != "cpu":  # whether others were told one is not read
+            heard.loss = None
+        if refused:
+            return
+        if counts and counted is not None:
+            self._complete(ready, counted.tolist())
+        if ready.parameters:
             ready.admitted = self._guard.follow(ready.admitted, fine, heard.loss)
+
+    def _complete(self, ready: Ready, counts: Sequence[float]) -> None:
+        """Take zeros for gradients that other ranks have: of experts that nothing was sent to here."""
+        members = self._parameters()
+        present = {p for p, count in zip(members, counts, strict=True) if count and p.numel()}
+        self._sharing.check_counts([self._rows[p] for p in members], counts)
+        if len(present) == len(ready.parameters):
+            return
+        own = dict(zip(ready.parameters, ready.gradients, strict=True))
+        ready.present = [(g, [p for p in g["params"] if p in present]) for g in self.param_groups]
+        ready.parameters = [parameter for _, part in ready.present for parameter in part]
+        zeros = {p: torch.zeros_like(local([p])[0]) for p in ready.parameters if p not in own}
+        ready.gradients = [own[p] if p in own else zeros[p] for p in ready.parameters]
+        if not self._packing.fits(ready.present):
+            self._meet(moving=True)
 
     def _check_states(self, present: Sequence[tuple[Group, list[Tensor]]]) -> None:
         """Everything that may be wrong with a parameter, before the first is written to."""
@@ -552,25 +614,29 @@ class SteepestDescent(Optimizer):
         for stage in self._stages:
             stage.allocate(self.state)
 
-    def _moves(self, present: Sequence[tuple[Group, list[Tensor]]], accept: Tensor | None) -> list[Move]:
+    def _moves(self, ready: Ready, accept: Tensor | None) -> list[Move]:
+        present = ready.present
         norms = [self._norms.of(group) for group, _ in present]
-        packed, cap = self._packing.of(present, self._rows, norms, bounded=self._combine.streams)
+        stages = [self._stages if self._staged(group) else () for group, _ in present]
+        packed, cap = self._packing.of(present, self._rows, norms, stages, self._sharing, bounded=self._combine.streams)
+        gradients = dict(zip(ready.parameters, ready.gradients, strict=True))
         return [
             Move(
                 group,
-                load,
-                [self.state[parameter] for parameter in load.parameters],
+                portion,
+                [gradients[parameter] for parameter in portion.load.parameters],
+                [self.state[parameter] for parameter in portion.load.parameters],
                 norm=norm,
                 label=self._combine.label(group),
                 accept=accept,
                 record=self._record,
                 decay=self._decays.of(group),
-                stages=self._stages if self._staged(group) else (),
+                stages=around,
                 memory_cap=cap,
                 forgets=self._steps % FORGET_EVERY == 0,
             )
-            for (group, _), norm, loads in zip(present, norms, packed, strict=True)
-            for load in loads
+            for (group, _), norm, around, portions in zip(present, norms, stages, packed, strict=True)
+            for portion in portions
         ]
 
     def record_input(self, parameter: Tensor, x: Tensor, weight: Tensor | None = None) -> None:
@@ -814,7 +880,7 @@ class SteepestDescent(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
         own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps", "_norms", "_members", "_decays"]
-        own += ["_losses", "_combine", "_packing", "_rates", "_stages", "_warned_of_ball"]
+        own += ["_losses", "_combine", "_packing", "_sharing", "_rates", "_stages", "_warned_of_ball"]
         return {**super().__getstate__(), "_schemas": {}, **{name: getattr(self, name) for name in own}}
 
 
@@ -864,13 +930,8 @@ def check_stages(row: PlanRow, stages: Sequence[Stage]) -> None:
         stages: Attached ones.
 
     Raises:
-        ValueError: If it is sharded, or a stage keeps something of it under a name that is not its own.
+        ValueError: If a stage keeps something of it under a name that is not its own.
     """
-    if stages and is_sharded(row.parameter):
-        raise ValueError(
-            f"{stages[0]!r}: {row.name!r} is a sharded DTensor, and stages work on whole matrices. Use "
-            "DistributedDataParallel, or leave out stages=."
-        )
     schema(row, adapts=False, stages=stages)
 
 

@@ -55,30 +55,27 @@ class StepRecord:
     def add(
         self,
         role: Role,
-        batches: Sequence[Tensor],
+        size: Tensor,
+        entries: int,
         *,
         length: float | Tensor,
         sample: Sequence[tuple[Tensor, float]],
         accept: Tensor | None = None,
-    ) -> Tensor:
+    ) -> None:
         """Note how far a load moves.
 
         Args:
             role: Of its group.
-            batches: What moves it, (B, m, n) each.
-            length: Multiplies them.
+            size: Sum of the squares of what moves it, on all ranks.
+            entries: How many it has.
+            length: Multiplies what moves it.
             sample: What `sample` returned.
             accept: A 0-d boolean; where it is False, nothing moves. None means True.
-
-        Returns:
-            Sum of the squares of what moves it, 0-d.
         """
-        size = torch.stack(torch._foreach_norm(list(batches))).square().sum()
         if isinstance(length, Tensor):  # a scheduler may overwrite it before it is read
             length = length.clone()
         noted = size if accept is None else torch.where(accept, size, 0.0)
-        self.entries.append(_Entry(role, noted, length, sum(batch.numel() for batch in batches), list(sample)))
-        return size
+        self.entries.append(_Entry(role, noted, length, entries, list(sample)))
 
     def note(self, **scalars: Tensor) -> None:
         """Note numbers of the whole step, 0-d each."""

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from steepest.anatomy import Load
 from steepest.anatomy.batches import gains
 from steepest.geometry import Norm
 from steepest.geometry.norm import completed
@@ -16,8 +15,9 @@ from steepest.optim.decay import Decay
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.momentum import average_, debias, forget_, look_ahead
 from steepest.optim.packing import SHARES
+from steepest.optim.sharing import Portion
 from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP
-from steepest.ranks import agree, laid_out, local, sharded
+from steepest.ranks import Pending, local, scalar_type
 from steepest.stages import Stage
 from steepest.stages.stage import state_dtype
 
@@ -50,7 +50,8 @@ class Move:
 
     Args:
         group: Of the load's parameters.
-        load: Parameters of one dtype and device.
+        portion: The load, and what this rank does of it.
+        gradients: What this rank has of them, one for each parameter.
         states: Of the parameters, in order, complete.
         norm: Of the group.
         label: Place in the product norm.
@@ -65,7 +66,8 @@ class Move:
     def __init__(
         self,
         group: Group,
-        load: Load,
+        portion: Portion,
+        gradients: Sequence[Tensor],
         states: list[dict[str, Tensor]],
         *,
         norm: Norm,
@@ -78,7 +80,10 @@ class Move:
         forgets: bool = False,
     ) -> None:
         self.group = group
-        self.load = load
+        self.load, self.work = portion.load, portion.work
+        self.portion = portion
+        self.parameters = local(portion.load.parameters)  # what this rank keeps
+        self._given = gradients
         self._cap = None if memory_cap is None else max(1, (SHARES - 2) * memory_cap // SHARES)
         self.label = label
         self.norm = completed(norm)
@@ -90,7 +95,7 @@ class Move:
         self._record = record
         self._sample: Sequence[tuple[Tensor, float]] = ()
         self._taken: list[Tensor] | None = None
-        first = load.parameters[0]
+        first = self.parameters[0]
         self.device = first.device
         self._dtype = state_dtype(first)
         self._accept = None if accept is None else accept.to(self.device)
@@ -100,6 +105,7 @@ class Move:
         self.lr: float | Tensor = float(lr) if elsewhere else lr.to(self.device) if isinstance(lr, Tensor) else lr
         self.aimed: Aim | None = None
         self.averaged = self.moved = False
+        self._coming: tuple[Pending, Pending | None] | None = None
         self._moves: list[Tensor] = []
         self._length: float | Tensor = 0.0
         self._radius = 1.0
@@ -123,40 +129,74 @@ class Move:
             torch._foreach_mul_(gradients, gradients)
             average_(self._of(SECOND), gradients, self.group["beta2"], accept=accept)
 
+    def depart(self) -> None:
+        """Send what directions are found from to those who find them; others may be worked on meanwhile."""
+        if self._coming is not None:
+            return
+        # A direction is that of the average times any number above 0, unless the norm adapts: what the weights of an
+        # average sum to is divided out of numbers, not of tensors.
+        beta, second = self.group["momentum"], None
+        averages = look_ahead(self._of(MOMENTUM), self._gradients(), beta) if self.ahead else self._of(MOMENTUM)
+        if self.norm.adapts:
+            count = self._counts()
+            averages = _divided(averages, debias(beta, count))
+            second = self.portion.gather(_divided(self._of(SECOND), debias(self.group["beta2"], count)))
+        self._coming = self.portion.gather(averages), second
+
     def aim(self, *, duals: bool, slopes: bool = False) -> Aim:
-        """Find the steepest directions.
+        """Find the steepest directions of what this rank works on.
 
         Args:
             duals: Whether dual norms are needed.
             slopes: Whether products with the momentum itself are needed.
         """
-        # A direction is that of the average times any number above 0, unless the norm adapts: what the weights of an
-        # average sum to is divided out of numbers, not of tensors.
-        beta, adapts = self.group["momentum"], self.norm.adapts
-        count = self._counts() if duals or slopes or adapts else None
-        averages = look_ahead(self._of(MOMENTUM), self._gradients(), beta) if self.ahead else self._of(MOMENTUM)
-        moments: tuple[Tensor | None, ...] = (None,) * self.load.batches
-        if adapts and count is not None:
-            averages = _divided(averages, debias(beta, count))
-            moments = self.load.matrices(_divided(self._of(SECOND), debias(self.group["beta2"], count)))
-        batches = followed = self.load.matrices(averages)
-        del averages  # they are in the batches
+        self.depart()
+        beta, adapts, work = self.group["momentum"], self.norm.adapts, self.work
+        coming, self._coming = cast(tuple[Pending, Pending | None], self._coming), None
+        averages, second = (None if one is None else cast(list[Tensor], one.wait()) for one in coming)
+        count = self.portion.chosen(self._counts()) if duals or slopes else None
+        moments = (None,) * work.batches if second is None else work.matrices(second)
+        batches = followed = work.matrices(cast(list[Tensor], averages))
+        del averages, coming  # they are in the batches
         for stage in self._stages:
-            followed = stage.before(self.load, followed)
-        self._radius = self._ball() if count is None else 1.0
-        found = tuple(self.norm.lmos(followed, moments, memory_cap=self._cap, radius=self._radius))
+            followed = stage.before(work, followed)
+        self._radius = self._ball() if count is None and not adapts else 1.0
+        company = {} if self.portion.company is None else {"company": self.portion.company}
+        found = tuple(self.norm.lmos(followed, moments, memory_cap=self._cap, radius=self._radius, **company))
         self._sample = self._record.sample(self.group["role"], self.norm, found, self._radius)
-        for stage in reversed(self._stages):
-            found = stage.after(self.load, found, self._states, self._accept)
+        if self._stages:
+            states = self.portion.states(self._states)
+            for stage in reversed(self._stages):
+                found = stage.after(work, found, states, self._accept)
+            self.portion.keep(self._states, states)
         aim = Aim(found, None, None)
         if count is not None and (duals or slopes):
             later = count + 1 if self.ahead else count
             aim.duals = self._gains(batches, found, None if adapts else debias(beta, later))
             if slopes:
-                plain = self.load.matrices(self._of(MOMENTUM)) if self.ahead else batches
+                plain = batches
+                if self.ahead:
+                    plain = work.matrices(cast(list[Tensor], self.portion.gather(self._of(MOMENTUM)).wait()))
                 aim.slopes = self._gains(plain, found, debias(beta, count)) if self.ahead else aim.duals
         self.aimed = aim
         return aim
+
+    def numbers(self) -> list[Tensor]:
+        """Of the directions, by the matrices of all ranks, to be added up over these: dual norms and slopes."""
+        aim = cast(Aim, self.aimed)
+        alike = aim.slopes is aim.duals  # without a look ahead
+        return [self.portion.spread(own) for own in (aim.duals, None if alike else aim.slopes) if own is not None]
+
+    def take_numbers(self, summed: Sequence[Tensor]) -> None:
+        """Go on with what `numbers` are for all ranks.
+
+        Args:
+            summed: As `numbers` told them, added up.
+        """
+        aim = cast(Aim, self.aimed)
+        alike = aim.slopes is aim.duals
+        aim.duals, *slopes = summed
+        aim.slopes = slopes[0] if slopes else aim.duals if alike else None
 
     def known_duals(self) -> Tensor | None:
         """Dual norms of the step before, in the order of `aim`; None if a parameter has none yet."""
@@ -188,23 +228,27 @@ class Move:
             <m, W> for the momentum m and <g, W> for the gradients; <m, removed>, and the same for the averages that
             steps follow; 0-d each.
         """
-        weights = [parameter.detach().to(self._dtype) for parameter in self.load.parameters]
+        weights = [parameter.detach().to(self._dtype) for parameter in self.parameters]
         removed = self._decay.removed(weights, self._directions)
         count = self._counts()
         beta = self.group["momentum"]
         momenta = _divided(self._of(MOMENTUM), debias(beta, count))
-        plain = lost = lost_ahead = _products(momenta, weights)
+        plain = lost = lost_ahead = self._products(momenta, weights)
         if removed is not weights:
-            lost = lost_ahead = _products(momenta, removed)
+            lost = lost_ahead = self._products(momenta, removed)
         del momenta
         if self.ahead:
             averages = look_ahead(self._of(MOMENTUM), self._gradients(), beta)
-            lost_ahead = _products(_divided(averages, debias(beta, count + 1)), removed)
-        own = _products(self._gradients(), weights) if gradients else torch.zeros_like(plain)
+            lost_ahead = self._products(_divided(averages, debias(beta, count + 1)), removed)
+        own = self._products(self._gradients(), weights) if gradients else torch.zeros_like(plain)
         return plain, own, lost, lost_ahead
 
     def _directions(self) -> list[Tensor]:
-        return self.load.parameter_shaped((self.aimed or self.aim(duals=True, slopes=True)).directions)
+        return self._kept_parts((self.aimed or self.aim(duals=True, slopes=True)).directions)
+
+    def _kept_parts(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Of directions, what this rank keeps: shaped like the parameters."""
+        return self.portion.scatter(self.work.parameter_shaped(batches), self._of(MOMENTUM))
 
     def prepare(self, length: float | Tensor, factors: Tensor | None) -> bool | Tensor:
         """Make of the directions what is added to the weights.
@@ -217,18 +261,20 @@ class Move:
             Whether the weights stay finite; a 0-d boolean where that is not waited for.
         """
         found, radius = cast(Aim, self.aimed).directions, self._radius
-        self._kept = self.load.parameter_shaped(found) if self._decay.needs_directions else []
+        self._kept = self._kept_parts(found) if self._decay.needs_directions else []
         if factors is not None and factors.ndim == 0 and factors.device.type == "cpu":
             length = length * float(factors)  # one pass over the directions less
         elif factors is not None:
-            factors = factors.to(self.device, self._dtype).expand(sum(map(len, found)))
+            factors = self.portion.own(factors).to(self.device, self._dtype).expand(sum(map(len, found)))
             self.aimed = None  # a norm may have returned what it was given, so nothing is written to
             parts = factors.split([len(batch) for batch in found])
             found = tuple(batch * own.view(-1, 1, 1) for batch, own in zip(found, parts, strict=True))
-        size = self._record.add(
-            self.group["role"], found, length=length / radius, sample=self._sample, accept=self._accept
+        size = self.portion.size(found, self.device)
+        entries = sum(parameter.numel() for parameter in self.load.parameters)
+        self._record.add(
+            self.group["role"], size, entries, length=length / radius, sample=self._sample, accept=self._accept
         )
-        self._moves, self._length = self.load.parameter_shaped(found), length
+        self._moves, self._length = self._kept_parts(found), length
         self.aimed = self._taken = None
         return self._stays_finite(size)
 
@@ -247,7 +293,7 @@ class Move:
             moves = [torch.where(accept, move, 0.0) for move in moves]
         pull = self._radius != 1
         self._decay.apply_(
-            self.load.parameters,
+            self.parameters,
             moves,
             directions=kept,
             length=self._length,
@@ -271,25 +317,17 @@ class Move:
     def _stays_finite(self, size: Tensor) -> bool | Tensor:
         """Whether what is prepared leaves only finite weights, on all ranks that keep a part of them.
 
-        Args:
-            size: Sum of the squares of the moves.
-        """
-        parts = sharded(self.load.parameters)
-        if not parts:
-            return self._own_stay_finite(size, whole=True)
-        fine = self._own_stay_finite(*local([size]), whole=False)
-        unread = self.device.type != "cpu" or self._accept is not None
-        flag = agree(torch.full((), fine, device=self.device) if isinstance(fine, bool) else fine, parts)
-        return flag if unread else bool(flag)
+        Beyond doubt without a look at them, or by one, for which all ranks have the reason.
 
-    def _own_stay_finite(self, size: Tensor, *, whole: bool) -> bool | Tensor:
-        """Of this rank's parts; beyond doubt without a look at them, or by one, for which all ranks have the reason."""
+        Args:
+            size: Sum of the squares of the moves, of all ranks.
+        """
         bounds = ((self._length, LONGEST), (self._shrinkage, 2.0))
-        half = self.load.parameters[0].dtype == torch.float16
+        half = self.parameters[0].dtype == torch.float16
         largest = torch.finfo(self._dtype).max
         if any(not isinstance(number, Tensor) and not abs(number) <= largest for number, _ in bounds):
             return False
-        if self.device.type == "cpu" and self._accept is None and whole:
+        if self.device.type == "cpu" and self._accept is None:
             length, total = abs(float(self._length)), float(size)
             small = math.isfinite(total) and all(abs(float(number)) <= bound for number, bound in bounds)
             beyond_doubt = small and not (half and math.sqrt(total) * length > HALF_STEP)
@@ -305,17 +343,18 @@ class Move:
 
     def _looked_at(self) -> Tensor:
         pull = self._radius != 1
-        parameters = self.load.parameters
-        moves = [laid_out(move, parameter) for move, parameter in zip(self._moves, parameters, strict=True)]
-        return self._decay.stay_finite(
-            local(parameters), local(moves), length=self._length, decay=self._shrinkage, pull=pull
+        own = self._decay.stay_finite(
+            self.parameters, self._moves, length=self._length, decay=self._shrinkage, pull=pull
         )
+        return cast(Tensor, self.portion.team.every(own, self.device)) if self.portion.shared else own
 
     def _gains(self, batches: tuple[Tensor, ...], found: tuple[Tensor, ...], mass: Tensor | None) -> Tensor:
         """What directions gain on averages whose weights sum to the mass of each parameter; None: to one."""
-        gained = gains(batches, found)
+        if not found:
+            return torch.empty(0, dtype=self._dtype, device=self.device)
+        gained = gains(batches, found, wide=self.norm.elementwise)
         if mass is not None:
-            gained = gained / self.load.per_matrix(torch.where(mass == 0, 1.0, mass))
+            gained = gained / self.work.per_matrix(torch.where(mass == 0, 1.0, mass))
         # Sums of large numbers leave the range of float32; elsewhere than here, looking would mean to wait.
         if gained.dtype != torch.float64 and gained.device.type == "cpu" and not bool(gained.isfinite().all()):
             m, d = (tuple(batch.double() for batch in own) for own in (batches, found))
@@ -327,7 +366,7 @@ class Move:
         decay: float | Tensor = self.group["weight_decay"]
         if isinstance(decay, Tensor) or isinstance(self.lr, Tensor) or self._accept is not None:
             return 1.0
-        plain = self.load.parameters[0].dtype is self._dtype and self.norm.free_radius
+        plain = self.parameters[0].dtype is self._dtype and self.norm.free_radius
         if not (plain and SMALLEST_DECAY < decay < 1 / SMALLEST_DECAY and all(stage.linear for stage in self._stages)):
             return 1.0
         return self._decay.radius(decay) or 1.0
@@ -336,13 +375,15 @@ class Move:
         """What is averaged: the gradients, or what stages make of them."""
         if self._taken is not None:
             return self._taken
-        gradients = [cast(Tensor, parameter.grad) for parameter in self.load.parameters]
+        gradients = list(self._given)
         if any(gradient.dtype is not self._dtype for gradient in gradients):
             gradients = [gradient.to(self._dtype) for gradient in gradients]
         if self._accept is not None:
             gradients = [torch.where(self._accept, gradient, 0.0) for gradient in gradients]
         for stage in self._stages:
-            gradients = stage.gradient(self.load, gradients)
+            if stage.changes_gradients:
+                wholes = cast(list[Tensor], self.portion.gather(gradients).wait())
+                gradients = self.portion.scatter(stage.gradient(self.work, wholes), gradients)
         self._taken = gradients
         return gradients
 
@@ -351,14 +392,19 @@ class Move:
         return torch.stack(self._of(STEP)).to(self._dtype)
 
     def _of(self, key: str) -> list[Tensor]:
-        return [state[key] for state in self._states]
+        return local([state[key] for state in self._states])
 
-
-def _products(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    total = torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
-    if total.dtype != torch.float64 and total.device.type == "cpu" and not math.isfinite(float(total)):
-        return _products([a.double() for a in one], [b.double() for b in other])
-    return total
+    def _products(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+        """Inner product of what this rank keeps, in float64 where the device has it; parts with copies count once."""
+        dtype = scalar_type(self.device)
+        sums = [(a * b).sum(dtype=dtype) for a, b in zip(one, other, strict=True)]
+        if self.portion.shared:
+            sums = [own * self.portion.duties.weight(p) for own, p in zip(sums, self.load.parameters, strict=True)]
+        total = torch.stack(sums).sum()
+        wide = one[0].dtype == torch.float64
+        if not wide and total.device.type == "cpu" and not math.isfinite(float(total)):
+            return self._products([a.double() for a in one], [b.double() for b in other])
+        return total
 
 
 def _bounded(gradients: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

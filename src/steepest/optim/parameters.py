@@ -91,9 +91,11 @@ def name_groups(groups: Sequence[Group], taken: Iterable[str]) -> None:
             names.add(group["name"])
 
 
-def complete_row(row: PlanRow, group: Group, norm: Norm) -> PlanRow:
-    """The row with the norm and learning rate of its group."""
-    return replace(row, norm=str(norm), lr=float(group["lr"]))
+def complete_row(row: PlanRow, group: Group, norm: Norm, owners: Mapping[str, tuple[int, ...] | None]) -> PlanRow:
+    """The row with the norm and learning rate of its group, and the ranks that work on it, if these share the work."""
+    own = owners.get(row.name)
+    owner = None if row.name not in owners else "each" if own is None else ", ".join(map(str, own))
+    return replace(row, norm=str(norm), lr=float(group["lr"]), owner=owner)
 
 
 def _from_plan(plan: Plan) -> tuple[Rows, list[Group]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steepest.anatomy import PlanRow
 from steepest.notices import warn
+from steepest.ranks import is_sharded, laid_out, local
 from steepest.stages import KNOWN, Entry, Stage
 from steepest.stages.stage import state_dtype
 
@@ -35,10 +36,10 @@ def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage]) -> Schema:
     """
     matrices = sum(count for count, _, _ in row.blocks()) or 1
     own = (
-        Entry(STEP, torch.Size(()), dtype=torch.int64, least=0.0),
+        Entry(STEP, torch.Size(()), dtype=torch.int64, least=0.0, divided=False),
         Entry(MOMENTUM),
         Entry(SECOND, least=0.0, infinite=True, eager=adapts),
-        Entry(DUAL, torch.Size((matrices,)), least=0.0, eager=False),
+        Entry(DUAL, torch.Size((matrices,)), least=0.0, eager=False, divided=False),
     )
     found = {entry.key: entry for entry in own}
     for stage in stages:
@@ -172,7 +173,10 @@ def restored(saved: Mapping[str, Any], parameter: Tensor, entries: Schema) -> di
         dtype = (entries[key].dtype or state_dtype(parameter)) if key in entries else None
         if isinstance(value, Tensor) or dtype is not None:
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, device=parameter.device)
-            state[key] = tensor.detach().to(device=parameter.device, dtype=dtype, copy=True)
+            if key in entries and (is_sharded(parameter) or is_sharded(tensor)):
+                tensor = laid_out(tensor.detach(), entries[key].like(parameter))
+            device = local([parameter])[0].device
+            state[key] = tensor.detach().to(device=device, dtype=dtype, copy=True)
         else:  # somebody's own
             state[key] = value
     return state

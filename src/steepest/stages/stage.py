@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import Load, PlanRow
+from steepest.ranks import Duties, kept_like
 
 States = Mapping[Tensor, dict[str, Tensor]]
 
@@ -34,6 +35,10 @@ class Entry:
         infinite: Whether infinity may stand there.
         eager: Whether it is there from the first step on, as zeros; else it comes when there is something to keep.
         read: Whether its numbers are looked at when a state is loaded.
+        divided: Whether the ranks that keep parts of the parameter keep parts of it, if it has a shape of its own; else
+            each has a copy.
+        travels: Whether it goes to the rank that works on the matrices and back, for `after`; else the stage sees to it
+            itself.
     """
 
     key: str
@@ -43,6 +48,16 @@ class Entry:
     infinite: bool = False
     eager: bool = True
     read: bool = True
+    divided: bool = True
+    travels: bool = True
+
+    def like(self, parameter: Tensor) -> Tensor:
+        """A tensor that is laid out as the entry is.
+
+        Args:
+            parameter: Any shape.
+        """
+        return parameter if self.shape is None else self.zeros(parameter)
 
     def zeros(self, parameter: Tensor) -> Tensor:
         """The entry of a new parameter.
@@ -53,6 +68,8 @@ class Entry:
         dtype = self.dtype or state_dtype(parameter)
         if self.shape is None:
             return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+        if self.divided:
+            return kept_like(parameter, self.shape, dtype)
         return torch.zeros(self.shape, dtype=dtype, device=parameter.device)
 
 
@@ -89,6 +106,11 @@ class Stage:
         """Why momenta do not tell how the loss changes, which dual norms need, and the remedy; None: they do."""
         return None
 
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether `gradient` does something."""
+        return type(self).gradient is not Stage.gradient
+
     def attach(self, rows: Sequence[PlanRow]) -> "Stage":
         """Begin to work for one optimizer; `entries` is also asked of matrices that are added later.
 
@@ -97,6 +119,13 @@ class Stage:
         """
         del rows
         return self
+
+    def assigned(self, duties: Duties) -> None:
+        """Hear who works on which parameters; again when that changes.
+
+        Args:
+            duties: Of all parameters of the optimizer.
+        """
 
     def entries(self, row: PlanRow) -> Sequence[Entry]:
         """What is kept of a parameter; nothing of those that the stage does not work on.

@@ -18,6 +18,7 @@ from steepest.lab.bench.timing import Quartiles, clocked, paired_ratio, quartile
 from steepest.optim.decay import Decoupled
 from steepest.optim.momentum import average_
 from steepest.optim.packing import Packing
+from steepest.optim.sharing import Sharing
 
 PLAIN = "plain"
 WARM_UP = 3
@@ -108,8 +109,8 @@ def loads_of(parameters: list[Tensor]) -> list[Load]:
     norms = [optimizer.norm_of(group) for group in optimizer.param_groups]
     packing = Packing(None)
     packing.fits(present)
-    packed, _ = packing.of(present, rows, norms, bounded=True)
-    return [load for own in packed for load in own]
+    packed, _ = packing.of(present, rows, norms, [()] * len(norms), Sharing(None, None), bounded=True)
+    return [portion.load for own in packed for portion in own]
 
 
 def merged(passes: Sequence[Pass]) -> Pass:

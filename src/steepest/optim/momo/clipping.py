@@ -19,8 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from steepest.notices import warn
 from steepest.optim.momo.arrivals import ENTRIES, Arrivals, spaced
-from steepest.optim.momo.model import scalar_type
-from steepest.ranks import world_size
+from steepest.ranks import scalar_type, world_size
 
 WHOLE = 4096  # above, every number is near one over a whole number
 FINE = 1e-5  # relative, of gradients' rounding; with more, factors are alike that have nothing to do with each other

@@ -15,21 +15,11 @@ from torch import Tensor
 from steepest.notices import warn
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.momo.clipping import Witness
-from steepest.optim.momo.model import (
-    Chosen,
-    Fixed,
-    Inner,
-    LossModel,
-    Momo,
-    StepSize,
-    check_step_size,
-    choose,
-    clipped,
-    scalar_type,
-)
+from steepest.optim.momo.model import Chosen, Fixed, Inner, LossModel, Momo, StepSize, check_step_size, choose, clipped
 from steepest.optim.momo.tap import MISSING, Loss, LossTap, check_closure, check_loss
 from steepest.optim.momo.weights import Changes
 from steepest.optim.move import Move
+from steepest.ranks import scalar_type
 
 RECENT = 10  # losses
 BELOW = 20  # a batch may do better than the bound by chance, so many in a row do not
@@ -43,11 +33,13 @@ class Heard:
         loss: Of this rank, then of all; None if it is not known.
         clipping: What the gradients of the loss were multiplied by, in (0, 1]; None: by nothing.
         lower_bound: Of Momo.
+        changed: Whether somebody else wrote to the weights, on any rank: above 0; None: that is not known.
     """
 
     loss: Loss | None = None
     clipping: Loss | None = None
     lower_bound: float = 0.0
+    changed: Loss | None = None
 
 
 @dataclass(frozen=True)
@@ -381,7 +373,7 @@ def _parameters(moves: Sequence[Move]) -> list[Tensor]:
 
 
 def _inner(moves: Sequence[Move], momo: Momo, like: Tensor) -> Inner:
-    """Inner products with the weights, of those moves that need them."""
+    """Inner products with the weights, of those moves that need them, over all ranks."""
     sums = [torch.zeros_like(like) for _ in range(4)]
     for move in moves:
         rate = move.group["weight_decay"]
@@ -391,4 +383,6 @@ def _inner(moves: Sequence[Move], momo: Momo, like: Tensor) -> Inner:
             decay = move.lr * rate
             for total, own in zip(sums, (plain, gradient, decay * lost, decay * lost_ahead), strict=True):
                 total += own.to(like.device)
+    if any(move.portion.shared for move in moves):
+        sums = list(moves[0].portion.team.summed(torch.stack(sums)).unbind())
     return Inner(*sums)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from steepest.checks import choice, number, refusal
 from steepest.optim.momentum import debias
+from steepest.ranks import scalar_type
 
 Bookkeeping = Literal["recurrent", "direct"]
 LowerBound = float | Callable[[int], float] | Literal["auto"]
@@ -100,11 +101,6 @@ def check_step_size(step_size: object) -> StepSize:
     if not isinstance(step_size, Fixed | Momo):
         raise TypeError(refusal("step_size", "Fixed() or Momo(...)", step_size))
     return step_size
-
-
-def scalar_type(device: torch.device) -> torch.dtype:
-    """Of numbers of the whole step: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def truncated(gap: Tensor, decrease: Tensor) -> Tensor:

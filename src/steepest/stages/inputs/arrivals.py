@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from steepest.ranks import is_sharded
+
 Heard = Callable[[tuple[Tensor | None, ...]], None]
 Print = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -84,6 +86,8 @@ class Arrivals:
             heard: Is to call `arrived`.
         """
         self.deafen()
+        if is_sharded(self._parameter):  # whose gradient is put there by FSDP, not by autograd: all that is seen counts
+            return
         self._hears = heard
         if self._parameter.requires_grad:
             self._node = get_gradient_edge(self._parameter).node
@@ -140,7 +144,7 @@ class Arrivals:
         gradient = self._parameter.grad
         if gradient is None:
             self._kept, self._came, self._blank, self._filled = None, set(), {}, False
-        elif self._came or self._kept is not None:
+        elif not is_sharded(self._parameter) and (self._came or self._kept is not None):
             gone = ~gradient.detach().any() & self._filled  # what never was anything but zero is still there
             if self._kept is not None:
                 self._kept.clear_where(gone)

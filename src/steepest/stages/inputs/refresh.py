@@ -10,7 +10,7 @@ from steepest.linalg import Damped, damped_factor, damped_inverse, damped_power,
 from steepest.stages.inputs.moments import MomentLayout
 from steepest.stages.inputs.options import InputMoment
 
-INPUT_MOMENT, INPUT_MASS, INPUT_POWERS = "input_moment", "input_mass", "input_powers"
+INPUT_MOMENT, INPUT_MASS, INPUT_POWERS = "input_moment", "input_mass", "input_powers"  # powers are made of the others
 
 
 @dataclass
@@ -26,10 +26,10 @@ class Outcome:
     kept: int = 0
 
 
-def ensure_moments(
+def new_moments(
     state: dict[str, Tensor], layout: MomentLayout, options: InputMoment, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Allocate the moment and its powers: a multiple of the identity, and the identity.
+    """Allocate the moment: a multiple of the identity.
 
     Args:
         state: Of the parameter that stands for all that read these inputs; written to.
@@ -38,12 +38,21 @@ def ensure_moments(
         dtype: Of the numbers.
         device: Of the numbers.
     """
-    if INPUT_MOMENT in state:
-        return
     state[INPUT_MOMENT] = _identity(layout, dtype, device) * options.init
     state[INPUT_MASS] = torch.zeros(layout.mass_shape, dtype=dtype, device=device)
+
+
+def no_powers(layout: MomentLayout, options: InputMoment, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Powers that change nothing, one for each exponent.
+
+    Args:
+        layout: Of the moment.
+        options: Of the optimizer.
+        dtype: Of the numbers.
+        device: Of the numbers.
+    """
     powers = [_identity(layout, dtype, device)] * len(options.powers)
-    state[INPUT_POWERS] = torch.stack(powers) if powers else torch.empty((0, *layout.shape), dtype=dtype, device=device)
+    return torch.stack(powers) if powers else torch.empty((0, *layout.shape), dtype=dtype, device=device)
 
 
 def refresh_(

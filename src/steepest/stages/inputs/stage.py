@@ -14,7 +14,20 @@ from torch import Tensor
 
 from steepest.anatomy import LINEAR, Load, PlanRow
 from steepest.notices import warn
-from steepest.ranks import summed, unanimous
+from steepest.ranks import (
+    Duties,
+    Exchange,
+    Route,
+    Team,
+    is_sharded,
+    kept_like,
+    laid_out,
+    listeners,
+    local,
+    summed,
+    unanimous,
+)
+from steepest.ranks.boxes import full
 from steepest.stages.inputs.moments import given_rows
 from steepest.stages.inputs.options import INPUT_OPTIONS, INPUT_STEPS, InputMoment
 from steepest.stages.inputs.readers import Reader, find_readers
@@ -23,9 +36,10 @@ from steepest.stages.inputs.refresh import (
     INPUT_MOMENT,
     INPUT_POWERS,
     Outcome,
-    ensure_moments,
     invert_,
     multiplied,
+    new_moments,
+    no_powers,
     refresh_,
 )
 from steepest.stages.inputs.watch import InputWatch
@@ -33,7 +47,7 @@ from steepest.stages.stage import Entry, Stage, States, state_dtype
 
 INPUT_LEADER = "input_leader"  # 0-d, number of the reader whose moment a reader uses; UNSETTLED until that is known
 UNSETTLED = -1.0
-MOMENT_KEYS = (INPUT_MOMENT, INPUT_MASS, INPUT_POWERS)
+MOMENT_KEYS = (INPUT_MOMENT, INPUT_MASS)
 INPUT_SUM, INPUT_SUM_MASS = "input_sum", "input_sum_mass"  # seen since the last step, if a refresh is under way
 
 
@@ -82,6 +96,11 @@ class Applied:
         return result if self.blend == 1 else torch.lerp(tensor, result, self.blend)
 
 
+def _any(gradient: Any) -> bool:
+    """Whether something of what this rank has of a gradient is not zero."""
+    return bool(local([gradient])[0].any())
+
+
 class MissingInputsError(RuntimeError):
     """A layer has a gradient, but what it was fed was not seen, and the optimizer was told to raise."""
 
@@ -108,11 +127,6 @@ class InputMoments(Stage):
                 "InputMoment: no matrix is left to precondition. By default these are the layers that read at least "
                 "twice as many features as they write; give structure='full' for all, or leave out precondition=."
             )
-        if sharded := [reader.row.name for reader in readers if hasattr(reader.parameter, "device_mesh")]:
-            raise ValueError(
-                f"InputMoment: {sharded[0]!r} is a sharded DTensor, and moments of inputs are for whole parameters. "
-                "Use DistributedDataParallel, or leave out precondition=."
-            )
         if options.hooks and not any(reader.feeds for reader in readers):
             raise ValueError(
                 f"InputMoment: no module is known that feeds {readers[0].row.name!r} or any other matrix. Pass the "
@@ -138,7 +152,26 @@ class InputMoments(Stage):
         self._ready: dict[int, int] = {}  # leaders that have a moment, and the step that refreshed it last
         self._owed: set[int] = set()  # readers whose turn fell into a step that was not taken
         self._applied: Applied | None = None  # in this step
+        self._powers: dict[int, Tensor] = {}  # of leaders, where they are needed
+        self._owing: set[int] = set()  # leaders whose powers are to be made of the moment that is there
+        self._duties = Duties(Team())
         self.expect()
+
+    def assigned(self, duties: Duties) -> None:
+        """Hear who works on which layers: there their powers are needed.
+
+        Args:
+            duties: Of all parameters of the optimizer.
+        """
+        before, self._duties = self._duties, duties
+        if before.team.ranks != duties.team.ranks:
+            self._powers = {}
+        self._owing = set(self._ready)
+
+    @property
+    def changes_gradients(self) -> bool:
+        """With on="gradient"."""
+        return self.options.on == "gradient"
 
     def attach(self, rows: Sequence[PlanRow]) -> Stage:
         """Refuse to work for a second optimizer."""
@@ -253,6 +286,11 @@ class InputMoments(Stage):
         """Whether the next refresh sums over ranks."""
         return bool(self.watch.summing)
 
+    @property
+    def _team(self) -> Team:
+        """With whom sums of inputs are shared."""
+        return listeners(self._duties.team)
+
     def refresh(self, states: States, present: Sequence[Tensor], accept: Tensor | None) -> None:
         """Bring those moments up to date that are due.
 
@@ -264,6 +302,7 @@ class InputMoments(Stage):
         Raises:
             MissingInputsError: If inputs are missing and the options say "raise".
         """
+        self._revive(states)
         self._sum_up(states, present, accept)
         self._applied = self.powers(states)
 
@@ -290,16 +329,117 @@ class InputMoments(Stage):
         ]
         leaders = [due[place] for place in taken]
         self._ensure(states, leaders)
-        outcome = refresh_(
-            [states[self.readers[number].parameter] for number in leaders],
-            [self.readers[number].layout for number in leaders],
-            [totals[place] for place in taken],
-            [masses[place] for place in taken],
-            options=self.options,
-            accept=accept,
-        )
-        self._count(outcome)
+        chosen = {due[place]: (totals[place], masses[place]) for place in taken}
+
+        def renew(mine: Sequence[int], own: list[dict[str, Tensor]]) -> Outcome:
+            return refresh_(
+                own,
+                [self.readers[number].layout for number in mine],
+                [cast(Tensor, chosen[number][0]) for number in mine],
+                [chosen[number][1] for number in mine],
+                options=self.options,
+                accept=accept,
+            )
+
+        self._at_owners(states, leaders, renew, keep=True)
         self._ready.update(dict.fromkeys(leaders, self.steps))
+
+    def _revive(self, states: States) -> None:
+        """Make powers of moments that came without them, with a checkpoint, or that somebody else had so far."""
+        owing = sorted(self._owing & self._ready.keys())
+        self._owing = set()
+        if self._team.size == 1:
+            owing = [number for number in owing if number not in self._powers]
+        if not owing:
+            return
+
+        def remake(mine: Sequence[int], own: list[dict[str, Tensor]]) -> Outcome:
+            layouts = [self.readers[number].layout for number in mine]
+            outcome = Outcome()
+            invert_(own, layouts, [state[INPUT_MASS] > 0 for state in own], options=self.options, outcome=outcome)
+            return Outcome()  # these were counted when the moment was refreshed
+
+        self._at_owners(states, owing, remake, keep=False)
+
+    def _at_owners(
+        self,
+        states: States,
+        leaders: Sequence[int],
+        work: Callable[[Sequence[int], list[dict[str, Tensor]]], Outcome],
+        *,
+        keep: bool,
+    ) -> None:
+        """Do something to moments and powers where their owners are.
+
+        Args:
+            states: Of the parameters; written to.
+            leaders: Whose moments.
+            work: Is told which leaders this rank works on, and their whole moments, masses and powers; writes to them.
+            keep: Whether moments and masses change.
+        """
+        duties, team = self._duties, self._duties.team
+        shared = [number for number in leaders if duties.shares(self.readers[number].parameter)]
+        alone = [number for number in leaders if number not in shared]
+        own = [dict(states[self.readers[number].parameter]) for number in alone]
+        for number, state in zip(alone, own, strict=True):
+            state[INPUT_POWERS] = self._powers_of(number)
+        if alone:
+            self._count(work(alone, own))
+        if not shared:
+            return
+        owners = {number: duties.owner(self.readers[number].parameter) for number in shared}
+        routes: list[Route] = []
+        kept: list[Tensor] = []
+        for key in MOMENT_KEYS:
+            for number in shared:
+                tensor = states[self.readers[number].parameter][key]
+                layout = team.layout(self.readers[number].row.name, tensor, copies=True)
+                routes.append(Route(owners[number], full(layout.shape), layout.boxes))
+                kept.append(tensor)
+        exchange = Exchange(team, routes)
+        parts = local(kept)
+        whole = dict(zip(((key, n) for key in MOMENT_KEYS for n in shared), exchange.gather(parts).wait(), strict=True))
+        mine = [number for number in shared if owners[number] == team.own]
+        own = [
+            {**{key: cast(Tensor, whole[key, number]) for key in MOMENT_KEYS}, INPUT_POWERS: self._powers_of(number)}
+            for number in mine
+        ]
+        outcome = work(mine, own) if mine else Outcome()
+        counted = team.summed(parts[0].new_tensor([outcome.raised, outcome.kept]))
+        self._count(Outcome(*(int(number) for number in counted.tolist())))
+        if keep:
+            for target, part in zip(parts, exchange.scatter(list(whole.values()), parts[0]).wait(), strict=True):
+                if part is not None and part is not target:
+                    target.copy_(part)
+        self._hand_out(shared, owners, parts[0])
+
+    def _powers_of(self, number: int) -> Tensor:
+        """Powers of a leader, to be written to."""
+        if number not in self._powers:
+            reader = self.readers[number]
+            device = local([reader.parameter])[0].device
+            self._powers[number] = no_powers(reader.layout, self.options, state_dtype(reader.parameter), device)
+        return self._powers[number]
+
+    def _hand_out(self, leaders: Sequence[int], owners: Mapping[int, int], like: Tensor) -> None:
+        """Give powers to those who work on other layers that read the same."""
+        duties, team = self._duties, self._duties.team
+        routes: list[Route] = []
+        sent: list[int] = []
+        for number in leaders:
+            readers = [reader for reader, leader in zip(self.readers, self._leaders, strict=True) if leader == number]
+            users = {duties.owner(reader.parameter) for reader in readers if duties.shares(reader.parameter)}
+            if users - {owners[number]}:
+                shape = full((len(self.options.powers), *self.readers[number].layout.shape))
+                routes.append(
+                    Route(owners[number], shape, tuple(shape if r in users else None for r in range(team.size)))
+                )
+                sent.append(number)
+        if routes:
+            given = [self._powers_of(n) if owners[n] == team.own else None for n in sent]
+            for number, powers in zip(sent, Exchange(team, routes).scatter(given, like).wait(), strict=True):
+                if powers is not None:
+                    self._powers[number] = powers
 
     def allocate(self, states: States) -> None:
         """Moments and powers of those that have their own, and to whom the others belong."""
@@ -311,7 +451,12 @@ class InputMoments(Stage):
                 states[reader.parameter][INPUT_LEADER] = self._number(reader, UNSETTLED)
         for number in leaders:
             parameter, layout = self.readers[number].parameter, self.readers[number].layout
-            ensure_moments(states[parameter], layout, self.options, state_dtype(parameter), parameter.device)
+            if INPUT_MOMENT not in states[parameter]:
+                device = local([parameter])[0].device
+                new_moments(states[parameter], layout, self.options, state_dtype(parameter), device)
+                if is_sharded(parameter):
+                    like = kept_like(parameter, layout.shape, state_dtype(parameter))
+                    states[parameter][INPUT_MOMENT] = laid_out(states[parameter][INPUT_MOMENT], like)
         self._link(states)
 
     def _link(self, states: States) -> None:
@@ -323,25 +468,42 @@ class InputMoments(Stage):
 
     def _over_ranks(
         self, due: Sequence[int], present: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    ) -> tuple[list[Tensor | None], list[Tensor], list[float]]:
         """Over all ranks: sums and masses of each due reader, zeros where nothing was seen, and who lacks inputs.
 
-        Who lacks inputs is exchanged with the rest: what one rank refuses, all do, or the others would wait for it.
+        Where layers have owners, these alone get the sums. Who lacks inputs is exchanged with the rest: what one rank
+        refuses, all do, or the others would wait for it.
         """
         numbers = {self._numbers[p]: p for p in present if p in self._numbers}
         unseen = [number in numbers and number not in self.watch.seen for number in due]
-        lacks = [one and bool(cast(Tensor, numbers[n].grad).any()) for n, one in zip(due, unseen, strict=True)]
-        own: list[Tensor] = []
+        lacks = [one and _any(numbers[n].grad) for n, one in zip(due, unseen, strict=True)]
+        totals: list[Tensor] = []
+        masses: list[Tensor] = []
         for number in due:
             reader = self.readers[number]
-            like = torch.empty(0, dtype=state_dtype(reader.parameter), device=reader.parameter.device)
+            device = local([reader.parameter])[0].device
+            like = torch.empty(0, dtype=state_dtype(reader.parameter), device=device)
             sums = self.watch.sums(number)
-            if sums is None:
-                own += [like.new_zeros(reader.layout.shape), like.new_zeros(reader.layout.mass_shape)]
-            else:
-                own += [part.to(like.device) for part in sums]
-        *both, lacking = summed([*own, own[0].new_tensor(lacks)])
-        return both[0::2], both[1::2], lacking.tolist()
+            empty = (like.new_zeros(reader.layout.shape), like.new_zeros(reader.layout.mass_shape))
+            total, mass = empty if sums is None else (part.to(device) for part in sums)
+            totals.append(total)
+            masses.append(mass)
+        team, duties = self._team, self._duties
+        owned = [place for place, n in enumerate(due) if duties.shares(self.readers[n].parameter)]
+        rest = [place for place in range(len(due)) if place not in owned]
+        *found, lacking = summed([*masses, *(totals[place] for place in rest), masses[0].new_tensor(lacks)], team)
+        whole: list[Tensor | None] = [None] * len(due)
+        for place, total in zip(rest, found[len(due) :], strict=True):
+            whole[place] = total
+        by_kind: dict[torch.dtype, list[int]] = {}
+        for place in owned:
+            by_kind.setdefault(totals[place].dtype, []).append(place)
+        for places in by_kind.values():
+            owners = [duties.owner(self.readers[due[place]].parameter) for place in places]
+            sums, _ = team.sum_to(owners, [totals[place] for place in places])
+            for place, total in zip(places, sums, strict=True):
+                whole[place] = total
+        return whole, found[: len(due)], lacking.tolist()
 
     def _miss(self, missing: Sequence[int]) -> None:
         self.counts["input_missing"] += len(missing)
@@ -380,7 +542,7 @@ class InputMoments(Stage):
             sighting = self.watch.seen.get(number)
             prints = tuple(sorted(sighting.prints)) if sighting else ()
             found.append(firsts.setdefault((self.readers[number].layout, prints), number) if prints else number)
-        agreed = unanimous(found, self.readers[0].parameter.device)
+        agreed = unanimous(found, self.readers[0].parameter.device, self._team)
         for number, leader in zip(fresh, agreed, strict=True):
             self._lead(states, number, number if leader is None else leader)
             self._settled.add(number)
@@ -391,6 +553,7 @@ class InputMoments(Stage):
         if self._leaders[number] != number or leader != number:  # what it holds is another's, or no longer used
             for key in MOMENT_KEYS:
                 state.pop(key, None)
+            self._powers.pop(number, None)
         self._leaders[number] = leader
 
     def _number(self, reader: Reader, value: float) -> Tensor:
@@ -400,13 +563,16 @@ class InputMoments(Stage):
         """A reader that no longer reads what its leader reads goes on alone, with a copy of the moment."""
         followers = sorted(self.watch.comparing)
         differ = [int(self._differs(number)) for number in followers]
-        for number, same in zip(followers, unanimous(differ, self.readers[0].parameter.device), strict=True):
+        device = self.readers[0].parameter.device
+        for number, same in zip(followers, unanimous(differ, device, self._team), strict=True):
             if same == 0:
                 continue
             leader_number = self._leaders[number]
             leader = states[self.readers[leader_number].parameter]
             self._lead(states, number, number)
             states[self.readers[number].parameter].update({key: leader[key].clone() for key in MOMENT_KEYS})
+            if leader_number in self._powers:
+                self._powers[number] = self._powers[leader_number].clone()
             self._ready[number] = self._ready[leader_number]
             self.counts["input_parted"] += 1
 
@@ -427,10 +593,11 @@ class InputMoments(Stage):
             states: Of the parameters.
         """
         blend = self.options.blend_at(self.steps)
+        del states
         powers = {
-            id(reader.parameter): (reader, states[self.readers[leader].parameter][INPUT_POWERS])
+            id(reader.parameter): (reader, self._powers[leader])
             for number, (reader, leader) in enumerate(zip(self.readers, self._leaders, strict=True))
-            if number in self._settled and leader in self._ready
+            if number in self._settled and leader in self._ready and leader in self._powers
         }
         return Applied(self.options, powers, blend) if blend > 0 and powers else None
 
@@ -505,19 +672,20 @@ class InputMoments(Stage):
             )
 
     def entries(self, row: PlanRow) -> Sequence[Entry]:
-        """Moment, mass and powers, whose moment it is, and what was seen since the last step."""
+        """Moment and mass, whose moment it is, and what was seen since the last step; powers are made of these."""
         number = self._numbers.get(row.parameter)
         if number is None:
             return ()
         layout = self.readers[number].layout
         shape, mass = torch.Size(layout.shape), torch.Size(layout.mass_shape)
+        powers = torch.Size((len(self.options.powers), *shape))
         return (
-            Entry(INPUT_MOMENT, shape, eager=False),
-            Entry(INPUT_MASS, mass, least=0.0, eager=False),
-            Entry(INPUT_POWERS, torch.Size((len(self.options.powers), *shape)), eager=False),
-            Entry(INPUT_LEADER, torch.Size(()), eager=False, read=False),
-            Entry(INPUT_SUM, shape, eager=False, read=False),
-            Entry(INPUT_SUM_MASS, mass, eager=False, read=False),
+            Entry(INPUT_MOMENT, shape, eager=False, travels=False),
+            Entry(INPUT_MASS, mass, least=0.0, eager=False, divided=False, travels=False),
+            Entry(INPUT_POWERS, powers, eager=False, divided=False, travels=False),  # in states of before
+            Entry(INPUT_LEADER, torch.Size(()), eager=False, read=False, divided=False, travels=False),
+            Entry(INPUT_SUM, shape, eager=False, read=False, divided=False, travels=False),
+            Entry(INPUT_SUM_MASS, mass, eager=False, read=False, divided=False, travels=False),
         )
 
     def save(self, states: States) -> None:
@@ -539,29 +707,22 @@ class InputMoments(Stage):
         """
         self.steps = int(max(group.get(INPUT_STEPS, 0) for group in groups))
         self._settled, self._ready, self._owed = set(), {}, set()
-        self._leaders = self._saved_leaders(states)
+        self._leaders, self._powers = self._saved_leaders(states), {}
         for number, reader in enumerate(self.readers):
             state = states.get(reader.parameter, {})
+            state.pop(INPUT_POWERS, None)
             if float(state.get(INPUT_LEADER, UNSETTLED)) != UNSETTLED:
                 self._settled.add(number)
                 self._lead(states, number, self._leaders[number])  # by the numbers of here
             if INPUT_MASS in state and bool((state[INPUT_MASS] > 0).any()):
                 self._ready[number] = self._last_refresh(reader)
-        if any(group.get(INPUT_OPTIONS) not in (None, "", self._tag) for group in groups):
-            self._invert_again(states)
+        self._owing = set(self._ready)
         self._link(states)
         self.expect()
         for number, reader in enumerate(self.readers):
             state = states.get(reader.parameter, {})
             if INPUT_SUM in state and number in self.watch.summing:
                 self.watch.seed(number, state.pop(INPUT_SUM), state.pop(INPUT_SUM_MASS))
-
-    def _invert_again(self, states: States) -> None:
-        """Powers that were saved under other options are not those of here; the moments are."""
-        ready = sorted(self._ready)
-        own = [states[self.readers[number].parameter] for number in ready]
-        layouts = [self.readers[number].layout for number in ready]
-        invert_(own, layouts, [state[INPUT_MASS] > 0 for state in own], options=self.options, outcome=Outcome())
 
     def _saved_leaders(self, states: States) -> list[int]:
         """Leaders by the numbers of here; those in the state are of the optimizer that saved it."""

@@ -22,6 +22,7 @@ from torch import Tensor, library, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 
+from steepest.ranks import is_sharded
 from steepest.stages.inputs.arrivals import Arrivals, Print, Sighting
 from steepest.stages.inputs.feeds import Feed, Rows
 from steepest.stages.inputs.hooks import Attached
@@ -175,6 +176,7 @@ class InputWatch:
         if sighting is None:
             return
         with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            tensors = tuple(cast(Any, one).full_tensor() if is_sharded(one) else one for one in tensors)
             sighting.prints.append(_print_of(tensors[0]))
             if number in self.summing:
                 sighting.add(*self._sums(number, feed.rows(tensors), weights()))

@@ -1,0 +1,575 @@
+"""Which matrices this rank works on, and how they get to it and back to the ranks that keep them.
+
+Elementwise norms work on what a rank keeps. For the others a parameter has an owner, or several, where what ranks keep
+are whole matrices of the view; owners are chosen once, costliest first, and stay, as stages keep things with them.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steepest.anatomy import Bucket, Load, PlanRow
+from steepest.anatomy.views import View
+from steepest.geometry import Norm
+from steepest.geometry.norm import completed
+from steepest.ranks import (
+    Box,
+    Duties,
+    Exchange,
+    Layout,
+    Pending,
+    Route,
+    Team,
+    assign,
+    exchange_device,
+    is_sharded,
+    local,
+    scalar_type,
+    unanimous,
+    volume,
+)
+from steepest.ranks.boxes import full, sizes
+from steepest.stages import Entry, Stage
+
+
+def pieces(layout: Layout, row: PlanRow, stages: Sequence[Stage]) -> dict[Box, list[int]]:
+    """What of a parameter is worked on as one, and the ranks that may do it.
+
+    Args:
+        layout: Of the parameter.
+        row: Of the plan, with a view if its group's norm is one of matrices.
+        stages: That work on it.
+
+    Returns:
+        The boxes that ranks keep, if each is a whole number of the view's matrices and stages keep nothing that is not
+        divided alike; else the whole parameter, for all ranks that keep something of it.
+    """
+    distinct = layout.distinct
+    if row.view is not None and all(row.view.within(row.shape, box) is not None for box in distinct):
+        entries = [entry for stage in stages for entry in stage.entries(row) if entry.shape is not None]
+        if len(distinct) == 1 or not entries or (len(row.blocks()) == 1 and _alike(layout, row, entries)):
+            return distinct
+    return {full(layout.shape): [rank for rank, box in enumerate(layout.boxes) if box is not None]}
+
+
+def _alike(layout: Layout, row: PlanRow, entries: Sequence[Entry]) -> bool:
+    """Whether what stages keep is divided as its matrices are: by equal parts of the first dimension."""
+    parts = sorted(layout.distinct)
+    equal = all(stop - start == parts[0][0][1] for (start, stop), *_ in parts) and parts[-1][0][1] == row.shape[0]
+    cut = all(part[1:] == full(layout.shape)[1:] for part in parts)
+    return (
+        equal and cut and all(entry.travels and entry.shape and entry.shape[0] % row.shape[0] == 0 for entry in entries)
+    )
+
+
+def work_of(norm: Norm, row: PlanRow, box: Box) -> float:
+    """Operations that the directions of a part of a parameter take.
+
+    Args:
+        norm: Of its group.
+        row: Of the plan.
+        box: Of the parameter.
+    """
+    norm, shape = completed(norm), sizes(box)
+    view = row.view.within(row.shape, box) if row.view is not None and norm.matrix else None
+    blocks = ((1, 1, volume(box)),) if view is None else view.blocks(shape)
+    return sum(count * norm.work(m, n) for count, m, n in blocks)
+
+
+@dataclass
+class Summary:
+    """How the work of an optimizer is shared, and what the last step sent.
+
+    Args:
+        ranks: How many share it.
+        owners: Of each parameter's name, the ranks that work on it, places in the team; None: each on what it keeps.
+        flops: Operations of the directions' norms in a step, of each rank.
+        sent_bytes: By this rank, in the last step: averages to their owners, and directions back.
+        agreed_bytes: Payload of what this rank summed with others in the last step.
+        orthogonalised: How many matrices this rank found directions of in the last step, elementwise norms not counted.
+    """
+
+    ranks: int = 1
+    owners: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict[str, tuple[int, ...] | None])
+    flops: tuple[float, ...] = (0.0,)
+    sent_bytes: int = 0
+    agreed_bytes: int = 0
+    orthogonalised: int = 0
+
+    @property
+    def imbalance(self) -> float:
+        """Operations of the rank with most, relative to the mean; 1 if there are none."""
+        mean = sum(self.flops) / len(self.flops)
+        return max(self.flops) / mean if mean else 1.0
+
+
+class Sharing:
+    """Who works on the parameters of one optimizer.
+
+    Args:
+        group: Process group whose ranks keep copies of all plain parameters; None: those of
+            DistributedDataParallel modules only.
+        wire: Type of averages and directions on their way; None: as they are.
+    """
+
+    def __init__(self, group: Any, wire: torch.dtype | None) -> None:
+        self.group = group
+        self.wire = wire
+        self.duties = Duties(Team())
+        self.summary = Summary()
+        self._known: dict[Tensor, tuple[object, ...]] = {}
+        self._flops: dict[tuple[Tensor, int], float] = {}
+        self.alike = False  # whether ranks were asked if they know the same parameters
+
+    @property
+    def team(self) -> Team:
+        """The ranks."""
+        return self.duties.team
+
+    def know(self, members: Sequence[tuple[PlanRow, Norm, Sequence[Stage]]]) -> bool:
+        """Share the work on parameters that are not known yet; what is shared stays so.
+
+        Args:
+            members: All of the optimizer's parameters, the norms of their groups, and the stages that work on them.
+
+        Returns:
+            Whether something changed.
+
+        Raises:
+            ValueError: If the layout of one is not known here, or is on other ranks than the team's.
+        """
+        keys = {row.parameter: self._key(row, norm, stages) for row, norm, stages in members}
+        if keys == self._known:
+            return False
+        shares = [is_sharded(row.parameter) or self._group_of(row) is not None for row, _, _ in members]
+        if any(shares):
+            groups = [self._group_of(row) for row, _, _ in members]
+            team = Team.of([row.parameter for row, _, _ in members], [group for group in groups if group is not None])
+        else:
+            team = Team()
+        if team.ranks != self.team.ranks:
+            self._known = {}
+        old = self.duties if self._known else Duties(team)
+        copies = frozenset(row.parameter for row, _, _ in members if self._copied(row, team))
+        layouts = {
+            row.parameter: team.layout(row.name, row.parameter, copies=row.parameter in copies) for row, _, _ in members
+        }
+        routes = {p: old.routes[p] for p in keys if p in old.routes and self._known.get(p) == keys[p]}
+        costs: list[float] = [self._flops.get((p, r.owner), 0.0) for p, own in routes.items() for r in own]
+        among: list[Sequence[int] | None] = [[route.owner] for own in routes.values() for route in own]
+        taken = len(costs)
+        asked: list[tuple[PlanRow, Box]] = []
+        for row, norm, stages in members:
+            shared = is_sharded(row.parameter) or row.parameter in copies
+            if team.size > 1 and shared:
+                self._check(row, layouts[row.parameter], team)
+            if row.parameter in routes or not shared or not row.parameter.numel() or completed(norm).elementwise:
+                continue
+            for box, ranks in pieces(layouts[row.parameter], row, stages).items():
+                asked.append((row, box))
+                costs.append(work_of(norm, row, box) if row.trainable else 0.0)
+                among.append(ranks)
+        owner = {index: rank for rank, own in enumerate(assign(costs, team.size, among)) for index in own}
+        for index, (row, box) in enumerate(asked, start=taken):
+            kept = layouts[row.parameter].boxes
+            inside = [b if b is not None and (b == box or box == full(row.shape)) else None for b in kept]
+            route = Route(owner[index], box, tuple(inside))
+            routes[row.parameter] = (*routes.get(row.parameter, ()), route)
+            self._flops[row.parameter, route.owner] = costs[index]
+        self.duties = Duties(team, layouts, routes, copies)
+        self._known = keys
+        self.alike = team.size == 1
+        flops = [0.0] * team.size
+        for (parameter, rank), cost in self._flops.items():
+            if parameter in routes:
+                flops[rank] += cost
+        names = {row.parameter: row.name for row, _, _ in members}
+        owners = {name: tuple(route.owner for route in routes[p]) if p in routes else None for p, name in names.items()}
+        self.summary = Summary(team.size, owners, tuple(flops))
+        return True
+
+    def _key(self, row: PlanRow, norm: Norm, stages: Sequence[Stage]) -> tuple[object, ...]:
+        p: Any = row.parameter
+        layout = (p.device_mesh, tuple(p.placements)) if is_sharded(p) else None
+        return (tuple(p.shape), row.view, norm, layout, tuple(map(id, stages)))
+
+    def _group_of(self, row: PlanRow) -> Any:
+        """The process group of which each rank has a copy of a plain parameter."""
+        if is_sharded(row.parameter):
+            return None
+        return self.group if row.copies is None else row.copies.group
+
+    def _copied(self, row: PlanRow, team: Team) -> bool:
+        group = self._group_of(row)
+        return group is not None and team.size > 1
+
+    def _check(self, row: PlanRow, layout: Layout, team: Team) -> None:
+        team.check_device(row.name, row.parameter)
+        p: Any = row.parameter
+        ranks = p.device_mesh.size() if is_sharded(p) else torch.distributed.get_world_size(self._group_of(row))
+        if ranks != team.size:
+            raise ValueError(
+                f"{row.name!r} of shape {tuple(layout.shape)} is kept by {ranks} ranks, but others of this optimizer's "
+                f"parameters by {team.size}. Use one mesh of all ranks, with Replicate() in the dimensions that keep "
+                "copies, or build one optimizer for the parameters of each mesh."
+            )
+
+    def fingerprint(self) -> int:
+        """A number that is the same where ranks know the same parameters in the same order."""
+        known = [(layout.shape, self.duties.routes.get(p)) for p, layout in self.duties.layouts.items()]
+        return zlib.crc32(repr(known).encode())
+
+    def check_alike(self, device: torch.device) -> None:
+        """Ask once whether all ranks know the same parameters; all of them take part.
+
+        Args:
+            device: On which they exchange numbers.
+
+        Raises:
+            ValueError: If not, on all ranks.
+        """
+        (found,) = unanimous([self.fingerprint()], exchange_device(device, self.team), self.team)
+        if found is None:
+            shapes = [tuple(layout.shape) for layout in self.duties.layouts.values()]
+            raise ValueError(
+                f"The {self.team.size} ranks of this optimizer do not know the same parameters in the same order; this "
+                f"one has {len(shapes)}, the first of shape {shapes[0]}. Build the model and the optimizer alike on "
+                "all ranks that share its parameters, and one optimizer for each stage of a pipeline."
+            )
+        self.alike = True
+
+    def counts(self, device: torch.device) -> bool:
+        """Whether ranks must tell each other which parameters have a gradient.
+
+        On an accelerator that would mean to wait for it, which is done only where parts are worked on apart, as
+        experts are: elsewhere all ranks have the same.
+
+        Args:
+            device: Of the parameters.
+        """
+        if self.team.size == 1:
+            return False
+        return device.type == "cpu" or any(len(routes) > 1 for routes in self.duties.routes.values())
+
+    def check_counts(self, rows: Sequence[PlanRow], counts: Sequence[float]) -> None:
+        """Refuse a gradient that only some have of those who keep copies, which would part.
+
+        Args:
+            rows: Of all parameters.
+            counts: On how many ranks each has a gradient.
+
+        Raises:
+            ValueError: If so.
+        """
+        for row, count in zip(rows, counts, strict=True):
+            if row.parameter in self.duties.copies and 0 < count < self.team.size:
+                raise ValueError(
+                    f"{row.name!r} of shape {tuple(row.shape)} has a gradient on {count:g} of the {self.team.size} "
+                    "ranks that keep copies of it. Let DistributedDataParallel average gradients, with "
+                    "find_unused_parameters=True where some ranks do not use all layers, or give zeros."
+                )
+
+    def note(self, portions: Sequence["Portion"], before: int) -> None:
+        """Take note of what a step sent.
+
+        Args:
+            portions: Of the step.
+            before: What these had sent before it.
+        """
+        self.summary = replace(
+            self.summary,
+            sent_bytes=sum(portion.sent_bytes for portion in portions) - before,
+            agreed_bytes=self.team.agreed_bytes,
+            orthogonalised=sum(portion.matrices for portion in portions),
+        )
+
+    def burden(self, parameter: Tensor) -> dict[int, float]:
+        """The part of a parameter that each rank works on; of what all work on alike, the largest for each.
+
+        Args:
+            parameter: Any shape.
+        """
+        whole = max(1, parameter.numel())
+        routes = self.duties.routes.get(parameter)
+        if routes:
+            return {route.owner: volume(route.whole) / whole for route in routes}
+        layout = self.duties.layouts[parameter]
+        part = max((volume(box) for box in layout.distinct), default=0) / whole
+        return dict.fromkeys(range(self.team.size), part)
+
+
+class Portion:
+    """A load of all ranks, and what this one does of it.
+
+    Args:
+        sharing: Who works on what.
+        load: Parameters of one group, dtype and device, by their whole shapes.
+        rows: Of the plan.
+        norm: Of the group.
+        stages: That work on the group.
+
+    Attributes:
+        load: The load; the order of its matrices is that of numbers that ranks share.
+        work: What this rank finds directions of; one process: the load.
+        company: Shapes of all batches of the load, where they are worked on apart.
+    """
+
+    def __init__(
+        self,
+        sharing: Sharing,
+        load: Load,
+        rows: Mapping[Tensor, PlanRow],
+        norm: Norm,
+        stages: Sequence[Stage],
+    ) -> None:
+        self.load = self.work = load
+        self.duties = duties = sharing.duties
+        self.team = duties.team
+        self.company: list[tuple[int, int, int]] | None = None
+        self.matrices = 0 if completed(norm).elementwise else sum(load.counts)
+        self._places = list(range(len(load.parameters)))  # of what is worked on, in the load
+        self._exchange = self._aside = None
+        self._index: Tensor | None = None
+        self._keys: tuple[str, ...] = ()
+        if self.team.size == 1:
+            return
+        elementwise = completed(norm).elementwise
+        shared = [duties.shares(parameter) for parameter in load.parameters]
+        if not any(shared):
+            self._number(list(load.parameters), [None] * len(load.parameters))
+            return
+        self.company = [(len(bucket.parameters) * b, m, n) for bucket in load.buckets for b, m, n in bucket.blocks]
+        boxes: list[Box | None] = []
+        views: list[View | None] = []
+        for parameter, own in zip(load.parameters, shared, strict=True):
+            view = rows[parameter].view if norm.matrix else None
+            if not own:
+                boxes.append(full(tuple(parameter.shape)))
+            elif elementwise:
+                boxes.append(duties.layouts[parameter].boxes[self.team.own])
+            else:
+                route = duties.own_route(parameter)
+                boxes.append(None if route is None else route.whole)
+            box = boxes[-1]
+            views.append(None if view is None or box is None else view.within(tuple(parameter.shape), box))
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for place, (box, view) in enumerate(zip(boxes, views, strict=True)):
+            if box is not None:
+                alike.setdefault((sizes(box), view), []).append(place)
+        self._places = [place for places in alike.values() for place in places]
+        self.work = Load(
+            [
+                Bucket(
+                    tuple(load.parameters[place] for place in places),
+                    views[places[0]],
+                    torch.Size(sizes(boxes[places[0]] or ())),
+                )
+                for places in alike.values()
+            ]
+        )
+        if not elementwise:
+            self._routed = [
+                (place, route)
+                for place, parameter in enumerate(load.parameters)
+                for route in duties.routes.get(parameter, ())
+            ]
+            self._exchange = Exchange(self.team, [route for _, route in self._routed], sharing.wire)
+            self.matrices = sum(self.work.counts)
+            self._entries(rows, stages)
+        self._number(list(load.parameters), boxes)
+
+    def _number(self, parameters: Sequence[Tensor], boxes: Sequence[Box | None]) -> None:
+        """Where this rank's numbers stand among those of all, and how much they count in sums."""
+        total = sum(self.load.counts)
+        device = parameters[0].device
+        by_parameter = self.load.numbers_of_parameters(torch.arange(total, device=device))
+        chosen: list[Tensor] = []
+        weights: list[Tensor] = []
+        for place in self._places:
+            parameter, box, numbers = parameters[place], boxes[place], by_parameter[place]
+            routes = self.duties.routes.get(parameter, ())
+            if box is not None and routes and box != full(tuple(parameter.shape)):
+                numbers = _part(numbers, self.load.blocks_of(place), tuple(parameter.shape), box)
+            weight = 1.0 if routes else self.duties.weight(parameter)
+            chosen.append(numbers)
+            weights.append(torch.full(numbers.shape, weight, dtype=scalar_type(device), device=device))
+        self._total = total
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        self._index = self.work.numbers_of_batches(chosen) if chosen else empty
+        self._weights = self.work.numbers_of_batches(weights) if weights else empty.to(scalar_type(device))
+
+    def _entries(self, rows: Mapping[Tensor, PlanRow], stages: Sequence[Stage]) -> None:
+        """What stages keep of matrices goes to their owners and back, too."""
+        keys: list[str] = []
+        self._asides: list[tuple[int, str]] = []
+        routes: list[Route] = []
+        for place, parameter in enumerate(self.load.parameters):
+            for entry in (entry for stage in stages for entry in stage.entries(rows[parameter]) if entry.travels):
+                keys += [entry.key] if entry.key not in keys else []
+                shape = tuple(parameter.shape) if entry.shape is None else tuple(entry.shape)
+                for route in self.duties.routes.get(parameter, ()):
+                    self._asides.append((place, entry.key))
+                    if entry.shape is None:
+                        routes.append(route)
+                    elif len(self.duties.routes[parameter]) > 1:  # divided as the matrices are
+                        part = full((shape[0] // len(self.duties.routes[parameter]), *shape[1:]))
+                        routes.append(Route(route.owner, part, tuple(part if box else None for box in route.boxes)))
+                    else:
+                        kept = self.team.layout(entry.key, entry.zeros(parameter), copies=True)
+                        routes.append(Route(route.owner, full(shape), kept.boxes))
+        self._keys = tuple(keys)
+        if keys:
+            self._aside = Exchange(self.team, routes)
+
+    def gather(self, tensors: Sequence[Tensor]) -> Pending:
+        """Bring averages, or what is shaped like them, to those who work on them.
+
+        Args:
+            tensors: What this rank keeps, one for each parameter of the load.
+
+        Returns:
+            Tells the wholes, one for each parameter of `work`.
+        """
+        if self._exchange is None:
+            return Pending(lambda: [tensors[place] for place in self._places])
+        pending = self._exchange.gather([tensors[place] for place, _ in self._routed])
+
+        def finish() -> list[Tensor | None]:
+            found = dict(enumerate(tensors))
+            for (place, _), whole in zip(self._routed, pending.wait(), strict=True):
+                if whole is not None:
+                    found[place] = whole
+            return [found[place] for place in self._places]
+
+        return Pending(finish)
+
+    def scatter(self, wholes: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        """Bring directions to those who keep a part of them.
+
+        Args:
+            wholes: One for each parameter of `work`.
+            like: What this rank keeps, one for each parameter of the load.
+
+        Returns:
+            What this rank keeps of each.
+        """
+        mine = dict(zip(self._places, wholes, strict=True))
+        if self._exchange is None:
+            return [mine[place] if place in mine else torch.zeros_like(own) for place, own in enumerate(like)]
+        own = self.team.own
+        given = [mine[place] if route.owner == own else None for place, route in self._routed]
+        came = self._exchange.scatter(given, like[0]).wait()
+        for (place, _), part in zip(self._routed, came, strict=True):
+            if part is not None:
+                mine[place] = part
+        return [mine[place] if place in mine else torch.zeros_like(kept) for place, kept in enumerate(like)]
+
+    def states(self, states: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """What stages keep of the matrices that this rank works on.
+
+        Args:
+            states: Of the load's parameters.
+
+        Returns:
+            One for each parameter of `work`; the states themselves on one process.
+        """
+        if self._aside is None:
+            return [states[place] for place in self._places]
+        parts = local([states[place][key] for place, key in self._asides])
+        found: dict[int, dict[str, Tensor]] = {place: dict(states[place]) for place in self._places}
+        for (place, key), whole, part in zip(self._asides, self._aside.gather(parts).wait(), parts, strict=True):
+            if whole is not None:
+                found[place][key] = whole.clone() if whole is part else whole
+        return [found[place] for place in self._places]
+
+    def keep(self, states: Sequence[dict[str, Tensor]], changed: Sequence[dict[str, Tensor]]) -> None:
+        """Give what stages keep back to those who keep it.
+
+        Args:
+            states: Of the load's parameters; written to.
+            changed: What `states` returned, as stages left it.
+        """
+        if self._aside is None:
+            return
+        mine = dict(zip(self._places, changed, strict=True))
+        routes = self._aside.routes
+        given = [
+            mine[place][key] if route.owner == self.team.own else None
+            for (place, key), route in zip(self._asides, routes, strict=True)
+        ]
+        parts = local([states[place][key] for place, key in self._asides])
+        for target, part in zip(parts, self._aside.scatter(given, parts[0]).wait(), strict=True):
+            if part is not None:
+                target.copy_(part)
+
+    def chosen(self, numbers: Tensor) -> Tensor:
+        """Of the numbers of all parameters, those of what this rank works on.
+
+        Args:
+            numbers: One per parameter of `load`.
+        """
+        return numbers if self._index is None else numbers[self._places]
+
+    def size(self, batches: Sequence[Tensor], device: torch.device) -> Tensor:
+        """Sum of the squares of directions, over all ranks.
+
+        Args:
+            batches: Of this rank.
+            device: Of the directions.
+        """
+        if self._index is None:
+            return torch.stack(torch._foreach_norm(list(batches))).square().sum()
+        squares = [batch.square().sum(dim=(-2, -1)) for batch in batches]
+        dtype = scalar_type(device)
+        own = torch.cat(squares).to(dtype) if squares else torch.empty(0, dtype=dtype, device=device)
+        return self.team.summed((own * self._weights).sum())
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """Numbers of this rank's matrices among those of all: zero elsewhere, so that a sum over ranks has all.
+
+        Args:
+            numbers: One per matrix of `work`, batch after batch.
+
+        Returns:
+            One per matrix of `load`, in float64; on one process what was given.
+        """
+        if self._index is None:
+            return numbers
+        dtype = scalar_type(numbers.device)
+        return torch.zeros(self._total, dtype=dtype, device=numbers.device).index_put(
+            (self._index,), numbers.to(dtype) * self._weights
+        )
+
+    def own(self, numbers: Tensor) -> Tensor:
+        """Of the numbers of all matrices, those of this rank's.
+
+        Args:
+            numbers: One per matrix of `load`, or 0-d.
+        """
+        return numbers if self._index is None or numbers.ndim == 0 else numbers[self._index]
+
+    @property
+    def travels(self) -> bool:
+        """Whether something of this load goes over the wire before it is worked on, on any rank."""
+        return self._exchange is not None and self._exchange.moves
+
+    @property
+    def shared(self) -> bool:
+        """Whether numbers of this load must be added up over ranks."""
+        return self._index is not None
+
+    @property
+    def sent_bytes(self) -> int:
+        """By this rank, so far."""
+        return sum(each.sent_bytes for each in (self._exchange, self._aside) if each is not None)
+
+
+def _part(numbers: Tensor, blocks: Sequence[tuple[int, int, int]], shape: tuple[int, ...], box: Box) -> Tensor:
+    """Of the numbers of a parameter's matrices, block after block, those of a part that holds whole ones."""
+    (size, (start, stop)), *_ = [(s, b) for s, b in zip(shape, box, strict=True) if b != (0, s)]
+    parts = numbers.split([count for count, _, _ in blocks])
+    return torch.cat([part[len(part) * start // size : len(part) * stop // size] for part in parts])
