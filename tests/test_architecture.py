@@ -100,6 +100,10 @@ def test_every_file_that_the_map_names_exists_and_it_names_every_room():
 
 # Source files without a test of their own name: where they are tested, which, and why there.
 ELSEWHERE = {
+    "ranks/test_boxes.py": (
+        "ranks/exchange ranks/team ranks/duties optim/sharing",
+        "where boxes go; with real processes in tests/parallel",
+    ),
     "anatomy/test_routing.py": ("anatomy/heads anatomy/layouts anatomy/sites", "the plan is what they make"),
     "batch_size/test_noise.py": ("batch_size/noise_collect batch_size/noise_layers", "parts of NoiseScale"),
     "batch_size/test_curve_fit.py": ("batch_size/curve_likelihood", "what a fit makes largest"),

@@ -49,3 +49,8 @@ def assert_same(a, b):
             assert_same(list(one.values()), list(other.values()))
         else:
             assert torch.equal(one, other)
+
+
+def powers_of(optimizer, parameter):
+    """Powers of the moment of what a layer reads, as the step uses them."""
+    return optimizer.stages[0].powers_of(parameter)

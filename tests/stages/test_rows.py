@@ -181,16 +181,6 @@ def test_options_are_checked(options, error, message):
         RowScaling(**options)
 
 
-def test_sharded_matrices_are_refused_when_built_and_when_added(monkeypatch):
-    monkeypatch.setattr("steepest.optim.descent.is_sharded", lambda tensor: tensor.ndim == 2 and len(tensor) == 3)
-    with pytest.raises(ValueError, match=r"RowScaling.*is a sharded DTensor, and stages work on whole matrices"):
-        Muon([torch.nn.Parameter(torch.ones(3, 2))], stages=[RowScaling()])
-    optimizer = Muon([torch.nn.Parameter(torch.ones(2, 2))], stages=[RowScaling()])
-    with pytest.raises(ValueError, match="is a sharded DTensor"):
-        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3, 2))]})
-    assert len(optimizer.param_groups) == 1
-
-
 def test_two_stages_with_the_same_state_are_refused():
     with pytest.raises(ValueError, match="begin with 'row_' and 'row_'"):
         Muon(network(), stages=[RowScaling(), RowScaling()])

@@ -11,9 +11,9 @@ from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.optim.guard import Guard
 from steepest.stages.inputs.refresh import INPUT_MASS, INPUT_MOMENT, INPUT_POWERS
 from steepest.stages.inputs.stage import INPUT_LEADER
-from tests.optim.training import assert_same, backward, network, snapshot, train
+from tests.optim.training import assert_same, backward, network, powers_of, snapshot, train
 
-KEYS = (INPUT_MOMENT, INPUT_MASS, INPUT_POWERS)
+KEYS = (INPUT_MOMENT, INPUT_MASS)
 
 
 def normal(*shape, seed):
@@ -21,7 +21,8 @@ def normal(*shape, seed):
 
 
 def own_state(optimizer, parameter):
-    return {key: optimizer.state[parameter][key].clone() for key in KEYS}
+    own = {key: optimizer.state[parameter][key].clone() for key in KEYS}
+    return {**own, INPUT_POWERS: powers_of(optimizer, parameter).clone()}
 
 
 def one_matrix(x, *, steps=1, **options):
@@ -33,7 +34,7 @@ def one_matrix(x, *, steps=1, **options):
         weight.grad = normal(*weight.shape, seed=9)
         optimizer.record_input(weight, x)
         optimizer.step()
-    return optimizer.state[weight], optimizer.diagnostics(), weight
+    return {**optimizer.state[weight], INPUT_POWERS: powers_of(optimizer, weight)}, optimizer.diagnostics(), weight
 
 
 # The numbers
@@ -241,7 +242,7 @@ def test_steps_that_do_not_refresh_read_nothing_off_the_device():
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
-    assert INPUT_POWERS in optimizer.state[model[5].weight]
+    assert INPUT_MOMENT in optimizer.state[model[5].weight]
 
 
 @pytest.mark.parametrize("first", [None, 0, 2])
@@ -296,7 +297,12 @@ def test_the_plan_promises_the_bytes_that_are_held(build, options, dtype):
     optimizer.step()
     seen = set()
     held = {
-        row.name: (bytes_of(optimizer, row, KEYS[:2], seen), bytes_of(optimizer, row, KEYS[2:], seen))
+        row.name: (
+            bytes_of([t for key, t in optimizer.state[row.parameter].items() if key in KEYS], seen),
+            bytes_of(
+                [] if powers_of(optimizer, row.parameter) is None else [powers_of(optimizer, row.parameter)], seen
+            ),
+        )
         for row in optimizer.plan
     }
     assert held == promised
@@ -306,9 +312,9 @@ def test_the_plan_promises_the_bytes_that_are_held(build, options, dtype):
     assert f"moments of layer inputs: {sum(moment for moment, _ in held.values()):,} bytes" in str(optimizer.plan)
 
 
-def bytes_of(optimizer, row, keys, seen):
+def bytes_of(tensors, seen):
     """Of tensors that were not seen before: those that share a moment hold the same ones."""
-    own = {t.data_ptr(): t.nbytes for key, t in optimizer.state[row.parameter].items() if key in keys}
+    own = {t.data_ptr(): t.nbytes for t in tensors}
     new = {pointer: size for pointer, size in own.items() if pointer not in seen}
     seen.update(new)
     return sum(new.values())

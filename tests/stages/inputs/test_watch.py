@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from steepest import InputMoment, MissingInputsError, NewtonMuon
 from steepest.anatomy import EXPERTS, route
 from tests.anatomy.routed import LanguageModel
+from tests.optim.training import powers_of
 from tests.stages.inputs.watched import NAMES, SEEN, assert_kept, backward, data, kept, moments, net, newton
 
 TOLERANCE = {torch.float64: {"rtol": 1e-12, "atol": 1e-13}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}
@@ -290,13 +291,13 @@ def test_inputs_whose_squares_overflow_leave_that_matrix_alone_and_are_counted()
     backward(model, x)
     optimizer.step()
     before = {name: moment.clone() for name, moment in kept(model, optimizer).items()}
-    powers = optimizer.state[model.first.weight]["input_powers"].clone()
+    powers = powers_of(optimizer, model.first.weight).clone()
     optimizer.zero_grad()
     (model(x * 1e25).tanh().mean() * 1e-30).backward()  # gradients are finite
     optimizer.step()
     after = kept(model, optimizer)
     assert torch.equal(after["first.weight"], before["first.weight"])
-    assert torch.equal(optimizer.state[model.first.weight]["input_powers"], powers)
+    assert torch.equal(powers_of(optimizer, model.first.weight), powers)
     assert not torch.equal(after["third.weight"], before["third.weight"])  # tanh brought these back into range
     assert optimizer.diagnostics()["input_kept_powers"] == 2
     assert optimizer.diagnostics()["skipped_steps"] == 0
@@ -454,14 +455,14 @@ def test_a_layer_that_is_skipped_in_a_refresh_keeps_its_moment_and_powers():
     optimizer, expected = newton(model), moments(model, [x])
     backward(model, x)
     optimizer.step()
-    powers = optimizer.state[model.sometimes.weight]["input_powers"].clone()
+    powers = powers_of(optimizer, model.sometimes.weight).clone()
     model.skip = True
     optimizer.zero_grad()
     later = {**expected, "always.weight": moments(model, [y])["always.weight"]}
     backward(model, y)
     optimizer.step()
     assert_kept(model, optimizer, later, names=["always.weight", "sometimes.weight"])
-    assert torch.equal(optimizer.state[model.sometimes.weight]["input_powers"], powers)
+    assert torch.equal(powers_of(optimizer, model.sometimes.weight), powers)
     assert optimizer.diagnostics()["input_missing"] == 0
 
 

@@ -20,6 +20,7 @@ from steepest.lab.bench.timing import paired_ratio, quartiles
 from steepest.lab.bench.train_share import CYCLE, Trainer, apart, in_turns
 from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.lab.tasks.task import Batch, Task
+from steepest.stages.inputs import InputMoments
 
 TINY = 1e-9  # learning rate
 RECIPES: Mapping[str, Callable[..., SteepestDescent]] = {
@@ -105,9 +106,12 @@ def newton_muon_cost(name: str, config: GPTConfig, tokens: Tensor, *, every: int
     times = in_turns({"base": base, "newton": newton}, batches)
     ratios = [own.whole / one.whole for own, one in zip(times["newton"], times["base"], strict=True)]
     ordinary, refresh = map(quartiles, apart(ratios))
-    plan = cast(SteepestDescent, newton.optimizer).plan
-    keys = ("input_moment", "input_mass", "input_powers")
-    kept = {state[k].data_ptr(): state[k] for state in newton.optimizer.state.values() for k in keys if k in state}
+    optimizer = cast(SteepestDescent, newton.optimizer)
+    plan = optimizer.plan
+    (stage,) = (one for one in optimizer.stages if isinstance(one, InputMoments))
+    tensors = [state[k] for state in optimizer.state.values() for k in ("input_moment", "input_mass") if k in state]
+    tensors += [powers for row in plan if (powers := stage.powers_of(row.parameter)) is not None]
+    kept = {one.data_ptr(): one for one in tensors}
     return {
         "case": name,
         "width": config.width,

@@ -413,6 +413,19 @@ class InputMoments(Stage):
                     target.copy_(part)
         self._hand_out(shared, owners, parts[0])
 
+    def powers_of(self, parameter: Tensor) -> Tensor | None:
+        """The powers that a layer's gradient is multiplied with.
+
+        Args:
+            parameter: Of the layer.
+
+        Returns:
+            (exponents, *shape of its moment), which it may share with other layers; None before its first refresh, and
+            on ranks that do not work on it.
+        """
+        number = self._numbers.get(parameter)
+        return None if number is None else self._powers.get(self._leaders[number])
+
     def _powers_of(self, number: int) -> Tensor:
         """Powers of a leader, to be written to."""
         if number not in self._powers:
