@@ -108,9 +108,36 @@ _ABOVE_0 = number(above=True)
 _PART = number(high=1.0)
 check_betas = pair(_PART, "two numbers in [0, 1)")
 
+
 # Options of the optimizers that are numbers and flags. Those of norms, step sizes and preconditioning are checked by
 # the objects that have them.
+def check_group_of_ranks(name: str, value: object) -> Any:
+    """A process group, or None.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    kind = torch.distributed.ProcessGroup if torch.distributed.is_available() else type(None)
+    if value is None or isinstance(value, kind):
+        return value
+    told = "a process group, such as torch.distributed.group.WORLD or mesh.get_group()"
+    raise TypeError(refusal(name, told, value))
+
+
+def check_wire(name: str, value: object) -> torch.dtype | None:
+    """A type of real floating point, or None.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if value is None or value in (torch.bfloat16, torch.float32, torch.float64):
+        return cast(Any, value)
+    raise TypeError(refusal(name, "a floating-point type such as torch.bfloat16, or None", value))
+
+
 OPTIONS: Mapping[str, Check] = {
+    "process_group": check_group_of_ranks,
+    "exchange_dtype": check_wire,
     "lr": check_rate,
     "adam_lr": check_rate,
     "other_lr": check_rate,

@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 Rate = float | Tensor
+ProcessGroup = Any  # not there in every build of torch
 Betas = tuple[float, float] | None
 R = TypeVar("R", bound=type[SteepestDescent])
 
@@ -66,6 +67,11 @@ class Options(TypedDict, total=False):
     memory_cap: int | None
     """Bytes that a step's temporaries may take, where layers can be moved one after the other; None: one and a half
     times the largest set of parameters of one shape, at least 6 MiB."""
+    process_group: ProcessGroup | None
+    """Ranks that keep copies of the plain parameters and step together; None: those of `DistributedDataParallel`, if
+    the model is or contains such a module. Parameters that are DTensors say themselves who keeps what."""
+    exchange_dtype: torch.dtype | None
+    """Of averages and directions on their way between ranks, such as torch.bfloat16; None: as they are."""
     on_nonfinite: OnNonFinite
     """"skip" or "raise": what a gradient or loss that is not finite does to a step."""
 

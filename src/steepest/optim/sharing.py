@@ -156,30 +156,39 @@ class Sharing:
         old = self.duties if self._known else Duties(team)
         copies = frozenset(row.parameter for row, _, _ in members if self._copied(row, team))
         layouts = {
-            row.parameter: team.layout(row.name, row.parameter, copies=row.parameter in copies) for row, _, _ in members
+            row.parameter: team.layout(
+                row.name,
+                row.parameter,
+                copies=team.places(self._group_of(row)) if row.parameter in copies else None,
+            )
+            for row, _, _ in members
         }
         routes = {p: old.routes[p] for p in keys if p in old.routes and self._known.get(p) == keys[p]}
-        costs: list[float] = [self._flops.get((p, r.owner), 0.0) for p, own in routes.items() for r in own]
-        among: list[Sequence[int] | None] = [[route.owner] for own in routes.values() for route in own]
-        taken = len(costs)
-        asked: list[tuple[PlanRow, Box]] = []
+        fixed = [(self._flops.get((p, r.owner), 0.0), [r.owner]) for p, own in routes.items() for r in own]
+        asked: dict[tuple[int, ...], list[tuple[PlanRow, Box, float, list[int]]]] = {}
         for row, norm, stages in members:
             shared = is_sharded(row.parameter) or row.parameter in copies
             if team.size > 1 and shared:
-                self._check(row, layouts[row.parameter], team)
+                team.check_device(row.name, row.parameter)
             if row.parameter in routes or not shared or not row.parameter.numel() or completed(norm).elementwise:
                 continue
-            for box, ranks in pieces(layouts[row.parameter], row, stages).items():
-                asked.append((row, box))
-                costs.append(work_of(norm, row, box) if row.trainable else 0.0)
-                among.append(ranks)
-        owner = {index: rank for rank, own in enumerate(assign(costs, team.size, among)) for index in own}
-        for index, (row, box) in enumerate(asked, start=taken):
-            kept = layouts[row.parameter].boxes
-            inside = [b if b is not None and (b == box or box == full(row.shape)) else None for b in kept]
-            route = Route(owner[index], box, tuple(inside))
-            routes[row.parameter] = (*routes.get(row.parameter, ()), route)
-            self._flops[row.parameter, route.owner] = costs[index]
+            layout = layouts[row.parameter]
+            for box, ranks in pieces(layout, row, stages).items():
+                cost = work_of(norm, row, box) if row.trainable else 0.0
+                asked.setdefault(layout.members, []).append((row, box, cost, ranks))
+        # What all ranks keep comes first, so that they choose alike; then what only some of them know of.
+        for _, own in sorted(asked.items(), key=lambda item: -len(item[0])):
+            costs = [cost for cost, _ in fixed] + [cost for _, _, cost, _ in own]
+            among = [ranks for _, ranks in fixed] + [ranks for *_, ranks in own]
+            owner = {index: rank for rank, mine in enumerate(assign(costs, team.size, among)) for index in mine}
+            chosen = [owner[index] for index in range(len(fixed), len(costs))]
+            for (row, box, cost, _), rank in zip(own, chosen, strict=True):
+                kept = layouts[row.parameter].boxes
+                inside = [b if b is not None and (b == box or box == full(row.shape)) else None for b in kept]
+                routes[row.parameter] = (*routes.get(row.parameter, ()), Route(rank, box, tuple(inside)))
+                self._flops[row.parameter, rank] = cost
+            if len(own) and len(layouts[own[0][0].parameter].members) == team.size:
+                fixed += [(cost, [rank]) for (_, _, cost, _), rank in zip(own, chosen, strict=True)]
         self.duties = Duties(team, layouts, routes, copies)
         self._known = keys
         self.alike = team.size == 1
@@ -207,20 +216,12 @@ class Sharing:
         group = self._group_of(row)
         return group is not None and team.size > 1
 
-    def _check(self, row: PlanRow, layout: Layout, team: Team) -> None:
-        team.check_device(row.name, row.parameter)
-        p: Any = row.parameter
-        ranks = p.device_mesh.size() if is_sharded(p) else torch.distributed.get_world_size(self._group_of(row))
-        if ranks != team.size:
-            raise ValueError(
-                f"{row.name!r} of shape {tuple(layout.shape)} is kept by {ranks} ranks, but others of this optimizer's "
-                f"parameters by {team.size}. Use one mesh of all ranks, with Replicate() in the dimensions that keep "
-                "copies, or build one optimizer for the parameters of each mesh."
-            )
-
     def fingerprint(self) -> int:
         """A number that is the same where ranks know the same parameters in the same order."""
-        known = [(layout.shape, self.duties.routes.get(p)) for p, layout in self.duties.layouts.items()]
+        known = [
+            (layout.shape, len(layout.members), self.duties.routes.get(p) if self.duties.everyone(p) else None)
+            for p, layout in self.duties.layouts.items()
+        ]
         return zlib.crc32(repr(known).encode())
 
     def check_alike(self, device: torch.device) -> None:
@@ -295,6 +296,8 @@ class Sharing:
         """
         whole = max(1, parameter.numel())
         routes = self.duties.routes.get(parameter)
+        if routes and not self.duties.everyone(parameter):  # others have other owners, and must pack alike
+            return dict.fromkeys(range(self.team.size), self.duties.part(parameter))
         if routes:
             return {route.owner: volume(route.whole) / whole for route in routes}
         layout = self.duties.layouts[parameter]
@@ -394,7 +397,7 @@ class Portion:
             routes = self.duties.routes.get(parameter, ())
             if box is not None and routes and box != full(tuple(parameter.shape)):
                 numbers = _part(numbers, self.load.blocks_of(place), tuple(parameter.shape), box)
-            weight = 1.0 if routes else self.duties.weight(parameter)
+            weight = self.duties.part(parameter) if routes else self.duties.weight(parameter)
             chosen.append(numbers)
             weights.append(torch.full(numbers.shape, weight, dtype=scalar_type(device), device=device))
         self._total = total
@@ -419,7 +422,8 @@ class Portion:
                         part = full((shape[0] // len(self.duties.routes[parameter]), *shape[1:]))
                         routes.append(Route(route.owner, part, tuple(part if box else None for box in route.boxes)))
                     else:
-                        kept = self.team.layout(entry.key, entry.zeros(parameter), copies=True)
+                        members = self.duties.layouts[parameter].members
+                        kept = self.team.layout(entry.key, entry.zeros(parameter), copies=members)
                         routes.append(Route(route.owner, full(shape), kept.boxes))
         self._keys = tuple(keys)
         if keys:

@@ -138,10 +138,12 @@ class Layout:
     Args:
         shape: Of the whole tensor.
         boxes: One per rank; None: nothing.
+        members: Ranks among which it is divided or copied, as far as this one knows: others may have another such set.
     """
 
     shape: tuple[int, ...]
     boxes: tuple[Box | None, ...]
+    members: tuple[int, ...]
 
     @property
     def distinct(self) -> dict[Box, list[int]]:

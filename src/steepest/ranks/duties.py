@@ -62,4 +62,21 @@ class Duties:
             return 1 / self.team.size
         layout = self.layouts[parameter]
         mine = layout.boxes[self.team.own]
-        return float(mine is not None and layout.boxes.index(mine) == self.team.own)
+        first = mine is not None and layout.boxes.index(mine) == self.team.own
+        return float(first) * self.part(parameter)
+
+    def part(self, parameter: Tensor) -> float:
+        """The share of the team that works on this parameter together; the others have parameters like it.
+
+        Args:
+            parameter: Shared.
+        """
+        return len(self.layouts[parameter].members) / self.team.size
+
+    def everyone(self, parameter: Tensor) -> bool:
+        """Whether the whole team keeps parts or copies of a parameter.
+
+        Args:
+            parameter: Plain or sharded.
+        """
+        return self.shares(parameter) and len(self.layouts[parameter].members) == self.team.size

@@ -72,12 +72,15 @@ class Exchange:
         team: Whose ranks these are.
         routes: In the same order on all ranks.
         wire: Type of the numbers on their way; None: as they are.
+        always: Whether to exchange even where this rank knows of nothing to move, as others may.
 
     Attributes:
         sent_bytes: By this rank, so far.
     """
 
-    def __init__(self, team: Team, routes: Sequence[Route], wire: torch.dtype | None = None) -> None:
+    def __init__(
+        self, team: Team, routes: Sequence[Route], wire: torch.dtype | None = None, *, always: bool = False
+    ) -> None:
         self.team = team
         self.routes = tuple(routes)
         self.sent_bytes = 0
@@ -89,7 +92,7 @@ class Exchange:
         for back in (False, True):
             sends: list[list[tuple[int, Box]]] = [[] for _ in range(team.size)]
             takes: list[list[tuple[int, Box]]] = [[] for _ in range(team.size)]
-            moves = False
+            moves = always
             for index, route in enumerate(self.routes):
                 for rank, box in route.back() if back else route.out():
                     moves = True

@@ -89,21 +89,31 @@ class Team:
                 "backend for each, so that nothing has to be moved between devices."
             )
 
-    def layout(self, name: str, tensor: Any, *, copies: bool = False) -> Layout:
+    def places(self, group: Any) -> tuple[int, ...]:
+        """Where the ranks of a process group stand in this team.
+
+        Args:
+            group: All of whose ranks are in it.
+        """
+        ranks = torch.distributed.get_process_group_ranks(group)
+        return tuple(self.ranks.index(rank) for rank in ranks)
+
+    def layout(self, name: str, tensor: Any, *, copies: Sequence[int] | None = None) -> Layout:
         """Which box each rank keeps.
 
         Args:
             name: Of the tensor, for messages.
             tensor: Plain or sharded.
-            copies: Whether each rank has a copy of a plain one; else it is this rank's alone.
+            copies: Places of the ranks that have a copy each of a plain one; None: it is this rank's alone.
 
         Raises:
             ValueError: If the placements are not known here, or hold parts of a sum.
         """
         shape = tuple(tensor.shape)
         if not is_sharded(tensor):
+            members = (self.own,) if copies is None else tuple(copies)
             whole = full(shape)
-            return Layout(shape, tuple(whole if copies or rank == self.own else None for rank in range(self.size)))
+            return Layout(shape, tuple(whole if rank in members else None for rank in range(self.size)), members)
         mesh, placements = tensor.device_mesh, tuple(tensor.placements)
         told = f"{name!r} of shape {shape} is a DTensor with placements {placements} on a mesh of {tuple(mesh.shape)}"
         try:
@@ -114,16 +124,17 @@ class Team:
             ) from problem
         place = {rank: index for index, rank in enumerate(self.ranks)} if self.size > 1 else {}
         kept: list[Any] = [None] * self.size
-        for rank, box in zip(mesh.mesh.flatten().tolist(), found, strict=True):
+        members = tuple(place.get(rank, 0) for rank in mesh.mesh.flatten().tolist())
+        for rank, box in zip(members, found, strict=True):
             if volume(box):
-                kept[place.get(rank, 0)] = box
+                kept[rank] = box
         mine, part = kept[self.own], tuple(tensor.to_local().shape)
         if (math.prod(part) if mine is None else 0) or (mine is not None and sizes(mine) != part):
             raise ValueError(
                 f"{told}, of which this rank should keep {'nothing' if mine is None else sizes(mine)} but keeps "
                 f"{part}. Shard it with fully_shard, parallelize_module or distribute_tensor."
             )
-        return Layout(shape, tuple(kept))
+        return Layout(shape, tuple(kept), members)
 
     def summed(self, numbers: Tensor) -> Tensor:
         """The sum over ranks.

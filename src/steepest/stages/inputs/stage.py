@@ -393,7 +393,8 @@ class InputMoments(Stage):
         for key in MOMENT_KEYS:
             for number in shared:
                 tensor = states[self.readers[number].parameter][key]
-                layout = team.layout(self.readers[number].row.name, tensor, copies=True)
+                members = duties.layouts[self.readers[number].parameter].members
+                layout = team.layout(self.readers[number].row.name, tensor, copies=members)
                 routes.append(Route(owners[number], full(layout.shape), layout.boxes))
                 kept.append(tensor)
         exchange = Exchange(team, routes)
@@ -448,9 +449,12 @@ class InputMoments(Stage):
                     Route(owners[number], shape, tuple(shape if r in users else None for r in range(team.size)))
                 )
                 sent.append(number)
-        if routes:
+        # ranks that share other layers have other owners, and may have something to send where these have not
+        always = not all(duties.everyone(self.readers[number].parameter) for number in leaders)
+        if routes or always:
             given = [self._powers_of(n) if owners[n] == team.own else None for n in sent]
-            for number, powers in zip(sent, Exchange(team, routes).scatter(given, like).wait(), strict=True):
+            exchange = Exchange(team, routes, always=always)
+            for number, powers in zip(sent, exchange.scatter(given, like).wait(), strict=True):
                 if powers is not None:
                     self._powers[number] = powers
 
@@ -502,7 +506,7 @@ class InputMoments(Stage):
             totals.append(total)
             masses.append(mass)
         team, duties = self._team, self._duties
-        owned = [place for place, n in enumerate(due) if duties.shares(self.readers[n].parameter)]
+        owned = [place for place, n in enumerate(due) if duties.everyone(self.readers[n].parameter)]
         rest = [place for place in range(len(due)) if place not in owned]
         *found, lacking = summed([*masses, *(totals[place] for place in rest), masses[0].new_tensor(lacks)], team)
         whole: list[Tensor | None] = [None] * len(due)
