@@ -104,6 +104,7 @@ def test_json_holds_every_row_and_its_view_can_be_read_back(plan):
         "trainable": True,
         "reason": "lookup table of Embedding",
         "lr": None,
+        "owner": None,
         "inputs": None,
         "moment_bytes": 0,
         "inverse_bytes": 0,

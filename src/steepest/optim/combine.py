@@ -8,6 +8,7 @@ With s_l = lr_l (constrained) or sqrt(lr_l) (regularised), a block moves by
 where N and c_l come from the tree at the dual norms s_l a_l. Doubling every learning rate doubles the step either way.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
@@ -138,7 +139,7 @@ class Combine:
     def _stream(self, moves: Sequence[Move]) -> list[bool | Tensor]:
         """One load after the other, none waiting for another; on several ranks the next one is on its way meanwhile."""
         fine: list[bool | Tensor] = []
-        for move, follower in zip(moves, [*moves[1:], None], strict=True):
+        for move, follower in itertools.zip_longest(moves, moves[1:]):
             if not move.averaged:
                 move.advance()
             move.depart()
@@ -208,9 +209,9 @@ class Combine:
         """Of this step, or, where these are stale, of the one before."""
         known = [move.known_duals() if self.dual == "stale" and move.norm.matrix else None for move in moves]
         aiming = [move for move, own in zip(moves, known, strict=True) if own is None]
-        for move, follower in zip(aiming, [*aiming[1:], None], strict=True):
+        for move, follower in itertools.zip_longest(aiming, aiming[1:]):
             move.depart()
-            if follower is not None:
+            if follower is not None and follower.portion.travels:
                 follower.depart()
             move.aim(duals=True, slopes=slopes)
         _share(aiming)

@@ -130,8 +130,8 @@ def check_wire(name: str, value: object) -> torch.dtype | None:
     Raises:
         TypeError: If it is something else.
     """
-    if value is None or value in (torch.bfloat16, torch.float32, torch.float64):
-        return cast(Any, value)
+    if value is None or (isinstance(value, torch.dtype) and value in (torch.bfloat16, torch.float32, torch.float64)):
+        return value
     raise TypeError(refusal(name, "a floating-point type such as torch.bfloat16, or None", value))
 
 
