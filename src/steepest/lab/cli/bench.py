@@ -279,6 +279,48 @@ class Train(Bench, OnThreads):
         return Measured(content, rows, tables, lambda: train_png(shares), {"methods": methods})
 
 
+class Ranks(Bench):
+    """Time a step of Muon that several processes share, beside one process alone and every rank doing everything.
+
+    examples:
+      steepest bench ranks
+      steepest bench ranks --ranks 2 --width 512 --layers 4 --rounds 15 --out out/ranks
+
+    Each process has one thread. "alone" is one process while the others wait; "everything" gathers all gradients on
+    every rank, as is done without owners.
+    """
+
+    name = "ranks"
+    columns: ClassVar[Columns] = (
+        ("way", "{way}"),
+        ("ms", "{milliseconds_median:.4g} ({milliseconds_low:.4g} to {milliseconds_high:.4g})"),
+        ("ratio", "{ratio_median:.3f} ({ratio_low:.3f} to {ratio_high:.3f}) of {beside}"),
+        ("sent MiB", "{mib:.1f}"),
+        ("imbalance", "{imbalance:.3f}"),
+    )
+
+    ranks: Annotated[Count, Arg("processes", "N")] = 2
+    shapes: Annotated[str, Arg(SHAPES)] = "gpt2"
+    width: Annotated[Count, Arg("of the model", "W")] = 512
+    layers: Annotated[Count, Arg("of the model", "L")] = 4
+    rounds: Annotated[Count, Arg("that count", "N")] = 15
+
+    def measure(self) -> Measured:
+        """All ways."""
+        from steepest.lab.bench.shapes import make_shapes
+        from steepest.lab.bench.shared import measure_shared
+
+        with checking_usage():
+            if self.rounds < 2:
+                raise ValueError(f"bench ranks takes at least 2 rounds, got {self.rounds}.")
+            sizes = make_shapes(self.shapes, width=self.width, layers=self.layers)
+        found, seconds = measure_shared(sizes, ranks=self.ranks, rounds=self.rounds)
+        rows: list[Row] = [flat(asdict(row)) for row in found]
+        title = f"{self.shapes} {self.width}: {len(sizes)} matrices, {self.ranks} processes of one thread"
+        table = _table(title, self.columns, [{**row, "mib": row["sent_bytes"] / MIB} for row in rows])
+        return Measured({"rows": rows, "seconds": seconds}, rows, [table])
+
+
 class Scaling(Bench, OnThreads):
     """Time steps of Muon against width, layers and aspect ratio, beside the prediction of the cost model.
 
@@ -547,5 +589,5 @@ class Coverage(Bench):
         return _as_they_are(self.name, rows)
 
 
-_ALL: tuple[type[Bench], ...] = (Step, Train, Scaling, Accuracy, Passes, Momo, NewtonMuon, Coverage)
+_ALL: tuple[type[Bench], ...] = (Step, Train, Ranks, Scaling, Accuracy, Passes, Momo, NewtonMuon, Coverage)
 GROUP = Group("Measure time, memory and accuracy on this machine.", {one.name: one for one in _ALL})
