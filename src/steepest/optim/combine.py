@@ -10,6 +10,7 @@ where N and c_l come from the tree at the dual norms s_l a_l. Doubling every lea
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -139,6 +140,7 @@ class Combine:
     def _stream(self, moves: Sequence[Move]) -> list[bool | Tensor]:
         """One load after the other, none waiting for another; on several ranks the next one is on its way meanwhile."""
         fine: list[bool | Tensor] = []
+        leaving: deque[Move] = deque()
         for move, follower in itertools.zip_longest(moves, moves[1:]):
             if not move.averaged:
                 move.advance()
@@ -151,7 +153,13 @@ class Combine:
                 _share([move])
                 duals = move.aimed.duals if move.aimed else None
             factors = None if duals is None else _wide(duals) * self._scale(move)
-            fine.append(move.prepare(self._scale(move), factors))
+            move.prepare(self._scale(move), factors)
+            leaving.append(move)
+            while leaving and (not move.portion.shared or len(leaving) > 1):
+                fine.append(leaving[0].settle())
+                leaving.popleft().write(fine[-1])
+        for move in leaving:
+            fine.append(move.settle())
             move.write(fine[-1])
         return fine
 
@@ -179,7 +187,8 @@ class Combine:
                 part = (_wide(aim.slopes) * self._scale(move)).to(gained.device).mul(factor).sum()
                 flags.append(part.isfinite() if isinstance(solid, Tensor) else math.isfinite(float(part)))
             parts.append(part)
-            fine.append(every([*flags, move.prepare(self._scale(move), factor)]))
+            move.prepare(self._scale(move), factor)
+            fine.append(every([*flags, move.settle()]))
             if self.dual == "stale" and move.norm.matrix and fine[-1] is not False:
                 move.remember_duals(cast(Tensor, aim.duals), fine[-1])
             if not together:

@@ -1,7 +1,7 @@
 """One load's way through a step: average the gradients, aim, and move the weights."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from steepest.stages import Stage
 from steepest.stages.stage import state_dtype
 
 Group = dict[str, Any]
+Leaving = tuple[Callable[[], Tensor], Pending]
 # Below, the point that decay pulls toward would be too far away for float32; above one over it, too near.
 SMALLEST_DECAY = 1e-12
 # A step of at most this times a direction whose sum of squares is finite is below half the distance of the largest
@@ -106,6 +107,8 @@ class Move:
         self.aimed: Aim | None = None
         self.averaged = self.moved = False
         self._coming: tuple[Pending, Pending | None] | None = None
+        self._leaving: Leaving | None = None
+        self._relative: float | Tensor = 0.0
         self._moves: list[Tensor] = []
         self._length: float | Tensor = 0.0
         self._radius = 1.0
@@ -248,17 +251,15 @@ class Move:
 
     def _kept_parts(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Of directions, what this rank keeps: shaped like the parameters."""
-        return self.portion.scatter(self.work.parameter_shaped(batches), self._of(MOMENTUM))
+        pending = self.portion.scatter(self.work.parameter_shaped(batches), self._of(MOMENTUM))
+        return cast(list[Tensor], pending.wait())
 
-    def prepare(self, length: float | Tensor, factors: Tensor | None) -> bool | Tensor:
-        """Make of the directions what is added to the weights.
+    def prepare(self, length: float | Tensor, factors: Tensor | None) -> None:
+        """Make of the directions what is added to the weights, and send it to those who keep these.
 
         Args:
             length: Of every direction.
             factors: What each matrix' direction is multiplied by besides: 0-d, or one number for each; None: 1.
-
-        Returns:
-            Whether the weights stay finite; a 0-d boolean where that is not waited for.
         """
         found, radius = cast(Aim, self.aimed).directions, self._radius
         self._kept = self._kept_parts(found) if self._decay.needs_directions else []
@@ -270,13 +271,29 @@ class Move:
             parts = factors.split([len(batch) for batch in found])
             found = tuple(batch * own.view(-1, 1, 1) for batch, own in zip(found, parts, strict=True))
         size = self.portion.size(found, self.device)
-        entries = sum(parameter.numel() for parameter in self.load.parameters)
-        self._record.add(
-            self.group["role"], size, entries, length=length / radius, sample=self._sample, accept=self._accept
-        )
-        self._moves, self._length = self._kept_parts(found), length
+        arriving = self.portion.scatter(self.work.parameter_shaped(found), self._of(MOMENTUM))
+        self._length, self._relative = length, length / radius
+        self._leaving = size, arriving
         self.aimed = self._taken = None
-        return self._stays_finite(size)
+
+    def settle(self) -> bool | Tensor:
+        """Take what was prepared for what this rank keeps.
+
+        Returns:
+            Whether the weights stay finite, on all ranks; a 0-d boolean where that is not waited for.
+        """
+        (size, arriving), self._leaving = cast(Leaving, self._leaving), None
+        total = size()
+        self._record.add(
+            self.group["role"],
+            total,
+            sum(parameter.numel() for parameter in self.load.parameters),
+            length=self._relative,
+            sample=self._sample,
+            accept=self._accept,
+        )
+        self._moves = cast(list[Tensor], arriving.wait())
+        return self._stays_finite(total)
 
     def write(self, fine: bool | Tensor = True) -> None:
         """Decay and move the weights, as prepared.
@@ -383,7 +400,8 @@ class Move:
         for stage in self._stages:
             if stage.changes_gradients:
                 wholes = cast(list[Tensor], self.portion.gather(gradients).wait())
-                gradients = self.portion.scatter(stage.gradient(self.work, wholes), gradients)
+                pending = self.portion.scatter(stage.gradient(self.work, wholes), gradients)
+                gradients = cast(list[Tensor], pending.wait())
         self._taken = gradients
         return gradients
 

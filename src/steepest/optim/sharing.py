@@ -5,7 +5,7 @@ are whole matrices of the view; owners are chosen once, costliest first, and sta
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -451,7 +451,7 @@ class Portion:
 
         return Pending(finish)
 
-    def scatter(self, wholes: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    def scatter(self, wholes: Sequence[Tensor], like: Sequence[Tensor]) -> Pending:
         """Bring directions to those who keep a part of them.
 
         Args:
@@ -459,18 +459,23 @@ class Portion:
             like: What this rank keeps, one for each parameter of the load.
 
         Returns:
-            What this rank keeps of each.
+            Tells what this rank keeps of each.
         """
         mine = dict(zip(self._places, wholes, strict=True))
-        if self._exchange is None:
-            return [mine[place] if place in mine else torch.zeros_like(own) for place, own in enumerate(like)]
-        own = self.team.own
-        given = [mine[place] if route.owner == own else None for place, route in self._routed]
-        came = self._exchange.scatter(given, like[0]).wait()
-        for (place, _), part in zip(self._routed, came, strict=True):
-            if part is not None:
-                mine[place] = part
-        return [mine[place] if place in mine else torch.zeros_like(kept) for place, kept in enumerate(like)]
+        pending: Pending | None = None
+        if self._exchange is not None:
+            own = self.team.own
+            given = [mine[place] if route.owner == own else None for place, route in self._routed]
+            pending = self._exchange.scatter(given, like[0])
+
+        def finish() -> list[Tensor | None]:
+            if pending is not None:
+                for (place, _), part in zip(self._routed, pending.wait(), strict=True):
+                    if part is not None:
+                        mine[place] = part
+            return [mine[place] if place in mine else torch.zeros_like(kept) for place, kept in enumerate(like)]
+
+        return Pending(finish)
 
     def states(self, states: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """What stages keep of the matrices that this rank works on.
@@ -518,19 +523,23 @@ class Portion:
         """
         return numbers if self._index is None else numbers[self._places]
 
-    def size(self, batches: Sequence[Tensor], device: torch.device) -> Tensor:
+    def size(self, batches: Sequence[Tensor], device: torch.device) -> Callable[[], Tensor]:
         """Sum of the squares of directions, over all ranks.
 
         Args:
             batches: Of this rank.
             device: Of the directions.
+
+        Returns:
+            What waits for the sum.
         """
         if self._index is None:
-            return torch.stack(torch._foreach_norm(list(batches))).square().sum()
+            size = torch.stack(torch._foreach_norm(list(batches))).square().sum()
+            return lambda: size
         squares = [batch.square().sum(dim=(-2, -1)) for batch in batches]
         dtype = scalar_type(device)
         own = torch.cat(squares).to(dtype) if squares else torch.empty(0, dtype=dtype, device=device)
-        return self.team.summed((own * self._weights).sum())
+        return self.team.sum_later((own * self._weights).sum())
 
     def spread(self, numbers: Tensor) -> Tensor:
         """Numbers of this rank's matrices among those of all: zero elsewhere, so that a sum over ranks has all.

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -142,11 +142,24 @@ class Team:
         Args:
             numbers: The same shape on every rank; may be written to.
         """
+        return self.sum_later(numbers)()
+
+    def sum_later(self, numbers: Tensor) -> Callable[[], Tensor]:
+        """Begin to add up over ranks, and return what waits for the sum.
+
+        Args:
+            numbers: The same shape on every rank; may be written to.
+        """
         if self.size == 1 or not numbers.numel():
-            return numbers
+            return lambda: numbers
         self.agreed_bytes += numbers.numel() * numbers.element_size()
-        torch.distributed.all_reduce(numbers, group=self.group)
-        return numbers
+        work: Any = torch.distributed.all_reduce(numbers, group=self.group, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return numbers
+
+        return finish
 
     def sum_to(self, owners: Sequence[int], tensors: Sequence[Tensor]) -> tuple[list[Tensor | None], int]:
         """Sums over ranks, each for one of them: one exchange per rank that gets something.
