@@ -138,8 +138,12 @@ class Move:
             return
         # A direction is that of the average times any number above 0, unless the norm adapts: what the weights of an
         # average sum to is divided out of numbers, not of tensors.
-        beta, second = self.group["momentum"], None
-        averages = look_ahead(self._of(MOMENTUM), self._gradients(), beta) if self.ahead else self._of(MOMENTUM)
+        beta, second, averages = self.group["momentum"], None, self._of(MOMENTUM)
+        if self.ahead:
+            needed, gradients = self.portion.needed, self._gradients()
+            found = look_ahead([averages[p] for p in needed], [gradients[p] for p in needed], beta) if needed else []
+            for place, ahead in zip(needed, found, strict=True):
+                averages[place] = ahead
         if self.norm.adapts:
             count = self._counts()
             averages = _divided(averages, debias(beta, count))

@@ -319,6 +319,7 @@ class Portion:
         load: The load; the order of its matrices is that of numbers that ranks share.
         work: What this rank finds directions of; one process: the load.
         company: Shapes of all batches of the load, where they are worked on apart.
+        needed: Places in the load of the parameters whose averages this rank works on or sends to others.
     """
 
     def __init__(
@@ -335,6 +336,7 @@ class Portion:
         self.company: list[tuple[int, int, int]] | None = None
         self.matrices = 0 if completed(norm).elementwise else sum(load.counts)
         self._places = list(range(len(load.parameters)))  # of what is worked on, in the load
+        self.needed = self._places
         self._exchange = self._aside = None
         self._index: Tensor | None = None
         self._keys: tuple[str, ...] = ()
@@ -381,6 +383,7 @@ class Portion:
                 for route in duties.routes.get(parameter, ())
             ]
             self._exchange = Exchange(self.team, [route for _, route in self._routed], sharing.wire)
+            self.needed = sorted({*self._places, *(self._routed[index][0] for index in self._exchange.gives)})
             self.matrices = sum(self.work.counts)
             self._entries(rows, stages)
         self._number(list(load.parameters), boxes)
@@ -404,6 +407,7 @@ class Portion:
         empty = torch.empty(0, dtype=torch.int64, device=device)
         self._index = self.work.numbers_of_batches(chosen) if chosen else empty
         self._weights = self.work.numbers_of_batches(weights) if weights else empty.to(scalar_type(device))
+        self._once = all(weight.numel() == 0 or float(weight[0]) == 1 for weight in weights)
 
     def _entries(self, rows: Mapping[Tensor, PlanRow], stages: Sequence[Stage]) -> None:
         """What stages keep of matrices goes to their owners and back, too."""
@@ -536,9 +540,12 @@ class Portion:
         if self._index is None:
             size = torch.stack(torch._foreach_norm(list(batches))).square().sum()
             return lambda: size
-        squares = [batch.square().sum(dim=(-2, -1)) for batch in batches]
         dtype = scalar_type(device)
-        own = torch.cat(squares).to(dtype) if squares else torch.empty(0, dtype=dtype, device=device)
+        if not batches:
+            return self.team.sum_later(torch.zeros((), dtype=dtype, device=device))
+        if self._once:
+            return self.team.sum_later(torch.stack(torch._foreach_norm(list(batches))).to(dtype).square().sum())
+        own = torch.cat([batch.square().sum(dim=(-2, -1)) for batch in batches]).to(dtype)
         return self.team.sum_later((own * self._weights).sum())
 
     def spread(self, numbers: Tensor) -> Tensor:

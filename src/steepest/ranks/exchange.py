@@ -104,6 +104,11 @@ class Exchange:
             self._sends[back], self._takes[back], self._moves[back] = sends, takes, moves
 
     @property
+    def gives(self) -> set[int]:
+        """Routes by which this rank sends something out."""
+        return {index for own in self._sends[False] for index, _ in own}
+
+    @property
     def moves(self) -> bool:
         """Whether something goes out, on any rank."""
         return self._moves[False]
