@@ -32,12 +32,14 @@ class Heard:
     Args:
         loss: Of this rank, then of all; None if it is not known.
         clipping: What the gradients of the loss were multiplied by, in (0, 1]; None: by nothing.
+        changed: Whether this rank, then any, finds weights that the last step did not leave; None if nobody looked.
         lower_bound: Of Momo.
         changed: Whether somebody else wrote to the weights, on any rank: above 0; None: that is not known.
     """
 
     loss: Loss | None = None
     clipping: Loss | None = None
+    changed: bool | Tensor | None = None
     lower_bound: float = 0.0
     changed: Loss | None = None
 
@@ -230,6 +232,13 @@ class Losses:
             self.tap.check_weights(self._witness.undone)
         return factor
 
+    def changed(self) -> bool | Tensor:
+        """Whether this rank finds weights that the last step did not leave; 0-d where that is on a device.
+
+        No other rank is asked: `decide` takes what all of them found together.
+        """
+        return self.momo is not None and self._changes.here()
+
     def decide(
         self, heard: Heard, moves: Sequence[Move], total: Tensor, *, decrease: Tensor, record: StepRecord
     ) -> Decision | None:
@@ -255,6 +264,7 @@ class Losses:
             clipping = heard.clipping.to(total) if isinstance(heard.clipping, Tensor) else heard.clipping
             own = clipped(own, clipping, model.bound if momo.lower_bound == "auto" else heard.lower_bound)
         beta = float(moves[0].group["momentum"])
+        changed = self.changed() if heard.changed is None else heard.changed
         chosen = choose(
             momo,
             model,
@@ -264,7 +274,7 @@ class Losses:
             inner=inner,
             beta=beta,
             ahead=any(move.ahead for move in moves),
-            restart=self._changes.found(warn=not momo.direct),
+            restart=self._changes.found(changed, warn=not momo.direct),
             resync=self._set_changed(_parameters(moves), beta),
         )
         self._report(chosen, loss, record)
@@ -342,7 +352,7 @@ class Losses:
         """What a checkpoint must hold, as plain numbers; nothing without Momo.
 
         Args:
-            parameters: All of the optimizer's.
+            parameters: All of the optimizer's; of sharded ones, all ranks that keep a part must call it together.
         """
         if self.momo is None:
             return {}
