@@ -32,14 +32,13 @@ class Heard:
     Args:
         loss: Of this rank, then of all; None if it is not known.
         clipping: What the gradients of the loss were multiplied by, in (0, 1]; None: by nothing.
-        changed: Whether this rank, then any, finds weights that the last step did not leave; None if nobody looked.
         lower_bound: Of Momo.
-        changed: Whether somebody else wrote to the weights, on any rank: above 0; None: that is not known.
+        changed: Whether this rank finds weights that the last step did not leave, then on how large a part of the ranks
+            that is so; None: nobody looked.
     """
 
     loss: Loss | None = None
     clipping: Loss | None = None
-    changed: bool | Tensor | None = None
     lower_bound: float = 0.0
     changed: Loss | None = None
 
@@ -264,7 +263,7 @@ class Losses:
             clipping = heard.clipping.to(total) if isinstance(heard.clipping, Tensor) else heard.clipping
             own = clipped(own, clipping, model.bound if momo.lower_bound == "auto" else heard.lower_bound)
         beta = float(moves[0].group["momentum"])
-        changed = self.changed() if heard.changed is None else heard.changed
+        changed = self.changed() if heard.changed is None else heard.changed > 0
         chosen = choose(
             momo,
             model,

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from steepest.notices import warn as warn_user
 from steepest.optim.momo.arrivals import spaced
-from steepest.optim.momo.model import scalar_type
-from steepest.ranks import agree, is_sharded, local, sharded
+from steepest.ranks import Team, exchange_device, is_sharded, local, scalar_type, sharded
 
 SAME = 1e-5  # relative; of a sum over all weights, which other shards add up in another order
 NEVER = -1.0  # what no sum of absolute values is
@@ -106,9 +105,10 @@ class Changes:
             True or False on the CPU, else a 0-d boolean on a device; it is waited for if somebody wrote at all, until
             the first warning.
         """
+        if isinstance(changed, Tensor) and changed.device.type == "cpu":
+            changed = bool(changed)
         if self._expected is not None and self._expected.shared:
-            parts = sharded(self._expected.parameters)
-            changed = changed | (not _on_all_ranks(self._expected.found(), parts))
+            changed = changed | (not _on_all_ranks(self._expected.found(), self._expected.parameters))
         if isinstance(changed, Tensor) and self._just_written and not self._warned:
             changed = bool(changed)
         if changed is True and warn and not self._warned:
@@ -133,7 +133,7 @@ class Changes:
         if not members:
             return 0.0
         same = not bool(self._differs()) if expected is None else expected.found()
-        if not _on_all_ranks(same, sharded(members)):
+        if not _on_all_ranks(same, members):
             return NEVER
         return total_size(parameters)
 
@@ -194,11 +194,16 @@ def _sizes(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [torch.linalg.vector_norm(own, ord=1, dtype=dtype) for own, dtype in kinds]
 
 
-def _on_all_ranks(fine: bool, parts: Sequence[Any]) -> bool:
-    """Whether it is so on all ranks that keep a part of some sharded tensors."""
-    if not parts:
-        return fine
-    return bool(agree(torch.tensor(fine, device=parts[0].device_mesh.device_type), parts))
+def _on_all_ranks(fine: bool, parameters: Sequence[Tensor]) -> bool:
+    """Whether it is so on all ranks that keep a part of some parameters."""
+    team = Team.of(sharded(parameters), ())
+    return bool(team.every(fine, _where(parameters, team)))
+
+
+def _where(parameters: Sequence[Tensor], team: Team) -> torch.device:
+    """On which device ranks tell each other of some parameters."""
+    device = local(parameters[:1])[0].device
+    return device if team.size == 1 else exchange_device(device, team)
 
 
 def _size(own: Tensor) -> Tensor:
@@ -217,23 +222,14 @@ def total_size(parameters: Sequence[Tensor]) -> float:
     Args:
         parameters: Of sharded ones, all ranks that keep a part take part.
     """
-    meshes: dict[Any, list[Any]] = {}
-    for part in sharded(parameters):
-        meshes.setdefault(part.device_mesh, []).append(part)
-    sums = [kept_size([parameter for parameter in parameters if not is_sharded(parameter)])]
-    for mesh, parts in meshes.items():
-        # of the ranks that keep the same box, the first one speaks
-        speaks = [
-            all(
-                place == 0 or not by.is_replicate()
-                for place, by in zip(mesh.get_coordinate(), p.placements, strict=True)
-            )
-            for p in parts
-        ]
-        kept = [kept_size([part]) if own else 0.0 for part, own in zip(parts, speaks, strict=True)]
-        device = torch.device(mesh.device_type)
-        packed = torch.tensor(kept, dtype=scalar_type(device), device=device)
-        for dimension in range(mesh.ndim):
-            torch.distributed.all_reduce(packed, group=mesh.get_group(dimension))
-        sums += packed.tolist()
-    return math.fsum(sums)
+    parts = sharded(parameters)
+    plain = kept_size([parameter for parameter in parameters if not is_sharded(parameter)])
+    if not parts:
+        return plain
+    team = Team.of(parts, ())
+    kept: list[float] = []
+    for part in parts:
+        boxes = team.layout("a weight", part).boxes
+        kept.append(kept_size([part]) / boxes.count(boxes[team.own]))  # so that a copy that differs is found, too
+    packed = torch.tensor(kept, dtype=torch.float64, device=_where(parts, team))
+    return math.fsum([plain, *team.summed(packed).tolist()])
