@@ -447,6 +447,7 @@ class SteepestDescent(Optimizer):
         if ready.admitted is False:
             self._publish_skips()
         else:
+            self._losses.agreed(ready.heard)
             try:
                 self._take(ready, ready.admitted if isinstance(ready.admitted, Tensor) else None)
             except NonFiniteError:  # averages hold the gradients of this step all the same
@@ -485,6 +486,7 @@ class SteepestDescent(Optimizer):
         heard.loss = self._losses.hear(explicit, returned)
         ready.parameters = parameters = [parameter for _, members in ready.present for parameter in members]
         if not parameters:
+            heard.changed = self._losses.changed()
             return
         if not self._packing.fits(ready.present):
             self._meet(moving=True)
@@ -498,7 +500,7 @@ class SteepestDescent(Optimizer):
         self._rates.check(self.param_groups)
         ready.admitted = self._guard.restrict(self._guard.admit(names, ready.gradients, heard.loss), unread)
         if ready.admitted is not False:
-            heard.clipping = self._losses.clipping()
+            self._losses.look(heard)
 
     def _local_gradients(self, parameters: Sequence[Tensor], names: Callable[[], Sequence[str]]) -> list[Tensor]:
         """What this rank has of gradients that are there; a sum that ranks have not made yet is made here."""
@@ -532,11 +534,12 @@ class SteepestDescent(Optimizer):
             team.agreed_bytes = 0
             if not self._sharing.alike:
                 self._sharing.check_alike(device)
-        numbers = [heard.loss, heard.clipping, heard.changed]
+        numbers = [heard.loss, heard.clipping, heard.witnessed, heard.changed]
         counts = [float(p.grad is not None) for p in self._parameters()] if self._sharing.counts(device) else []
         admitted = False if refused else ready.admitted
         told_here = heard.loss is not None
-        fine, (heard.loss, heard.clipping, heard.changed), counted = decide(admitted, numbers, counts, device, everyone)
+        fine, numbers, counted = decide(admitted, numbers, counts, device, everyone)
+        heard.loss, heard.clipping, heard.witnessed, heard.changed = numbers
         if not told_here and device.type != "cpu":  # whether others were told one is not read
             heard.loss = None
         if refused:

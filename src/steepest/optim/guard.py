@@ -206,7 +206,7 @@ class Guard:
 
 def _surely_finite(gradients: Sequence[Tensor]) -> bool:
     """Whether sums of squares say so already, on the CPU many times faster than largest entries; False is no answer."""
-    lengths = torch._foreach_norm(list(gradients))
+    lengths = torch._foreach_norm(list(gradients)) if gradients else ()
     return all((4 * torch.stack(own)).isfinite().all() for own in _by_kind(lengths))
 
 

@@ -1,6 +1,7 @@
 """Gradients that were clipped between backward and step: the loss is clipped alike, or the step is refused."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steepest import Adam, Momo, Muon, MuonAdam, MuonMax, PolarGrad, Scion
+from steepest import Adam, Momo, Muon, MuonAdam, MuonMax, NonFiniteError, PolarGrad, Scion
 from steepest.optim.momo.arrivals import ENTRIES, spaced
 from steepest.optim.momo.clipping import _unread, compared
 from tests.optim.training import backward, batch, network
@@ -278,8 +279,8 @@ def test_on_an_accelerator_half_precision_is_clipped_too():
 
 def test_where_nothing_is_finite_nothing_is_said():
     seen, now = torch.ones(4), torch.tensor([1.0, torch.nan, 2.0, torch.inf])
-    ratio, common = compared([(seen, now)], torch.device("cpu"), 1e-6)
-    assert (float(ratio), bool(common)) == (1.0, True)
+    ratio, common, there = compared([(seen, now)], torch.device("cpu"), 1e-6)
+    assert (float(ratio), bool(common), bool(there)) == (1.0, True, False)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (64, 64), (768, 768), (5, 7, 11)], ids=str)
@@ -293,36 +294,142 @@ def test_a_sample_is_a_spread_of_entries(shape):
         assert spaced(tensor.mT if tensor.ndim > 1 else tensor).untyped_storage().data_ptr() == tensor.data_ptr()
 
 
-def rank_main(rank, folder, ranks):
-    join_ranks(rank, ranks, folder)
-    share = 8 // ranks
-    torch.save(clipped_lengths(rank * share, share, ranks), f"{folder}/{rank}.pt")
-    leave_ranks()
+LIMITS = (0.3, 1e9, 0.1, 0.2)
+WORLD = 4
 
 
-def clipped_lengths(first, share, ranks):
-    bare = network(WIDE)
-    model = DistributedDataParallel(bare) if ranks > 1 else bare
+def clipped_lengths(bare, model, mine, limits=LIMITS, whole=lambda loss: loss):
+    """Parts of steps that are taken, with these rows of each batch."""
     optimizer = MuonAdam(bare, 3.0, step_size=Momo(BOUND))
     lengths = []
-    for step in range(4):
+    for step, limit in enumerate(limits):
         optimizer.zero_grad()
         x, y = batch(step, WIDE)
-        rows = slice(first, first + share)
-        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+        loss = nn.functional.cross_entropy(model(x[mine]), y[mine])
         loss.backward()
-        nn.utils.clip_grad_norm_(bare.parameters(), (0.3, 1e9, 0.1, 0.2)[step])
+        nn.utils.clip_grad_norm_(bare.parameters(), limit)
         optimizer.step(loss=loss)
         lengths.append(optimizer.diagnostics()["t"])
     return lengths
 
 
+def narrow():
+    """All but one of four ranks keep nothing of these weights."""
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Flatten(), nn.Linear(32, 1, bias=False), nn.Linear(1, 1, bias=False), nn.Flatten(0)).to(
+        WIDE
+    )
+
+
+def narrow_lengths(model, mine):
+    """Parts of steps whose gradients are one third of the loss', and clipped; then those of a closure."""
+    optimizer = MuonAdam(model, 300.0, step_size=Momo(0.4))
+    lengths = []
+    for step, factor in enumerate((1 / 3, 1 / 3, 0.1, 1 / 3, 1 / 30)):
+        optimizer.zero_grad()
+        x, _ = batch(step, WIDE)
+        loss = model(x[mine]).sigmoid().mean()
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad.mul_(factor)
+        optimizer.step(loss=loss)
+        lengths.append(optimizer.diagnostics()["t"])
+    return lengths
+
+
+def refuse_stacked(model, mine):
+    """A closure that adds to gradients which are there is told from one that clears them, by any means."""
+    optimizer = MuonAdam(model, step_size=Momo())
+
+    def part(step, clear=lambda: None):
+        clear()
+        x, y = batch(step, WIDE)
+        loss = nn.functional.cross_entropy(model(x[mine]), y[mine])
+        loss.backward()
+        return loss.detach()
+
+    def to_none():
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    def to_zeros():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    for clear in (to_none, to_zeros, optimizer.zero_grad, lambda: optimizer.zero_grad(set_to_none=False)):
+        optimizer.step(partial(part, 0, clear))
+        for passes in (1, 2):
+            part(passes)
+            assert optimizer._losses._witness.arrivals.passes == passes
+        to_none()
+        part(3)
+        assert optimizer._losses._witness.arrivals.passes == 1
+        optimizer.step(partial(part, 3, clear))
+    to_none()
+    part(1)
+    before = [p.to_local().clone() for p in model.parameters()]
+    with pytest.raises((ValueError, NonFiniteError), match="gradients of earlier backward passes"):
+        optimizer.step(partial(part, 2))
+    assert all(torch.equal(p.to_local(), own) for p, own in zip(model.parameters(), before, strict=True))
+
+
+def refuse_scattered(model, mine, rank):
+    """Only the last rank clips values, and all pass over the step."""
+    optimizer = MuonAdam(model, step_size=Momo())
+    x, y = batch(0, WIDE)
+    loss = nn.functional.cross_entropy(model(x[mine]), y[mine])
+    loss.backward()
+    if rank == WORLD - 1:
+        for parameter in model.parameters():
+            parameter.grad.to_local().clamp_(-1e-3, 1e-3)
+        with pytest.raises(ValueError, match="not by one factor"):
+            optimizer.step(loss=loss)
+    else:
+        optimizer.step(loss=loss)
+    assert optimizer.diagnostics()["skipped_steps"] == (rank < WORLD - 1)
+
+
+def rank_main(rank, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    join_ranks(rank, WORLD, folder)
+    warnings.filterwarnings("ignore", message="Gradients were changed between backward and step")
+    mine = slice(2 * rank, 2 * rank + 2)
+    found = {}
+    bare = network(WIDE)
+    found["ddp"] = clipped_lengths(bare, DistributedDataParallel(bare), mine)
+    line = init_device_mesh("cpu", (WORLD,))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    for name, mesh in (("fsdp", line), ("hsdp", square)):
+        model = network(WIDE)
+        for layer in model[::5]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        found[name] = clipped_lengths(model, model, mine)
+    model = narrow()
+    fully_shard(model, mesh=line)
+    assert [len(p.to_local()) for p in model.parameters()] == 2 * [int(rank == 0)]
+    found["narrow"] = narrow_lengths(model, mine)
+    for check in (refuse_stacked, partial(refuse_scattered, rank=rank)):
+        model = network(WIDE)
+        fully_shard(model, mesh=line)
+        check(model, mine)
+    torch.save(found, f"{folder}/{rank}.pt")
+    leave_ranks()
+
+
 @pytest.mark.slow
 @TOLD
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
-def test_two_ranks_clip_as_one(tmp_path):
-    expected = clipped_lengths(0, 8, 1)
-    assert all(0 < t < 1 for t in expected)
-    mp.spawn(rank_main, args=(str(tmp_path), 2), nprocs=2)
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == pytest.approx(expected, rel=1e-6)
+def test_four_ranks_clip_as_one_whatever_each_of_them_sees(tmp_path):
+    alone = network(WIDE)
+    whole = clipped_lengths(alone, alone, slice(None))
+    expected = {"ddp": whole, "fsdp": whole, "hsdp": whole, "narrow": narrow_lengths(narrow(), slice(None))}
+    assert all(0 < t < 1 for lengths in expected.values() for t in lengths)
+    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=WORLD)
+    for rank in range(WORLD):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for layout, lengths in expected.items():
+            assert found[layout] == pytest.approx(lengths, rel=1e-6), (layout, rank)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import steepest
@@ -244,10 +245,10 @@ def test_without_momo_clipping_is_nobodys_business():
 
 def test_the_watch_ends_with_the_optimizer():
     model, optimizer = build()
-    watched = [p for p in model.parameters() if p._post_accumulate_grad_hooks]
-    assert len(watched) == 1
+    watched = [p for p in model.parameters() if p._backward_hooks]
+    assert len(watched) == len(optimizer.param_groups)
     del optimizer
-    assert not watched[0]._post_accumulate_grad_hooks
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in watched)
 
 
 def test_momo_and_step_size_are_one_question():
@@ -401,3 +402,41 @@ def test_a_loss_that_falls_far_below_the_others_and_the_bound_is_asked_about_onc
     with pytest.warns(UserWarning, match=r"far below .*the average of recent ones\. Was it divided"):
         optimizer.step(loss=loss / 4)
     optimizer.step(loss=loss / 4)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
+def test_a_loss_that_all_ranks_have_is_read_and_a_part_of_one_is_refused(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        found = []
+        for wrap in (lambda loss: loss, lambda loss: DTensor.from_local(loss, mesh, [Replicate()])):
+            model, optimizer = build()
+            for index in range(4):
+                x, y = batch(index // 2)
+                loss = wrap(nn.functional.cross_entropy(model(x), y))
+                optimizer.record_loss(loss, weight=0.5)
+                (loss / 2).backward()
+                if index % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            found.append(optimizer.diagnostics())
+            loss = wrap(nn.functional.cross_entropy(model(x), y))
+            optimizer.record_loss(loss)
+            (loss / 2).backward()
+            with pytest.raises(ValueError, match="told weight=1, but backward multiplied"):
+                optimizer.step()
+            optimizer.step(loss=loss)
+        assert found[0] == found[1]
+        for placement in (Partial("avg"), Partial("sum"), Shard(0)):
+            loss = DTensor.from_local(torch.ones(1), mesh, [placement])
+            with pytest.raises(
+                ValueError, match=r"step takes .* placements .*, of which each rank has a part\. Pass loss"
+            ):
+                check_loss("step", loss)
+            assert float(check_loss("step", loss.full_tensor())) == 1
+    finally:
+        dist.destroy_process_group()

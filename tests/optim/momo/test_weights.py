@@ -1,5 +1,6 @@
 """Weights that something else wrote to are noticed; weights that came back the same are no change."""
 
+import contextlib
 import copy
 
 import pytest
@@ -222,6 +223,44 @@ def everywhere(flag):
     return [bool(one) for one in every]
 
 
+def steps_of_one_whose_weights_were_written_to(rank, world):
+    """Somebody writes to one rank's shard, then loads a checkpoint, with and without the weights."""
+    from torch.distributed.fsdp import fully_shard
+
+    def build():
+        model = network(torch.float64)
+        fully_shard(model)
+        return model, MuonAdam(model, 3.0, step_size=Momo(0.5))
+
+    def step(model, optimizer, index, warns=False):
+        optimizer.zero_grad()
+        loss = backward(model, index, torch.float64)  # the same on all ranks
+        with pytest.warns(UserWarning, match="Weights were changed") if warns else contextlib.nullcontext():
+            optimizer.step(loss=loss)
+        gap = optimizer.diagnostics()["gap"]
+        assert (gap == pytest.approx(loss.item() - 0.5)) is warns
+        every = [None] * world
+        dist.all_gather_object(every, gap)
+        assert every == [gap] * world
+
+    model, optimizer = build()
+    optimizer.step(loss=backward(model, 0, torch.float64))
+    for index in (1, 2):
+        step(model, optimizer, index)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with torch.no_grad():
+        if rank == world - 1:
+            model[7].weight.to_local().mul_(1.01)
+    step(model, optimizer, 3, warns=True)
+
+    model, optimizer = build()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    step(model, optimizer, 3)
+    optimizer.load_state_dict(saved[1])
+    step(model, optimizer, 3, warns=True)
+
+
 def shards_main(rank, folder, world):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
@@ -286,6 +325,7 @@ def shards_main(rank, folder, world):
         changes = Changes()
         changes.note(parts)
         torch.save(changes.saved(parts), f"{folder}/{rank}.pt")
+    steps_of_one_whose_weights_were_written_to(rank, world)
     leave_ranks()
 
 

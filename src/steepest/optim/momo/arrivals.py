@@ -4,13 +4,14 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import unserializable_hook
 
 from steepest.notices import warn
+from steepest.ranks import is_sharded, local
 
 ENTRIES = 64  # of a gradient, by which it is recognised without a pass over it
 WATCHED = 8  # parameters: one of each of the first groups
@@ -25,7 +26,7 @@ STACKED = (
 
 
 class Arrivals:
-    """Watches one parameter of each group, in every backward pass."""
+    """Watches one parameter of each group, in every backward pass; of a sharded one, what this rank keeps."""
 
     def __init__(self) -> None:
         self.watched: list[Tensor] = []
@@ -34,28 +35,38 @@ class Arrivals:
         self.passes = 0  # backward passes since gradients were new
         self._total = 0
         self._zeroed = False  # and nothing arrived since
-        self._at_entry: dict[int, int] = {}  # versions of the watched gradients when the closure was called
+        self._left: list[weakref.ref[Tensor] | None] = []  # the watched gradients of the last pass
+        self._at_entry: dict[
+            int, tuple[int, Tensor | None]
+        ] = {}  # of the watched gradients when the closure was called
         self._entered = 0
         self._stacked: list[Tensor] = []
 
     def watch(self, group: Sequence[Tensor]) -> None:
-        """Watch one more parameter: the smallest that has entries enough, else the largest.
+        """Watch one more parameter: the smallest that has entries enough for all who keep a part, else the largest.
 
         Args:
-            group: To choose from.
+            group: To choose from; all ranks choose the same.
         """
         able = [p for p in group if p.requires_grad and p.numel()]
         if not able or len(self.watched) == WATCHED:
             return
-        chosen = min(able, key=lambda p: (p.numel() < ENTRIES, p.numel() if p.numel() >= ENTRIES else -p.numel()))
+        counts = {p: p.numel() / _keepers(p) for p in able}
+        chosen = min(able, key=lambda p: (counts[p] < ENTRIES, counts[p] if counts[p] >= ENTRIES else -counts[p]))
         # Weakly: the parameter may outlive the optimizer.
         own: weakref.ref[Arrivals] = weakref.ref(cast(Arrivals, self))
-        handles = [chosen.register_hook(unserializable_hook(partial(_arrives, own, len(self.watched))))]
-        if not self.watched:  # sharded parameters are told of their gradients only so
-            handles.append(chosen.register_post_accumulate_grad_hook(partial(_arrived, own)))
+        index = len(self.watched)
+        handles = [chosen.register_hook(unserializable_hook(partial(_arrives, own, index)))]
+        if is_sharded(chosen):  # FSDP2 tells of gradients only afterwards
+            handles.append(chosen.register_post_accumulate_grad_hook(partial(_arrived, own, index)))
         for handle in handles:
             weakref.finalize(self, handle.remove)
         self.watched.append(chosen)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether all that is watched is, so that ranks average gradients before they are seen."""
+        return all(is_sharded(parameter) for parameter in self.watched)
 
     def zeroed(self) -> None:
         """Gradients were cleared."""
@@ -68,7 +79,7 @@ class Arrivals:
     def enter(self) -> None:
         """A closure is about to be called."""
         present = [] if self._zeroed else [(i, p.grad) for i, p in enumerate(self.watched)]
-        self._at_entry = {index: gradient._version for index, gradient in present if gradient is not None}
+        self._at_entry = {index: (g._version, _nonzero_shard(g)) for index, g in present if g is not None}
         self._entered, self._stacked = self._total, []
 
     def check_closure(self) -> None:
@@ -93,27 +104,53 @@ class Arrivals:
         Args:
             index: Of the watched parameter.
         """
-        gradient, version = self.watched[index].grad, self._at_entry.pop(index, None)
+        gradient, (version, _) = self.watched[index].grad, self._at_entry.pop(index, (None, None))
         if gradient is not None and gradient._version == version:  # nobody wrote to it since, not even zeros
-            self._stacked.append(gradient.detach().any())
+            self._stacked.append(local([gradient])[0].detach().any())
+        self.arrived()
+
+    def came(self, index: int) -> None:
+        """A gradient was added to a sharded parameter's.
+
+        Args:
+            index: Of the watched parameter.
+        """
+        gradient, (version, before) = self.watched[index].grad, self._at_entry.pop(index, (None, None))
+        # FSDP2 writes past this count, zero_() does not; what hides zeros from it hides them here
+        if gradient is not None and gradient._version == version and self._is_old(index) and before is not None:
+            self._stacked.append(before)
         self.arrived()
 
     def arrived(self) -> None:
         """Look at the gradients when this pass is over."""
         task = torch._C._current_graph_task_id()
+        if task == -1:  # it is
+            return self.passed()
         if task == self._task:
-            return
+            return None
         self._task, self._zeroed = task, False
-        self.passes = 1 + self.passes * any(parameter.grad is not None for parameter in self.watched)
+        self.passes = 1 + self.passes * any(map(self._is_old, range(len(self.watched))))
         self._total += 1
         own: weakref.ref[Arrivals] = weakref.ref(cast(Arrivals, self))
         # Twice: what averages gradients over ranks may have asked later to be called, so it comes in between.
         _queue(lambda: _queue(partial(_passed, own)))
+        return None
 
     def passed(self) -> None:
         """The pass is over."""
         gradients = [parameter.grad for parameter in self.watched]
-        self.seen = [None if g is None or g.layout != torch.strided else spaced(g).clone() for g in gradients]
+        self._left = [None if g is None else weakref.ref(g) for g in gradients]
+        self.seen = [
+            None if g is None or g.layout != torch.strided else spaced(local([g])[0]).clone() for g in gradients
+        ]
+
+    def _is_old(self, index: int) -> bool:
+        """Whether a parameter has a gradient of an earlier pass, also when this one's may be there already."""
+        parameter = self.watched[index]
+        if parameter.grad is None or not is_sharded(parameter):
+            return parameter.grad is not None
+        left = self._left[index] if index < len(self._left) else None
+        return left is not None and left() is parameter.grad
 
     def __getstate__(self) -> dict[str, object]:
         """For copy and pickle: a copy watches nothing, as hooks stay with the original's parameters."""
@@ -129,14 +166,24 @@ def _arrives(own: "weakref.ref[Arrivals]", index: int, _: Tensor) -> None:
         alive.arrives(index)
 
 
-def _arrived(own: "weakref.ref[Arrivals]", _: Tensor) -> None:
+def _arrived(own: "weakref.ref[Arrivals]", index: int, _: Tensor) -> None:
     if (alive := own()) is not None:
-        alive.arrived()
+        alive.came(index)
 
 
 def _passed(own: "weakref.ref[Arrivals]") -> None:
     if (alive := own()) is not None:
         alive.passed()
+
+
+def _keepers(parameter: Any) -> int:
+    """How many ranks keep a part of a parameter."""
+    return parameter.device_mesh.size() if is_sharded(parameter) else 1
+
+
+def _nonzero_shard(gradient: Tensor) -> Tensor | None:
+    """Whether this rank's part of a sharded gradient is not zero; None of others, which are asked later."""
+    return local([gradient])[0].detach().any() if is_sharded(gradient) else None
 
 
 def spaced(tensor: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ class Heard:
 
     Args:
         loss: Of this rank, then of all; None if it is not known.
-        clipping: What the gradients of the loss were multiplied by, in (0, 1]; None: by nothing.
+        clipping: What this rank sees that gradients were multiplied by, times whether it sees anything, then the mean
+            of that; at last the part that is clipping, in (0, 1]. None: nothing was seen.
+        witnessed: Whether this rank sees anything of that, then on how large a part of the ranks that is so.
         lower_bound: Of Momo.
         changed: Whether this rank finds weights that the last step did not leave, then on how large a part of the ranks
             that is so; None: nobody looked.
@@ -39,6 +41,7 @@ class Heard:
 
     loss: Loss | None = None
     clipping: Loss | None = None
+    witnessed: Loss | None = None
     lower_bound: float = 0.0
     changed: Loss | None = None
 
@@ -218,18 +221,34 @@ class Losses:
             return 0.0
         return self.momo.bound(self.model.calls if self.model else 0)
 
-    def clipping(self) -> Loss | None:
-        """What the gradients of the loss were multiplied by after backward, on this rank; None: by nothing.
+    def look(self, heard: Heard) -> None:
+        """Note what this rank sees of gradients and weights; no other rank is asked.
+
+        Args:
+            heard: Written to.
 
         Raises:
-            ValueError: If it is not one factor, or a recorded loss was told another weight than backward used.
+            ValueError: If gradients were not multiplied by one factor, or a recorded loss was told another weight than
+                backward used.
         """
+        heard.changed = self.changed()
         if self._witness is None:
-            return None
-        factor = self._witness.look()
+            return
+        heard.clipping, heard.witnessed = self._witness.look() or (None, None)
         if self._witness.undone is not None:
             self.tap.check_weights(self._witness.undone)
-        return factor
+
+    def agreed(self, heard: Heard) -> None:
+        """Go on from what all ranks have seen, before anything is written.
+
+        Args:
+            heard: What they share; written to.
+
+        Raises:
+            ValueError: If gradients were multiplied by what is no clipping, on all ranks alike.
+        """
+        if self._witness:
+            heard.clipping = self._witness.read(heard.clipping, heard.witnessed)
 
     def changed(self) -> bool | Tensor:
         """Whether this rank finds weights that the last step did not leave; 0-d where that is on a device.

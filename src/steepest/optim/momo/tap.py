@@ -3,10 +3,12 @@
 import math
 from functools import partial
 from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
 from steepest.checks import refusal
+from steepest.ranks import is_sharded, local
 
 Loss = Tensor | float
 OFF = 1.4  # times: less may be another term of the loss, twice is a part that was divided twice
@@ -121,7 +123,7 @@ class LossTap:
 
 
 def _receive(received: list[Tensor], factor: Tensor) -> None:
-    received.append(factor.detach().sum())
+    received.append(local([factor])[0].detach().sum())
 
 
 def check_closure(closure: object) -> None:
@@ -146,10 +148,15 @@ def check_loss(caller: str, loss: object) -> Loss:
         A number, or a 0-d tensor without a graph.
 
     Raises:
-        ValueError: If it is not one number.
+        ValueError: If it is not one number, or this rank has a part of it only.
         TypeError: If it is not real.
     """
     if isinstance(loss, Tensor):
+        if parts := _parts(loss):
+            raise ValueError(
+                f"{caller} takes one number as loss, got a DTensor with placements {parts}, of which each rank has a "
+                "part. Pass loss.full_tensor(), on all ranks."
+            )
         if loss.numel() != 1:
             raise ValueError(
                 f"{caller} takes one number as loss, got shape {tuple(loss.shape)}. Reduce it as for backward(), "
@@ -157,7 +164,14 @@ def check_loss(caller: str, loss: object) -> Loss:
             )
         if not loss.is_floating_point():
             raise TypeError(f"{caller} takes a real loss, got a tensor of {loss.dtype}.")
-        return loss.detach().reshape(())
+        return local([loss])[0].detach().reshape(())
     if isinstance(loss, bool) or not isinstance(loss, Real):
         raise TypeError(f"{caller} takes a number or a tensor as loss, got {loss!r}.")
     return float(loss)
+
+
+def _parts(loss: Any) -> tuple[Any, ...]:
+    """The placements of a loss of which ranks have different parts; none of any other."""
+    if not is_sharded(loss) or all(placement.is_replicate() for placement in loss.placements):
+        return ()
+    return tuple(loss.placements)
