@@ -404,6 +404,7 @@ class Portion:
             chosen.append(numbers)
             weights.append(torch.full(numbers.shape, weight, dtype=scalar_type(device), device=device))
         self._total = total
+        self._chosen = torch.tensor(self._places, dtype=torch.int64, device=device)
         empty = torch.empty(0, dtype=torch.int64, device=device)
         self._index = self.work.numbers_of_batches(chosen) if chosen else empty
         self._weights = self.work.numbers_of_batches(weights) if weights else empty.to(scalar_type(device))
@@ -525,7 +526,7 @@ class Portion:
         Args:
             numbers: One per parameter of `load`.
         """
-        return numbers if self._index is None else numbers[self._places]
+        return numbers if self._index is None else numbers[self._chosen]
 
     def size(self, batches: Sequence[Tensor], device: torch.device) -> Callable[[], Tensor]:
         """Sum of the squares of directions, over all ranks.

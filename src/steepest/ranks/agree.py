@@ -42,7 +42,7 @@ def exchange_device(preferred: torch.device, team: Team) -> torch.device:
 def decide(
     fine: bool | Tensor,
     numbers: Sequence[Tensor | float | None],
-    counts: Sequence[float | Tensor],
+    counts: Sequence[float],
     device: torch.device,
     team: Team,
 ) -> tuple[bool | Tensor, Sequence[Tensor | float | None], Tensor | None]:
@@ -67,15 +67,16 @@ def decide(
     where = exchange_device(device, team)
     refused = ~fine if isinstance(fine, Tensor) else not fine
     pairs = [entry for number in numbers for entry in ((0.0, 0.0) if number is None else (number, 1.0))]
-    sums = team.summed(torch.stack([_exchanged(entry, where) for entry in (*pairs, *counts, refused)]))
+    own = torch.stack([_exchanged(entry, where) for entry in (*pairs, refused)])
+    sums = team.summed(torch.cat([own, torch.tensor(counts, dtype=torch.float64, device=where)]))
     count = len(pairs)
     means = sums[:count:2] / sums[1:count:2]
-    flag = sums[-1] == 0
+    flag = sums[count] == 0
     unread = isinstance(fine, Tensor) or device.type != "cpu"
     there = [True] * len(numbers) if unread else [bool(one) for one in sums[1:count:2]]
     wide = scalar_type(device)
     shared = [mean.to(device, wide) if some else None for some, mean in zip(there, means, strict=True)]
-    return flag.to(device) if unread else bool(flag), shared, sums[count:-1]
+    return flag.to(device) if unread else bool(flag), shared, sums[count + 1 :]
 
 
 def _exchanged(number: Tensor | float, where: torch.device) -> Tensor:
