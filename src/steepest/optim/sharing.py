@@ -87,7 +87,8 @@ class Summary:
     Args:
         ranks: How many share it.
         owners: Of each parameter's name, the ranks that work on it, places in the team; None: each on what it keeps.
-        flops: Operations of the directions' norms in a step, of each rank.
+        flops: Operations that each rank's directions take in a step, as far as this one knows: of parameters that only
+            a part of the ranks shares, those of its own part.
         sent_bytes: By this rank, in the last step: averages to their owners, and directions back.
         agreed_bytes: Payload of what this rank summed with others in the last step.
         orthogonalised: How many matrices this rank found directions of in the last step, elementwise norms not counted.
@@ -192,14 +193,22 @@ class Sharing:
         self.duties = Duties(team, layouts, routes, copies)
         self._known = keys
         self.alike = team.size == 1
+        self._flops = {(p, rank): cost for (p, rank), cost in self._flops.items() if p in routes}
         flops = [0.0] * team.size
-        for (parameter, rank), cost in self._flops.items():
-            if parameter in routes:
-                flops[rank] += cost
+        for (_, rank), cost in self._flops.items():
+            flops[rank] += cost
         names = {row.parameter: row.name for row, _, _ in members}
         owners = {name: tuple(route.owner for route in routes[p]) if p in routes else None for p, name in names.items()}
         self.summary = Summary(team.size, owners, tuple(flops))
         return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sharing":
+        """A copy has other parameters, which are found at its first step; a process group is no object to copy."""
+        return Sharing(self.group, self.wire)
+
+    def __reduce__(self) -> Any:
+        """Likewise, where there is no process group."""
+        return Sharing, (self.group, self.wire)
 
     def _key(self, row: PlanRow, norm: Norm, stages: Sequence[Stage]) -> tuple[object, ...]:
         p: Any = row.parameter
