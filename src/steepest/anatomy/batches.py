@@ -157,8 +157,6 @@ class Load:
 
     def numbers_of_batches(self, numbers: Sequence[Tensor]) -> Tensor:
         """The inverse of `numbers_of_parameters`."""
-        if not numbers:
-            return torch.empty(0)
         return torch.cat(self._of_batches(numbers, [(b, 1) for bucket in self.buckets for b, _, _ in bucket.blocks]))
 
     def rows_of_parameters(self, batches: Sequence[Tensor]) -> list[Tensor]:

@@ -718,7 +718,8 @@ class SteepestDescent(Optimizer):
         Returns:
             "skipped_steps": steps passed over because something was not finite. Per role that moved:
             "ROLE/update_rms": root mean square of the entries added to the weights, decay not counted;
-            "ROLE/orthogonality_error": for the spectral norm, the largest ‖Q Qᵀ Q - Q‖_F / ‖Q‖_F over one polar factor
+            "ROLE/orthogonality_error": for the spectral norm, and of several ranks only of what this one worked on, the
+            largest ‖Q Qᵀ Q - Q‖_F / ‖Q‖_F over one polar factor
             Q of each shape; 0 for an exact one, whatever its rank. Where layers are looked at together: "dual_norm",
             N; with Momo, "t", the part of the step that was taken, "gap" and "lower_bound". With `precondition`,
             counts of matrices and layers: "input_ridge_raised", "input_kept_powers" (not finite, so the old ones serve
@@ -749,7 +750,8 @@ class SteepestDescent(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and options: text, numbers and tensors, so that `torch.load(weights_only=True)` reads it back.
 
-        State of parameters that stand in no group any more is left out.
+        State of parameters that stand in no group any more is left out. With Momo on sharded parameters, call it on all
+        ranks: a sum over all weights is taken.
 
         Raises:
             TypeError: If somebody put something else into a group or the state.

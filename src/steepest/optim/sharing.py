@@ -166,7 +166,7 @@ class Sharing:
         }
         routes = {p: old.routes[p] for p in keys if p in old.routes and self._known.get(p) == keys[p]}
         fixed = [(self._flops.get((p, r.owner), 0.0), [r.owner]) for p, own in routes.items() for r in own]
-        asked: dict[tuple[int, ...], list[tuple[PlanRow, Box, float, list[int]]]] = {}
+        asked: dict[tuple[bool, tuple[int, ...]], list[tuple[PlanRow, Box, float, list[int]]]] = {}
         for row, norm, stages in members:
             shared = is_sharded(row.parameter) or row.parameter in copies
             if team.size > 1 and shared:
@@ -175,10 +175,11 @@ class Sharing:
                 continue
             layout = layouts[row.parameter]
             for box, ranks in pieces(layout, row, stages).items():
-                cost = work_of(norm, row, box) if row.trainable else 0.0
-                asked.setdefault(layout.members, []).append((row, box, cost, ranks))
-        # What all ranks keep comes first, so that they choose alike; then what only some of them know of.
-        for _, own in sorted(asked.items(), key=lambda item: -len(item[0])):
+                frozen = not row.parameter.requires_grad
+                asked.setdefault((frozen, layout.members), []).append((row, box, work_of(norm, row, box), ranks))
+        # What all ranks keep comes first, so that they choose alike; then what only some of them know of. What is frozen
+        # is work for nobody, unless it thaws.
+        for (frozen, sharers), own in sorted(asked.items(), key=lambda item: (-len(item[0][1]), item[0][0])):
             costs = [cost for cost, _ in fixed] + [cost for _, _, cost, _ in own]
             among = [ranks for _, ranks in fixed] + [ranks for *_, ranks in own]
             owner = {index: rank for rank, mine in enumerate(assign(costs, team.size, among)) for index in mine}
@@ -187,8 +188,8 @@ class Sharing:
                 kept = layouts[row.parameter].boxes
                 inside = [b if b is not None and (b == box or box == full(row.shape)) else None for b in kept]
                 routes[row.parameter] = (*routes.get(row.parameter, ()), Route(rank, box, tuple(inside)))
-                self._flops[row.parameter, rank] = cost
-            if len(own) and len(layouts[own[0][0].parameter].members) == team.size:
+                self._flops[row.parameter, rank] = 0.0 if frozen else cost
+            if len(sharers) == team.size and not frozen:
                 fixed += [(cost, [rank]) for (_, _, cost, _), rank in zip(own, chosen, strict=True)]
         self.duties = Duties(team, layouts, routes, copies)
         self._known = keys
@@ -213,7 +214,7 @@ class Sharing:
     def _key(self, row: PlanRow, norm: Norm, stages: Sequence[Stage]) -> tuple[object, ...]:
         p: Any = row.parameter
         layout = (p.device_mesh, tuple(p.placements)) if is_sharded(p) else None
-        return (tuple(p.shape), row.view, norm, layout, tuple(map(id, stages)))
+        return (tuple(p.shape), p.requires_grad, row.view, norm, layout, tuple(map(id, stages)))
 
     def _group_of(self, row: PlanRow) -> Any:
         """The process group of which each rank has a copy of a plain parameter."""

@@ -112,7 +112,7 @@ def _slowest(work: Callable[[], object]) -> Callable[[], float]:
         torch.distributed.barrier()
         start = time.perf_counter()
         work()
-        took = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+        took = torch.tensor([time.perf_counter() - start], dtype=torch.float64, device="cpu")
         torch.distributed.all_reduce(took, op=torch.distributed.ReduceOp.MAX)
         return float(took)
 
@@ -120,7 +120,7 @@ def _slowest(work: Callable[[], object]) -> Callable[[], float]:
 
 
 def _total(count: int) -> int:
-    number = torch.tensor([count], dtype=torch.int64)
+    number = torch.tensor([count], dtype=torch.int64, device="cpu")
     torch.distributed.all_reduce(number)
     return int(number)
 
