@@ -1,6 +1,6 @@
 """The command line.
 
-    steepest race | sweep | work | report | pack | unpack | train | plan | theory | critical-batch | bench
+    steepest race | sweep | work | report | pack | unpack | train | plan | verify | theory | critical-batch | bench
 
 Exit codes: 0 done, 1 a run, a file or a database failed, 2 wrong usage, 130 interrupted.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 import steepest
-from steepest.lab.cli import bench, critical_batch, runs, studies, theory
+from steepest.lab.cli import bench, critical_batch, runs, studies, theory, verify
 from steepest.lab.cli.command import Command, add_commands, made
 from steepest.lab.cli.outcome import INTERRUPTED, USAGE, failed
 from steepest.lab.cli.parser import Parser
@@ -27,6 +27,7 @@ __all__ = ["main"]
 COMMANDS = {
     **studies.COMMANDS,
     **runs.COMMANDS,
+    "verify": verify.COMMAND,
     "theory": theory.GROUP,
     "critical-batch": critical_batch.GROUP,
     "bench": bench.GROUP,

@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape in, shape out."""
-        heads = (x.size(-1) // self.head_size, self.head_size)
+        heads = (-1, self.head_size)  # under tensor parallelism, those of this rank
         q, k, v = (f(x).unflatten(-1, heads).transpose(1, 2) for f in (self.query, self.key, self.value))
         q, k = (rotate(F.rms_norm(part, (self.head_size,))) for part in (q, k))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
