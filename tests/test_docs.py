@@ -6,6 +6,7 @@ numbers exactly. Two comments on a line of their own, right before the block, sa
 
     <!-- numbers within 2% -->   numbers that depend on the machine, compared with a relative tolerance
     <!-- not run: why -->        a command that takes too long here, or needs what is not there
+    <!-- 4 ranks -->             python that so many processes run, as under torchrun; the first one's output is shown
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import yaml
 
 import steepest
@@ -27,11 +30,13 @@ from steepest.lab.studies import KINDS
 from steepest.lab.tasks import TASKS
 from steepest.linalg import COEFFICIENTS
 from tests.cases import cases
+from tests.processes import run_scripts
 
 ROOT = Path(__file__).parent.parent
 FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*FRONT, *sorted(page for room in ("docs", "results") for page in (ROOT / room).rglob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
+RANKS = re.compile(r"(\d+) ranks")
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
@@ -52,6 +57,9 @@ def test_every_python_example_runs_and_prints_what_the_page_shows(page, tmp_path
     names = vars(module)
     printed, end, text = "", None, page.read_text()
     for block in BLOCK.finditer(text):
+        if ranks_of(block):
+            printed, end = None, block.end()
+            continue
         if block["kind"] == "python":
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(compile(block["text"], str(page), "exec"), names)  # noqa: S102 - our own documents
@@ -59,8 +67,37 @@ def test_every_python_example_runs_and_prints_what_the_page_shows(page, tmp_path
             continue
         shows_output = end is not None and not text[end : block.start()].strip()
         assert (block["kind"] == "text") == shows_output, f"{page.name}: text shows what the python before it prints"
-        if shows_output:
+        if shows_output and printed is not None:
             compare(printed, block["text"], tolerance_of(block["note"]))
+
+
+def ranks_of(block):
+    """How many processes run a block; 0: it is run as all others are."""
+    found = RANKS.fullmatch(block["note"] or "") if block["kind"] == "python" else None
+    return int(found[1]) if found else 0
+
+
+def loops():
+    """Of all pages, by how many ranks run them: text, and the block with what the first of them prints."""
+    found = {}
+    for page in PAGES:
+        blocks = [*BLOCK.finditer(page.read_text())]
+        for block, after in zip(blocks, blocks[1:], strict=False):
+            if ranks_of(block):
+                found.setdefault(ranks_of(block), {})[f"{page.stem}-{block.start()}"] = block["text"], after
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
+@pytest.mark.parametrize("world", loops())
+def test_every_loop_for_several_ranks_runs_and_prints_what_the_page_shows(world, tmp_path):
+    chosen = loops()[world]
+    stores = [dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in chosen]
+    scripts = {name: text for name, (text, _) in chosen.items()}
+    mp.spawn(run_scripts, (world, scripts, [store.port for store in stores], str(tmp_path)), nprocs=world)
+    for name, (_, shown) in chosen.items():
+        compare((tmp_path / f"{name}.0").read_text(), shown["text"], tolerance_of(shown["note"]))
 
 
 CONSOLE = [

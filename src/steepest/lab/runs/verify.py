@@ -44,6 +44,7 @@ from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.names import unknown_name
 from steepest.optim import SteepestDescent
 from steepest.ranks import is_sharded
+from steepest.ranks.boxes import part_like
 from steepest.stages.inputs import InputMoments
 
 AXES: Mapping[str, tuple[str, ...]] = {  # of an option, and the dimensions of torch's mesh; outermost first
@@ -348,21 +349,43 @@ def _small_gpt(job: Job) -> Brought:
         if parameter.dim() > 1 and not parameter.any():  # so that all have gradients from the first step on
             nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
     batches = [torch.randint(64, (2 * job.layout.data, 17)) for _ in range(job.steps)]
-    return Brought(model, _next_token, batches, _split_blocks)
+    return Brought(model, _next_token, batches, _divided)
 
 
 def _next_token(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _split_blocks(model: nn.Module, mesh: Any) -> None:
-    """Attention by heads and the middle of the MLP, each over the ranks of `tp`."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+def _divided(model: nn.Module, mesh: Any) -> None:
+    """Over the ranks of `tp`: tables by rows, attention by heads, the MLP by its middle, norms by the sequence."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
 
-    into, back = ("attention.query", "attention.key", "attention.value", "mlp.up"), ("attention.proj", "mlp.proj")
-    for block in cast("GPT", model).blocks:
-        styles = {**{name: ColwiseParallel() for name in into}, **{name: RowwiseParallel() for name in back}}
-        parallelize_module(block, mesh["tp"], cast("Any", styles))
+    whole = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    norm, into, back = (
+        SequenceParallel(use_local_output=True),
+        ColwiseParallel(),
+        RowwiseParallel(output_layouts=Shard(1)),
+    )
+    styles: dict[str, Any] = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "embedding_norm": norm,
+        "blocks.*.attention_norm": norm,
+        "blocks.*.mlp_norm": norm,
+        "norm": norm,
+        "blocks.*.attention": whole,
+        "blocks.*.mlp": whole,
+        **{f"blocks.*.{name}": into for name in ("attention.query", "attention.key", "attention.value", "mlp.up")},
+        **{f"blocks.*.{name}": back for name in ("attention.proj", "mlp.proj")},
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh["tp"], styles)
 
 
 def _train_alone(_: int, job: Job, folder: Path) -> RankReport:
@@ -481,8 +504,8 @@ def _train(job: Job, example: Brought, model: nn.Module, at: Path, own: Callable
         sent_bytes=fmean(sent),
         most_bytes=max(sent),
         agreed_bytes=fmean(agreed),
-        flops=sharing.flops[rank],
-        orthogonalised=len(sharing.orthogonalised),
+        flops=sharing.flops[rank if sharing.ranks > 1 else 0],
+        orthogonalised=sharing.orthogonalised,
         imbalance=sharing.imbalance,
     )
 
@@ -510,25 +533,7 @@ def _draw(job: Job, model: nn.Module, step: int) -> None:
             continue
         generator = torch.Generator().manual_seed(((job.seed * 1_000_003 + step) * 1_000_003 + index) % 2**63)
         whole = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
-        parameter.grad = _part_of(whole, parameter) if is_sharded(parameter) else whole
-
-
-def _part_of(whole: Tensor, like: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    from steepest.ranks import boxes
-
-    mesh = like.device_mesh
-    box = boxes(like.shape, tuple(mesh.shape), like.placements)[_place(mesh)]
-    own = whole[tuple(slice(start, stop) for start, stop in box)].contiguous()
-    return DTensor.from_local(own, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
-
-
-def _place(mesh: Any) -> int:
-    place = 0
-    for own, size in zip(mesh.get_coordinate(), mesh.shape, strict=True):
-        place = place * size + own
-    return place
+        parameter.grad = part_like(whole, parameter)
 
 
 def _deviation(model: nn.Module, expected: Mapping[str, Tensor]) -> tuple[float, str]:
