@@ -11,6 +11,7 @@ numbers exactly. Two comments on a line of their own, right before the block, sa
 
 import contextlib
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -82,7 +83,7 @@ def loops():
     found = {}
     for page in PAGES:
         blocks = [*BLOCK.finditer(page.read_text())]
-        for block, after in zip(blocks, blocks[1:], strict=False):
+        for block, after in itertools.pairwise(blocks):
             if ranks_of(block):
                 found.setdefault(ranks_of(block), {})[f"{page.stem}-{block.start()}"] = block["text"], after
     return found

@@ -116,7 +116,7 @@ def read_layout(text: str) -> Layout:
     order = dict.fromkeys(itertools.chain.from_iterable(AXES.values()))
     layout = Layout({axis: sizes[axis] for axis in order if axis in sizes})
     if not 2 <= layout.ranks <= MOST:
-        raise ValueError(f"--mesh {text} is {layout.ranks} ranks; it takes 2 to {MOST}, each a process here.")
+        raise ValueError(f"--mesh {text} makes {layout.ranks}; it takes 2 to {MOST} ranks, each a process here.")
     return layout
 
 
