@@ -126,6 +126,7 @@ ELSEWHERE = {
         "tested as they are typed",
     ),
     "lab/cli/test_theory.py": ("lab/report/theory_png lab/runs/trained", "what these commands use alone"),
+    "lab/cli/test_verify.py": ("lab/models/brought lab/runs/verify", "what the command starts, and what users give it"),
     "lab/engine/test_study.py": ("lab/engine/pool lab/engine/worker", "a study and its processes"),
     "lab/methods/test_methods.py": ("lab/methods/tuned", "a table of options for methods"),
     "lab/report/test_page.py": (

@@ -20,7 +20,7 @@ def run(capsys, *words):
     return code, captured.out, captured.err
 
 
-@cases("command", ["race", "sweep", "work", "train", "plan", "report"])
+@cases("command", ["race", "sweep", "work", "train", "plan", "report", "verify"])
 def test_every_command_has_help_with_examples(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0

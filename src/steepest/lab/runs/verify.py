@@ -313,6 +313,8 @@ def _process(rank: int, main: Callable[[int, Job, Path], RankReport], job: Job, 
     os.dup2(2, 1)  # what the user's code prints is no result of the command
     if rank:
         warnings.simplefilter("ignore")  # the first rank says the same
+    if job.model is None:  # of whose outputs none is written to
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     torch.set_num_threads(job.threads)
     code = 0
     try:
