@@ -17,7 +17,7 @@ from steepest.lab.bench.machine import Machine
 from steepest.lab.bench.momenta import SETS
 from steepest.lab.bench.train_share import Seconds
 from steepest.lab.cli import main
-from steepest.lab.cli.bench import CONTESTANTS, OTHERS, SHAPES, Step
+from steepest.lab.cli.bench import CONTESTANTS, GROUP, OTHERS, SHAPES, Step
 from steepest.lab.disk.ours import refusal
 from steepest.lab.methods import METHODS
 from steepest.lab.studies.batch import coverage
@@ -235,6 +235,14 @@ def test_momo_has_a_row_for_every_recipe_and_kind_of_dual_norms(run, monkeypatch
     assert all(row["extra_memory_momo_mb"] > 0 and row["step_ratio"] > 0 for row in rows)
 
 
+def test_every_benchmark_may_write_where_it_has_written_before(tmp_path):
+    for name, one in GROUP.parts.items():
+        out = tmp_path / name
+        out.mkdir()
+        (out / f"{one.files or name}.json").write_text(json.dumps(dict.fromkeys(ORIGIN)))
+        assert refusal(out, "bench") is None
+
+
 def test_coverage_counts_intervals_that_hold_the_truth(written, monkeypatch):
     first = coverage.settings()[:1]
     monkeypatch.setattr(coverage, "settings", lambda: first)
@@ -264,6 +272,7 @@ def test_coverage_counts_intervals_that_hold_the_truth(written, monkeypatch):
         ("passes --shapes gpt", "Unknown set of shapes 'gpt': did you mean 'gpt2'"),
         ("passes --pairs 1", "at least 2 pairs"),
         ("passes --shapes many-small --width 8", "many-small has neither width nor layers"),
+        ("ranks --rounds 1", "at least 2 rounds, got 1"),
         ("momo --pairs 1", "'1' must be a whole number of at least 2"),
         ("newton-muon --pairs 7", "'7' must be a whole number of at least 8"),
         ("coverage --resamples 5", "'5' must be a whole number of at least 100"),
