@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import re
 import sys
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from steepest.lab.cli.command import Arg, Command, Tree
 from steepest.lab.cli.options import AsJson, Assigned, Count, File, OnTask, OnThreads, Seed, checking_usage
-from steepest.lab.cli.outcome import DONE, INTERRUPTED
+from steepest.lab.cli.outcome import DONE, FAILED, INTERRUPTED
 from steepest.lab.errors import UsageError
+from steepest.lab.tasks import TASKS, entry
 
 if TYPE_CHECKING:
     from steepest.lab.runs.config import RunConfig
+    from steepest.lab.runs.records import Result
     from steepest.lab.runs.schedule import Schedule
+    from steepest.lab.runs.team import Team
+
+
+def grid(text: str) -> tuple[int, int]:
+    """Rows and columns, with an x between them."""
+    if (found := re.fullmatch("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text, re.ASCII)) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} must look like 2x4")
+    return int(found[1]), int(found[2])
+
+
+Grid = Annotated[tuple[int, int], grid]
 
 
 class Train(Command, OnTask, OnThreads, AsJson):
@@ -22,6 +38,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
       steepest train --task digits --method muon --out out/muon-digits
       steepest train --method muon --out out/muon
       steepest train --method adamw --set lr=0.003 --task digits --seed 1 --out out/digits
+      torchrun --nproc-per-node 2 -m steepest train --method muon --parallel ddp --out out/two
     """
 
     saves = True
@@ -31,39 +48,47 @@ class Train(Command, OnTask, OnThreads, AsJson):
     set: Annotated[tuple[Assigned, ...], Arg("change an option", "OPTION=VALUE", "repeated")] = ()
     out: Annotated[File, Arg("the run's directory", "DIR")]
     steps: Annotated[Count | None, Arg("instead of the preset's number", "N")] = None
+    batch_size: Annotated[Count | None, Arg("examples of a step, on all ranks together, likewise", "N")] = None
     schedule: Annotated[str, Arg("of the learning rate, cooldown or constant")] = "cooldown"
     keep_checkpoint: Annotated[bool, Arg("keep the trained weights")] = False
     diagnostics: Annotated[bool, Arg("record the optimizer's numbers and the weights' norms, too")] = False
 
+    parallel: Annotated[
+        Literal["ddp", "fsdp", "hsdp"] | None,
+        Arg("on ranks that torchrun starts: each keeps the model, a shard, or a shard of one of several replicas"),
+    ] = None
+    mesh: Annotated[Grid | None, Arg("replicas x shards, for hsdp; else machines x their ranks", "RxS")] = None
+    accumulate: Annotated[Count, Arg("micro-batches that a batch, or a rank's part of it, is divided into", "N")] = 1
+    device: Annotated[str, Arg("cpu, or the accelerator of this machine, such as cuda")] = "cpu"
+
     def run(self) -> int:
         """Train it, and print how it ended."""
-        from rich.console import Console
-
-        from steepest.lab.disk.files import exists
-        from steepest.lab.engine.display import StudyDisplay
-        from steepest.lab.engine.stopping import counting_signals
-        from steepest.lab.runs.train import Interrupted, train_run
+        from steepest.lab.runs.team import ElsewhereError, assembled
 
         with checking_usage():
-            config = self._config()
-        finished = exists(self.out / "result.json")
-        display = StudyDisplay({config.method: [self.out]}, steps=config.steps, console=Console(stderr=True))
+            self._check_shared()
         try:
-            with counting_signals() as stopped, display:
-                result = train_run(
-                    config,
-                    self.out,
-                    data=self.data,
-                    threads=self.threads,
-                    keep_checkpoint=self.keep_checkpoint,
-                    diagnostics=self.diagnostics,
-                    stop=lambda: display.glance() or bool(stopped),
-                )
+            with assembled(self.parallel, mesh=self.mesh, device=self.device, accumulate=self.accumulate) as team:
+                return self._run(team)
+        except ElsewhereError:
+            return FAILED  # which rank, and why, it says itself
+
+    def _run(self, team: Team) -> int:
+        from steepest.lab.disk.files import exists
+        from steepest.lab.runs.train import Interrupted
+
+        config = team.together(lambda: self._config(team))
+        finished = team.leads and exists(self.out / "result.json")
+        try:
+            result = self._trained(config, team)
         except Interrupted as interrupted:
-            print(interrupted, file=sys.stderr)
+            if team.leads:
+                print(interrupted, file=sys.stderr)
             return INTERRUPTED
         if finished:
             self._check_kept()
+        if not team.leads:
+            return DONE
         if self.json:
             print(result.to_json(), end="")
         elif result.final_loss is None:
@@ -72,6 +97,31 @@ class Train(Command, OnTask, OnThreads, AsJson):
             told = f"Final loss {result.final_loss:.4f} after {result.steps} steps in {result.train_s:.1f} s"
             print(f"{told}: {self.out}")
         return DONE
+
+    def _trained(self, config: RunConfig, team: Team) -> Result:
+        """Train, shown by the first rank; a signal to any rank stops all."""
+        from rich.console import Console
+
+        from steepest.lab.engine.display import StudyDisplay
+        from steepest.lab.engine.stopping import counting_signals
+        from steepest.lab.runs.train import train_run
+
+        with contextlib.ExitStack() as around:
+            stopped = around.enter_context(counting_signals())
+            display = None
+            if team.leads:
+                display = StudyDisplay({config.method: [self.out]}, steps=config.steps, console=Console(stderr=True))
+                around.enter_context(display)
+            return train_run(
+                config,
+                self.out,
+                data=self.data,
+                threads=self.threads,
+                keep_checkpoint=self.keep_checkpoint,
+                diagnostics=self.diagnostics,
+                team=team,
+                stop=lambda: (display is not None and display.glance()) or bool(stopped),
+            )
 
     def _check_kept(self) -> None:
         """Of a run that was finished before, refuse what only training can give."""
@@ -88,24 +138,42 @@ class Train(Command, OnTask, OnThreads, AsJson):
                     f"directory with --{option}, or leave the option out."
                 )
 
-    def _config(self) -> RunConfig:
+    def _config(self, team: Team) -> RunConfig:
         from steepest.lab.methods import check_buildable
         from steepest.lab.runs.config import configure
         from steepest.optim import SteepestDescent
 
-        task = self.load()
-        config = configure(
-            task,
-            method=self.method,
-            seed=self.seed,
-            options=dict(self.set),
-            steps=self.steps,
-            schedule=cast("Schedule", self.schedule),
-        )
-        optimizer = check_buildable(config.method, task, config.options)
-        if self.diagnostics and not isinstance(optimizer, SteepestDescent):
-            raise ValueError(f"--diagnostics: {config.method!r} is not a method of this library; try muon or adam.")
+        with checking_usage():
+            task = self.load()
+            config = configure(
+                task,
+                method=self.method,
+                seed=self.seed,
+                options=dict(self.set),
+                steps=self.steps,
+                batch_size=self.batch_size,
+                schedule=cast("Schedule", self.schedule),
+            )
+            team.check(config.batch_size)
+            optimizer = check_buildable(config.method, task, config.options)
+            if self.diagnostics and not isinstance(optimizer, SteepestDescent):
+                raise ValueError(f"--diagnostics: {config.method!r} is not a method of this library; try muon or adam.")
         return config
+
+    def _check_shared(self) -> None:
+        """Refuse what is trained by one process on its CPU only."""
+        for option, given in (("parallel", self.parallel), ("device", None if self.device == "cpu" else self.device)):
+            if given is not None and self.task in TASKS and not entry(self.task).shared:
+                known = " or ".join(name for name, one in TASKS.items() if one.shared)
+                raise ValueError(
+                    f"--{option} {given}: the task {self.task!r} is trained by one process, on the CPU. Choose --task "
+                    f"{known}, or leave --{option} out."
+                )
+        if self.method == "torch-muon" and self.parallel in ("fsdp", "hsdp"):
+            raise ValueError(
+                f"--method torch-muon: torch.optim.Muon takes each shard for a matrix of its own, or fails, with "
+                f"--parallel {self.parallel}. Choose --method muon, or --parallel ddp."
+            )
 
 
 class Plan(Command, OnTask, AsJson):

@@ -5,12 +5,15 @@ What one must say to be that of a run at its step is checked, too: it may have b
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import os
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 import torch
@@ -229,6 +232,78 @@ def _check_averages(state: Mapping[int, Mapping[str, Any]], parameters: Sequence
 
 def _parts(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list(state["parts"]) if "parts" in state else [state]
+
+
+def gathered(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Weights and the optimizer's state whole, as one process would save them; all ranks take part.
+
+    Args:
+        model: Of this rank, as it keeps it.
+        optimizer: Of its parameters.
+
+    Returns:
+        "model" and "optimizer", on the CPU; empty ones on other ranks than the first.
+    """
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    parts = _optimizers(optimizer)
+    with _no_notices():
+        weights = get_model_state_dict(model, options=_whole())
+        named = cast("dict[str, Any]", get_optimizer_state_dict(model, parts, options=_whole()))
+    if not weights:
+        return {"model": {}, "optimizer": {}}
+    groups = iter(named["param_groups"])
+    states: list[dict[str, Any]] = []
+    for part in parts:
+        own = list(itertools.islice(groups, len(part.param_groups)))
+        places = {name: place for place, name in enumerate(name for group in own for name in group["params"])}
+        state = {place: named["state"][name] for name, place in places.items() if name in named["state"]}
+        own = [{**group, "params": [places[name] for name in group["params"]]} for group in own]
+        states.append({"state": state, "param_groups": own})
+    return {"model": weights, "optimizer": {"parts": states} if hasattr(optimizer, "parts") else states[0]}
+
+
+def parted(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what `gathered` returned, whatever the ranks keep now; all of them take part.
+
+    Args:
+        model: Of this rank, as it keeps it.
+        optimizer: Of its parameters.
+        state: As `gathered` returned it, on the first rank; of others it is not looked at.
+    """
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
+    parts = _optimizers(optimizer)
+    named: dict[str, Any] = {}
+    if state:
+        names = {parameter: name.removeprefix("module.") for name, parameter in model.named_parameters()}
+        named = {"state": {}, "param_groups": []}
+        for part, saved in zip(parts, _parts(state["optimizer"]), strict=True):
+            own = [names[parameter] for group in part.param_groups for parameter in group["params"]]
+            named["state"] |= {own[place]: entries for place, entries in saved["state"].items()}
+            for group in saved["param_groups"]:
+                named["param_groups"].append({**group, "params": [own[place] for place in group["params"]]})
+    with _no_notices():
+        set_model_state_dict(model, dict(state.get("model", {})), options=_whole(sent=True))
+        set_optimizer_state_dict(model, parts, named, options=_whole(sent=True))
+
+
+def _whole(*, sent: bool = False) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=not sent, broadcast_from_rank0=sent)
+
+
+@contextlib.contextmanager
+def _no_notices() -> Generator[None]:
+    """Without what torch's own code says about itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _optimizers(optimizer: Optimizer) -> tuple[Optimizer, ...]:
+    return getattr(optimizer, "parts", (optimizer,))
 
 
 def _same_kind(name: str, saved: object, own: Tensor) -> None:

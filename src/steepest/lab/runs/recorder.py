@@ -23,7 +23,7 @@ class Recorder:
     """Writes the rows of a run. Use it as a context manager.
 
     Args:
-        run_dir: The run's directory.
+        run_dir: The run's directory; None writes nothing, as on ranks other than the first.
         step: Optimizer steps done so far; later rows are dropped, see `MetricsFile`.
 
     Raises:
@@ -31,7 +31,10 @@ class Recorder:
         RecordError: If the rows so far are damaged.
     """
 
-    def __init__(self, run_dir: Path, *, step: int) -> None:
+    def __init__(self, run_dir: Path | None, *, step: int) -> None:
+        self._metrics = self._events = None
+        if run_dir is None:
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
@@ -57,43 +60,53 @@ class Recorder:
         """Record one optimizer step; a loss that is not finite becomes null with "diverged": true."""
         seconds = {"forward_backward_s": forward_backward_s, "optimizer_s": optimizer_s, "train_s": train_s}
         row = {"kind": "train", "step": step, "tokens": tokens, **_finite(loss), "lr": lr, **seconds}
-        self._metrics.append(row)
-        self._events.add_scalar("loss/train", loss, step)
-        self._events.add_scalar("lr", lr, step)
-        self._events.add_scalar("time/forward_backward", forward_backward_s, step)
-        self._events.add_scalar("time/optimizer", optimizer_s, step)
+        self._append(row)
+        self._show("loss/train", loss, step)
+        self._show("lr", lr, step)
+        self._show("time/forward_backward", forward_backward_s, step)
+        self._show("time/optimizer", optimizer_s, step)
 
     def evaluation(self, result: Evaluation, *, step: int, tokens: int, train_s: float) -> None:
         """Record one evaluation; a loss that is not finite becomes null with "diverged": true."""
         row = {"kind": "eval", "step": step, "tokens": tokens, **_finite(result.loss), "accuracy": result.accuracy}
-        self._metrics.append({**row, "train_s": train_s})
-        self._events.add_scalar("loss/eval", result.loss, step)
+        self._append({**row, "train_s": train_s})
+        self._show("loss/eval", result.loss, step)
         if result.accuracy is not None:
-            self._events.add_scalar("accuracy/eval", result.accuracy, step)
+            self._show("accuracy/eval", result.accuracy, step)
 
     def final(self, final: Final, *, step: int) -> None:
         """Record what the run is judged by."""
-        self._metrics.append({"kind": "final", "step": step, **msgspec.structs.asdict(final)})
-        self._events.add_scalar("loss/final", final.loss, step)
+        self._append({"kind": "final", "step": step, **msgspec.structs.asdict(final)})
+        self._show("loss/final", final.loss, step)
 
     def diagnostics(self, numbers: Mapping[str, float], *, step: int) -> None:
         """Record numbers of an optimizer by name; one that is not finite becomes null."""
         finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-        self._metrics.append({"kind": "diagnostics", "step": step, "numbers": finite})
+        self._append({"kind": "diagnostics", "step": step, "numbers": finite})
         for name, number in numbers.items():
-            self._events.add_scalar(f"optimizer/{name}", number, step)
+            self._show(f"optimizer/{name}", number, step)
 
     def sync(self) -> None:
         """Bring all rows and events so far to the disk."""
-        self._metrics.sync()
-        self._events.flush()
+        if self._metrics and self._events:
+            self._metrics.sync()
+            self._events.flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._metrics.close()
-        self._events.close()
+        if self._metrics and self._events:
+            self._metrics.close()
+            self._events.close()
+
+    def _append(self, row: Mapping[str, object]) -> None:
+        if self._metrics:
+            self._metrics.append(row)
+
+    def _show(self, name: str, number: float, step: int) -> None:
+        if self._events:
+            self._events.add_scalar(name, number, step)
 
 
 def _finite(loss: float) -> dict[str, object]:

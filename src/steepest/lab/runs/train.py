@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import msgspec
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from steepest.lab.disk.fields import parse_object, read_text
@@ -32,7 +33,9 @@ from steepest.lab.runs.checkpoint import (
     check_optimizer,
     check_weights,
     finite,
+    gathered,
     load_checkpoint,
+    parted,
     read_saved,
     save_checkpoint,
 )
@@ -42,11 +45,13 @@ from steepest.lab.runs.memory import peak_memory
 from steepest.lab.runs.recorder import Recorder
 from steepest.lab.runs.records import Final, Result, read_result
 from steepest.lab.runs.schedule import FAR_SPACING, NEAR, SMOOTHED, SPACING, evaluates, rate_factor, reached
+from steepest.lab.runs.team import Team
 from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import make_task
-from steepest.lab.tasks.held_out import Evaluation
+from steepest.lab.tasks.held_out import Evaluation, Part
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
 from steepest.lab.tasks.task import Task
+from steepest.lab.tasks.windows import WindowTask
 from steepest.optim import SteepestDescent
 
 
@@ -56,20 +61,24 @@ class Training:
     Args:
         config: The run.
         task: Its task, loaded.
+        team: Who trains it; None for this process alone.
 
     Raises:
-        ValueError: If the config names an unknown method or option.
+        ValueError: If the config names an unknown method or option, or its batches cannot be divided in the team.
     """
 
-    def __init__(self, config: RunConfig, task: Task) -> None:
+    def __init__(self, config: RunConfig, task: Task, team: Team | None = None) -> None:
         self.config = config
         self.task = task
+        self.team = Team() if team is None else team
+        self.team.check(config.batch_size)
         self.counters = Counters()
         self.diverged = False
         self.last_evaluation: Evaluation | None = None
         self.final: Final | None = None
         self.losses: list[float] = []  # of the last evaluations
-        self.model = task.build_model(config.seed)
+        self.module = task.build_model(config.seed)
+        self.model = self.team.spread(self.module)  # what gradients come from
         torch.manual_seed(derive_seed("method", config.seed))  # for methods that draw random numbers
         self.optimizer = build_optimizer(config.method, self.model, config.options)
         self.scheduler = LambdaLR(self.optimizer, self._rate_factor)
@@ -107,10 +116,8 @@ class Training:
         """Train on the next batch and record it; a loss that is not finite changes no weight."""
         lr = float(self.config.options["lr"]) * self._rate_factor(self.step)
         start = time.perf_counter()
-        batch = self.task.batch(self.order.take(self.config.batch_size))
-        loss = self.task.loss(self.model, batch)
-        loss.backward()
-        value = loss.item()
+        loss = self._backward(self.order.take(self.config.batch_size))
+        value = self.team.mean(loss.item())
         middle = time.perf_counter()
         self.diverged = not math.isfinite(value)
         self.counters.near |= self.config.watch_from is None or value < NEAR * self.config.watch_from
@@ -135,14 +142,25 @@ class Training:
             train_s=self.train_s,
         )
 
+    def _backward(self, examples: Tensor) -> Tensor:
+        """Gradients of the mean loss over a batch, and that mean, over this rank's part of it."""
+        parts = self.team.micro_batches(examples)
+        losses: list[Tensor] = []
+        for number, part in enumerate(parts, start=1):
+            inputs, targets = self.task.batch(part)
+            batch = inputs.to(self.team.device), targets.to(self.team.device)
+            with self.team.passing(self.model, last=number == len(parts)):
+                loss = self.task.loss(self.model, batch)
+                (loss if len(parts) == 1 else loss / len(parts)).backward()
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
     def evaluate(self, recorder: Recorder) -> None:
         """Evaluate and record it; the clocks of the run stand still."""
         if self.diverged:
             self.last_evaluation = Evaluation(math.nan)
         else:
-            self.model.eval()
-            self.last_evaluation = self.task.evaluate(self.model, self.config.part, whole=False)
-            self.model.train()
+            self.last_evaluation = self._evaluated(self.config.part, whole=False)
             self.diverged = not math.isfinite(self.last_evaluation.loss)
             self.losses = [*self.losses, self.last_evaluation.loss][-SMOOTHED:]
         recorder.evaluation(self.last_evaluation, step=self.step, tokens=self.tokens, train_s=self.train_s)
@@ -151,14 +169,22 @@ class Training:
         """Evaluate the whole of its part after the last step, and record it; a run to a target has its curve only."""
         if self.diverged or self.config.target is not None:
             return
-        self.model.eval()
-        own = self.task.evaluate(self.model, self.config.part, whole=True)
-        tuning = own if self.config.part == "tuning" else self.task.evaluate(self.model, "tuning", whole=True)
-        self.model.train()
+        own = self._evaluated(self.config.part, whole=True)
+        tuning = own if self.config.part == "tuning" else self._evaluated("tuning", whole=True)
         self.diverged = not math.isfinite(own.loss) or not math.isfinite(tuning.loss)
         if not self.diverged:
             self.final = Final(own.loss, own.accuracy, own.blocks, tuning.loss)
             recorder.final(self.final, step=self.step)
+
+    def _evaluated(self, part: Part, *, whole: bool) -> Evaluation:
+        """Of the whole model, or of its shards; ranks share the examples."""
+        self.model.eval()
+        if self.team.size == 1:
+            found = self.task.evaluate(self.module, part, whole=whole)
+        else:
+            found = cast("WindowTask", self.task).evaluate(self.module, part, whole=whole, share=self.team.share)
+        self.model.train()
+        return found
 
     def diagnose(self, recorder: Recorder) -> None:
         """Record what the optimizer says of its last step and of the weights, if it is one of this library."""
@@ -178,7 +204,7 @@ class Training:
             train_s=self.train_s,
             optimizer_s=self.counters.optimizer_s,
             forward_backward_s=self.counters.forward_backward_s,
-            peak_memory_bytes=max(self.counters.peak_memory_bytes, peak_memory()),
+            peak_memory_bytes=self._peak_memory(),
             finished=finished,
         )
 
@@ -187,10 +213,10 @@ class Training:
 
         One whose weights are not finite is not written: the run diverges at its next loss, from the one before, too.
         """
-        if not finite(self.model.state_dict()):
-            return
-        self.counters.peak_memory_bytes = max(self.counters.peak_memory_bytes, peak_memory())
-        save_checkpoint(path, self._state())
+        self.counters.peak_memory_bytes = self._peak_memory()
+        state = self._state()
+        if self.team.leads and finite(state["model"]):
+            save_checkpoint(path, state)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, with its number of CPU threads: sums depend on it.
@@ -198,41 +224,50 @@ class Training:
         Raises:
             CheckpointError: If it is damaged or of another run.
         """
-        state = load_checkpoint(path, keys=set(self._state()))
-        if state["run"] not in names_of(self.config):
-            raise CheckpointError(path, f"it is of the run {state['run']}, this is {run_hash(self.config)}")
-        try:
+        heavy: dict[str, Any] = {}  # of the first rank, which alone reads the file
+
+        def read() -> dict[str, Any]:
+            state = load_checkpoint(path, keys=_KEYS)
+            if state["run"] not in names_of(self.config):
+                raise CheckpointError(path, f"it is of the run {state['run']}, this is {run_hash(self.config)}")
+            with _fitting(path):
+                read_saved(state, self.order, steps=self.config.steps, batch_size=self.config.batch_size)
+                check_weights(state["model"], self.module)
+                check_optimizer(state, self.optimizer, self.scheduler, self._rate_factor)
+            heavy.update({name: state.pop(name) for name in ("model", "optimizer")})
+            return state
+
+        state = self.team.told(read)
+        with _fitting(path):
             saved = read_saved(state, self.order, steps=self.config.steps, batch_size=self.config.batch_size)
-            check_weights(state["model"], self.model)
-            check_optimizer(state, self.optimizer, self.scheduler, self._rate_factor)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            if self.team.layout is None:
+                self.module.load_state_dict(heavy["model"])
+                self.optimizer.load_state_dict(heavy["optimizer"])
+            else:
+                parted(self.model, self.optimizer, heavy)
             self.scheduler.load_state_dict(state["scheduler"])
             self.order.load_state_dict(state["order"])
             self.counters, self.losses = saved.counters, saved.losses
             self.diverged, self.last_evaluation, self.final = saved.diverged, saved.evaluation, saved.final
             torch.set_rng_state(state["random"])
             torch.set_num_threads(saved.threads)
-        except (
-            msgspec.ValidationError,
-            RuntimeError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            OverflowError,
-        ) as problem:
-            raise CheckpointError(path, f"its content does not fit the run: {problem}") from problem
 
     def _rate_factor(self, step: int) -> float:
         return rate_factor(step, steps=self.config.steps, schedule=self.config.schedule)
 
+    def _peak_memory(self) -> int:
+        return self.team.most(max(self.counters.peak_memory_bytes, peak_memory()))
+
     def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds; of other ranks than the first without weights and the optimizer's state."""
+        if self.team.layout is None:
+            heavy = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        else:
+            heavy = gathered(self.model, self.optimizer)
         evaluation, final = self.last_evaluation, self.final
         return {
+            **heavy,
             "run": run_hash(self.config),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "order": self.order.state_dict(),
             "random": torch.get_rng_state(),
@@ -243,6 +278,39 @@ class Training:
             "evaluation": None if evaluation is None else dataclasses.asdict(evaluation),
             "final": None if final is None else msgspec.structs.asdict(final),
         }
+
+
+_KEYS = {
+    "run",
+    "model",
+    "optimizer",
+    "scheduler",
+    "order",
+    "random",
+    "threads",
+    "counters",
+    "diverged",
+    "losses",
+    "evaluation",
+    "final",
+}
+
+
+@contextlib.contextmanager
+def _fitting(path: Path) -> Generator[None]:
+    """Around what takes the content of a checkpoint for what it should be."""
+    try:
+        yield
+    except (
+        msgspec.ValidationError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as problem:
+        raise CheckpointError(path, f"its content does not fit the run: {problem}") from problem
 
 
 __all__ = ["Interrupted", "Result", "RunMismatchError", "train_run"]
@@ -265,6 +333,7 @@ def train_run(
     keep_checkpoint: bool = False,
     diagnostics: bool = False,
     threads: int | None = None,
+    team: Team | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Result:
     """Bring a run to its end: return its stored result, or go on from its checkpoint, or start it.
@@ -279,7 +348,10 @@ def train_run(
             `SteepestDescent.diagnostics`; for methods of this library.
         threads: CPU threads; None for torch's present number. A run that goes on keeps the number it started with,
             because sums depend on it.
-        stop: Asked after every step; True saves a checkpoint and raises `Interrupted`.
+        team: Who trains it, and in how many micro-batches; None for this process alone. It is no part of what the run
+            is, as its losses are the same but for rounding: another team goes on with it. The first rank alone reads
+            and writes the directory.
+        stop: Asked after every step; True, on any rank, saves a checkpoint and raises `Interrupted` on all.
 
     Returns:
         The result, the same however often the run was interrupted, apart from times and memory.
@@ -290,44 +362,56 @@ def train_run(
         RunMismatchError: If the directory holds another run or is not ours, or data or code differ from the config.
         CheckpointError: If the checkpoint is damaged.
         RecordError: If another file of the run is damaged.
-        ValueError: If `checkpoint_every` or `threads` is below 1, a name in the config is unknown, or the optimizer
-            refuses an option.
+        ElsewhereError: If another rank failed before the first step.
+        ValueError: If `checkpoint_every` or `threads` is below 1, a name in the config is unknown, the optimizer
+            refuses an option, or the team cannot divide a batch.
         ModuleNotFoundError: If a package of the `lab` extra is missing.
     """
     for name, value in (("checkpoint_every", checkpoint_every), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
+    team = Team() if team is None else team
+    team.check_alike(f"the run {run_hash(config)} with {team.accumulate} micro-batches")
+    with contextlib.ExitStack() as held:
+        if (result := team.told(lambda: _claimed(config, run_dir, held))) is not None:
+            return result
+        task = team.together(lambda: load_task(config, data))
+        checkpoint = run_dir / "checkpoint.pt"
+        team.told(lambda: write_whole(run_dir / "config.json", config.to_json()))
+        with using_threads(threads), torch.random.fork_rng(devices=[]):
+            training = Training(config, task, team)
+            if resuming := team.told(lambda: exists(checkpoint)):
+                training.load(checkpoint)
+            team.told(lambda: _record_environment(run_dir, team, resuming=resuming))
+            result = _train(training, run_dir, checkpoint_every, stop, diagnostics=diagnostics)
+        if team.leads:
+            write_whole(run_dir / "result.json", result.to_json())
+            if not keep_checkpoint:
+                remove(checkpoint)
+        return result
+
+
+def _claimed(config: RunConfig, run_dir: Path, held: contextlib.ExitStack) -> Result | None:
+    """The result of a finished run, else None: the directory is then ours, and locked for as long as it is held."""
     if (problem := refusal(run_dir, "run")) is not None:
         raise RunMismatchError(problem)
     make_directory(run_dir)
     if (result := _stored_result(config, run_dir)) is not None:
         return result
-    with locked(run_dir):
-        if (result := _stored_result(config, run_dir)) is not None:  # finished while we came here
-            return result
-        if config.code != code_version():
-            problem = f"The run was configured for the code {one_line(config.code)}, this is {code_version()}."
-            raise RunMismatchError(f"{problem} Use that version, or make a new config in a new directory.")
-        task = load_task(config, data)
-        write_whole(run_dir / "config.json", config.to_json())
-        checkpoint = run_dir / "checkpoint.pt"
-        with using_threads(threads), torch.random.fork_rng(devices=[]):
-            training = Training(config, task)
-            if resuming := exists(checkpoint):
-                training.load(checkpoint)
-            _record_environment(run_dir, resuming=resuming)
-            result = _train(training, run_dir, checkpoint_every, stop, diagnostics=diagnostics)
-        write_whole(run_dir / "result.json", result.to_json())
-        if not keep_checkpoint:
-            remove(checkpoint)
+    held.enter_context(locked(run_dir))
+    if (result := _stored_result(config, run_dir)) is not None:  # finished while we came here
         return result
+    if config.code != code_version():
+        problem = f"The run was configured for the code {one_line(config.code)}, this is {code_version()}."
+        raise RunMismatchError(f"{problem} Use that version, or make a new config in a new directory.")
+    return None
 
 
 def _train(
     training: Training, run_dir: Path, checkpoint_every: int, stop: Callable[[], bool] | None, *, diagnostics: bool
 ) -> Result:
-    config = training.config
-    with Recorder(run_dir, step=training.step) as recorder:
+    config, team = training.config, training.team
+    with team.together(lambda: Recorder(run_dir if team.leads else None, step=training.step)) as recorder:
 
         def save() -> None:
             recorder.sync()  # rows first: a checkpoint without them could not be used
@@ -344,7 +428,7 @@ def _train(
             if training.ended:
                 training.conclude(recorder)
                 save()
-            elif stop is not None and stop():
+            elif team.any(stop is not None and stop()):
                 save()
                 message = f"Stopped after step {training.step} of {config.steps}, saved in {run_dir}."
                 raise Interrupted(f"{message} Repeat the command to go on.")
@@ -395,10 +479,10 @@ def using_threads(threads: int | None) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def _record_environment(run_dir: Path, *, resuming: bool) -> None:
+def _record_environment(run_dir: Path, team: Team, *, resuming: bool) -> None:
     """Record the machine: the first one, and each that took over. If the file is gone, this is the first one known."""
     path = run_dir / "environment.json"
-    content = describe_environment()
+    content = {**describe_environment(), **team.described()}
     if resuming and exists(path):
         remedy = "Delete this file and repeat the command: only the description of the machine is lost."
         content = _taken_over(parse_object(read_text(path, remedy=remedy), path, remedy=remedy), content)

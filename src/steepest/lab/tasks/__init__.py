@@ -27,6 +27,7 @@ class Entry:
         tokens: Whether an example holds many predictions, which records count as tokens.
         data: What `--data` takes; empty if the task has its own data only.
         methods: Those that race unless one says otherwise.
+        shared: Whether ranks can train on it together, and on an accelerator.
     """
 
     place: str
@@ -34,6 +35,7 @@ class Entry:
     tokens: bool = False
     data: str = ""
     methods: tuple[str, ...] = ("adamw", "muon", "muonadam")
+    shared: bool = False
 
     @property
     def counted(self) -> str:
@@ -42,11 +44,11 @@ class Entry:
 
 
 TASKS: dict[str, Entry] = {
-    "text": Entry("steepest.lab.tasks.text:TextTask", "sequences", True, "a file or folder", _WITH_TORCH),
+    "text": Entry("steepest.lab.tasks.text:TextTask", "sequences", True, "a file or folder", _WITH_TORCH, shared=True),
     "digits": Entry("steepest.lab.tasks.digits:DigitsTask", "images"),
     "quadratic": Entry("steepest.lab.tasks.quadratic:QuadraticTask"),
     "cifar10": Entry("steepest.lab.tasks.cifar10:Cifar10Task", "images", data="a folder"),
-    "fineweb": Entry("steepest.lab.tasks.fineweb:FinewebTask", "sequences", True, "a folder", _WITH_TORCH),
+    "fineweb": Entry("steepest.lab.tasks.fineweb:FinewebTask", "sequences", True, "a folder", _WITH_TORCH, shared=True),
 }
 
 

@@ -1,5 +1,6 @@
 """Sequences of which the next token is predicted: what all such tasks have in common, from windows of tokens on."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,14 @@ class Windows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, numbers: Tensor, /) -> Tensor: ...
+
+
+Share = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], list[Tensor]]
+
+
+def one_by_one(act: Callable[[Tensor], Tensor], pieces: Sequence[Tensor]) -> list[Tensor]:
+    """What comes of each piece."""
+    return [act(piece) for piece in pieces]
 
 
 class WindowTask:
@@ -88,13 +97,21 @@ class WindowTask:
         return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, part: Part, *, whole: bool) -> Evaluation:
-        """Mean cross-entropy over the windows of a part, the same for every run."""
+    def evaluate(self, model: nn.Module, part: Part, *, whole: bool, share: Share = one_by_one) -> Evaluation:
+        """Mean cross-entropy over the windows of a part, the same for every run.
+
+        Args:
+            model: Takes the inputs to where its parameters are.
+            part: Which.
+            whole: False: those of a curve only.
+            share: Who does which batches of them.
+        """
         batches = self.held_out.examples(part, whole=whole).split(self.evaluation_batch)
-        return evaluation(torch.cat([_losses(model, self.held_out_windows[batch].long()) for batch in batches]))
+        return evaluation(torch.cat(share(lambda batch: _losses(model, self.held_out_windows[batch].long()), batches)))
 
 
 def _losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean cross-entropy of each window (B, T + 1): (B,), nats per token."""
+    """Mean cross-entropy of each window (B, T + 1): (B,), nats per token, on the CPU; computed where the model is."""
+    windows = windows.to(next(model.parameters()).device)
     losses = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
-    return losses.view(len(windows), -1).mean(1)
+    return losses.view(len(windows), -1).mean(1).cpu()
