@@ -113,7 +113,9 @@ def test_distributed_checkpoints_do_not_depend_on_who_was_found_to_share(flat):
 def test_making_the_state_of_a_fresh_optimizer_is_no_step():
     model = network()
     optimizer = NewtonMuon(model, precondition=InputMoment(every=4))
-    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.state_dict()["state"] == {}  # to look at it makes none, or torch would take it for made
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert all("momentum_buffer" in saved["state"][name] for name, _ in model.named_parameters())
     assert optimizer.stages[0].steps == 0
 
 

@@ -709,10 +709,10 @@ class InputMoments(Stage):
         """Put what was seen since the last step into the state, for a checkpoint between two micro-batches."""
         self.watch.settle()
         for number, reader in enumerate(self.readers):
-            state, sums = states[reader.parameter], self.watch.sums(number)
+            sums = self.watch.sums(number)
             if sums is not None:
-                state[INPUT_SUM], state[INPUT_SUM_MASS] = sums
-            elif INPUT_SUM in state:
+                states[reader.parameter].update(dict(zip((INPUT_SUM, INPUT_SUM_MASS), sums, strict=True)))
+            elif INPUT_SUM in (state := states.get(reader.parameter, {})):  # an empty one would pass for made state
                 del state[INPUT_SUM], state[INPUT_SUM_MASS]
 
     def load(self, states: States, groups: Sequence[Mapping[str, Any]]) -> None:
