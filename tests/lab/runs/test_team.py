@@ -162,6 +162,7 @@ SHIFTS = {
     "muon": (ONE, DDP_PARTS),
     "muon-plain-wd": (FSDP, ONE),
     "newton-muon": (DDP_PARTS, FSDP),
+    "muonmax-momo": (FSDP, DDP_PARTS),
     "scion": (FSDP, DDP),
     "adam": (HSDP, ONE),
     "adamw": (ONE, FSDP),
