@@ -190,7 +190,7 @@ class SteepestDescent(Optimizer):
         self._rates = Rates()
         self._norms = Norms()
         self._decays = Decays()
-        self._warned_of_ball = False
+        self._warned_of_ball = self._built = False
         self._stages: list[Stage] = []
         self._schemas: dict[Tensor, tuple[PlanRow, str, Schema]] = {}
         self._members: list[list[Tensor]] = []  # of each group, when they were last looked at
@@ -206,6 +206,7 @@ class SteepestDescent(Optimizer):
         self._losses.watch([group["params"] for group in self.param_groups])
         self._attach(checked_stages(precondition, stages))
         self._rows = {parameter: replace(row, sites=()) for parameter, row in self._rows.items()}
+        self._built = True
         self._share()
 
     def _share(self) -> None:
@@ -322,6 +323,8 @@ class SteepestDescent(Optimizer):
             self._rates.add(group)
         self._rows.update(rows)
         self._losses.watch_more(list(rows))
+        if self._built:
+            self._share()
 
     def _check_together(self, groups: Sequence[Group]) -> None:
         """Refuse momenta that differ where they must not; warn, once, of a group whose lr · weight_decay is above 1."""
@@ -439,7 +442,9 @@ class SteepestDescent(Optimizer):
         try:
             self._prepare(ready, loss, returned)
         except Exception:
-            self._agree(ready, told=told, refused=True)  # else the others would wait
+            if self._agree(ready, told=told, refused=True):  # else the others would wait; they pass over the step
+                ready.admitted = False
+                self._passed(ready)
             raise
         self._agree(ready, told=told)
         if not ready.parameters:
@@ -480,12 +485,13 @@ class SteepestDescent(Optimizer):
         """Find out what this rank knows of a step before it is taken, and all that may be wrong with it."""
         self._settle()
         ready.present = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in self.param_groups]
-        moving = [(place, group) for place, (group, members) in enumerate(ready.present) if members]
+        alone = self._sharing.team.size == 1  # else others may have gradients of what has none here
+        moving = [(place, group) for place, (group, own) in enumerate(ready.present) if own or not alone]
         unread = check_numbers(moving)
         heard = ready.heard
         heard.loss = self._losses.hear(explicit, returned)
         ready.parameters = parameters = [parameter for _, members in ready.present for parameter in members]
-        if not parameters:
+        if not parameters and alone:
             heard.changed = self._losses.changed()
             return
         if not self._packing.fits(ready.present):
@@ -510,13 +516,16 @@ class SteepestDescent(Optimizer):
             [laid_out(gradient, p) if is_sharded(p) or is_sharded(gradient) else gradient for gradient, p in pairs]
         )
 
-    def _agree(self, ready: Ready, *, told: bool, refused: bool = False) -> None:
+    def _agree(self, ready: Ready, *, told: bool, refused: bool = False) -> bool:
         """Hear of the other ranks whether they can take the step, and share what all of them must know.
 
         Args:
             ready: Of this rank; what is shared is written to it.
             told: Whether it was told a loss.
             refused: Whether it has to raise an error.
+
+        Returns:
+            Whether there are other ranks that took part.
 
         Raises:
             ValueError: If ranks know different parameters, or only some have the gradient of one that is copied.
@@ -532,10 +541,11 @@ class SteepestDescent(Optimizer):
         else:
             everyone = team
             team.agreed_bytes = 0
-            if not self._sharing.alike:
-                self._sharing.check_alike(device)
+            self._sharing.check_alike(device)
         numbers = [heard.loss, heard.clipping, heard.witnessed, heard.changed]
         counts = [float(p.grad is not None) for p in self._parameters()] if self._sharing.counts(device) else []
+        known = self._sharing.fingerprint if counts else 0
+        counts += [known & 0xFFFF, known >> 16] if counts else []
         admitted = False if refused else ready.admitted
         told_here = heard.loss is not None
         fine, numbers, counted = decide(admitted, numbers, counts, device, everyone)
@@ -543,11 +553,15 @@ class SteepestDescent(Optimizer):
         if not told_here and device.type != "cpu":  # whether others were told one is not read
             heard.loss = None
         if refused:
-            return
+            return everyone.size > 1
         if counts and counted is not None:
-            self._complete(ready, counted.tolist())
+            *gradients, low, high = counted.tolist()
+            if [low, high] != [team.size * part for part in counts[-2:]]:
+                self._sharing.refuse_unlike()
+            self._complete(ready, gradients)
         if ready.parameters:
             ready.admitted = self._guard.follow(ready.admitted, fine, heard.loss)
+        return everyone.size > 1
 
     def _complete(self, ready: Ready, counts: Sequence[float]) -> None:
         """Take zeros for gradients that other ranks have: of experts that nothing was sent to here."""
@@ -885,7 +899,7 @@ class SteepestDescent(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
         own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps", "_norms", "_members", "_decays"]
-        own += ["_losses", "_combine", "_packing", "_sharing", "_rates", "_stages", "_warned_of_ball"]
+        own += ["_losses", "_combine", "_packing", "_sharing", "_rates", "_stages", "_warned_of_ball", "_built"]
         return {**super().__getstate__(), "_schemas": {}, **{name: getattr(self, name) for name in own}}
 
 

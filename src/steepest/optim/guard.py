@@ -60,6 +60,8 @@ class Guard:
         """
         named = [(name, part) for name, part in enumerate(local(gradients)) if part.numel()]
         own = [part for _, part in named]
+        if not gradients:
+            return bool(_finite(loss, torch.device("cpu"))) or self._refuse("the loss is not finite")
         device = own[0].device if own else gradients[0].device
         quick = device.type == "cpu" and bool(_finite(loss, device)) and _surely_finite(own)
         if quick:

@@ -4,6 +4,8 @@ Elementwise norms work on what a rank keeps. For the others a parameter has an o
 are whole matrices of the view; owners are chosen once, costliest first, and stay, as stages keep things with them.
 """
 
+import functools
+import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -66,6 +68,23 @@ def _alike(layout: Layout, row: PlanRow, entries: Sequence[Entry]) -> bool:
     )
 
 
+def _check_entries(row: PlanRow, stages: Sequence[Stage]) -> None:
+    """Refuse an entry of which ranks cannot know whether it is there."""
+    for stage in stages:
+        for entry in stage.entries(row):
+            if entry.travels and not entry.eager:
+                raise ValueError(
+                    f"{stage!r}: the entry {entry.key!r} of {row.name!r} comes when there is something to keep, and "
+                    "other ranks cannot know when. Make it eager; or give it travels=False, and see to it in refresh()."
+                )
+
+
+def _takes_company(norm: Norm) -> bool:
+    """Whether a norm wants to know what is worked on elsewhere; one of a user may not."""
+    taken = inspect.signature(norm.lmos).parameters.values()
+    return any(one.name == "company" or one.kind is one.VAR_KEYWORD for one in taken)
+
+
 def work_of(norm: Norm, row: PlanRow, box: Box) -> float:
     """Operations that the directions of a part of a parameter take.
 
@@ -124,7 +143,7 @@ class Sharing:
         self.summary = Summary()
         self._known: dict[Tensor, tuple[object, ...]] = {}
         self._flops: dict[tuple[Tensor, int], float] = {}
-        self.alike = False  # whether ranks were asked if they know the same parameters
+        self.alike = False  # whether ranks were ever asked if they know the same parameters
 
     @property
     def team(self) -> Team:
@@ -174,11 +193,13 @@ class Sharing:
             if row.parameter in routes or not shared or not row.parameter.numel() or completed(norm).elementwise:
                 continue
             layout = layouts[row.parameter]
+            if team.size > 1:
+                _check_entries(row, stages)
             for box, ranks in pieces(layout, row, stages).items():
                 frozen = not row.parameter.requires_grad
                 asked.setdefault((frozen, layout.members), []).append((row, box, work_of(norm, row, box), ranks))
-        # What all ranks keep comes first, so that they choose alike; then what only some of them know of. What is frozen
-        # is work for nobody, unless it thaws.
+        # What all ranks keep comes first, so that they choose alike; then what only some of them know of. What is
+        # frozen is work for nobody, unless it thaws.
         for (frozen, sharers), own in sorted(asked.items(), key=lambda item: (-len(item[0][1]), item[0][0])):
             costs = [cost for cost, _ in fixed] + [cost for _, _, cost, _ in own]
             among = [ranks for _, ranks in fixed] + [ranks for *_, ranks in own]
@@ -193,7 +214,7 @@ class Sharing:
                 fixed += [(cost, [rank]) for (_, _, cost, _), rank in zip(own, chosen, strict=True)]
         self.duties = Duties(team, layouts, routes, copies)
         self._known = keys
-        self.alike = team.size == 1
+        vars(self).pop("fingerprint", None)
         self._flops = {(p, rank): cost for (p, rank), cost in self._flops.items() if p in routes}
         flops = [0.0] * team.size
         for (_, rank), cost in self._flops.items():
@@ -226,6 +247,7 @@ class Sharing:
         group = self._group_of(row)
         return group is not None and team.size > 1
 
+    @functools.cached_property
     def fingerprint(self) -> int:
         """A number that is the same where ranks know the same parameters in the same order."""
         known = [
@@ -235,7 +257,7 @@ class Sharing:
         return zlib.crc32(repr(known).encode())
 
     def check_alike(self, device: torch.device) -> None:
-        """Ask once whether all ranks know the same parameters; all of them take part.
+        """Ask at the first step whether all ranks know the same parameters; all of them take part.
 
         Args:
             device: On which they exchange numbers.
@@ -243,15 +265,24 @@ class Sharing:
         Raises:
             ValueError: If not, on all ranks.
         """
-        (found,) = unanimous([self.fingerprint()], exchange_device(device, self.team), self.team)
-        if found is None:
-            shapes = [tuple(layout.shape) for layout in self.duties.layouts.values()]
-            raise ValueError(
-                f"The {self.team.size} ranks of this optimizer do not know the same parameters in the same order; this "
-                f"one has {len(shapes)}, the first of shape {shapes[0]}. Build the model and the optimizer alike on "
-                "all ranks that share its parameters, and one optimizer for each stage of a pipeline."
-            )
-        self.alike = True
+        if not self.alike:
+            (found,) = unanimous([self.fingerprint], exchange_device(device, self.team), self.team)
+            self.alike = True
+            if found is None:
+                self.refuse_unlike()
+
+    def refuse_unlike(self) -> None:
+        """Say that ranks do not know the same parameters.
+
+        Raises:
+            ValueError: Always.
+        """
+        shapes = [tuple(layout.shape) for layout in self.duties.layouts.values()]
+        raise ValueError(
+            f"The {self.team.size} ranks of this optimizer do not know the same parameters in the same order; this "
+            f"one has {len(shapes)}, the first of shape {shapes[0]}. Build the model and the optimizer alike on all "
+            "ranks that share its parameters, and one optimizer for each stage of a pipeline."
+        )
 
     def counts(self, device: torch.device) -> bool:
         """Whether ranks must tell each other which parameters have a gradient.
@@ -357,7 +388,8 @@ class Portion:
         if not any(shared):
             self._number(list(load.parameters), [None] * len(load.parameters))
             return
-        self.company = [(len(bucket.parameters) * b, m, n) for bucket in load.buckets for b, m, n in bucket.blocks]
+        if _takes_company(completed(norm)):
+            self.company = [(len(bucket.parameters) * b, m, n) for bucket in load.buckets for b, m, n in bucket.blocks]
         boxes: list[Box | None] = []
         views: list[View | None] = []
         for parameter, own in zip(load.parameters, shared, strict=True):
