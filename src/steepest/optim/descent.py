@@ -87,6 +87,7 @@ class Ready:
         gradients: What this rank has of each.
         heard: Of the loss.
         admitted: Whether everything is finite; 0-d where that is not read.
+        rests: Whether the step changes no weight, as all ranks say; None: nobody asked.
     """
 
     present: list[tuple[Group, list[Tensor]]] = field(default_factory=list[tuple[Group, list[Tensor]]])
@@ -94,6 +95,17 @@ class Ready:
     gradients: list[Tensor] = field(default_factory=list[Tensor])
     heard: Heard = field(default_factory=Heard)
     admitted: bool | Tensor = True
+    rests: bool | None = None
+
+    def idle(self, still: bool) -> bool:
+        """Whether the step changes no weight, as when torch's distributed checkpoints take one to make the state.
+
+        Args:
+            still: Whether all learning rates are zero.
+        """
+        if self.rests is not None:
+            return self.rests
+        return still and not any(gradient.any() for gradient in self.gradients)
 
 
 class SteepestDescent(Optimizer):
@@ -420,7 +432,7 @@ class SteepestDescent(Optimizer):
     def step(self, closure: Callable[[], float], *, loss: Loss | None = None) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, *, loss: Loss | None = None) -> float | None:
-        """Take one step. Parameters without a gradient are left alone; gradients are not written to.
+        """Take one step. Parameters without a gradient, on all ranks, are left alone; gradients are not written to.
 
         Args:
             closure: Computes the loss and its gradients, and returns the loss.
@@ -463,7 +475,7 @@ class SteepestDescent(Optimizer):
 
     def _passed(self, ready: Ready) -> None:
         for stage in self._stages:
-            stage.passed(skipped=ready.admitted is False, idle=partial(self._idle, ready.gradients))
+            stage.passed(skipped=ready.admitted is False, idle=lambda: ready.idle(self._still))
         self._losses.stepped()
 
     def _take(self, ready: Ready, accept: Tensor | None) -> None:
@@ -499,7 +511,7 @@ class SteepestDescent(Optimizer):
             self._share()
         names = partial(self._names_of, parameters)
         ready.gradients = self._local_gradients(parameters, names)
-        self._losses.check_told(heard.loss, partial(self._idle, ready.gradients))
+        self._losses.check_told(heard.loss, lambda: ready.idle(self._still))
         self._check_together([group for _, group in moving])
         self._check_states(ready.present)
         heard.lower_bound = self._losses.bound(heard.loss)
@@ -543,9 +555,11 @@ class SteepestDescent(Optimizer):
             team.agreed_bytes = 0
             self._sharing.check_alike(device)
         numbers = [heard.loss, heard.clipping, heard.witnessed, heard.changed]
-        counts = [float(p.grad is not None) for p in self._parameters()] if self._sharing.counts(device) else []
-        known = self._sharing.fingerprint if counts else 0
-        counts += [known & 0xFFFF, known >> 16] if counts else []
+        counts: list[float] = []
+        if self._sharing.counts(device, still=self._still):
+            known = self._sharing.fingerprint
+            counts = [float(p.grad is not None) for p in self._parameters()]
+            counts += [known & 0xFFFF, known >> 16, float(not ready.idle(self._still))]
         admitted = False if refused else ready.admitted
         told_here = heard.loss is not None
         fine, numbers, counted = decide(admitted, numbers, counts, device, everyone)
@@ -555,9 +569,10 @@ class SteepestDescent(Optimizer):
         if refused:
             return everyone.size > 1
         if counts and counted is not None:
-            *gradients, low, high = counted.tolist()
-            if [low, high] != [team.size * part for part in counts[-2:]]:
+            *gradients, low, high, busy = counted.tolist()
+            if [low, high] != [team.size * part for part in counts[-3:-1]]:
                 self._sharing.refuse_unlike()
+            ready.rests = not busy
             self._complete(ready, gradients)
         if ready.parameters:
             ready.admitted = self._guard.follow(ready.admitted, fine, heard.loss)
@@ -717,9 +732,10 @@ class SteepestDescent(Optimizer):
             stage.cleared()
         super().zero_grad(set_to_none)
 
-    def _idle(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether the step changes no weight, as when torch's distributed checkpoints take one to make the state."""
-        return all(float(group["lr"]) == 0 for group in self.param_groups) and not any(g.any() for g in gradients)
+    @property
+    def _still(self) -> bool:
+        """Whether all learning rates are zero."""
+        return all(float(group["lr"]) == 0 for group in self.param_groups)
 
     def diagnostics(self, *, weights: bool = False) -> dict[str, float]:
         """Scalars of the last step; reading them waits for the device.

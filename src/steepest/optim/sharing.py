@@ -184,7 +184,8 @@ class Sharing:
             for row, _, _ in members
         }
         routes = {p: old.routes[p] for p in keys if p in old.routes and self._known.get(p) == keys[p]}
-        fixed = [(self._flops.get((p, r.owner), 0.0), [r.owner]) for p, own in routes.items() for r in own]
+        wide = [(p, r) for p, own in routes.items() if len(layouts[p].members) == team.size for r in own]
+        fixed = [(self._flops.get((p, route.owner), 0.0), [route.owner]) for p, route in wide]
         asked: dict[tuple[bool, tuple[int, ...]], list[tuple[PlanRow, Box, float, list[int]]]] = {}
         for row, norm, stages in members:
             shared = is_sharded(row.parameter) or row.parameter in copies
@@ -215,7 +216,8 @@ class Sharing:
         self.duties = Duties(team, layouts, routes, copies)
         self._known = keys
         vars(self).pop("fingerprint", None)
-        self._flops = {(p, rank): cost for (p, rank), cost in self._flops.items() if p in routes}
+        current = {(p, route.owner) for p, own in routes.items() for route in own}
+        self._flops = {key: cost for key, cost in self._flops.items() if key in current}
         flops = [0.0] * team.size
         for (_, rank), cost in self._flops.items():
             flops[rank] += cost
@@ -284,21 +286,22 @@ class Sharing:
             "ranks that share its parameters, and one optimizer for each stage of a pipeline."
         )
 
-    def counts(self, device: torch.device) -> bool:
-        """Whether ranks must tell each other which parameters have a gradient.
+    def counts(self, device: torch.device, *, still: bool) -> bool:
+        """Whether ranks must tell each other which parameters have a gradient, and whether one is not zero.
 
         On an accelerator that would mean to wait for it, which is done only where parts are worked on apart, as
         experts are: elsewhere all ranks have the same.
 
         Args:
             device: Of the parameters.
+            still: Whether all learning rates are zero: then the step may be one that only makes the state.
         """
         if self.team.size == 1:
             return False
-        return device.type == "cpu" or any(len(routes) > 1 for routes in self.duties.routes.values())
+        return still or device.type == "cpu" or any(len(routes) > 1 for routes in self.duties.routes.values())
 
     def check_counts(self, rows: Sequence[PlanRow], counts: Sequence[float]) -> None:
-        """Refuse a gradient that only some have of those who keep copies, which would part.
+        """Refuse a gradient that only some have of those who keep copies of the same part, which would part.
 
         Args:
             rows: Of all parameters.
@@ -308,11 +311,13 @@ class Sharing:
             ValueError: If so.
         """
         for row, count in zip(rows, counts, strict=True):
-            if row.parameter in self.duties.copies and 0 < count < self.team.size:
+            keepers = self.duties.layouts[row.parameter].distinct.values()
+            copies = min(map(len, keepers), default=1) if self.duties.shares(row.parameter) else 1
+            if count % copies:
                 raise ValueError(
                     f"{row.name!r} of shape {tuple(row.shape)} has a gradient on {count:g} of the {self.team.size} "
-                    "ranks that keep copies of it. Let DistributedDataParallel average gradients, with "
-                    "find_unused_parameters=True where some ranks do not use all layers, or give zeros."
+                    f"ranks, but each part of it has copies on {copies}. Let DistributedDataParallel or FSDP average "
+                    "gradients, with find_unused_parameters=True where some ranks do not use all layers, or give zeros."
                 )
 
     def note(self, portions: Sequence["Portion"], before: int) -> None:
@@ -536,7 +541,8 @@ class Portion:
         if self._aside is None:
             return [states[place] for place in self._places]
         parts = local([states[place][key] for place, key in self._asides])
-        found: dict[int, dict[str, Tensor]] = {place: dict(states[place]) for place in self._places}
+        travelling = {place for place, _ in self._asides}
+        found = {place: dict(states[place]) if place in travelling else states[place] for place in self._places}
         for (place, key), whole, part in zip(self._asides, self._aside.gather(parts).wait(), parts, strict=True):
             if whole is not None:
                 found[place][key] = whole.clone() if whole is part else whole
@@ -552,6 +558,9 @@ class Portion:
         if self._aside is None:
             return
         mine = dict(zip(self._places, changed, strict=True))
+        for place, own in mine.items():  # what does not travel may have been put there anew
+            if own is not states[place]:
+                states[place].update({key: value for key, value in own.items() if key not in self._keys})
         routes = self._aside.routes
         given = [
             mine[place][key] if route.owner == self.team.own else None

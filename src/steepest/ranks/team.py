@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steepest.ranks.boxes import Layout, boxes, full, is_sharded, local, sizes, volume
 
-_GROUPS: dict[tuple[int, ...], Any] = {}  # made here, by their ranks: making one is an exchange
+_GROUPS: dict[tuple[int, ...], tuple[Any, Any]] = {}  # made here, by their ranks, of which default group: an exchange
 
 
 class Team:
@@ -61,10 +61,10 @@ class Team:
             return cls(torch.distributed.group.WORLD)
         if not any(ranks == everyone for ranks, _ in known):  # others know of ranks that this one does not
             return cls(torch.distributed.group.WORLD)
-        key = tuple(sorted(everyone))
-        if key not in _GROUPS:
-            _GROUPS[key] = torch.distributed.new_group(list(key), use_local_synchronization=True)
-        return cls(_GROUPS[key])
+        key, world = tuple(sorted(everyone)), torch.distributed.group.WORLD
+        if key not in _GROUPS or _GROUPS[key][0] is not world:
+            _GROUPS[key] = world, torch.distributed.new_group(list(key), use_local_synchronization=True)
+        return cls(_GROUPS[key][1])
 
     def check_device(self, name: str, parameter: Tensor) -> None:
         """Refuse a parameter on a device for which the group has no backend.
