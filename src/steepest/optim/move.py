@@ -165,15 +165,17 @@ class Move:
         moments = (None,) * work.batches if second is None else work.matrices(second)
         batches = followed = work.matrices(cast(list[Tensor], averages))
         del averages, coming  # they are in the batches
-        for stage in self._stages:
-            followed = stage.before(work, followed)
         self._radius = self._ball() if count is None and not adapts else 1.0
-        company = {} if self.portion.company is None else {"company": self.portion.company}
-        found = tuple(self.norm.lmos(followed, moments, memory_cap=self._cap, radius=self._radius, **company))
+        found: tuple[Tensor, ...] = ()
+        if batches:  # a rank may have nothing to work on
+            for stage in self._stages:
+                followed = stage.before(work, followed)
+            company = {} if self.portion.company is None else {"company": self.portion.company}
+            found = tuple(self.norm.lmos(followed, moments, memory_cap=self._cap, radius=self._radius, **company))
         self._sample = self._record.sample(self.group["role"], self.norm, found, self._radius)
         if self._stages:
             states = self.portion.states(self._states)
-            for stage in reversed(self._stages):
+            for stage in reversed(self._stages) if found else ():
                 found = stage.after(work, found, states, self._accept)
             self.portion.keep(self._states, states)
         aim = Aim(found, None, None)
@@ -404,7 +406,8 @@ class Move:
         for stage in self._stages:
             if stage.changes_gradients:
                 wholes = cast(list[Tensor], self.portion.gather(gradients).wait())
-                pending = self.portion.scatter(stage.gradient(self.work, wholes), gradients)
+                wholes = stage.gradient(self.work, wholes) if wholes else []
+                pending = self.portion.scatter(wholes, gradients)
                 gradients = cast(list[Tensor], pending.wait())
         self._taken = gradients
         return gradients

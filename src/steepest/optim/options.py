@@ -109,8 +109,6 @@ _PART = number(high=1.0)
 check_betas = pair(_PART, "two numbers in [0, 1)")
 
 
-# Options of the optimizers that are numbers and flags. Those of norms, step sizes and preconditioning are checked by
-# the objects that have them.
 def check_group_of_ranks(name: str, value: object) -> Any:
     """A process group, or None.
 
@@ -125,16 +123,18 @@ def check_group_of_ranks(name: str, value: object) -> Any:
 
 
 def check_wire(name: str, value: object) -> torch.dtype | None:
-    """A type of real floating point, or None.
+    """A type of real floating point with the range of float32, or None.
 
     Raises:
         TypeError: If it is something else.
     """
     if value is None or (isinstance(value, torch.dtype) and value in (torch.bfloat16, torch.float32, torch.float64)):
         return value
-    raise TypeError(refusal(name, "a floating-point type such as torch.bfloat16, or None", value))
+    raise TypeError(refusal(name, "torch.bfloat16, torch.float32, torch.float64 or None", value))
 
 
+# Options of the optimizers that are numbers, flags and of ranks. Those of norms, step sizes and preconditioning are
+# checked by the objects that have them.
 OPTIONS: Mapping[str, Check] = {
     "process_group": check_group_of_ranks,
     "exchange_dtype": check_wire,

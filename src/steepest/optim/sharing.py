@@ -108,7 +108,8 @@ class Summary:
         owners: Of each parameter's name, the ranks that work on it, places in the team; None: each on what it keeps.
         flops: Operations that each rank's directions take in a step, as far as this one knows: of parameters that only
             a part of the ranks shares, those of its own part.
-        sent_bytes: By this rank, in the last step: averages to their owners, and directions back.
+        sent_bytes: By this rank, in the last step that was taken: averages to their owners, and directions back; what
+            stages exchange when they refresh is not counted.
         agreed_bytes: Payload of what this rank summed with others in the last step.
         orthogonalised: How many matrices this rank found directions of in the last step, elementwise norms not counted.
     """
@@ -143,6 +144,7 @@ class Sharing:
         self.summary = Summary()
         self._known: dict[Tensor, tuple[object, ...]] = {}
         self._flops: dict[tuple[Tensor, int], float] = {}
+        self._names: list[str] = []
         self.alike = False  # whether ranks were ever asked if they know the same parameters
 
     @property
@@ -222,6 +224,7 @@ class Sharing:
         for (_, rank), cost in self._flops.items():
             flops[rank] += cost
         names = {row.parameter: row.name for row, _, _ in members}
+        self._names = list(names.values())
         owners = {name: tuple(route.owner for route in routes[p]) if p in routes else None for p, name in names.items()}
         self.summary = Summary(team.size, owners, tuple(flops))
         return True
@@ -253,8 +256,15 @@ class Sharing:
     def fingerprint(self) -> int:
         """A number that is the same where ranks know the same parameters in the same order."""
         known = [
-            (layout.shape, len(layout.members), self.duties.routes.get(p) if self.duties.everyone(p) else None)
-            for p, layout in self.duties.layouts.items()
+            (
+                layout.shape,
+                p.dtype,
+                len(layout.members),
+                name if self.duties.shares(p) else None,
+                str(self._known[p][3]),
+            )
+            + ((self.duties.routes.get(p),) if self.duties.everyone(p) else ())
+            for (p, layout), name in zip(self.duties.layouts.items(), self._names, strict=True)
         ]
         return zlib.crc32(repr(known).encode())
 
@@ -313,7 +323,7 @@ class Sharing:
         for row, count in zip(rows, counts, strict=True):
             keepers = self.duties.layouts[row.parameter].distinct.values()
             copies = min(map(len, keepers), default=1) if self.duties.shares(row.parameter) else 1
-            if count % copies:
+            if row.parameter.numel() and count % copies:
                 raise ValueError(
                     f"{row.name!r} of shape {tuple(row.shape)} has a gradient on {count:g} of the {self.team.size} "
                     f"ranks, but each part of it has copies on {copies}. Let DistributedDataParallel or FSDP average "

@@ -12,6 +12,16 @@ from steepest.ranks.boxes import Layout, boxes, full, is_sharded, local, sizes, 
 _GROUPS: dict[tuple[int, ...], tuple[Any, Any]] = {}  # made here, by their ranks, of which default group: an exchange
 
 
+def _world() -> set[int]:
+    return set(range(torch.distributed.get_world_size()))
+
+
+def _root_ranks(mesh: Any) -> set[int]:
+    """Ranks of the mesh that a mesh was cut out of; all, where this build of torch does not tell."""
+    root = getattr(mesh, "_get_root_mesh", None)
+    return _world() if root is None else set(root().mesh.flatten().tolist())
+
+
 class Team:
     """Ranks that keep parts or copies of the same parameters; a process alone is a team of one, which never exchanges.
 
@@ -22,7 +32,7 @@ class Team:
         group: The process group.
         ranks: Numbers of its ranks in the default group.
         own: This process' place among them.
-        agreed_bytes: Payload of this rank's sums since `restart`.
+        agreed_bytes: Payload of this rank's sums since somebody set it to zero.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -57,9 +67,10 @@ class Team:
         for ranks, group in known:
             if ranks == everyone and group is not None:
                 return cls(group)
-        if len(everyone) == torch.distributed.get_world_size():
-            return cls(torch.distributed.group.WORLD)
         if not any(ranks == everyone for ranks, _ in known):  # others know of ranks that this one does not
+            roots = [_root_ranks(mesh) for mesh in meshes]
+            everyone = min((ranks for ranks in roots if ranks >= everyone), key=len, default=_world())
+        if everyone == _world():
             return cls(torch.distributed.group.WORLD)
         key, world = tuple(sorted(everyone)), torch.distributed.group.WORLD
         if key not in _GROUPS or _GROUPS[key][0] is not world:
@@ -160,7 +171,7 @@ class Team:
 
         return finish
 
-    def sum_to(self, owners: Sequence[int], tensors: Sequence[Tensor]) -> tuple[list[Tensor | None], int]:
+    def sum_to(self, owners: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """Sums over ranks, each for one of them: one exchange per rank that gets something.
 
         Args:
@@ -168,12 +179,11 @@ class Team:
             tensors: The same shapes, type and device on every rank.
 
         Returns:
-            The sums that this rank gets, None for others; and the bytes that this rank sent.
+            The sums that this rank gets, None for others.
         """
         if self.size == 1:
-            return list(tensors), 0
+            return list(tensors)
         found: list[Tensor | None] = [None] * len(tensors)
-        sent = 0
         for owner in sorted(set(owners)):
             places = [place for place, one in enumerate(owners) if one == owner]
             packed = torch.cat([tensors[place].reshape(-1) for place in places])
@@ -182,9 +192,7 @@ class Team:
                 parts = packed.split([tensors[place].numel() for place in places])
                 for place, part in zip(places, parts, strict=True):
                     found[place] = part.view(tensors[place].shape)
-            else:
-                sent += packed.numel() * packed.element_size()
-        return found, sent
+        return found
 
     def every(self, flag: bool | Tensor, device: torch.device) -> bool | Tensor:
         """Whether a flag is set on all ranks.

@@ -97,8 +97,8 @@ class Applied:
 
 
 def _any(gradient: Any) -> bool:
-    """Whether something of what this rank has of a gradient is not zero."""
-    return bool(local([gradient])[0].any())
+    """Whether something of what this rank has of a gradient is not zero; it may have none that others have."""
+    return gradient is not None and bool(local([gradient])[0].any())
 
 
 class MissingInputsError(RuntimeError):
@@ -304,7 +304,7 @@ class InputMoments(Stage):
         """
         self._revive(states)
         self._sum_up(states, present, accept)
-        self._applied = self.powers(states)
+        self._applied = self.powers()
 
     def _sum_up(self, states: States, present: Sequence[Tensor], accept: Tensor | None) -> None:
         for reader in self.readers:  # left there by a checkpoint since the last step
@@ -517,7 +517,7 @@ class InputMoments(Stage):
             by_kind.setdefault(totals[place].dtype, []).append(place)
         for places in by_kind.values():
             owners = [duties.owner(self.readers[due[place]].parameter) for place in places]
-            sums, _ = team.sum_to(owners, [totals[place] for place in places])
+            sums = team.sum_to(owners, [totals[place] for place in places])
             for place, total in zip(places, sums, strict=True):
                 whole[place] = total
         return whole, found[: len(due)], lacking.tolist()
@@ -603,14 +603,9 @@ class InputMoments(Stage):
         self.counts["input_ridge_raised"] += outcome.raised
         self.counts["input_kept_powers"] += outcome.kept
 
-    def powers(self, states: States) -> Applied | None:
-        """What this step multiplies with; None while there is nothing, or the blend is zero.
-
-        Args:
-            states: Of the parameters.
-        """
+    def powers(self) -> Applied | None:
+        """What this step multiplies with; None while there is nothing, or the blend is zero."""
         blend = self.options.blend_at(self.steps)
-        del states
         powers = {
             id(reader.parameter): (reader, self._powers[leader])
             for number, (reader, leader) in enumerate(zip(self.readers, self._leaders, strict=True))
