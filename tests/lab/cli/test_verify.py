@@ -123,12 +123,13 @@ def test_shards_of_tensor_parallel_layers_are_one_process(capfd):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_models")
-def test_a_function_may_divide_its_experts(capfd):
-    words = ("--model", "brought_models:experts", "--mesh", "ep=2", "--float64", "--steps", "4")
+@pytest.mark.parametrize("mesh", ["ep=2", "fsdp=2,ep=2"])
+def test_a_function_may_divide_its_experts(capfd, mesh):
+    words = ("--model", "brought_models:experts", "--mesh", mesh, "--float64", "--steps", "4")
     code, out, err = run(capfd, "verify", *words)
     assert code == 0
     assert "imported" in err  # what the user's code prints is no part of the result
-    assert out.splitlines()[0].strip() == "muon, ep=2: 4 steps"
+    assert out.splitlines()[0].strip() == f"muon, {mesh}: 4 steps"
     assert float(re.search(r"Largest deviation (\S+) of", out)[1]) < 1e-12
 
 
@@ -220,7 +221,7 @@ def test_the_rank_that_failed_is_named_and_the_others_are_ended(main, timeout_s,
         (["--mesh", "ddp=2,tp=2"], "ddp copies plain parameters and stands alone; write fsdp beside tp and ep"),
         (["--mesh", "fsdp=1"], "--mesh fsdp=1 makes 1; it takes 2 to 64 ranks"),
         (["--mesh", "hsdp=64x64"], "makes 4096; it takes 2 to 64 ranks, each a process here"),
-        (["--mesh", "ep=2,tp=2"], "take ep or tp, each alone or with fsdp or hsdp"),
+        (["--mesh", "ep=2,tp=2"], "ep stands alone or with fsdp"),
         (["--mesh", "ep=2"], "the small transformer has no experts. Give a --model that has."),
         (["--method", "adamw"], "--method: 'adamw' is not a method of this library; try muon or adam."),
         (["--method", "moun"], "Unknown method 'moun': did you mean 'muon'?"),

@@ -37,9 +37,9 @@ class Verify(Command, OnThreads, AsJson):
       steepest verify --mesh hsdp=2x2 --model mypackage.models:example --float64
     """
 
-    mesh: Annotated[str, Arg("ranks: ddp=4, fsdp=4, or hsdp=2x2 (replicas x shards), with tp=2 or ep=2", "AXIS=N")] = (
-        "fsdp=2"
-    )
+    mesh: Annotated[
+        str, Arg("ranks: ddp=4, fsdp=4, or hsdp=2x2 (replicas x shards), with tp=2; fsdp=2 with ep=2", "AXIS=N")
+    ] = "fsdp=2"
     model: Annotated[str | None, Arg("package.module:function; default: a small transformer", "WHERE")] = None
     method: Annotated[str, Arg("a method of this library")] = "muon"
     set: Annotated[tuple[Assigned, ...], Arg("change an option", "OPTION=VALUE", "repeated")] = ()

@@ -111,8 +111,8 @@ def read_layout(text: str) -> Layout:
         raise ValueError(f"--mesh {text}: take one of {' and '.join(kinds)}; hsdp=2x4 is 2 replicas of 4 shards.")
     if "ddp" in found and len(found) > 1:
         raise ValueError(f"--mesh {text}: ddp copies plain parameters and stands alone; write fsdp beside tp and ep.")
-    if {"ep", "tp"} <= found:
-        raise ValueError(f"--mesh {text}: take ep or tp, each alone or with fsdp or hsdp.")
+    if "ep" in found and found - {"ep", "fsdp"}:
+        raise ValueError(f"--mesh {text}: ep stands alone or with fsdp.")
     order = dict.fromkeys(itertools.chain.from_iterable(AXES.values()))
     layout = Layout({axis: sizes[axis] for axis in order if axis in sizes})
     if not 2 <= layout.ranks <= MOST:
@@ -257,7 +257,8 @@ def verify(job: Job) -> Verified:
                 f"--model must make the same in every process: draw from torch's generator, which --seed has set, or "
                 "from one that it seeds itself."
             )
-    return Verified(alone, ranks)
+    work = sum(one.flops for one in ranks)  # which the process alone has done, too
+    return Verified(msgspec.structs.replace(alone, flops=work), ranks)
 
 
 # --- processes
@@ -460,8 +461,19 @@ def _laid_out(job: Job, example: Brought, mesh: Any) -> nn.Module:
         return model
     outer = tuple(axis for axis in axes if axis != "tp")
     data = mesh[outer[0] if len(outer) == 1 else outer]
-    experts = {p for p in model.parameters() if "ep" in axes and is_sharded(p)}
     units = [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
+    experts: set[nn.Parameter] = set()
+    for name, module in model.named_modules() if "ep" in axes else ():
+        own = [*module.parameters(recurse=False)]
+        divided = [parameter for parameter in own if is_sharded(parameter)]
+        if divided and "shard" in axes:  # along which ranks keep shards of the same experts
+            if len(divided) < len(own):
+                raise UsageError(
+                    f"--mesh with ep and fsdp: {name!r} holds experts and plain parameters, which are sharded over "
+                    "other ranks than these. Give the experts a module of their own, or leave fsdp out."
+                )
+            fully_shard(module, mesh=mesh["shard"])
+        experts |= set() if "shard" in axes else {*divided}
     for unit in (*units, model):
         fully_shard(unit, mesh=data, ignored_params=experts)
     return model
