@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -12,6 +14,8 @@ from torch import nn
 from steepest import Muon, MuonMax, Norm, Spectral, SteepestDescent, polar
 from steepest.batch_size import frank_wolfe_gap
 from steepest.optim.ball import largest_singular_values
+from steepest.ranks import laid_out
+from tests.processes import join_ranks, leave_ranks
 
 
 def matrix(m, n, seed=0):
@@ -131,3 +135,45 @@ def test_a_users_norm_of_polar_factors_has_all_that_the_spectral_norm_has():
     torch.testing.assert_close(weight, expected)
     assert numbers == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     assert {"matrix/orthogonality_error", "weights/params[0]/ball_radius"} <= numbers.keys()
+
+
+def layers():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 5, bias=False), nn.Linear(5, 1, bias=False)).double()
+
+
+def looked_at(model):
+    optimizer = Muon(model, 0.1, weight_decay=0.5, polar="svd")
+    for seed in (1, 2):
+        for parameter in model.parameters():
+            generator = torch.Generator().manual_seed(seed)
+            parameter.grad = laid_out(torch.randn(parameter.shape, generator=generator).double(), parameter)
+        optimizer.step()
+    return {name: value for name, value in optimizer.diagnostics(weights=True).items() if name.startswith("weights/")}
+
+
+def ball_main(rank, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    join_ranks(rank, 4, folder)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    both, copied = layers(), layers()
+    parallelize_module(both, mesh["inner"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(both, mesh=mesh["outer"])
+    fully_shard(copied, mesh=mesh)
+    assert both[2].weight.device_mesh != both[1].weight.device_mesh  # one of them is not divided twice
+    torch.save([looked_at(both), looked_at(copied)], f"{folder}/{rank}.pt")
+    leave_ranks()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
+def test_each_rank_that_keeps_parts_of_weights_has_the_numbers_of_the_whole(tmp_path):
+    mp.spawn(ball_main, args=(str(tmp_path),), nprocs=4)
+    expected = looked_at(layers())
+    assert len(expected) == 6
+    for rank in range(4):
+        for found in torch.load(tmp_path / f"{rank}.pt", weights_only=True):
+            assert found == pytest.approx(expected, rel=1e-9)

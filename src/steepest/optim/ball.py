@@ -19,6 +19,7 @@ from steepest.linalg import polar
 from steepest.optim.decay import Decay
 from steepest.optim.momentum import debias
 from steepest.optim.state import MOMENTUM, STEP
+from steepest.ranks import whole
 
 ITERATIONS = 32
 STARTS = 4  # vectors; one alone may be all but orthogonal to the singular vector that is looked for
@@ -67,6 +68,9 @@ def weight_numbers(
 ) -> dict[str, float]:
     """Spectral norms, radii and Frank-Wolfe gaps, as `SteepestDescent.diagnostics(weights=True)` says.
 
+    Sharded weights and averages are put together one after the other: all ranks that keep a part must call it together,
+    and each has the numbers of all.
+
     Args:
         groups: All, their norms, and what decays their weights; None where directions are not of norm one.
         rows: Of the plan.
@@ -79,11 +83,11 @@ def weight_numbers(
             if not parameter.numel():
                 continue
             bucket = Bucket((parameter,), rows[parameter].view)
-            weights = bucket.matrices([parameter.detach()])
-            scales = [norm.polar_scale(*w.shape[-2:]) for w in weights]
+            scales = [norm.polar_scale(m, n) for _, m, n in bucket.blocks]
             lengths = [norm.overshoot(parameter) * scale for scale in scales if scale is not None]
             if len(lengths) < len(scales):
                 break
+            weights = bucket.matrices([whole(parameter.detach())])
             prefix = f"weights/{rows[parameter].name}"
             numbers[f"{prefix}/spectral_norm"] = max(float(largest_singular_values(w).max()) for w in weights)
             rate = group["weight_decay"]
@@ -92,7 +96,7 @@ def weight_numbers(
                 numbers[f"{prefix}/ball_radius"] = max(lengths) * radius
             if decay and (radius is not None or not rate) and (state := states.get(parameter)) and int(state[STEP]):
                 mass = debias(group["momentum"], state[STEP].to(state[MOMENTUM].dtype))
-                averages = bucket.matrices([state[MOMENTUM] / torch.where(mass == 0, 1.0, mass)])
+                averages = bucket.matrices([whole(state[MOMENTUM]) / torch.where(mass == 0, 1.0, mass)])
                 pulls = [1 / (length * radius) if radius else 0.0 for length in lengths]
                 gaps = [_gap(m, w, pull) for m, w, pull in zip(averages, weights, pulls, strict=True)]
                 numbers[f"{prefix}/frank_wolfe_gap"] = sum(gaps)

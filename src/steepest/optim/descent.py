@@ -743,7 +743,8 @@ class SteepestDescent(Optimizer):
         Args:
             weights: Add, for each parameter NAME of a group in the spectral norm: "weights/NAME/spectral_norm", by
                 power iteration; and for constrained descent "ball_radius", within which weight decay keeps it, and
-                "frank_wolfe_gap", ‖M‖_* + <M, W> / radius with the averaged gradient M; see `ball`.
+                "frank_wolfe_gap", ‖M‖_* + <M, W> / radius with the averaged gradient M; see `ball`. Of sharded
+                parameters, all ranks that keep a part must ask together; without, one may ask alone.
 
         Returns:
             "skipped_steps": steps passed over because something was not finite. Per role that moved:

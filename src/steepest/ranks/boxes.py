@@ -193,10 +193,19 @@ def laid_out(tensor: Any, like: Any) -> Tensor:
     if not is_sharded(tensor):
         return part_like(tensor, like)
     if not is_sharded(like):
-        return tensor.full_tensor()
+        return whole(tensor)
     if (tensor.device_mesh, tuple(tensor.placements)) == (like.device_mesh, tuple(like.placements)):
         return tensor
     return tensor.redistribute(like.device_mesh, like.placements)
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor; of a sharded one, all ranks that keep a part take part.
+
+    Args:
+        tensor: Plain or sharded.
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def part_like(whole: Tensor, like: Any) -> Tensor:
