@@ -38,12 +38,13 @@ from steepest.ranks.boxes import full, sizes
 from steepest.stages import Entry, Stage
 
 
-def pieces(layout: Layout, row: PlanRow, stages: Sequence[Stage]) -> dict[Box, list[int]]:
+def pieces(layout: Layout, row: PlanRow, norm: Norm, stages: Sequence[Stage]) -> dict[Box, list[int]]:
     """What of a parameter is worked on as one, and the ranks that may do it.
 
     Args:
         layout: Of the parameter.
-        row: Of the plan, with a view if its group's norm is one of matrices.
+        row: Of the plan.
+        norm: Of its group; one that is not of matrices sees the parameter as one vector, whatever the view.
         stages: That work on it.
 
     Returns:
@@ -51,7 +52,7 @@ def pieces(layout: Layout, row: PlanRow, stages: Sequence[Stage]) -> dict[Box, l
         divided alike; else the whole parameter, for all ranks that keep something of it.
     """
     distinct = layout.distinct
-    if row.view is not None and all(row.view.within(row.shape, box) is not None for box in distinct):
+    if norm.matrix and row.view is not None and all(row.view.within(row.shape, box) is not None for box in distinct):
         entries = [entry for stage in stages for entry in stage.entries(row) if entry.shape is not None]
         if len(distinct) == 1 or not entries or (len(row.blocks()) == 1 and _alike(layout, row, entries)):
             return distinct
@@ -198,7 +199,7 @@ class Sharing:
             layout = layouts[row.parameter]
             if team.size > 1:
                 _check_entries(row, stages)
-            for box, ranks in pieces(layout, row, stages).items():
+            for box, ranks in pieces(layout, row, norm, stages).items():
                 frozen = not row.parameter.requires_grad
                 asked.setdefault((frozen, layout.members), []).append((row, box, work_of(norm, row, box), ranks))
         # What all ranks keep comes first, so that they choose alike; then what only some of them know of. What is
