@@ -220,7 +220,8 @@ def part_like(whole: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     box = boxes(like.shape, like.device_mesh.shape, like.placements)[_place(like.device_mesh)]
-    own = whole[within(box, full(like.shape))].contiguous()
+    own = whole[within(box, full(like.shape))]
+    own = own.clone(memory_format=torch.contiguous_format)  # or it would hold the whole, and torch.save refuse it
     return DTensor.from_local(
         own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
