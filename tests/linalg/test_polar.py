@@ -197,6 +197,15 @@ def test_a_batch_is_its_matrices_whatever_the_memory_cap(batch, rows, columns, c
     torch.testing.assert_close(polar(g.mT), together.mT, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (24, 40)])
+def test_matrices_that_lie_interleaved_in_memory_are_those_that_lie_apart(shape, rng):
+    """As heads do that cut a transposed weight, or those of a projection that reads them: bit for bit."""
+    stored = torch.randn(shape, generator=rng)
+    for heads in (stored.T.unflatten(0, (2, -1)), stored.unflatten(1, (2, -1)).transpose(0, 1)):
+        alone = [polar(head.clone()) for head in heads]
+        assert torch.equal(polar(heads), torch.stack(alone))
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (3, 0)], ids=str)
 def test_nothing_comes_from_nothing(shape):
     assert polar(torch.zeros(shape)).shape == shape

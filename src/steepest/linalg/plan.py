@@ -118,7 +118,8 @@ class Iteration:
                     _copy(self._iterate(_sized(source, self.dtype, norm).contiguous(), products), target, job.times)
             return
         # nobody but the iteration holds what it starts from
-        found = self._iterate([self._padded_with_zeros(_sized(job.source, self.dtype, norm)) for job in jobs], products)
+        given = (_sized(_apart(job.source), self.dtype, norm) for job in jobs)
+        found = self._iterate([self._padded_with_zeros(x) for x in given], products)
         for job, x in zip(jobs, found, strict=True):
             _copy(x[:, : self.rows], job.target, job.times)
 
@@ -172,6 +173,13 @@ def choose(
         return sum(count * one.flops(long) + several * one.long_calls * CALL for count, long in columns)
 
     return min(found, key=price)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """Matrices one after the other in memory: interleaved ones would be rounded in other ways than one alone."""
+    if len(x) == 1 or x.stride(0) >= max(x.stride(1) * x.size(1), x.stride(2) * x.size(2)):
+        return x
+    return x.mT.contiguous().mT if x.stride(1) < x.stride(2) else x.contiguous()
 
 
 def _sized(x: Tensor, dtype: torch.dtype, norm: Normaliser) -> Tensor:
