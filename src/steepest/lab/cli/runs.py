@@ -85,8 +85,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
             if team.leads:
                 print(interrupted, file=sys.stderr)
             return INTERRUPTED
-        if finished:
-            self._check_kept()
+        team.together(lambda: self._check_kept() if finished else None)
         if not team.leads:
             return DONE
         if self.json:

@@ -371,7 +371,8 @@ def train_run(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     team = Team() if team is None else team
-    team.check_alike(f"the run {run_hash(config)} with {team.accumulate} micro-batches")
+    more = f", saved every {checkpoint_every} steps{', with diagnostics' if diagnostics else ''}"
+    team.check_alike(f"the run {run_hash(config)} in {team.accumulate} micro-batches{more}")
     with contextlib.ExitStack() as held:
         if (result := team.told(lambda: _claimed(config, run_dir, held))) is not None:
             return result
