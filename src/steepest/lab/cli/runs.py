@@ -16,9 +16,9 @@ from steepest.lab.tasks import TASKS, entry
 
 if TYPE_CHECKING:
     from steepest.lab.runs.config import RunConfig
+    from steepest.lab.runs.crew import Crew
     from steepest.lab.runs.records import Result
     from steepest.lab.runs.schedule import Schedule
-    from steepest.lab.runs.team import Team
 
 
 def grid(text: str) -> tuple[int, int]:
@@ -63,30 +63,30 @@ class Train(Command, OnTask, OnThreads, AsJson):
 
     def run(self) -> int:
         """Train it, and print how it ended."""
-        from steepest.lab.runs.team import ElsewhereError, assembled
+        from steepest.lab.runs.crew import ElsewhereError, assembled
 
         with checking_usage():
             self._check_shared()
         try:
-            with assembled(self.parallel, mesh=self.mesh, device=self.device, accumulate=self.accumulate) as team:
-                return self._run(team)
+            with assembled(self.parallel, mesh=self.mesh, device=self.device, accumulate=self.accumulate) as crew:
+                return self._run(crew)
         except ElsewhereError:
             return FAILED  # which rank, and why, it says itself
 
-    def _run(self, team: Team) -> int:
+    def _run(self, crew: Crew) -> int:
         from steepest.lab.disk.files import exists
         from steepest.lab.runs.train import Interrupted
 
-        config = team.together(lambda: self._config(team))
-        finished = team.leads and exists(self.out / "result.json")
+        config = crew.together(lambda: self._config(crew))
+        finished = crew.leads and exists(self.out / "result.json")
         try:
-            result = self._trained(config, team)
+            result = self._trained(config, crew)
         except Interrupted as interrupted:
-            if team.leads:
+            if crew.leads:
                 print(interrupted, file=sys.stderr)
             return INTERRUPTED
-        team.together(lambda: self._check_kept() if finished else None)
-        if not team.leads:
+        crew.together(lambda: self._check_kept() if finished else None)
+        if not crew.leads:
             return DONE
         if self.json:
             print(result.to_json(), end="")
@@ -97,7 +97,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
             print(f"{told}: {self.out}")
         return DONE
 
-    def _trained(self, config: RunConfig, team: Team) -> Result:
+    def _trained(self, config: RunConfig, crew: Crew) -> Result:
         """Train, shown by the first rank; a signal to any rank stops all."""
         from rich.console import Console
 
@@ -108,7 +108,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
         with contextlib.ExitStack() as around:
             stopped = around.enter_context(counting_signals())
             display = None
-            if team.leads:
+            if crew.leads:
                 display = StudyDisplay({config.method: [self.out]}, steps=config.steps, console=Console(stderr=True))
                 around.enter_context(display)
             return train_run(
@@ -118,7 +118,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
                 threads=self.threads,
                 keep_checkpoint=self.keep_checkpoint,
                 diagnostics=self.diagnostics,
-                team=team,
+                crew=crew,
                 stop=lambda: (display is not None and display.glance()) or bool(stopped),
             )
 
@@ -137,7 +137,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
                     f"directory with --{option}, or leave the option out."
                 )
 
-    def _config(self, team: Team) -> RunConfig:
+    def _config(self, crew: Crew) -> RunConfig:
         from steepest.lab.methods import check_buildable
         from steepest.lab.runs.config import configure
         from steepest.optim import SteepestDescent
@@ -153,7 +153,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
                 batch_size=self.batch_size,
                 schedule=cast("Schedule", self.schedule),
             )
-            team.check(config.batch_size)
+            crew.check(config.batch_size)
             optimizer = check_buildable(config.method, task, config.options)
             if self.diagnostics and not isinstance(optimizer, SteepestDescent):
                 raise ValueError(f"--diagnostics: {config.method!r} is not a method of this library; try muon or adam.")

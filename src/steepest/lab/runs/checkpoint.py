@@ -184,7 +184,12 @@ def check_weights(saved: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def check_optimizer(
-    state: Mapping[str, Any], optimizer: Optimizer, scheduler: LRScheduler, factor: Callable[[int], float]
+    state: Mapping[str, Any],
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    factor: Callable[[int], float],
+    *,
+    fresh: Mapping[str, Any],
 ) -> None:
     """Check the optimizer's options against those that the run's config gives it, and its rates against the schedule.
 
@@ -193,6 +198,7 @@ def check_optimizer(
         optimizer: Of the run, fresh.
         scheduler: Likewise.
         factor: What the rate is multiplied by at a step.
+        fresh: The state dict of the optimizer, for which ranks may have to meet.
 
     Raises:
         ValueError: If an option, a rate, or the type or shape of an average is another one.
@@ -203,14 +209,14 @@ def check_optimizer(
         raise ValueError(f"last_epoch is {at!r}")
     if planned["base_lrs"] != scheduler.base_lrs:
         raise ValueError(f"the learning rates are {planned['base_lrs']}, the config says {scheduler.base_lrs}")
-    given, fresh = _parts(state["optimizer"]), _parts(optimizer.state_dict())
+    given, parts = _parts(state["optimizer"]), _parts(fresh)
     groups = [group for part in given for group in part["param_groups"]]
-    own = [group for part in fresh for group in part["param_groups"]]
-    if len(given) != len(fresh) or len(groups) != len(own):
+    own = [group for part in parts for group in part["param_groups"]]
+    if len(given) != len(parts) or len(groups) != len(own):
         raise ValueError(f"it has {len(groups)} parameter groups, the run has {len(own)}")
     for number, (group, expected) in enumerate(zip(groups, own, strict=True)):
         _check_group(number, group, {**expected, "lr": scheduler.base_lrs[number] * factor(at)})
-    for part, live in zip(given, getattr(optimizer, "parts", (optimizer,)), strict=True):
+    for part, live in zip(given, _optimizers(optimizer), strict=True):
         _check_averages(part["state"], [p for group in live.param_groups for p in group["params"]])
 
 

@@ -40,12 +40,12 @@ from steepest.lab.runs.checkpoint import (
     save_checkpoint,
 )
 from steepest.lab.runs.config import RunConfig, names_of, read_config, run_hash
+from steepest.lab.runs.crew import Crew
 from steepest.lab.runs.environment import describe_environment
 from steepest.lab.runs.memory import peak_memory
 from steepest.lab.runs.recorder import Recorder
 from steepest.lab.runs.records import Final, Result, read_result
 from steepest.lab.runs.schedule import FAR_SPACING, NEAR, SMOOTHED, SPACING, evaluates, rate_factor, reached
-from steepest.lab.runs.team import Team
 from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.held_out import Evaluation, Part
@@ -61,24 +61,24 @@ class Training:
     Args:
         config: The run.
         task: Its task, loaded.
-        team: Who trains it; None for this process alone.
+        crew: Who trains it; None for this process alone.
 
     Raises:
-        ValueError: If the config names an unknown method or option, or its batches cannot be divided in the team.
+        ValueError: If the config names an unknown method or option, or its batches cannot be divided in the crew.
     """
 
-    def __init__(self, config: RunConfig, task: Task, team: Team | None = None) -> None:
+    def __init__(self, config: RunConfig, task: Task, crew: Crew | None = None) -> None:
         self.config = config
         self.task = task
-        self.team = Team() if team is None else team
-        self.team.check(config.batch_size)
+        self.crew = Crew() if crew is None else crew
+        self.crew.check(config.batch_size)
         self.counters = Counters()
         self.diverged = False
         self.last_evaluation: Evaluation | None = None
         self.final: Final | None = None
         self.losses: list[float] = []  # of the last evaluations
         self.module = task.build_model(config.seed)
-        self.model = self.team.spread(self.module)  # what gradients come from
+        self.model = self.crew.spread(self.module)  # what gradients come from
         torch.manual_seed(derive_seed("method", config.seed))  # for methods that draw random numbers
         self.optimizer = build_optimizer(config.method, self.model, config.options)
         self.scheduler = LambdaLR(self.optimizer, self._rate_factor)
@@ -117,7 +117,7 @@ class Training:
         lr = float(self.config.options["lr"]) * self._rate_factor(self.step)
         start = time.perf_counter()
         loss = self._backward(self.order.take(self.config.batch_size))
-        value = self.team.mean(loss.item())
+        value = self.crew.mean(loss.item())
         middle = time.perf_counter()
         self.diverged = not math.isfinite(value)
         self.counters.near |= self.config.watch_from is None or value < NEAR * self.config.watch_from
@@ -144,12 +144,12 @@ class Training:
 
     def _backward(self, examples: Tensor) -> Tensor:
         """Gradients of the mean loss over a batch, and that mean, over this rank's part of it."""
-        parts = self.team.micro_batches(examples)
+        parts = self.crew.micro_batches(examples)
         losses: list[Tensor] = []
         for number, part in enumerate(parts, start=1):
             inputs, targets = self.task.batch(part)
-            batch = inputs.to(self.team.device), targets.to(self.team.device)
-            with self.team.passing(self.model, last=number == len(parts)):
+            batch = inputs.to(self.crew.device), targets.to(self.crew.device)
+            with self.crew.passing(self.model, last=number == len(parts)):
                 loss = self.task.loss(self.model, batch)
                 (loss if len(parts) == 1 else loss / len(parts)).backward()
             losses.append(loss.detach())
@@ -179,10 +179,10 @@ class Training:
     def _evaluated(self, part: Part, *, whole: bool) -> Evaluation:
         """Of the whole model, or of its shards; ranks share the examples."""
         self.model.eval()
-        if self.team.size == 1:
+        if self.crew.size == 1:
             found = self.task.evaluate(self.module, part, whole=whole)
         else:
-            found = cast("WindowTask", self.task).evaluate(self.module, part, whole=whole, share=self.team.share)
+            found = cast("WindowTask", self.task).evaluate(self.module, part, whole=whole, share=self.crew.share)
         self.model.train()
         return found
 
@@ -215,7 +215,7 @@ class Training:
         """
         self.counters.peak_memory_bytes = self._peak_memory()
         state = self._state()
-        if self.team.leads and finite(state["model"]):
+        if self.crew.leads and finite(state["model"]):
             save_checkpoint(path, state)
 
     def load(self, path: Path) -> None:
@@ -224,6 +224,7 @@ class Training:
         Raises:
             CheckpointError: If it is damaged or of another run.
         """
+        fresh = self.optimizer.state_dict()
         heavy: dict[str, Any] = {}  # of the first rank, which alone reads the file
 
         def read() -> dict[str, Any]:
@@ -233,14 +234,14 @@ class Training:
             with _fitting(path):
                 read_saved(state, self.order, steps=self.config.steps, batch_size=self.config.batch_size)
                 check_weights(state["model"], self.module)
-                check_optimizer(state, self.optimizer, self.scheduler, self._rate_factor)
+                check_optimizer(state, self.optimizer, self.scheduler, self._rate_factor, fresh=fresh)
             heavy.update({name: state.pop(name) for name in ("model", "optimizer")})
             return state
 
-        state = self.team.told(read)
+        state = self.crew.told(read)
         with _fitting(path):
             saved = read_saved(state, self.order, steps=self.config.steps, batch_size=self.config.batch_size)
-            if self.team.layout is None:
+            if self.crew.layout is None:
                 self.module.load_state_dict(heavy["model"])
                 self.optimizer.load_state_dict(heavy["optimizer"])
             else:
@@ -256,11 +257,11 @@ class Training:
         return rate_factor(step, steps=self.config.steps, schedule=self.config.schedule)
 
     def _peak_memory(self) -> int:
-        return self.team.most(max(self.counters.peak_memory_bytes, peak_memory()))
+        return self.crew.most(max(self.counters.peak_memory_bytes, peak_memory()))
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds; of other ranks than the first without weights and the optimizer's state."""
-        if self.team.layout is None:
+        if self.crew.layout is None:
             heavy = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         else:
             heavy = gathered(self.model, self.optimizer)
@@ -333,7 +334,7 @@ def train_run(
     keep_checkpoint: bool = False,
     diagnostics: bool = False,
     threads: int | None = None,
-    team: Team | None = None,
+    crew: Crew | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Result:
     """Bring a run to its end: return its stored result, or go on from its checkpoint, or start it.
@@ -348,8 +349,8 @@ def train_run(
             `SteepestDescent.diagnostics`; for methods of this library.
         threads: CPU threads; None for torch's present number. A run that goes on keeps the number it started with,
             because sums depend on it.
-        team: Who trains it, and in how many micro-batches; None for this process alone. It is no part of what the run
-            is, as its losses are the same but for rounding: another team goes on with it. The first rank alone reads
+        crew: Who trains it, and in how many micro-batches; None for this process alone. It is no part of what the run
+            is, as its losses are the same but for rounding: another crew goes on with it. The first rank alone reads
             and writes the directory.
         stop: Asked after every step; True, on any rank, saves a checkpoint and raises `Interrupted` on all.
 
@@ -364,28 +365,28 @@ def train_run(
         RecordError: If another file of the run is damaged.
         ElsewhereError: If another rank failed before the first step.
         ValueError: If `checkpoint_every` or `threads` is below 1, a name in the config is unknown, the optimizer
-            refuses an option, or the team cannot divide a batch.
+            refuses an option, or the crew cannot divide a batch.
         ModuleNotFoundError: If a package of the `lab` extra is missing.
     """
     for name, value in (("checkpoint_every", checkpoint_every), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    team = Team() if team is None else team
+    crew = Crew() if crew is None else crew
     more = f", saved every {checkpoint_every} steps{', with diagnostics' if diagnostics else ''}"
-    team.check_alike(f"the run {run_hash(config)} in {team.accumulate} micro-batches{more}")
+    crew.check_alike(f"the run {run_hash(config)} in {crew.accumulate} micro-batches{more}")
     with contextlib.ExitStack() as held:
-        if (result := team.told(lambda: _claimed(config, run_dir, held))) is not None:
+        if (result := crew.told(lambda: _claimed(config, run_dir, held))) is not None:
             return result
-        task = team.together(lambda: load_task(config, data))
+        task = crew.together(lambda: load_task(config, data))
         checkpoint = run_dir / "checkpoint.pt"
-        team.told(lambda: write_whole(run_dir / "config.json", config.to_json()))
+        crew.told(lambda: write_whole(run_dir / "config.json", config.to_json()))
         with using_threads(threads), torch.random.fork_rng(devices=[]):
-            training = Training(config, task, team)
-            if resuming := team.told(lambda: exists(checkpoint)):
+            training = Training(config, task, crew)
+            if resuming := crew.told(lambda: exists(checkpoint)):
                 training.load(checkpoint)
-            team.told(lambda: _record_environment(run_dir, team, resuming=resuming))
+            crew.told(lambda: _record_environment(run_dir, crew, resuming=resuming))
             result = _train(training, run_dir, checkpoint_every, stop, diagnostics=diagnostics)
-        if team.leads:
+        if crew.leads:
             write_whole(run_dir / "result.json", result.to_json())
             if not keep_checkpoint:
                 remove(checkpoint)
@@ -411,8 +412,8 @@ def _claimed(config: RunConfig, run_dir: Path, held: contextlib.ExitStack) -> Re
 def _train(
     training: Training, run_dir: Path, checkpoint_every: int, stop: Callable[[], bool] | None, *, diagnostics: bool
 ) -> Result:
-    config, team = training.config, training.team
-    with team.together(lambda: Recorder(run_dir if team.leads else None, step=training.step)) as recorder:
+    config, crew = training.config, training.crew
+    with crew.together(lambda: Recorder(run_dir if crew.leads else None, step=training.step)) as recorder:
 
         def save() -> None:
             recorder.sync()  # rows first: a checkpoint without them could not be used
@@ -429,7 +430,7 @@ def _train(
             if training.ended:
                 training.conclude(recorder)
                 save()
-            elif team.any(stop is not None and stop()):
+            elif crew.any(stop is not None and stop()):
                 save()
                 message = f"Stopped after step {training.step} of {config.steps}, saved in {run_dir}."
                 raise Interrupted(f"{message} Repeat the command to go on.")
@@ -480,10 +481,10 @@ def using_threads(threads: int | None) -> Generator[None]:
         torch.set_num_threads(before)
 
 
-def _record_environment(run_dir: Path, team: Team, *, resuming: bool) -> None:
+def _record_environment(run_dir: Path, crew: Crew, *, resuming: bool) -> None:
     """Record the machine: the first one, and each that took over. If the file is gone, this is the first one known."""
     path = run_dir / "environment.json"
-    content = {**describe_environment(), **team.described()}
+    content = {**describe_environment(), **crew.described()}
     if resuming and exists(path):
         remedy = "Delete this file and repeat the command: only the description of the machine is lost."
         content = _taken_over(parse_object(read_text(path, remedy=remedy), path, remedy=remedy), content)

@@ -1,6 +1,6 @@
 """How a batch of a run is divided: among ranks that train it together, and into micro-batches.
 
-One process that takes a batch at once is a team of one, for which nothing is exchanged and every number is what it was.
+One process that takes a batch at once is a crew of one, for which nothing is exchanged and every number is what it was.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from steepest.lab.errors import Failure, UsageError
 
-Layout = Literal["ddp", "fsdp", "hsdp"]
+Parallel = Literal["ddp", "fsdp", "hsdp"]
 Done = TypeVar("Done")
 TIMEOUT_S = 300.0  # for which ranks wait for each other, if a connection stays open
 _PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -43,7 +43,7 @@ class LostRankError(Failure, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Team:
+class Crew:
     """The ranks that train a run together, and how each takes its part of a batch.
 
     Args:
@@ -56,7 +56,7 @@ class Team:
         accumulate: Micro-batches, one after the other, that a rank's part of a batch comes in.
     """
 
-    layout: Layout | None = None
+    layout: Parallel | None = None
     rank: int = 0
     size: int = 1
     mesh: tuple[int, int] | None = None
@@ -246,20 +246,20 @@ class Team:
 
 @contextlib.contextmanager
 def assembled(
-    layout: Layout | None,
+    layout: Parallel | None,
     *,
     mesh: tuple[int, int] | None = None,
     device: str = "cpu",
     accumulate: int = 1,
     environment: Mapping[str, str] = os.environ,
-) -> Generator[Team]:
-    """Meet the ranks that `torchrun` started, and leave them together; one process is a team of its own.
+) -> Generator[Crew]:
+    """Meet the ranks that `torchrun` started, and leave them together; one process is a crew of its own.
 
     Args:
         layout: What each keeps of the model; None for one process.
         mesh: Replicas, and shards of each, for "hsdp"; None: machines, and the ranks of each.
         device: "cpu", or the kind of this machine's accelerator.
-        accumulate: As in `Team`.
+        accumulate: As in `Crew`.
         environment: In which `torchrun` says who this is.
 
     Raises:
@@ -276,7 +276,7 @@ def assembled(
                 f"{started} processes were started, and without --parallel each of them would train the whole run, all "
                 "in the same directory. Add --parallel ddp, fsdp or hsdp, or start one process, without torchrun."
             )
-        yield Team(device=kind, accumulate=accumulate)
+        yield Crew(device=kind, accumulate=accumulate)
         return
     if missing := [name for name in _PLACES if name not in environment]:
         raise UsageError(
@@ -294,7 +294,7 @@ def assembled(
     with _telling_who_is_lost():
         dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
         try:
-            yield Team(layout, dist.get_rank(), dist.get_world_size(), mesh, kind, accumulate)
+            yield Crew(layout, dist.get_rank(), dist.get_world_size(), mesh, kind, accumulate)
             gc.collect()  # a module that synchronises its gradients may not outlive what it does it by
             dist.barrier()
         finally:
@@ -325,7 +325,9 @@ def _checked_device(kind: str) -> torch.device:
     return torch.device(kind)
 
 
-def _checked_mesh(layout: Layout, mesh: tuple[int, int] | None, ranks: int, of_machine: int) -> tuple[int, int] | None:
+def _checked_mesh(
+    layout: Parallel, mesh: tuple[int, int] | None, ranks: int, of_machine: int
+) -> tuple[int, int] | None:
     """Replicas and shards, whose product is the number of ranks; None for layouts without."""
     if layout != "hsdp":
         if mesh is not None:

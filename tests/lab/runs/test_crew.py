@@ -22,7 +22,7 @@ from steepest.lab.cli import main
 from steepest.lab.disk.ours import RunBusyError, locked
 from steepest.lab.errors import UsageError
 from steepest.lab.runs.config import configure
-from steepest.lab.runs.team import ElsewhereError, LostRankError, Team, assembled
+from steepest.lab.runs.crew import Crew, ElsewhereError, LostRankError, assembled
 from steepest.lab.runs.train import Interrupted, train_run
 from steepest.lab.runs.trained import load_trained
 from steepest.lab.tasks import make_task
@@ -48,12 +48,18 @@ def drop(row, keys):
 def same_but_for_rounding(run_dir, other, *, rel=1e-5):
     """All rows, in their order; numbers of losses within the tolerance."""
     ours, theirs = rows(run_dir), rows(other)
-    numbers = {"loss", "lr", "tuning_loss"}
-    assert [drop(row, {*numbers, "blocks"}) for row in ours] == [drop(row, {*numbers, "blocks"}) for row in theirs]
+    numbers, many = {"loss", "lr", "tuning_loss"}, {"blocks", "numbers"}
+    assert [drop(row, numbers | many) for row in ours] == [drop(row, numbers | many) for row in theirs]
     for own, expected in zip(ours, theirs, strict=True):
         for key in numbers & own.keys():
             assert own[key] == pytest.approx(expected[key], rel=rel), (own, expected)
         assert own.get("blocks", []) == pytest.approx(expected.get("blocks", []), rel=10 * rel)
+        assert of_weights(own) == pytest.approx(of_weights(expected), rel=1e-3)
+
+
+def of_weights(row):
+    """Numbers of a row that tell of weights, and not of a part of a step that one rank has done."""
+    return {name: number for name, number in row.get("numbers", {}).items() if name.startswith("weights/")}
 
 
 def corpus(folder):
@@ -73,19 +79,19 @@ def stop_after(steps):
 def test_parts_of_all_ranks_and_micro_batches_are_the_batch_in_its_order():
     batch = torch.randperm(24)
     for size, accumulate in ((1, 1), (1, 6), (4, 1), (3, 4), (2, 12)):
-        teams = [Team(rank=rank, size=size, accumulate=accumulate) for rank in range(size)]
-        parts = [part for team in teams for part in team.micro_batches(batch)]
+        crews = [Crew(rank=rank, size=size, accumulate=accumulate) for rank in range(size)]
+        parts = [part for crew in crews for part in crew.micro_batches(batch)]
         assert torch.equal(torch.cat(parts), batch)
         assert {len(part) for part in parts} == {24 // size // accumulate}
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
-    Team(size=3, accumulate=4).check(24)
+    Crew(size=3, accumulate=4).check(24)
     wrong = "batch of 16 examples cannot be divided evenly among 3 ranks with accumulate=2, that is 6 parts"
     with pytest.raises(ValueError, match=rf"{wrong}.*one of 1, 2, 4, 8, 16, or give a --batch-size.*multiple of 6"):
-        Team(size=3, accumulate=2).check(16)
+        Crew(size=3, accumulate=2).check(16)
     with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
-        Team(accumulate=0).check(16)
+        Crew(accumulate=0).check(16)
 
 
 @pytest.mark.slow
@@ -95,8 +101,8 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path, method):
     config = configured(data, method, steps=3)
     train_run(config, tmp_path / "whole", data=data)
     with pytest.raises(Interrupted):
-        train_run(config, tmp_path / "parts", data=data, team=Team(accumulate=4), stop=stop_after(2))
-    train_run(config, tmp_path / "parts", data=data, team=Team(accumulate=2))
+        train_run(config, tmp_path / "parts", data=data, crew=Crew(accumulate=4), stop=stop_after(2))
+    train_run(config, tmp_path / "parts", data=data, crew=Crew(accumulate=2))
     same_but_for_rounding(tmp_path / "parts", tmp_path / "whole")
     recorded = json.loads((tmp_path / "parts" / "environment.json").read_text())
     assert recorded["parallel"] == {"layout": None, "ranks": 1, "accumulate": 4, "device": "cpu"}
@@ -155,9 +161,9 @@ def test_commands_that_cannot_be_meant_are_refused(words, wrong, capsys, tmp_pat
 
 
 # Who trains steps 1 and 2 of a run, and who goes on with it: one process, or two ranks.
-ONE = Team()
-DDP, FSDP = Team("ddp", size=WORLD), Team("fsdp", size=WORLD, accumulate=2)
-HSDP, DDP_PARTS = Team("hsdp", size=WORLD, mesh=(2, 1), accumulate=2), Team("ddp", size=WORLD, accumulate=2)
+ONE = Crew()
+DDP, FSDP = Crew("ddp", size=WORLD), Crew("fsdp", size=WORLD, accumulate=2)
+HSDP, DDP_PARTS = Crew("hsdp", size=WORLD, mesh=(2, 1), accumulate=2), Crew("ddp", size=WORLD, accumulate=2)
 SHIFTS = {
     "muon": (ONE, DDP_PARTS),
     "muon-plain-wd": (FSDP, ONE),
@@ -170,16 +176,20 @@ SHIFTS = {
     "torch-muon": (DDP_PARTS, ONE),
 }
 
+WATCHED = ("muon-plain-wd", "muonmax-momo", "newton-muon")  # with what the optimizer says of itself and of the weights
 
-def train_shift(team, folder, method, *, first, rank=0):
+
+def train_shift(crew, folder, method, *, first, rank=0):
     """Two of the four steps; only the last rank asks to stop."""
     data, out = folder / "corpus", folder / method
-    team = dataclasses.replace(team, rank=rank)
-    stop = stop_after(2) if rank == team.size - 1 else None
+    crew = dataclasses.replace(crew, rank=rank)
+    more = {"data": data, "diagnostics": method in WATCHED}
     if not first:
-        return train_run(configured(data, method), out, data=data, team=team)
+        return train_run(configured(data, method), out, crew=crew, **more)
     with pytest.raises(Interrupted):
-        train_run(configured(data, method), out, data=data, team=team, stop=stop)
+        train_run(
+            configured(data, method), out, crew=crew, stop=stop_after(2) if rank == crew.size - 1 else None, **more
+        )
 
 
 def rank_main(rank, folder):
@@ -197,19 +207,19 @@ def rank_main(rank, folder):
     leave_ranks()
 
 
-def check_what_they_tell_each_other(team, folder):
-    rank = team.rank
-    assert team.mean([0.1, 0.7][rank]) == (0.1 + 0.7) / 2
-    assert math.isnan(team.mean([0.1, math.nan][rank]))
-    assert (team.most([3, 2**40 + 1][rank]), team.any(rank == 1), team.any(False)) == (2**40 + 1, True, False)
+def check_what_they_tell_each_other(crew, folder):
+    rank = crew.rank
+    assert crew.mean([0.1, 0.7][rank]) == (0.1 + 0.7) / 2
+    assert math.isnan(crew.mean([0.1, math.nan][rank]))
+    assert (crew.most([3, 2**40 + 1][rank]), crew.any(rank == 1), crew.any(False)) == (2**40 + 1, True, False)
     pieces = torch.arange(17).split(5)  # four pieces for two ranks, then three, the last of which one does twice
     for some in (pieces, pieces[:3], pieces[3:]):
         calls = []
-        found = team.share(lambda piece, seen=calls: seen.append(piece) or piece.double() + 0.5, some)
+        found = crew.share(lambda piece, seen=calls: seen.append(piece) or piece.double() + 0.5, some)
         assert [one.tolist() for one in found] == [(piece + 0.5).tolist() for piece in some]
         assert len(calls) == math.ceil(len(some) / WORLD)
-    assert team.told(lambda: f"rank {rank}") == "rank 0"
-    assert team.together(lambda: rank) == rank
+    assert crew.told(lambda: f"rank {rank}") == "rank 0"
+    assert crew.together(lambda: rank) == rank
 
     def fail(*which):
         if rank in which:
@@ -218,37 +228,38 @@ def check_what_they_tell_each_other(team, folder):
     for which in ((0,), (1,), (0, 1)):
         first = which[0] == rank
         with pytest.raises(OSError if first else ElsewhereError, match="no such thing"):
-            team.together(lambda failing=which: fail(*failing))
+            crew.together(lambda failing=which: fail(*failing))
     with pytest.raises(OSError if rank == 0 else ElsewhereError):
-        team.told(lambda: fail(0))
+        crew.told(lambda: fail(0))
     with pytest.raises(UsageError, match=r"rank 0 has run 0, rank 1 has run 1\. Give all ranks the same command"):
-        team.check_alike(f"run {rank}")
+        crew.check_alike(f"run {rank}")
     config, data = configured(folder / "corpus", "adamw"), folder / "corpus"
     taken = folder / "taken"
     if rank == 0:
         taken.mkdir()
         with locked(taken), pytest.raises(RunBusyError):
-            train_run(config, taken, data=data, team=team)
+            train_run(config, taken, data=data, crew=crew)
     else:
         with pytest.raises(ElsewhereError, match="RunBusyError"):
-            train_run(config, taken, data=data, team=team)
+            train_run(config, taken, data=data, crew=crew)
     mine = configured(folder / "corpus", "adamw" if rank else "muon")
     with pytest.raises(UsageError, match="Ranks were not told the same"):
-        train_run(mine, taken, data=data, team=team)
+        train_run(mine, taken, data=data, crew=crew)
     poisoned = folder / "poisoned"  # a loss that is not finite on one rank ends the run on all
     weight = torch.tensor(math.nan if rank == 1 else 1.0)
     WindowTask.loss, own = (lambda task, model, batch: weight * own(task, model, batch)), WindowTask.loss
-    result = train_run(config, poisoned, data=data, team=team)
+    result = train_run(config, poisoned, data=data, crew=crew)
     WindowTask.loss = own
     assert (result.status, result.steps) == ("diverged", 1)
 
 
 @ranks
 @pytest.mark.slow
-def test_ranks_have_the_losses_of_one_process_and_any_team_goes_on_with_a_run(tmp_path, subtests):
+def test_ranks_have_the_losses_of_one_process_and_any_crew_goes_on_with_a_run(tmp_path, subtests):
     data = corpus(tmp_path)
     for method, (before, _) in SHIFTS.items():
-        train_run(configured(data, method), tmp_path / "whole" / method, data=data)
+        whole = tmp_path / "whole" / method
+        train_run(configured(data, method), whole, data=data, diagnostics=method in WATCHED)
         if before is ONE:
             train_shift(ONE, tmp_path, method, first=True)
     mp.spawn(rank_main, args=(tmp_path,), nprocs=WORLD)
@@ -261,7 +272,7 @@ def test_ranks_have_the_losses_of_one_process_and_any_team_goes_on_with_a_run(tm
             assert len(list((tmp_path / method).glob("events.out*"))) == 2  # of the first rank of each shift
             recorded = json.loads((tmp_path / method / "environment.json").read_text())
             there = [recorded.get("parallel", {}), recorded["resumed"][0].get("parallel", {})]
-            assert there == [team.described().get("parallel", {}) for team in (before, after)]
+            assert there == [crew.described().get("parallel", {}) for crew in (before, after)]
 
 
 def started(out, data, *words):
@@ -309,12 +320,12 @@ def test_signals_end_all_ranks_saved_and_a_rank_that_is_killed_ends_the_others(t
 
 
 def test_what_gloo_says_of_a_rank_that_is_gone_becomes_one_sentence(monkeypatch):
-    from steepest.lab.runs import team
+    from steepest.lab.runs import crew
 
     text = "[/b/gloo/tcp/pair.cc:537] Read error [127.0.0.1]:13701: Connection reset by peer. This is typically ..."
     remedy = "Connection reset by peer\\). All ranks end; start them again"
     wrong = rf"did not answer within 300 s \(Read error .*{remedy}"
-    with pytest.raises(LostRankError, match=wrong), team._telling_who_is_lost():
+    with pytest.raises(LostRankError, match=wrong), crew._telling_who_is_lost():
         raise RuntimeError(text)
-    with pytest.raises(RuntimeError, match=r"^another problem$"), team._telling_who_is_lost():
+    with pytest.raises(RuntimeError, match=r"^another problem$"), crew._telling_who_is_lost():
         raise RuntimeError("another problem")
