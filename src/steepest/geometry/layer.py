@@ -116,11 +116,12 @@ class Spectral(Printed):
         )
 
     def work(self, fan_out: int, fan_in: int) -> float:
-        """Operations of the products, or of a singular value decomposition."""
+        """Operations of the products, or of a singular value decomposition; the same count on every machine."""
         if self.polar == "svd":
             return svd_work(fan_out, fan_in)
+        dtype = self.dtype or torch.float32
         return float(
-            flops(fan_out, fan_in, method=self.polar, coefficients=self.coefficients, dtype=self.dtype or torch.float32)
+            flops(fan_out, fan_in, method=self.polar, coefficients=self.coefficients, dtype=dtype, device="meta")
         )
 
     def polar_scale(self, fan_out: int, fan_in: int) -> float:

@@ -51,6 +51,8 @@ def shared_loads(
 ) -> Iterator[Load]:
     """Likewise for several ranks, alike on each: what counts is what the busiest one has to work on.
 
+    A rank that has nothing of a load yet takes a parameter of any size: else the others would wait for it each time.
+
     Args:
         buckets: In order.
         sharing: Who works on what.
@@ -64,7 +66,7 @@ def shared_loads(
         for parameter in bucket.parameters:
             size = _bytes(parameter) * (1 + adapts)
             more = {rank: part * size for rank, part in sharing.burden(parameter).items()}
-            over = room is not None and any(used.get(rank, 0) + part > room for rank, part in more.items())
+            over = room is not None and any(rank in used and used[rank] + part > room for rank, part in more.items())
             if taken and (over or kind(taken[0]) != kind(bucket)):
                 yield Load(taken)
                 taken, used = [], {}

@@ -38,7 +38,7 @@ def assign(costs: Sequence[float], ranks: int, among: Sequence[Sequence[int] | N
             raise ValueError(f"assign takes finite costs of at least 0, got costs[{index}] = {each}.")
     allowed = [None] * len(costs) if among is None else among
     for index, own in enumerate(allowed):
-        if own is not None and not (own and all(0 <= rank < ranks for rank in own)):
+        if own is not None and not (own and min(own) >= 0 and max(own) < ranks):
             raise ValueError(f"assign takes ranks below {ranks} that may take a piece, got among[{index}] = {own}.")
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks

@@ -169,18 +169,31 @@ def kept_like(parameter: Any, shape: Sequence[int], dtype: torch.dtype) -> Tenso
     """
     if not is_sharded(parameter):
         return torch.zeros(tuple(shape), dtype=dtype, device=parameter.device)
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor
 
-    mesh, placements = parameter.device_mesh, parameter.placements
-    parts = math.prod(size for size, one in zip(mesh.shape, placements, strict=True) if not one.is_replicate())
     if not shape:
         return torch.zeros((), dtype=dtype, device=parameter.device)
-    along = 1 if len(shape) > 1 and shape[0] < parts else 0
-    own = [Replicate() if one.is_replicate() else Shard(along) for one in placements]
+    mesh = parameter.device_mesh
+    own = kept_placements(shape, mesh.shape, parameter.placements)
     box = boxes(shape, mesh.shape, own)[_place(mesh)]
     zeros = torch.zeros(sizes(box), dtype=dtype, device=parameter.to_local().device)
     stride = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(zeros, mesh, own, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def kept_placements(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequence[Any]) -> tuple[Any, ...]:
+    """How `kept_like` lays out something that belongs to a sharded parameter.
+
+    Args:
+        shape: Of the whole, of one dimension or more.
+        mesh_shape: Ranks in each dimension of the parameter's mesh.
+        placements: Of the parameter.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    parts = math.prod(size for size, one in zip(mesh_shape, placements, strict=True) if not one.is_replicate())
+    along = 1 if len(shape) > 1 and shape[0] < parts else 0
+    return tuple(Replicate() if one.is_replicate() else Shard(along) for one in placements)
 
 
 def laid_out(tensor: Any, like: Any) -> Tensor:
