@@ -121,7 +121,7 @@ ELSEWHERE = {
     "lab/cli/test_ending.py": ("lab/cli/outcome lab/errors", "how a command ends"),
     "lab/cli/test_examples.py": ("lab/cli/parser", "what is shown where a word is wrong"),
     "lab/cli/test_main.py": (
-        "__main__ lab/cli/options lab/cli/runs lab/cli/studies lab/cli/study lab/studies/race/command "
+        "__main__ lab/cli/options lab/cli/plan lab/cli/runs lab/cli/studies lab/cli/study lab/studies/race/command "
         "lab/studies/sweep/command",
         "tested as they are typed",
     ),

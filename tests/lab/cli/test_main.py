@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -43,6 +44,54 @@ def test_the_plan_lists_every_parameter(capsys):
     rows = json.loads(out)
     assert {row["role"] for row in rows} == {"matrix", "head", "vector"}
     assert all(row["lr"] > 0 for row in rows)
+
+
+def test_help_names_the_published_models(capsys):
+    from steepest.lab.models.published import PUBLISHED
+
+    _, out, _ = run(capsys, "plan", "--help")
+    assert f"{', '.join(PUBLISHED)}, or package.module:function" in " ".join(out.split())
+
+
+def test_a_plan_of_ranks_tells_what_the_busiest_takes(capsys):
+    words = ["plan", "--model", "gpt2", "--layout", "hsdp=Nx4", "--world", "8", "16"]
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert "GPT-2 124M, muon: 0.1244 B parameters, 0.1235 B active" in out
+    shown = [line.split() for line in out.splitlines() if "hsdp=" in line]
+    code, out, _ = run(capsys, *words, "--exchange-dtype", "bfloat16", "--tokens", "100", "--json")
+    assert code == 0
+    content = json.loads(out)
+    assert content["parameters"] == 124_439_808
+    for row, line in zip(content["rows"], shown, strict=True):
+        assert [f"{row['ranks']:,}", row["layout"]] == line[:2]
+        assert f"{row['parameters']['most'] / 1e6:.3g} MB" == " ".join(line[2:4])
+        assert f"{row['flops']['most'] / 1e12:.3g}" == line[10]
+        assert f"{2 * row['sent']['most'] / 1e6:.3g} MB" == " ".join(line[12:14])  # in half the bytes
+        assert row["parameters"]["mean"] == 124_439_808
+        assert 0 < row["step_s"] < 1
+        assert row["forward_backward_s"] == pytest.approx(6 * content["active_parameters"] * 100 / 4e14)
+
+
+def test_a_plan_of_ranks_takes_the_model_of_a_task_and_of_a_function(capsys, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def build(): return nn.Sequential(nn.Linear(10**6, 10**5), nn.ReLU(), nn.Linear(10**5, 8)), None, ()\n"
+        "def wrong(): return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    words = ["plan", "--layout", "fsdp=4", "--json"]
+    _, out, _ = run(capsys, *words, "--task", "digits", "--method", "adam", "--tokens", "2.5")
+    assert json.loads(out)["model"] == "digits demo"
+    _, out, _ = run(capsys, *words, "--model", "mine:build")
+    assert json.loads(out)["active_parameters"] == 10**11 + 8 * 10**5
+    code, _, err = run(capsys, *words, "--model", "mine:wrong")
+    assert code == 2
+    assert "mine:wrong returned int; it must return a module, or a tuple that begins with one." in err
+    code, _, err = run(capsys, *words, "--model", "mine:nothing")
+    assert code == 2
+    assert "mine has no function 'nothing'" in err
 
 
 def test_one_run_can_be_trained_and_is_not_trained_twice(capsys, tmp_path):
@@ -130,6 +179,16 @@ def test_the_report_can_be_written_anew(capsys, tmp_path):
         (["work", "mysql://me@host/db", "--runs", "OUT"], "A storage of the kind 'mysql' is not supported"),
         (["work", "OUT", "--runs", "elsewhere"], "--runs elsewhere another one. Leave --runs out"),
         (["plan", "--method", "adamw"], "'adamw' is not a method of this library and has no plan"),
+        (["plan", "--model", "gpt3", "--layout", "fsdp=2"], "Unknown model 'gpt3': did you mean 'gpt2'?"),
+        (["plan", "--model", "no.such:thing"], "there is no module 'no' here or on PYTHONPATH"),
+        (["plan", "--layout", "fsdp=N"], "one number may be N, which is what the others leave of --world"),
+        (["plan", "--world", "8"], "--world is about ranks: give --layout, such as fsdp=8, too."),
+        (["plan", "--exchange-dtype", "bfloat16"], "--exchange-dtype is about ranks: give --layout"),
+        (["plan", "--model", "qwen3-moe", "--layout", "tp=2"], "it is not known how tp divides it"),
+        (
+            ["plan", "--model", "gpt2", "--experts-per-token", "2", "--layout", "ddp=2"],
+            "--experts-per-token is for --model package.module:function",
+        ),
     ],
 )
 def test_wrong_usage_ends_with_two_and_says_what_to_do(capsys, tmp_path, words, message):

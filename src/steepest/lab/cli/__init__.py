@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 import steepest
-from steepest.lab.cli import bench, critical_batch, runs, studies, theory, verify
+from steepest.lab.cli import bench, critical_batch, plan, runs, studies, theory, verify
 from steepest.lab.cli.command import Command, add_commands, made
 from steepest.lab.cli.outcome import INTERRUPTED, USAGE, failed
 from steepest.lab.cli.parser import Parser
@@ -27,6 +27,7 @@ __all__ = ["main"]
 COMMANDS = {
     **studies.COMMANDS,
     **runs.COMMANDS,
+    "plan": plan.Plan,
     "verify": verify.COMMAND,
     "theory": theory.GROUP,
     "critical-batch": critical_batch.GROUP,

@@ -1,4 +1,4 @@
-"""The commands about one run: train and plan."""
+"""The command about one run: train."""
 
 from __future__ import annotations
 
@@ -175,30 +175,4 @@ class Train(Command, OnTask, OnThreads, AsJson):
             )
 
 
-class Plan(Command, OnTask, AsJson):
-    """Print which parameter is optimised how, and why.
-
-    examples:
-      steepest plan --task text
-      steepest plan --task digits --method adam --json
-    """
-
-    method: Annotated[str, Arg("a method of this library")] = "muon"
-    json: Annotated[bool, Arg("print rows as JSON")] = False
-
-    def run(self) -> int:
-        """Print it."""
-        from steepest.lab.methods import build_optimizer, resolve
-        from steepest.optim import SteepestDescent
-
-        with checking_usage():
-            task = self.load()
-            resolved = resolve(self.method, task=task.name, preset=task.preset, options={})
-            optimizer = build_optimizer(self.method, task.build_model(0), resolved.options)
-        if not isinstance(optimizer, SteepestDescent):
-            raise UsageError(f"{self.method!r} is not a method of this library and has no plan; try muon or adam.")
-        print(optimizer.plan.to_json() if self.json else optimizer.plan)
-        return DONE
-
-
-COMMANDS: Tree = {"train": Train, "plan": Plan}
+COMMANDS: Tree = {"train": Train}

@@ -1,0 +1,835 @@
+"""What an optimizer step takes on each of many ranks, from shapes alone: memory, work, and bytes that move.
+
+Nothing is computed and no process is started. Who keeps which box, who works on what and how parameters are packed is
+asked of the functions that the optimizer asks; what moves is counted for all ranks at once, as vectors with one number
+per rank, for one parameter of each kind where a model has many.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from steepest.anatomy import Bucket, Load, Plan, PlanRow
+from steepest.anatomy.batches import find_buckets
+from steepest.geometry import Norm, Scaled, Spectral
+from steepest.geometry.norm import completed
+from steepest.lab.bench.cost_model import ALL_TRAFFIC
+from steepest.linalg import MEMORY_CAP, get_coefficients
+from steepest.linalg.plan import choose
+from steepest.linalg.polar import SVD_COPIES
+from steepest.linalg.products import OneByOne
+from steepest.names import unknown_name
+from steepest.optim import SteepestDescent
+from steepest.optim.packing import SHARES, default_cap, loads, shared_loads
+from steepest.optim.sharing import pieces, work_of
+from steepest.optim.state import schema
+from steepest.ranks import Box, Layout, assign, boxes, volume
+from steepest.ranks.boxes import full, kept_placements
+from steepest.stages import Entry, Stage
+from steepest.stages.inputs import InputMoments
+from steepest.stages.inputs.refresh import INPUT_MASS, INPUT_MOMENT
+from steepest.stages.stage import state_dtype
+
+Placed = tuple[tuple[int, ...], tuple[Any, ...]]
+"""Shape of a mesh of all ranks, the last dimension running fastest, and placements."""
+
+# Of an option, the dimensions of the mesh; outermost first.
+AXES: Mapping[str, tuple[str, ...]] = {
+    "ddp": ("replicate",),
+    "hsdp": ("replicate", "shard"),
+    "fsdp": ("shard",),
+    "ep": ("ep",),
+    "tp": ("tp",),
+}
+OPEN = "N"
+# Along tensor parallelism, by the name of the module: maps whose outputs are divided, tables by rows; and whose inputs.
+COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+ROWS = ("o_proj", "down_proj")
+MOST = 2**20  # ranks
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # on the wire
+# Numbers that ranks share at the start of a step, besides whether they take it: the loss, how it was clipped, what was
+# seen of that, and changes of weights. And with Momo inner products with the weights.
+HEARD, INNER = 4, 4
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How ranks are arranged.
+
+    Args:
+        text: As it is typed, complete.
+        plain: Whether parameters are plain tensors of which each rank has a copy.
+        replicate: Copies of the shards.
+        shard: Ranks that FSDP shards among.
+        ep: Ranks that share out experts.
+        tp: Ranks of tensor parallelism.
+    """
+
+    text: str
+    plain: bool = False
+    replicate: int = 1
+    shard: int = 1
+    ep: int = 1
+    tp: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.replicate * self.shard * self.ep * self.tp
+
+    @property
+    def copies(self) -> Placed:
+        """Of what each rank has a copy."""
+        from torch.distributed.tensor import Replicate
+
+        return (self.ranks,), (Replicate(),)
+
+    def placed(self, row: PlanRow) -> Placed:
+        """Mesh and placements of a parameter.
+
+        Args:
+            row: Of the plan.
+
+        Raises:
+            ValueError: If it is not known how tensor parallelism divides it.
+        """
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor.placement_types import _StridedShard  # pyright: ignore[reportPrivateUsage]
+
+        def sharded(dimension: int, after: int) -> Any:
+            """FSDP divides what another dimension of the mesh has divided into so many parts before."""
+            return Shard(dimension) if after == 1 else _StridedShard(dimension, split_factor=after)
+
+        if self.plain:
+            return self.copies
+        if self.ep > 1 and row.view is not None and row.view.experts:
+            along = 1 if self.shard * self.ep > row.shape[0] else 0
+            fsdp = sharded(along, self.ep if along == 0 else 1)
+            return (self.replicate, self.shard, self.ep), (Replicate(), fsdp, Shard(0))
+        if self.tp == 1:
+            fsdp = Shard(0) if row.shape else Replicate()
+            return (self.replicate, self.shard * self.ep), (Replicate(), fsdp)
+        where = self._divided(row)
+        fsdp = sharded(0, self.tp if where == 0 else 1) if row.shape else Replicate()
+        own = Replicate() if where is None else Shard(where)
+        return (self.replicate, self.shard, self.tp), (Replicate(), fsdp, own)
+
+    def _divided(self, row: PlanRow) -> int | None:
+        """The dimension that tensor parallelism divides."""
+        if row.role == "vector":
+            return None
+        module = row.name.split(".")[-2] if "." in row.name else ""
+        if module in COLUMNS:
+            return 0
+        if module in ROWS:
+            return 1
+        raise ValueError(
+            f"{row.name!r} of shape {tuple(row.shape)}: it is not known how tp divides it. Known are the modules "
+            f"{', '.join(COLUMNS)} (outputs or rows) and {', '.join(ROWS)} (inputs). Leave out tp."
+        )
+
+
+def read_axes(text: str, world: int | None = None) -> Axes:
+    """What was typed as fsdp=8,tp=2, or fsdp=N,tp=2 with a number of ranks.
+
+    Args:
+        text: Axes of `AXES`, each once.
+        world: Ranks; None: as many as the axes say.
+
+    Returns:
+        The axes, all of them numbers.
+
+    Raises:
+        ValueError: If they cannot be meant, or are not so many ranks.
+    """
+    sizes: dict[str, str] = {}
+    found: list[str] = []
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in AXES:
+            raise ValueError(unknown_name("axis of --layout", axis, AXES))
+        numbers = size.split("x")
+        fits = all(one == OPEN or (one.isascii() and one.isdecimal() and 1 <= int(one[:9]) <= MOST) for one in numbers)
+        if axis in found or len(numbers) != len(AXES[axis]) or not fits or not sizes.keys().isdisjoint(AXES[axis]):
+            form = f"{axis}={'x'.join('2' for _ in AXES[axis])}"
+            raise ValueError(
+                f"--layout {text}: each axis stands there once, with numbers from 1 to {MOST:,} as in {form}, or "
+                f"{OPEN} in place of one; of ddp, fsdp and hsdp one at most."
+            )
+        found.append(axis)
+        sizes |= dict(zip(AXES[axis], numbers, strict=True))
+    if "ddp" in found and len(found) > 1:
+        raise ValueError(f"--layout {text}: ddp copies plain parameters and stands alone; write fsdp beside tp and ep.")
+    if {"ep", "tp"} <= {*found}:
+        raise ValueError(f"--layout {text}: take ep or tp, each alone or with fsdp or hsdp.")
+    known = math.prod(int(size) for size in sizes.values() if size != OPEN)
+    missing = [axis for axis, size in sizes.items() if size == OPEN]
+    if len(missing) > 1 or (missing and world is None):
+        raise ValueError(f"--layout {text}: one number may be {OPEN}, which is what the others leave of --world.")
+    ranks = known if world is None else world
+    if ranks % known or (not missing and ranks != known):
+        raise ValueError(f"--layout {text}: {known:,} {'do not divide' if missing else 'are not'} --world {ranks:,}.")
+    filled = {axis: ranks // known if size == OPEN else int(size) for axis, size in sizes.items()}
+    shown = ",".join(f"{axis}={'x'.join(str(filled[one]) for one in AXES[axis])}" for axis in found)
+    return Axes(shown, plain="ddp" in found, **filled)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What each rank keeps of a tensor.
+
+    Args:
+        layout: Of the tensor.
+    """
+
+    layout: Layout
+
+    @classmethod
+    def of(cls, shape: Sequence[int], placed: Placed) -> Kept:
+        """By the placements on a mesh of all ranks."""
+        found = boxes(shape, *placed)
+        kept = tuple(box if volume(box) else None for box in found)
+        return cls(Layout(tuple(shape), kept, tuple(range(len(kept)))))
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """How many of each rank."""
+        return torch.tensor([0 if box is None else volume(box) for box in self.layout.boxes], dtype=torch.float64)
+
+    @cached_property
+    def total(self) -> float:
+        """Of all ranks."""
+        return float(self.numbers.sum())
+
+    @cached_property
+    def most(self) -> float:
+        """Of the rank that keeps most."""
+        return float(self.numbers.max())
+
+    @cached_property
+    def distinct(self) -> Mapping[Box, list[int]]:
+        """Ranks that keep the same box."""
+        return self.layout.distinct
+
+    @cached_property
+    def _keepers(self) -> tuple[Tensor, Tensor]:
+        """Of each distinct box, the ranks that keep it, as many columns as one has most; and its volume."""
+        count = max(map(len, self.distinct.values()))
+        rows = [[*ranks, *ranks[-1:] * (count - len(ranks))] for ranks in self.distinct.values()]
+        sizes = [volume(box) for box in self.distinct]
+        return torch.tensor(rows), torch.tensor(sizes, dtype=torch.float64)
+
+    def sent_out(self, owner: int) -> Tensor:
+        """Numbers that each rank sends to an owner of the whole, as `Route.out` says it.
+
+        Args:
+            owner: Rank that works on it.
+        """
+        keepers, sizes = self._keepers
+        # the nearest; of two that are as near, the lower one
+        nearest = keepers.gather(1, (2 * (keepers - owner).abs() + (keepers > owner)).argmin(1, keepdim=True))[:, 0]
+        sent = torch.zeros_like(self.numbers).index_add_(0, nearest, sizes)
+        sent[owner] = 0
+        return sent
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank works on.
+
+    Args:
+        row: Of the plan.
+        box: Of the parameter.
+        ranks: That may work on it.
+        whole: Whether each of these keeps all of it; else they keep parts.
+        work: Operations.
+    """
+
+    row: PlanRow
+    box: Box
+    ranks: Sequence[int]
+    whole: bool
+    work: float
+
+
+class Traffic:
+    """Numbers that go over the wire, for each rank: averages out to owners, directions back.
+
+    Args:
+        ranks: How many.
+
+    Attributes:
+        needed: What each keeps of parameters that it works on or sends something of.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.out_sent, self.out_received, self.back_sent, self.back_received, self.needed = (
+            torch.zeros(ranks, dtype=torch.float64) for _ in range(5)
+        )
+
+    def add(self, pieces: Sequence[Piece], owners: Sequence[int], kept: Kept) -> None:
+        """What owners work on comes, and what they find goes: as `Route.out` and `Route.back` say it.
+
+        Args:
+            pieces: All of a parameter.
+            owners: A rank for each, which works on it.
+            kept: Of the parameter.
+        """
+        places, sizes = torch.tensor(owners), torch.tensor([volume(piece.box) for piece in pieces], dtype=torch.float64)
+        own = kept.numbers[places]
+        self.needed[places] += own
+        self.back_received += kept.numbers
+        self.back_received[places] -= own
+        if pieces[0].whole:
+            copies = torch.tensor([len(piece.ranks) - 1 for piece in pieces])
+            self.back_sent[places] += copies * sizes
+            return
+        out = kept.sent_out(owners[0])
+        self.out_sent += out
+        self.out_received[owners[0]] += out.sum()
+        self.needed += torch.where(out > 0, kept.numbers, 0)
+        self.back_sent[places] += kept.total - own
+
+    def add_all(self, other: Traffic, *, out: float, back: float) -> None:
+        """Another's, so often, or in bytes.
+
+        Args:
+            other: What is added.
+            out: Times of what goes out.
+            back: Of what comes back.
+        """
+        self.out_sent += out * other.out_sent
+        self.out_received += out * other.out_received
+        self.back_sent += back * other.back_sent
+        self.back_received += back * other.back_received
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter, as the optimizer knows it.
+
+    Args:
+        row: Of its plan.
+        group: Its group.
+        norm: Of the group.
+        stages: That work on it.
+        placed: Shape of its mesh, and its placements.
+        kept: Of it, on each rank.
+    """
+
+    row: PlanRow
+    group: Mapping[str, Any]
+    norm: Norm
+    stages: tuple[Stage, ...]
+    placed: Placed
+    kept: Kept
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of its averages."""
+        return state_dtype(self.row.parameter).itemsize
+
+    @property
+    def entries(self) -> list[Entry]:
+        """What stages keep of it."""
+        return [entry for stage in self.stages for entry in stage.entries(self.row)]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one load takes, on each rank.
+
+    Args:
+        flops: Operations.
+        moved: Bytes.
+        coming: Bytes that it holds while the one before it is worked on, as it is on its way then.
+        finding: Most bytes until directions are found.
+        leaving: Bytes of directions on their way.
+        moves: Bytes of what moves the weights, and of directions from which some of it is cut.
+    """
+
+    flops: Tensor
+    moved: Traffic
+    coming: Tensor
+    finding: Tensor
+    leaving: Tensor
+    moves: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A step; what is a vector has one number for each rank.
+
+    Args:
+        axes: Of the layout.
+        parameters: Bytes of the weights that are kept.
+        gradients: Bytes of theirs.
+        averages: Bytes of momenta, second moments, counts, and what stages keep.
+        moments: Bytes of the moments of layer inputs.
+        powers: Bytes of what is made of them.
+        sums: Bytes of sums of inputs between backward pass and step, where most moments are refreshed at once.
+        temporaries: Most bytes at once during the step, about.
+        flops: Of the directions.
+        sent: Bytes, averages out and directions back.
+        received: Likewise.
+        agreed_bytes: Payload of the sums over all ranks.
+        owners: Of each parameter's name, the ranks that work on it; None: each on what it keeps.
+        turns: What loads take, one after the other: all ranks exchange averages, work, and exchange directions.
+    """
+
+    axes: Axes
+    parameters: Tensor
+    gradients: Tensor
+    averages: Tensor
+    moments: Tensor
+    powers: Tensor
+    sums: Tensor
+    temporaries: Tensor
+    flops: Tensor
+    sent: Tensor
+    received: Tensor
+    agreed_bytes: int
+    owners: Mapping[str, tuple[int, ...] | None]
+    turns: Sequence[Turn]
+
+    @property
+    def kept(self) -> Tensor:
+        """Bytes between steps."""
+        return self.parameters + self.gradients + self.averages + self.moments + self.powers
+
+    @property
+    def memory(self) -> Tensor:
+        """Bytes during a step."""
+        return self.kept + torch.maximum(self.sums, self.temporaries)
+
+    @property
+    def imbalance(self) -> float:
+        """Operations of the rank with most, relative to the mean; 1 if there are none."""
+        mean = float(self.flops.mean())
+        return float(self.flops.max()) / mean if mean else 1.0
+
+
+def plan_ranks(optimizer: SteepestDescent, axes: Axes, *, wire: torch.dtype | None = None) -> Planned:
+    """What a step of an optimizer would take, were its parameters laid out so.
+
+    Args:
+        optimizer: Of a model in one process, on any device; nothing is read but shapes.
+        axes: Of the layout.
+        wire: Type of averages and directions on their way; None: that of the averages.
+
+    Raises:
+        ValueError: If it is not known how a parameter is laid out.
+    """
+    return _Ranks(optimizer, axes, wire).planned()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many, for who asks a team for it."""
+
+    size: int
+
+
+class _Ranks:
+    """One plan in the making."""
+
+    def __init__(self, optimizer: SteepestDescent, axes: Axes, wire: torch.dtype | None) -> None:
+        self.optimizer = optimizer
+        self.axes = axes
+        self.wire = wire
+        self.streams = optimizer._combine.streams
+        self.momo = optimizer._losses.momo is not None
+        self.team = Ranks(axes.ranks)
+        self._cap: int | None = None
+        self._kept: dict[tuple[object, ...], Kept] = {}
+        self.members = {member.row.parameter: member for member in self._members()}
+        self.pieces: dict[Tensor, list[Piece]] = {}
+        self.owners: dict[Tensor, list[int]] = {}
+        self.flops = self.nothing()
+        self._share_out()
+
+    def nothing(self) -> Tensor:
+        """Zeros, one for each rank."""
+        return torch.zeros(self.axes.ranks, dtype=torch.float64)
+
+    def _members(self) -> Iterator[Member]:
+        rows = iter(self.optimizer.plan)
+        for group in self.optimizer.param_groups:
+            norm = self.optimizer.norm_of(group)
+            stages = self.optimizer.stages if self.optimizer._staged(group) else ()
+            for row in itertools.islice(rows, len(group["params"])):
+                placed = self.axes.placed(row)
+                yield Member(row, group, norm, stages, placed, self.kept_of(row.shape, placed))
+
+    def kept_of(self, shape: Sequence[int], placed: Placed) -> Kept:
+        """What ranks keep of a tensor that is placed so."""
+        key = (tuple(shape), placed)
+        if key not in self._kept:
+            self._kept[key] = Kept.of(shape, placed)
+        return self._kept[key]
+
+    def kept_entry(self, member: Member, entry: Entry) -> Kept:
+        """What ranks keep of what stages keep of a parameter."""
+        if entry.shape is None:
+            return member.kept
+        mesh_shape, placements = member.placed
+        if self.axes.plain or not entry.divided or not entry.shape:
+            return self.kept_of(entry.shape, self.axes.copies)
+        return self.kept_of(entry.shape, (mesh_shape, kept_placements(entry.shape, mesh_shape, placements)))
+
+    def _share_out(self) -> None:
+        """Pieces and their owners, by the functions by which the optimizer finds its own."""
+        asked: list[Piece] = []
+        alike: dict[tuple[object, ...], list[tuple[Box, list[int], float]]] = {}
+        for member in self.members.values():
+            row = member.row
+            if completed(member.norm).elementwise or not row.numel:
+                continue
+            entries = tuple((entry.shape, entry.travels) for entry in member.entries)
+            key = (row.shape, row.view, row.trainable, member.placed, member.norm, entries)
+            if key not in alike:
+                found = pieces(member.kept.layout, row, member.stages)
+                alike[key] = [
+                    (box, ranks, work_of(member.norm, row, box) if row.trainable else 0.0)
+                    for box, ranks in found.items()
+                ]
+            own = [Piece(row, box, ranks, box in member.kept.distinct, work) for box, ranks, work in alike[key]]
+            self.pieces[row.parameter] = own
+            asked += own
+        shares = assign([one.work for one in asked], self.axes.ranks, [one.ranks for one in asked])
+        owners = {index: rank for rank, share in enumerate(shares) for index in share}
+        for index, piece in enumerate(asked):
+            self.owners.setdefault(piece.row.parameter, []).append(owners[index])
+            self.flops[owners[index]] += piece.work
+
+    def planned(self) -> Planned:
+        """All of it."""
+        members = self.members.values()
+        loads = self._packed()
+        turns = self._moving(loads)
+        traffic = Traffic(self.axes.ranks)
+        for turn in turns:
+            traffic.add_all(turn.moved, out=1, back=1)
+        moments, powers, sums = self._inputs()
+        return Planned(
+            axes=self.axes,
+            parameters=self._kept_bytes((m.kept, m.row.parameter.itemsize) for m in members),
+            gradients=self._kept_bytes((m.kept, m.row.parameter.itemsize) for m in members if m.row.trainable),
+            averages=self._averages(),
+            moments=moments,
+            powers=powers,
+            sums=sums,
+            temporaries=self._temporaries(turns),
+            flops=self.flops,
+            sent=traffic.out_sent + traffic.back_sent,
+            received=traffic.out_received + traffic.back_received,
+            agreed_bytes=self._agreed(loads),
+            owners={m.row.name: tuple(self.owners.get(m.row.parameter, ())) or None for m in members},
+            turns=turns,
+        )
+
+    def _kept_bytes(self, parts: Iterable[tuple[Kept, int]]) -> Tensor:
+        """Bytes of tensors, of which each number takes so many."""
+        total = self.nothing()
+        counted: dict[tuple[int, int], tuple[Kept, int, int]] = {}
+        for kept, size in parts:
+            _, _, count = counted.get((id(kept), size), (kept, size, 0))
+            counted[id(kept), size] = (kept, size, count + 1)
+        for kept, size, count in counted.values():
+            total += kept.numbers * (size * count)
+        return total
+
+    def _averages(self) -> Tensor:
+        """What the optimizer's schema says, but the moments of inputs."""
+        parts: list[tuple[Kept, int]] = []
+        for member in self.members.values():
+            if not member.row.trainable:
+                continue
+            for entry in schema(member.row, adapts=member.norm.adapts, stages=member.stages).values():
+                if entry.eager:
+                    dtype = entry.dtype or state_dtype(member.row.parameter)
+                    parts.append((self.kept_entry(member, entry), dtype.itemsize))
+        return self._kept_bytes(parts)
+
+    def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Moments of inputs, their powers, and sums of inputs."""
+        moments, powers = self.nothing(), self.nothing()
+        stage = next((one for one in self.optimizer.stages if isinstance(one, InputMoments)), None)
+        if stage is None:
+            return moments, powers, self.nothing()
+        leaders: dict[int, Member] = {}
+        users: dict[int, set[int]] = {}
+        for reader in stage.readers:
+            leaders.setdefault(reader.group, self.members[reader.parameter])
+            users.setdefault(reader.group, set()).add(self.owners[reader.parameter][0])
+        parts: list[tuple[Kept, int]] = []
+        due: dict[int, int] = {}
+        for number, leader in leaders.items():
+            entries = {entry.key: entry for entry in leader.entries}
+            moment, mass = entries[INPUT_MOMENT], entries[INPUT_MASS]
+            parts += [(self.kept_entry(leader, one), leader.itemsize) for one in (moment, mass)]
+            size = math.prod(moment.shape or ()) * leader.itemsize
+            powers[[*users[number]]] += size * len(stage.options.powers)
+            step = stage.options.start(number, len(leaders)) % stage.options.every
+            due[step] = due.get(step, 0) + size + math.prod(mass.shape or ()) * leader.itemsize
+        return self._kept_bytes(parts), powers, self.nothing() + max(due.values())
+
+    def burden(self, parameter: Tensor) -> dict[int, float]:
+        """As the optimizer's; where all ranks work alike, one stands for all."""
+        whole = max(1, parameter.numel())
+        if parameter in self.pieces:
+            pairs = zip(self.owners[parameter], self.pieces[parameter], strict=True)
+            return {owner: volume(piece.box) / whole for owner, piece in pairs}
+        return {0: self.members[parameter].kept.most / whole}
+
+    def _packed(self) -> list[Load]:
+        """Loads of all groups, by the functions by which the optimizer packs its own."""
+        rows = {parameter: member.row for parameter, member in self.members.items()}
+        found: list[tuple[Norm, list[Bucket]]] = []
+        for group in self.optimizer.param_groups:
+            norm = self.optimizer.norm_of(group)
+            moving = [p for p in group["params"] if p.requires_grad and p.numel()]
+            if moving:
+                found.append((norm, find_buckets(moving, rows, matrix=norm.matrix)))
+        every = [bucket for _, own in found for bucket in own]
+        shared = cast(Any, self) if self.axes.ranks > 1 else None
+        self._cap = cap = (self.optimizer.memory_cap or default_cap(every, shared)) if self.streams else None
+        return [
+            load
+            for norm, own in found
+            for load in (
+                loads(own, memory_cap=cap, adapts=norm.adapts)
+                if shared is None
+                else shared_loads(own, shared, memory_cap=cap, adapts=norm.adapts)
+            )
+        ]
+
+    def _moving(self, packed: Sequence[Load]) -> list[Turn]:
+        """What each load takes, in their order."""
+        found: list[Turn] = []
+        for load in packed:
+            members = [self.members[parameter] for parameter in load.parameters]
+            traffic, work, flops = Traffic(self.axes.ranks), self.nothing(), self.nothing()
+            for parameter in load.parameters:
+                member = self.members[parameter]
+                if own := self.pieces.get(parameter):
+                    owners = self.owners[parameter]
+                    traffic.add(own, owners, member.kept)
+                    work[owners] += torch.tensor([volume(piece.box) for piece in own], dtype=torch.float64)
+                    flops[owners] += torch.tensor([piece.work for piece in own], dtype=torch.float64)
+            wire = members[0].itemsize if self.wire is None else self.wire.itemsize
+            once, moved = Traffic(self.axes.ranks), self._aside(members)
+            once.add_all(traffic, out=wire, back=wire)
+            out, back = self._times(members[0])
+            moved.add_all(once, out=out, back=back)
+            kept = self._kept_bytes((member.kept, member.itemsize) for member in members)
+            needed, work = traffic.needed * members[0].itemsize, work * members[0].itemsize
+            found.append(self._turn(members[0], load, kept, needed, work, flops, once, moved))
+        return found
+
+    def _times(self, first: Member) -> tuple[int, int]:
+        """How often averages go out, and directions back, in a step.
+
+        Args:
+            first: Of a load.
+        """
+        changed = any(stage.changes_gradients for stage in first.stages)
+        slopes = self.momo and self._ahead(first)
+        kept = self.optimizer._decays.of(first.group).needs_directions
+        return 1 + first.norm.adapts + changed + slopes, 1 + kept + changed
+
+    def _ahead(self, member: Member) -> bool:
+        return bool(member.group["nesterov"]) and not member.norm.adapts
+
+    def _aside(self, members: Sequence[Member]) -> Traffic:
+        """Bytes of what stages keep, which goes to those who work on the matrices, and back."""
+        total = Traffic(self.axes.ranks)
+        for member in members:
+            row = member.row
+            for entry in (one for one in member.entries if one.travels):
+                own = self.pieces[row.parameter]
+                moved, kept = Traffic(self.axes.ranks), self.kept_entry(member, entry)
+                if entry.shape is not None and len(own) > 1:  # divided as the matrices are
+                    part = full((entry.shape[0] // len(own), *entry.shape[1:]))
+                    own = [replace(piece, box=part) for piece in own]
+                elif entry.shape is not None:
+                    box = full(entry.shape)
+                    whole = [rank for rank, one in enumerate(kept.layout.boxes) if one == box]
+                    own = [replace(own[0], box=box, ranks=whole, whole=bool(whole))]
+                moved.add(own, self.owners[row.parameter], kept)
+                size = (entry.dtype or state_dtype(row.parameter)).itemsize
+                total.add_all(moved, out=size, back=size)
+        return total
+
+    def _turn(
+        self,
+        first: Member,
+        load: Load,
+        kept: Tensor,
+        needed: Tensor,
+        work: Tensor,
+        flops: Tensor,
+        once: Traffic,
+        moved: Traffic,
+    ) -> Turn:
+        """One load's part of a step.
+
+        Args:
+            first: Of the load.
+            load: Shapes.
+            kept: Bytes of averages of what ranks keep.
+            needed: Likewise, of parameters that they work on or send something of.
+            work: Likewise, of what they work on.
+            flops: Of that.
+            once: Bytes that move if each goes out and comes back once.
+            moved: Bytes that move.
+        """
+        norm, both = completed(first.norm), 1 + first.norm.adapts
+        if norm.elementwise:  # averages, as they are and side by side, of both kinds; a root; directions
+            nothing = self.nothing()
+            return Turn(flops, moved, nothing, kept * (5 if norm.adapts else 2 + self._ahead(first)), nothing, kept)
+        copies = kept if norm.adapts else needed * self._ahead(first)
+        out = both * (copies + once.out_sent + once.out_received)
+        cap = MEMORY_CAP if self._cap is None else max(1, (SHARES - 2) * self._cap // SHARES)
+        total, most = inner_bytes(norm, load, first.row.parameter.device, cap)
+        share = work / sum(first.itemsize * parameter.numel() for parameter in load.parameters)
+        inside = (total * share).clamp(max=most)
+        travels = bool(once.out_sent.any())
+        # on their way and put together; then with directions, and what these are found from
+        finding = torch.maximum(out + both * work * travels, (both + 1) * work + inside)
+        return Turn(flops, moved, out * travels, finding, once.back_sent, work + once.back_received)
+
+    def _temporaries(self, turns: Sequence[Turn]) -> Tensor:
+        """Most bytes at once: of one load with the next on its way, or, where all must be known first, of all."""
+        found, moves = self.nothing(), self.nothing()
+        if self.streams:
+            going = self.nothing()
+            for turn, follower in itertools.zip_longest(turns, turns[1:]):
+                coming = going if follower is None else going + follower.coming
+                found = torch.maximum(found, coming + torch.maximum(turn.finding, turn.leaving + turn.moves))
+                going = turn.leaving + turn.moves
+            return found
+        directions = self.nothing()
+        for turn in turns:
+            found = torch.maximum(found, directions + turn.finding)
+            directions += turn.moves - turn.moved.back_received  # what was found
+        for turn in turns:
+            moves += turn.moved.back_received
+            found = torch.maximum(found, directions + moves + turn.leaving)
+        return found
+
+    def _agreed(self, packed: Sequence[Load]) -> int:
+        """Payload of the sums over all ranks."""
+        if self.axes.ranks == 1:
+            return 0
+        here = any(parameter.device.type == "cpu" for parameter in self.members)
+        several = any(len(own) > 1 for own in self.pieces.values())
+        numbers = 2 * HEARD + 1 + (len(self.members) if here or several else 0) + len(packed)
+        if not self.streams or self.optimizer._combine.regularized:
+            for load in packed:
+                first = self.members[load.parameters[0]]
+                numbers += sum(load.counts) * (1 + (self.momo and self._ahead(first)))
+        return 8 * (numbers + INNER * self.momo)
+
+
+def inner_bytes(norm: Norm, load: Load, device: torch.device, cap: int) -> tuple[int, int]:
+    """What finding directions takes besides.
+
+    Args:
+        norm: Not elementwise.
+        load: Of matrices.
+        device: Where they are.
+        cap: Bytes that the norm is told to keep to.
+
+    Returns:
+        Bytes of all matrices, and the most that are taken at once.
+    """
+    while isinstance(norm, Scaled):
+        norm = completed(norm.norm)
+    total = most = 0
+    for bucket in load.buckets:
+        for count, m, n in bucket.blocks:
+            size, together = state_dtype(load.parameters[0]).itemsize * m * n, MOST
+            if isinstance(norm, Spectral) and norm.polar == "svd":
+                size = 8 * SVD_COPIES * m * n
+                together = max(1, cap // size)
+            elif isinstance(norm, Spectral):
+                size, together = _of_polar(norm, min(m, n), max(m, n), device, cap)
+            total += count * len(bucket.parameters) * size
+            most = max(most, together * size)
+    return total, most
+
+
+def _of_polar(norm: Spectral, rows: int, columns: int, device: torch.device, cap: int) -> tuple[int, int]:
+    """Bytes of one matrix in a polar iteration, and how many are worked on together."""
+    dtype = norm.dtype or torch.float32
+    iteration = choose(norm.polar, get_coefficients(norm.coefficients, dtype), rows, [(1, columns)], dtype, device)
+    x, square = rows * columns * dtype.itemsize, rows * rows * dtype.itemsize
+    # brought to size in float32; X beside its Gram matrix and what is made of it; X, the next X and their quotient
+    size = max(x + 4 * rows * columns, x + (5 if iteration.form == "gram" else 4) * square, 2 * x + square)
+    alone = isinstance(iteration.products, OneByOne)
+    return size, 1 if alone else max(1, cap // iteration.bytes_per_matrix(columns))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the time of a step is predicted from, for each rank.
+
+    Args:
+        flops: Operations per second that training and directions reach.
+        bandwidth: Bytes per second that go out, and as many come in, at the same time.
+        memory_bandwidth: Bytes per second from and to its memory.
+        tokens: That a training step has for each rank.
+    """
+
+    flops: float
+    bandwidth: float
+    memory_bandwidth: float
+    tokens: float
+
+
+def seconds(planned: Planned, machine: Machine, *, active: float) -> tuple[float, float]:
+    """Time of an optimizer's step and of forward and backward pass, where nothing hides behind anything.
+
+    Loads follow one another: the averages of all ranks go out, the rank with most work is waited for, and directions
+    come back.
+
+    Args:
+        planned: The step.
+        machine: Of each rank.
+        active: Parameters that a token is multiplied with: six operations each.
+    """
+    step = ALL_TRAFFIC * float(planned.parameters.max()) / machine.memory_bandwidth
+    for turn in planned.turns:
+        moved = turn.moved
+        most = sum(
+            max(float(sent.max()), float(received.max()))
+            for sent, received in ((moved.out_sent, moved.out_received), (moved.back_sent, moved.back_received))
+        )
+        step += float(turn.flops.max()) / machine.flops + most / machine.bandwidth
+    return step, 6 * active * machine.tokens / machine.flops
+
+
+def active_parameters(plan: Plan, experts_per_token: int | None) -> float:
+    """Numbers that a token is multiplied with: of matrices and heads, and of tables that are heads, too.
+
+    Args:
+        plan: Of a model, as routed.
+        experts_per_token: How many of a stack of experts; None: all.
+    """
+    total = 0.0
+    for row in plan:
+        share = 1.0
+        if row.view is not None and row.view.experts and experts_per_token is not None:
+            share = min(1.0, experts_per_token / row.shape[0])
+        if row.role in ("matrix", "head") or (row.role == "embedding" and len(row.sites) > 1):
+            total += share * row.numel
+    return total
