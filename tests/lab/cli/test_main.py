@@ -78,6 +78,7 @@ def test_a_plan_of_ranks_takes_the_model_of_a_task_and_of_a_function(capsys, mon
         "from torch import nn\n"
         "def build(): return nn.Sequential(nn.Linear(10**6, 10**5), nn.ReLU(), nn.Linear(10**5, 8)), None, ()\n"
         "def wrong(): return 3\n"
+        "def numbers(): return nn.Linear(int(nn.Linear(2, 3).weight.sum()), 2)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
@@ -89,6 +90,10 @@ def test_a_plan_of_ranks_takes_the_model_of_a_task_and_of_a_function(capsys, mon
     code, _, err = run(capsys, *words, "--model", "mine:wrong")
     assert code == 2
     assert "mine:wrong returned int; it must return a module, or a tuple that begins with one." in err
+    code, _, err = run(capsys, *words, "--model", "mine:numbers")
+    assert code == 2
+    assert "mine:numbers cannot be called on torch's meta device" in err
+    assert "Name a function that makes the model alone." in err
     code, _, err = run(capsys, *words, "--model", "mine:nothing")
     assert code == 2
     assert "mine has no function 'nothing'" in err

@@ -17,13 +17,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from steepest.anatomy import Bucket, Load, Plan, PlanRow
+from steepest.anatomy import LINEAR, Bucket, Load, Plan, PlanRow
 from steepest.anatomy.batches import find_buckets
 from steepest.geometry import Norm, Scaled, Spectral
 from steepest.geometry.norm import completed
 from steepest.lab.bench.cost_model import ALL_TRAFFIC
 from steepest.linalg import MEMORY_CAP, get_coefficients
-from steepest.linalg.plan import choose
+from steepest.linalg.iterations import product_counts
+from steepest.linalg.plan import Iteration, choose
 from steepest.linalg.polar import SVD_COPIES
 from steepest.linalg.products import OneByOne
 from steepest.names import unknown_name
@@ -32,7 +33,7 @@ from steepest.optim.packing import SHARES, default_cap, loads, shared_loads
 from steepest.optim.sharing import pieces, work_of
 from steepest.optim.state import schema
 from steepest.ranks import Box, Layout, assign, boxes, volume
-from steepest.ranks.boxes import full, kept_placements
+from steepest.ranks.boxes import full, kept_placements, sizes
 from steepest.stages import Entry, Stage
 from steepest.stages.inputs import InputMoments
 from steepest.stages.inputs.refresh import INPUT_MASS, INPUT_MOMENT
@@ -251,6 +252,7 @@ class Piece:
         ranks: That may work on it.
         whole: Whether each of these keeps all of it; else they keep parts.
         work: Operations.
+        blocks: Shapes (B, m, n) of its matrices.
     """
 
     row: PlanRow
@@ -258,6 +260,7 @@ class Piece:
     ranks: Sequence[int]
     whole: bool
     work: float
+    blocks: Sequence[tuple[int, int, int]] = ()
 
 
 class Traffic:
@@ -352,16 +355,18 @@ class Turn:
         moved: Bytes.
         coming: Bytes that it holds while the one before it is worked on, as it is on its way then.
         finding: Most bytes until directions are found.
-        leaving: Bytes of directions on their way.
-        moves: Bytes of what moves the weights, and of directions from which some of it is cut.
+        sample: Bytes of directions that are kept from then on, until the next step.
+        sending: Most bytes while directions are sent.
+        going: Bytes that it holds while the next one is worked on, as directions are on their way then.
     """
 
     flops: Tensor
     moved: Traffic
     coming: Tensor
     finding: Tensor
-    leaving: Tensor
-    moves: Tensor
+    sample: Tensor
+    sending: Tensor
+    going: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,7 +381,8 @@ class Planned:
         moments: Bytes of the moments of layer inputs.
         powers: Bytes of what is made of them.
         sums: Bytes of sums of inputs between backward pass and step, where most moments are refreshed at once.
-        temporaries: Most bytes at once during the step, about.
+        samples: Bytes of directions that `diagnostics` looks at, kept until the next step: one of each shape.
+        temporaries: Most bytes at once during the step, about; samples are among them.
         flops: Of the directions.
         sent: Bytes, averages out and directions back.
         received: Likewise.
@@ -392,6 +398,7 @@ class Planned:
     moments: Tensor
     powers: Tensor
     sums: Tensor
+    samples: Tensor
     temporaries: Tensor
     flops: Tensor
     sent: Tensor
@@ -402,13 +409,13 @@ class Planned:
 
     @property
     def kept(self) -> Tensor:
-        """Bytes between steps."""
+        """Bytes at any time."""
         return self.parameters + self.gradients + self.averages + self.moments + self.powers
 
     @property
     def memory(self) -> Tensor:
-        """Bytes during a step."""
-        return self.kept + torch.maximum(self.sums, self.temporaries)
+        """Most bytes, in a step or before it."""
+        return self.kept + torch.maximum(self.samples + self.sums, self.temporaries)
 
     @property
     def imbalance(self) -> float:
@@ -487,34 +494,45 @@ class _Ranks:
 
     def _share_out(self) -> None:
         """Pieces and their owners, by the functions by which the optimizer finds its own."""
-        asked: list[Piece] = []
-        alike: dict[tuple[object, ...], list[tuple[Box, list[int], float]]] = {}
+        asked: dict[bool, list[Piece]] = {False: [], True: []}
+        alike: dict[tuple[object, ...], list[Piece]] = {}
         for member in self.members.values():
             row = member.row
             if completed(member.norm).elementwise or not row.numel:
                 continue
             entries = tuple((entry.shape, entry.travels) for entry in member.entries)
-            key = (row.shape, row.view, row.trainable, member.placed, member.norm, entries)
+            key = (row.shape, row.view, member.placed, member.norm, entries)
             if key not in alike:
-                found = pieces(member.kept.layout, row, member.stages)
+                found = pieces(member.kept.layout, row, member.norm, member.stages)
                 alike[key] = [
-                    (box, ranks, work_of(member.norm, row, box) if row.trainable else 0.0)
+                    Piece(
+                        row,
+                        box,
+                        ranks,
+                        whole=box in member.kept.distinct,
+                        work=work_of(member.norm, row, box),
+                        blocks=_blocks(member, box),
+                    )
                     for box, ranks in found.items()
                 ]
-            own = [Piece(row, box, ranks, box in member.kept.distinct, work) for box, ranks, work in alike[key]]
+            own = [replace(piece, row=row) for piece in alike[key]]
             self.pieces[row.parameter] = own
-            asked += own
-        shares = assign([one.work for one in asked], self.axes.ranks, [one.ranks for one in asked])
-        owners = {index: rank for rank, share in enumerate(shares) for index in share}
-        for index, piece in enumerate(asked):
-            self.owners.setdefault(piece.row.parameter, []).append(owners[index])
-            self.flops[owners[index]] += piece.work
+            asked[not row.parameter.requires_grad] += own
+        taken: list[tuple[float, Sequence[int]]] = []
+        for frozen, own in asked.items():  # what is frozen is work for nobody, unless it thaws
+            every = [*taken, *((piece.work, piece.ranks) for piece in own)]
+            shares = assign([work for work, _ in every], self.axes.ranks, [ranks for _, ranks in every])
+            owners = {index: rank for rank, share in enumerate(shares) for index in share}
+            for index, piece in enumerate(own, start=len(taken)):
+                self.owners.setdefault(piece.row.parameter, []).append(owners[index])
+                self.flops[owners[index]] += 0.0 if frozen else piece.work
+            taken = [(piece.work, [owners[index]]) for index, piece in enumerate(own)]
 
     def planned(self) -> Planned:
         """All of it."""
         members = self.members.values()
         loads = self._packed()
-        turns = self._moving(loads)
+        turns = self._turns(loads)
         traffic = Traffic(self.axes.ranks)
         for turn in turns:
             traffic.add_all(turn.moved, out=1, back=1)
@@ -527,6 +545,7 @@ class _Ranks:
             moments=moments,
             powers=powers,
             sums=sums,
+            samples=torch.stack([turn.sample for turn in turns]).sum(0),
             temporaries=self._temporaries(turns),
             flops=self.flops,
             sent=traffic.out_sent + traffic.back_sent,
@@ -612,28 +631,90 @@ class _Ranks:
             )
         ]
 
-    def _moving(self, packed: Sequence[Load]) -> list[Turn]:
+    def _turns(self, packed: Sequence[Load]) -> list[Turn]:
         """What each load takes, in their order."""
-        found: list[Turn] = []
-        for load in packed:
-            members = [self.members[parameter] for parameter in load.parameters]
-            traffic, work, flops = Traffic(self.axes.ranks), self.nothing(), self.nothing()
-            for parameter in load.parameters:
-                member = self.members[parameter]
-                if own := self.pieces.get(parameter):
-                    owners = self.owners[parameter]
-                    traffic.add(own, owners, member.kept)
-                    work[owners] += torch.tensor([volume(piece.box) for piece in own], dtype=torch.float64)
-                    flops[owners] += torch.tensor([piece.work for piece in own], dtype=torch.float64)
-            wire = members[0].itemsize if self.wire is None else self.wire.itemsize
-            once, moved = Traffic(self.axes.ranks), self._aside(members)
-            once.add_all(traffic, out=wire, back=wire)
-            out, back = self._times(members[0])
-            moved.add_all(once, out=out, back=back)
-            kept = self._kept_bytes((member.kept, member.itemsize) for member in members)
-            needed, work = traffic.needed * members[0].itemsize, work * members[0].itemsize
-            found.append(self._turn(members[0], load, kept, needed, work, flops, once, moved))
-        return found
+        seen: dict[tuple[object, ...], Tensor] = {}
+        return [self._turn(load, [self.members[parameter] for parameter in load.parameters], seen) for load in packed]
+
+    def _turn(self, load: Load, members: Sequence[Member], seen: dict[tuple[object, ...], Tensor]) -> Turn:
+        """One load's part of a step.
+
+        Args:
+            load: Shapes.
+            members: Its parameters, all of one group.
+            seen: Which ranks have kept a direction of a shape in this step; written to.
+        """
+        first, size = members[0], members[0].itemsize
+        norm, both = completed(first.norm), 1 + first.norm.adapts
+        kept = self._kept_bytes((member.kept, size) for member in members)
+        if norm.elementwise:  # averages, as they are and side by side, of both kinds; a root; directions
+            nothing, copies = self.nothing(), 5 if norm.adapts else 2 + self._ahead(first)
+            return Turn(nothing, Traffic(self.axes.ranks), nothing, kept * copies, nothing, kept, kept)
+        traffic, flops, work = Traffic(self.axes.ranks), self.nothing(), self.nothing()
+        alike: dict[
+            tuple[tuple[int, ...], object], list[int]
+        ] = {}  # owners of what is of one shape, and so worked on as a batch
+        shapes: dict[tuple[int, int], list[int]] = {}
+        merged = self.nothing()
+        for member in members:
+            own, owners = self.pieces[member.row.parameter], self.owners[member.row.parameter]
+            traffic.add(own, owners, member.kept)
+            flops[owners] += torch.tensor([piece.work for piece in own], dtype=torch.float64)
+            volumes = torch.tensor([volume(piece.box) for piece in own], dtype=torch.float64) * size
+            work[owners] += volumes
+            if member.row.view != LINEAR:  # directions are put together, where they are not whole parameters as found
+                merged[owners] += volumes
+            for piece, owner in zip(own, owners, strict=True):
+                alike.setdefault((sizes(piece.box), member.row.view), []).append(owner)
+                for _, m, n in piece.blocks:
+                    shapes.setdefault((m, n), []).append(owner)
+        wire = size if self.wire is None else self.wire.itemsize
+        once, moved = Traffic(self.axes.ranks), self._aside(members)
+        once.add_all(traffic, out=wire, back=wire)
+        out, back = self._times(first)
+        moved.add_all(once, out=out, back=back)
+        averages = kept if norm.adapts else traffic.needed * (size * self._ahead(first))
+        travels = bool(once.out_sent.any())
+        coming = both * (averages + once.out_sent + once.out_received)
+        stacked = self.nothing()
+        for (box, _), owners in alike.items():
+            counts = self.nothing().index_add_(0, torch.tensor(owners), torch.ones(len(owners), dtype=torch.float64))
+            stacked += torch.where(counts > 1, counts, 0) * (size * math.prod(box))
+        cap = MEMORY_CAP if self._cap is None else max(1, (SHARES - 2) * self._cap // SHARES)
+        total, most = inner_bytes(norm, load, first.row.parameter.device, cap)
+        inside = (total * work / sum(size * parameter.numel() for parameter in load.parameters)).clamp(max=most)
+        # on their way, put together and side by side; then these, directions, and what those are found from
+        finding = torch.maximum(coming + both * (work * travels + stacked), (both + 1) * work + inside)
+        sample = self.nothing()
+        for (m, n), owners in shapes.items():
+            if norm.polar_scale(m, n) is not None:
+                before = seen.setdefault((first.row.role, id(first.norm), m, n), self.nothing())
+                now = before.clone()
+                now[owners] = 1
+                sample += (now - before) * (size * m * n)
+                seen[first.row.role, id(first.norm), m, n] = now
+        going = work + once.back_sent + once.back_received
+        return Turn(flops, moved, coming * travels, finding, sample, going + merged, going)
+
+    def _temporaries(self, turns: Sequence[Turn]) -> Tensor:
+        """Most bytes at once: of one load with the next on its way, or, where all must be known first, of all."""
+        most, samples, before = self.nothing(), self.nothing(), self.nothing()
+        if self.streams:
+            for turn, follower in itertools.zip_longest(turns, turns[1:]):
+                coming = before if follower is None else before + follower.coming
+                most = torch.maximum(most, coming + samples + turn.finding)
+                samples += turn.sample
+                most = torch.maximum(most, coming + samples + turn.sending)
+                before = turn.going if self.axes.ranks > 1 else before
+            return most
+        for turn in turns:  # directions of all loads, with what is on its way back already but for what comes
+            most = torch.maximum(most, before + samples + turn.finding)
+            samples += turn.sample
+            before = before + turn.going - turn.moved.back_sent - turn.moved.back_received
+        for turn in turns:
+            most = torch.maximum(most, before + samples + turn.moved.back_sent + turn.moved.back_received)
+            before = before + turn.moved.back_received
+        return most
 
     def _times(self, first: Member) -> tuple[int, int]:
         """How often averages go out, and directions back, in a step.
@@ -669,63 +750,6 @@ class _Ranks:
                 total.add_all(moved, out=size, back=size)
         return total
 
-    def _turn(
-        self,
-        first: Member,
-        load: Load,
-        kept: Tensor,
-        needed: Tensor,
-        work: Tensor,
-        flops: Tensor,
-        once: Traffic,
-        moved: Traffic,
-    ) -> Turn:
-        """One load's part of a step.
-
-        Args:
-            first: Of the load.
-            load: Shapes.
-            kept: Bytes of averages of what ranks keep.
-            needed: Likewise, of parameters that they work on or send something of.
-            work: Likewise, of what they work on.
-            flops: Of that.
-            once: Bytes that move if each goes out and comes back once.
-            moved: Bytes that move.
-        """
-        norm, both = completed(first.norm), 1 + first.norm.adapts
-        if norm.elementwise:  # averages, as they are and side by side, of both kinds; a root; directions
-            nothing = self.nothing()
-            return Turn(flops, moved, nothing, kept * (5 if norm.adapts else 2 + self._ahead(first)), nothing, kept)
-        copies = kept if norm.adapts else needed * self._ahead(first)
-        out = both * (copies + once.out_sent + once.out_received)
-        cap = MEMORY_CAP if self._cap is None else max(1, (SHARES - 2) * self._cap // SHARES)
-        total, most = inner_bytes(norm, load, first.row.parameter.device, cap)
-        share = work / sum(first.itemsize * parameter.numel() for parameter in load.parameters)
-        inside = (total * share).clamp(max=most)
-        travels = bool(once.out_sent.any())
-        # on their way and put together; then with directions, and what these are found from
-        finding = torch.maximum(out + both * work * travels, (both + 1) * work + inside)
-        return Turn(flops, moved, out * travels, finding, once.back_sent, work + once.back_received)
-
-    def _temporaries(self, turns: Sequence[Turn]) -> Tensor:
-        """Most bytes at once: of one load with the next on its way, or, where all must be known first, of all."""
-        found, moves = self.nothing(), self.nothing()
-        if self.streams:
-            going = self.nothing()
-            for turn, follower in itertools.zip_longest(turns, turns[1:]):
-                coming = going if follower is None else going + follower.coming
-                found = torch.maximum(found, coming + torch.maximum(turn.finding, turn.leaving + turn.moves))
-                going = turn.leaving + turn.moves
-            return found
-        directions = self.nothing()
-        for turn in turns:
-            found = torch.maximum(found, directions + turn.finding)
-            directions += turn.moves - turn.moved.back_received  # what was found
-        for turn in turns:
-            moves += turn.moved.back_received
-            found = torch.maximum(found, directions + moves + turn.leaving)
-        return found
-
     def _agreed(self, packed: Sequence[Load]) -> int:
         """Payload of the sums over all ranks."""
         if self.axes.ranks == 1:
@@ -738,6 +762,13 @@ class _Ranks:
                 first = self.members[load.parameters[0]]
                 numbers += sum(load.counts) * (1 + (self.momo and self._ahead(first)))
         return 8 * (numbers + INNER * self.momo)
+
+
+def _blocks(member: Member, box: Box) -> Sequence[tuple[int, int, int]]:
+    """Shapes of the matrices in a part of a parameter."""
+    view = member.row.view
+    within = view.within(member.row.shape, box) if view is not None and member.norm.matrix else None
+    return ((1, 1, volume(box)),) if within is None else within.blocks(sizes(box))
 
 
 def inner_bytes(norm: Norm, load: Load, device: torch.device, cap: int) -> tuple[int, int]:
@@ -754,29 +785,37 @@ def inner_bytes(norm: Norm, load: Load, device: torch.device, cap: int) -> tuple
     """
     while isinstance(norm, Scaled):
         norm = completed(norm.norm)
-    total = most = 0
-    for bucket in load.buckets:
-        for count, m, n in bucket.blocks:
-            size, together = state_dtype(load.parameters[0]).itemsize * m * n, MOST
-            if isinstance(norm, Spectral) and norm.polar == "svd":
-                size = 8 * SVD_COPIES * m * n
-                together = max(1, cap // size)
-            elif isinstance(norm, Spectral):
-                size, together = _of_polar(norm, min(m, n), max(m, n), device, cap)
-            total += count * len(bucket.parameters) * size
-            most = max(most, together * size)
-    return total, most
+    blocks = [(len(bucket.parameters) * count, m, n) for bucket in load.buckets for count, m, n in bucket.blocks]
+    itemsize = state_dtype(load.parameters[0]).itemsize
+    if not isinstance(norm, Spectral):
+        total = sum(itemsize * count * m * n for count, m, n in blocks)
+        return total, total
+    found: list[tuple[int, int, int]] = []  # matrices, bytes of one, and how many are worked on together
+    alike: dict[int, list[tuple[int, int]]] = {}
+    for count, m, n in blocks:
+        alike.setdefault(min(m, n), []).append((count, max(m, n)))
+    for rows, columns in alike.items():
+        if norm.polar == "svd":
+            sizes_of = [(count, 8 * SVD_COPIES * rows * long) for count, long in columns]
+            found += [(count, size, max(1, cap // size)) for count, size in sizes_of]
+            continue
+        dtype = norm.dtype or torch.float32
+        iteration = choose(norm.polar, get_coefficients(norm.coefficients, dtype), rows, columns, dtype, device)
+        alone = isinstance(iteration.products, OneByOne)
+        found += [
+            (count, _of_polar(iteration, long), 1 if alone else max(1, cap // iteration.bytes_per_matrix(long)))
+            for count, long in columns
+        ]
+    return sum(count * size for count, size, _ in found), max(size * together for _, size, together in found)
 
 
-def _of_polar(norm: Spectral, rows: int, columns: int, device: torch.device, cap: int) -> tuple[int, int]:
-    """Bytes of one matrix in a polar iteration, and how many are worked on together."""
-    dtype = norm.dtype or torch.float32
-    iteration = choose(norm.polar, get_coefficients(norm.coefficients, dtype), rows, [(1, columns)], dtype, device)
-    x, square = rows * columns * dtype.itemsize, rows * rows * dtype.itemsize
-    # brought to size in float32; X beside its Gram matrix and what is made of it; X, the next X and their quotient
-    size = max(x + 4 * rows * columns, x + (5 if iteration.form == "gram" else 4) * square, 2 * x + square)
-    alone = isinstance(iteration.products, OneByOne)
-    return size, 1 if alone else max(1, cap // iteration.bytes_per_matrix(columns))
+def _of_polar(iteration: Iteration, columns: int) -> int:
+    """Bytes of one matrix in a polar iteration."""
+    size = iteration.dtype.itemsize
+    x, square = iteration.rows * columns * size, iteration.rows**2 * size
+    again = product_counts(iteration.form, iteration.chosen.steps, eps=torch.finfo(iteration.dtype).eps)[1] > 1
+    # brought to size in float32; the first X, X, and what is made of its Gram matrix; these, the next X, and a quotient
+    return max(x + 4 * iteration.rows * columns, (1 + again) * x + 5 * square, (2 + again) * x + 3 * square)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from steepest.lab.cli.command import Arg, Command
@@ -171,7 +170,8 @@ class Plan(Command, OnTask, AsJson):
             for row in rows
         ]
         notes = [
-            "Of the rank with most; state holds averages, moments of layer inputs and what is made of these.",
+            "Of the rank with most; state: averages, moments of layer inputs and what is made of these, and directions "
+            "that diagnostics() looks at.",
             f"Time: {self.flops:.3g} operations per second, {_bytes(self.bandwidth)}/s from and to a rank, "
             f"{_bytes(self.memory_bandwidth)}/s of its memory; share: of a training step of {self.tokens:,.0f} tokens "
             "per rank.",
@@ -187,25 +187,22 @@ def built(target: str) -> nn.Module:
         target: "package.module:function".
 
     Raises:
-        UsageError: If there is none, or it returns something else.
+        UsageError: If there is none, it cannot be called, or it returns something else.
     """
     import torch
     from torch import nn
 
-    module, _, name = target.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
+    from steepest.lab.models.brought import found_function
+
+    function = found_function(target)
     try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as missing:
-        if not f"{module}.".startswith(f"{missing.name}."):
-            raise
-        raise UsageError(f"--model {target}: there is no module {missing.name!r} here or on PYTHONPATH.") from None
-    function = getattr(found, name, None)
-    if not callable(function):
-        raise UsageError(f"--model {target}: {found.__name__} has no function {name!r}.")
-    with torch.device("meta"):
-        made = function()
+        with torch.device("meta"), contextlib.redirect_stdout(sys.stderr):
+            made = function()
+    except Exception as wrong:
+        raise UsageError(
+            f"--model {target} cannot be called on torch's meta device, where no tensor has numbers: {wrong}. Name a "
+            "function that makes the model alone."
+        ) from wrong
     first: object = made[0] if isinstance(made, tuple) and made else made
     if not isinstance(first, nn.Module):
         kind = type(first).__name__
@@ -224,7 +221,8 @@ def _row(planned: Planned, machine: Machine, active: float) -> dict[str, Any]:
         "averages": planned.averages,
         "moments": planned.moments,
         "powers": planned.powers,
-        "state": planned.averages + planned.moments + planned.powers,
+        "samples": planned.samples,
+        "state": planned.averages + planned.moments + planned.powers + planned.samples,
         "sums": planned.sums,
         "temporaries": planned.temporaries,
         "memory": planned.memory,
