@@ -203,7 +203,9 @@ class Kept:
     @cached_property
     def numbers(self) -> Tensor:
         """How many of each rank."""
-        return torch.tensor([0 if box is None else volume(box) for box in self.layout.boxes], dtype=torch.float64)
+        return torch.tensor(
+            [0 if box is None else volume(box) for box in self.layout.boxes], dtype=torch.float64, device="cpu"
+        )
 
     @cached_property
     def total(self) -> float:
@@ -226,7 +228,7 @@ class Kept:
         count = max(map(len, self.distinct.values()))
         rows = [[*ranks, *ranks[-1:] * (count - len(ranks))] for ranks in self.distinct.values()]
         sizes = [volume(box) for box in self.distinct]
-        return torch.tensor(rows), torch.tensor(sizes, dtype=torch.float64)
+        return torch.tensor(rows, device="cpu"), torch.tensor(sizes, dtype=torch.float64, device="cpu")
 
     def sent_out(self, owner: int) -> Tensor:
         """Numbers that each rank sends to an owner of the whole, as `Route.out` says it.
@@ -275,7 +277,7 @@ class Traffic:
 
     def __init__(self, ranks: int) -> None:
         self.out_sent, self.out_received, self.back_sent, self.back_received, self.needed = (
-            torch.zeros(ranks, dtype=torch.float64) for _ in range(5)
+            torch.zeros(ranks, dtype=torch.float64, device="cpu") for _ in range(5)
         )
 
     def add(self, pieces: Sequence[Piece], owners: Sequence[int], kept: Kept) -> None:
@@ -286,13 +288,16 @@ class Traffic:
             owners: A rank for each, which works on it.
             kept: Of the parameter.
         """
-        places, sizes = torch.tensor(owners), torch.tensor([volume(piece.box) for piece in pieces], dtype=torch.float64)
+        places, sizes = (
+            torch.tensor(owners, device="cpu"),
+            torch.tensor([volume(piece.box) for piece in pieces], dtype=torch.float64, device="cpu"),
+        )
         own = kept.numbers[places]
         self.needed[places] += own
         self.back_received += kept.numbers
         self.back_received[places] -= own
         if pieces[0].whole:
-            copies = torch.tensor([len(piece.ranks) - 1 for piece in pieces])
+            copies = torch.tensor([len(piece.ranks) - 1 for piece in pieces], device="cpu")
             self.back_sent[places] += copies * sizes
             return
         out = kept.sent_out(owners[0])
@@ -465,7 +470,7 @@ class _Ranks:
 
     def nothing(self) -> Tensor:
         """Zeros, one for each rank."""
-        return torch.zeros(self.axes.ranks, dtype=torch.float64)
+        return torch.zeros(self.axes.ranks, dtype=torch.float64, device="cpu")
 
     def _members(self) -> Iterator[Member]:
         rows = iter(self.optimizer.plan)
@@ -659,8 +664,8 @@ class _Ranks:
         for member in members:
             own, owners = self.pieces[member.row.parameter], self.owners[member.row.parameter]
             traffic.add(own, owners, member.kept)
-            flops[owners] += torch.tensor([piece.work for piece in own], dtype=torch.float64)
-            volumes = torch.tensor([volume(piece.box) for piece in own], dtype=torch.float64) * size
+            flops[owners] += torch.tensor([piece.work for piece in own], dtype=torch.float64, device="cpu")
+            volumes = torch.tensor([volume(piece.box) for piece in own], dtype=torch.float64, device="cpu") * size
             work[owners] += volumes
             if member.row.view != LINEAR:  # directions are put together, where they are not whole parameters as found
                 merged[owners] += volumes
@@ -678,7 +683,9 @@ class _Ranks:
         coming = both * (averages + once.out_sent + once.out_received)
         stacked = self.nothing()
         for (box, _), owners in alike.items():
-            counts = self.nothing().index_add_(0, torch.tensor(owners), torch.ones(len(owners), dtype=torch.float64))
+            counts = self.nothing().index_add_(
+                0, torch.tensor(owners, device="cpu"), torch.ones(len(owners), dtype=torch.float64, device="cpu")
+            )
             stacked += torch.where(counts > 1, counts, 0) * (size * math.prod(box))
         cap = MEMORY_CAP if self._cap is None else max(1, (SHARES - 2) * self._cap // SHARES)
         total, most = inner_bytes(norm, load, first.row.parameter.device, cap)

@@ -85,8 +85,8 @@ class Conv1D(nn.Module):
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
         self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(torch.empty(nx, nf))
-        self.bias = nn.Parameter(torch.empty(nf))
+        self.weight = nn.Parameter(torch.empty(nx, nf, device="meta"))
+        self.bias = nn.Parameter(torch.empty(nf, device="meta"))
 
 
 def gpt2(sizes: Sizes) -> nn.Module:
@@ -152,8 +152,8 @@ class Experts(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(sizes.experts, 2 * sizes.inner, sizes.width))
-        self.down_proj = nn.Parameter(torch.empty(sizes.experts, sizes.width, sizes.inner))
+        self.gate_up_proj = nn.Parameter(torch.empty(sizes.experts, 2 * sizes.inner, sizes.width, device="meta"))
+        self.down_proj = nn.Parameter(torch.empty(sizes.experts, sizes.width, sizes.inner, device="meta"))
 
 
 class TopKRouter(nn.Module):
@@ -161,7 +161,7 @@ class TopKRouter(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(sizes.experts, sizes.width))
+        self.weight = nn.Parameter(torch.empty(sizes.experts, sizes.width, device="meta"))
 
 
 class Named(nn.Module):

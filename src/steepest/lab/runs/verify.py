@@ -351,7 +351,7 @@ def _small_gpt(job: Job) -> Brought:
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():  # so that all have gradients from the first step on
             nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
-    batches = [torch.randint(64, (2 * job.layout.data, 17)) for _ in range(job.steps)]
+    batches = [torch.randint(64, (2 * job.layout.data, 17), device="cpu") for _ in range(job.steps)]
     return Brought(model, _next_token, batches, _divided)
 
 
@@ -404,7 +404,7 @@ def _train_alone(_: int, job: Job, folder: Path) -> RankReport:
     example = _made(job, device)
     with torch.no_grad():
         for parameter in example.model.parameters():
-            signs = torch.randint(0, 2, parameter.shape).to(parameter) * 2 - 1
+            signs = torch.randint(0, 2, parameter.shape, device="cpu").to(parameter) * 2 - 1
             parameter.mul_(1 + torch.finfo(parameter.dtype).eps * signs)
     _train(job, example, example.model, folder / "0.at", lambda batch: batch)
     rounding, where = _deviation(example.model, weights)
@@ -493,7 +493,7 @@ def _train(job: Job, example: Brought, model: nn.Module, at: Path, own: Callable
         at.write_text(f"step {step + 1}")
         if example.loss is None:
             _draw(job, example.model, step)
-            loss = torch.tensor(10.0)  # of which methods without a use for it make none
+            loss = torch.tensor(10.0, device="cpu")  # of which methods without a use for it make none
         else:
             loss = example.loss(model, own(example.batches[step % len(example.batches)]))
             _check_loss(job, loss)
@@ -545,8 +545,10 @@ def _draw(job: Job, model: nn.Module, step: int) -> None:
     for index, parameter in enumerate(model.parameters()):
         if not parameter.requires_grad:
             continue
-        generator = torch.Generator().manual_seed(((job.seed * 1_000_003 + step) * 1_000_003 + index) % 2**63)
-        whole = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+        generator = torch.Generator(device="cpu").manual_seed(
+            ((job.seed * 1_000_003 + step) * 1_000_003 + index) % 2**63
+        )
+        whole = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter.device, parameter.dtype)
         parameter.grad = part_like(whole, parameter)
 
 
