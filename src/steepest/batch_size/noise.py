@@ -23,6 +23,7 @@ from steepest.batch_size.noise_report import NoiseReport, Record, make_report
 from steepest.checks import Check, choice, flag, instance, number, optional, shown, whole
 from steepest.geometry import Norm
 from steepest.linalg import PolarMethod
+from steepest.ranks import local
 
 Losses = Literal["divided", "whole", "weighted"]
 FORMAT = 2
@@ -67,7 +68,8 @@ class NoiseScale:
     """Measures, every so many steps, how much of the gradient is noise, from the gradients of the micro-batches.
 
     Build it after the model was wrapped (DistributedDataParallel) or sharded (FSDP2), with the optimizer. A measured
-    step needs two micro-batches at least, that is calls of backward times ranks; under FSDP2 calls of backward alone.
+    step needs two micro-batches at least, that is calls of backward times ranks; under FSDP2 calls of backward alone,
+    as all ranks see the same gradient: that of the samples of all of them.
     The first that has fewer is an error; once one was measured, others are counted and the next step is measured.
     In between it costs a counter. Gradients are taken when autograd delivers them: clipping does not matter. A
     measured step keeps a gradient per micro-batch, and with alignment copies of one layer's at a time.
@@ -89,7 +91,8 @@ class NoiseScale:
             (Adam, AdamW), "frobenius" (SGD) or "spectral" (Muon).
         store: "cpu" keeps the micro-batches' gradients in main memory.
         polar: Of the nuclear scale: "svd" is exact, "auto" faster for large matrices.
-        process_group: Of the data-parallel ranks; None: the default group, if there is one.
+        process_group: Of the ranks that have samples of their own. None: those that DistributedDataParallel or
+            fully_shard (FSDP2, HSDP) averages gradients over, else the default group, if there is one.
 
     Raises:
         ValueError: If an option is unknown or out of range, or a layer cannot be measured; in a measured step, if what
@@ -144,7 +147,7 @@ class NoiseScale:
         self._scale: float | Callable[[], object] = checked["scale"]
         self._polar: PolarMethod = polar
         self._layers = find_layers(model, optimizer, self._kinds, norm)
-        self._ranks = Ranks(self._layers, process_group)
+        self._ranks = Ranks(model, self._layers, process_group)
         self._record = MicroBatches(self._layers, store)
         self._records: list[Record] = []
         self._discarded = 0
@@ -252,16 +255,15 @@ class NoiseScale:
                 f"The optimizer had {len(self._layers)} parameters when NoiseScale was built, and has {members} now. "
                 "Build NoiseScale after the last add_param_group; load_state_dict carries nothing over."
             )
-        self._record.check()
         try:
-            own, samples = self._sizes()
+            own, samples, scale = self._sizes()
         except MicroBatchError:
             if not self._records:  # the loop is not made for it; later, it is a rest of an epoch
                 raise
             self._record.forget()
             self._skipped += 1
             return
-        values = self._ranks.shared(self._rows(own, samples, moments)).cpu()
+        values = self._ranks.shared(self._rows(self._factors(own, samples, scale), samples, moments)).cpu()
         late = bool(self._ranks.shared(own.new_tensor([float(late)])))
         self._record.forget()
         if late:  # frozen until now on some rank: once more, with its hook
@@ -274,15 +276,16 @@ class NoiseScale:
             self._records.append(Record(self._step, len(samples), total, values, self._weights()))
             self._due(False)
 
-    def _rows(self, own: Tensor, samples: Tensor, moments: Mapping[str, Tensor | None] | None) -> Tensor:
+    def _rows(self, factors: Tensor, samples: Tensor, moments: Mapping[str, Tensor | None] | None) -> Tensor:
         """(layers, columns): of the layers that this rank works on; zero elsewhere."""
         width = len(columns(self._kinds, len(samples)))
-        rows = torch.zeros(len(self._layers), width, dtype=torch.float64, device=own.device)
+        rows = torch.zeros(len(self._layers), width, dtype=torch.float64, device=samples.device)
         for index, layer in enumerate(self._layers):
             gradients, owner = self._record.of(layer), self._ranks.owner(index)
-            factors = self._factors(own, samples).to(gradients.device, gradients.dtype)
-            gradients = gradients * factors.view(-1, *[1] * (gradients.ndim - 1))
-            together = self._ranks.gathered(layer, gradients, owner)
+            own = factors.to(gradients.device, gradients.dtype).view(-1, *[1] * (gradients.ndim - 1))
+            together = self._ranks.gathered(layer, gradients * own, owner)
+            found = second_moment(self._optimizer, layer) if moments is None else moments[layer.name]
+            moment = self._ranks.moment(found, owner)
             if together is None or owner != self._ranks.rank:
                 continue
             rows[index] = measure_layer(
@@ -290,13 +293,28 @@ class NoiseScale:
                 together,
                 samples.to(together.device),
                 kinds=self._kinds,
-                moment=second_moment(self._optimizer, layer) if moments is None else moments[layer.name],
+                moment=moment,
                 method=self._polar,
             )
         return rows
 
-    def _sizes(self) -> tuple[Tensor, Tensor]:
-        """Samples of this rank's micro-batches, and of all."""
+    def _sizes(self) -> tuple[Tensor, Tensor, float]:
+        """Samples of this rank's micro-batches, and of all; and what losses were multiplied by besides."""
+        device, problem = local([self._layers[0].parameter])[0].device, None
+        each, scale = [1.0] * len(self._record), 1.0
+        try:
+            self._record.check()
+            each = self._each()
+            given = self._scale() if callable(self._scale) else self._scale
+            scale = float(_FACTOR("NoiseScale: what scale() returns", given.item() if _is_one(given) else given))
+        except (ValueError, TypeError) as error:  # an error of this rank alone would leave the others waiting
+            problem = error
+        self._ranks.check(len(self._record), problem, device)
+        own = torch.tensor(each, dtype=torch.float64, device=device)
+        return own, self._ranks.samples(own), scale
+
+    def _each(self) -> list[float]:
+        """Samples of this rank's micro-batches, as they were told."""
         count, told = len(self._record), self._record.samples
         if told and len(told) != count:
             raise ValueError(
@@ -308,15 +326,10 @@ class NoiseScale:
                 f"micro_batch was called before, but not in a measured step with {count} calls of backward, whose unit "
                 "is unknown. Call it once for each call of backward, or pass samples= for those that are not told."
             )
-        each = told or [1.0 if self._samples is None else float(self._samples)] * count
-        device = self._layers[0].parameter.device
-        own = torch.tensor(each, dtype=torch.float64, device=device)
-        return own, self._ranks.samples(own)
+        return told or [1.0 if self._samples is None else float(self._samples)] * count
 
-    def _factors(self, own: Tensor, samples: Tensor) -> Tensor:
+    def _factors(self, own: Tensor, samples: Tensor, scale: float) -> Tensor:
         """What turns recorded gradients into those of mean losses."""
-        scale = self._scale() if callable(self._scale) else self._scale
-        scale = _FACTOR("NoiseScale: what scale() returns", scale.item() if _is_one(scale) else scale)
         if self._losses == "whole":
             return torch.full_like(own, 1 / scale)
         if self._losses == "divided":

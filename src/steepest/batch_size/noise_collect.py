@@ -3,7 +3,8 @@
 A plain parameter's hook is on the node that adds to `.grad`, which `torch.autograd.grad` does not reach. It sees what
 one call of backward adds, before DistributedDataParallel averages it: ranks times micro-batches are separate samples.
 A DTensor's gradient (FSDP2) exists only after it was averaged over ranks: the hook runs then, what the micro-batch has
-added is a difference, and its samples are those of all ranks.
+added is a difference, and its samples are those of all ranks that FSDP2 averages over: all of its mesh, one copy after
+the other as well (HSDP), but not the ranks that tensor parallelism divides a layer among, which see the same samples.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,12 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from steepest.batch_size.noise_layers import Layer
-from steepest.ranks import is_sharded, local
+from steepest.ranks import Team, is_sharded, laid_out, local, whole
 
 Store = Literal["cpu"]
 
@@ -137,7 +138,7 @@ class MicroBatches:
 
     def _accumulated(self, parameter: Tensor) -> None:
         gradient = cast(Tensor, parameter.grad)
-        total = local([gradient])[0].detach()
+        total = local([laid_out(gradient.detach(), parameter)])[0]
         before = self._totals.get(parameter)
         own = self._micro_batch(parameter)
         if before is not None and before[0] is not gradient:  # set to None and made anew
@@ -206,59 +207,83 @@ class Ranks:
     """How micro-batches of several ranks come together; with one rank, nothing is exchanged.
 
     Args:
+        model: As it was wrapped or sharded.
         layers: Plain parameters, whose ranks have separate micro-batches, or DTensors, whose have common ones.
-        group: Of the ranks; None: the default group, if there is one.
+        group: Of the ranks with samples of their own; None: those that DistributedDataParallel or fully_shard averages
+            gradients over, or else the default group, if there is one.
 
     Raises:
-        ValueError: If plain parameters and DTensors are mixed.
+        ValueError: If plain parameters and DTensors are mixed, or it cannot be known which ranks have samples of their
+            own.
     """
 
-    def __init__(self, layers: Sequence[Layer], group: "dist.ProcessGroup | None") -> None:
-        kinds = {is_sharded(layer.parameter) for layer in layers}
-        if len(kinds) > 1:
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], group: "dist.ProcessGroup | None") -> None:
+        shares = [is_sharded(layer.parameter) for layer in layers]
+        if len(set(shares)) > 1:
             raise ValueError(
-                "The optimizer has sharded parameters (DTensor) and plain ones, whose micro-batches are not of the "
-                "same samples. Build one optimizer and one NoiseScale for each kind, or shard all parameters."
+                f"The optimizer has sharded parameters and plain ones: {_layout(layers[shares.index(True)])}, "
+                f"{layers[shares.index(False)].name!r} is not. Their micro-batches are not of the same samples. Build "
+                "one optimizer and one NoiseScale for each kind, or shard all parameters."
             )
-        there = dist.is_available() and dist.is_initialized()
-        self.group = group
-        self.size = dist.get_world_size(group) if there else 1
-        self.rank = dist.get_rank(group) if there else 0
-        self.common = kinds == {True}
+        self.common = shares[0] if shares else False
         """Whether all ranks see the same gradients."""
+        if self.common:
+            self._groups = _averaged_over(model, layers, group)
+        else:
+            self._groups = [group or _copied_by(model)] if dist.is_available() and dist.is_initialized() else []
+        self.size, self.rank = 1, 0
+        for one in self._groups:  # a dimension of the mesh each, the last one running fastest
+            self.size, self.rank = self.size * dist.get_world_size(one), self.rank * dist.get_world_size(one)
+            self.rank += dist.get_rank(one)
+            for layer in layers[:1]:
+                Team(one or dist.group.WORLD).check_device(layer.name, layer.parameter)
 
     def owner(self, index: int) -> int:
         """Rank that works on a layer."""
         return index % self.size
 
-    def samples(self, own: Tensor) -> Tensor:
-        """(R,): samples of all micro-batches, rank by rank; under FSDP2 each adds up those of all ranks.
+    def check(self, count: int, problem: Exception | None, device: torch.device) -> None:
+        """Refuse a step together: what is wrong on one rank is an error on all.
 
         Args:
-            own: (J,) on the device of exchange.
+            count: Micro-batches of this rank.
+            problem: What is wrong with them here.
+            device: Of exchange.
 
         Raises:
             MicroBatchError: If ranks differ in their number of micro-batches, or there is one in all, or none.
+            ValueError: If something is wrong on one of them.
         """
-        if self.size > 1:
-            extremes = torch.tensor([len(own), -len(own)], device=own.device)
-            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
-            most, least = extremes[0].item(), -extremes[1].item()
-            if most != least:
-                raise MicroBatchError(
-                    f"Ranks have between {least} and {most} micro-batches in one step; NoiseScale needs the same "
-                    "number on every rank. On measured steps (`noise.measuring`), accumulate equally often everywhere."
-                )
-        if self.size > 1 and self.common:
-            own = own.clone()
-            dist.all_reduce(own, group=self.group)
-        elif self.size > 1:
-            parts = [torch.empty_like(own) for _ in range(self.size)]
-            dist.all_gather(parts, own, group=self.group)
-            own = torch.cat(parts)
-        if len(own) < 2:
-            raise too_few(len(own))
-        return own
+        extremes = torch.tensor([count, -count, problem is not None], device=device)
+        most, least, refused = (
+            self._reduced(extremes, dist.ReduceOp.MAX).tolist() if self._groups else extremes.tolist()
+        )
+        if problem is not None:
+            raise problem
+        if refused:
+            raise ValueError("NoiseScale: another rank refuses what it saw in a measured step; its error says why.")
+        if most != -least:
+            raise MicroBatchError(
+                f"Ranks have between {-least} and {most} micro-batches in one step; NoiseScale needs the same number "
+                "on every rank. On measured steps (`noise.measuring`), accumulate equally often everywhere."
+            )
+        seen = count if self.common else count * self.size
+        if seen < 2:
+            raise too_few(seen)
+
+    def samples(self, own: Tensor) -> Tensor:
+        """(R,): samples of all micro-batches, rank by rank; of sharded gradients each adds up those of all ranks.
+
+        Args:
+            own: (J,) on the device of exchange, of this rank.
+        """
+        if self.common:
+            return self._reduced(own.clone(), dist.ReduceOp.SUM)
+        if self.size == 1:
+            return own
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own, group=self._groups[0])
+        return torch.cat(parts)
 
     def gathered(self, layer: Layer, own: Tensor, owner: int) -> Tensor | None:
         """(R, *shape) on the owner, in the order of `samples`; None elsewhere. All ranks must call it.
@@ -269,19 +294,101 @@ class Ranks:
             owner: Rank that gets them.
         """
         if self.common:
-            full = [_like(layer.parameter, gradient).full_tensor() for gradient in own]
+            full = [whole(_like(layer.parameter, gradient)) for gradient in own]
             return torch.stack(full) if self.rank == owner else None
         if self.size == 1:
             return own
         parts = [torch.empty_like(own) for _ in range(self.size)] if self.rank == owner else None
-        dist.gather(own.contiguous(), parts, group=self.group, group_dst=owner)
+        dist.gather(own.contiguous(), parts, group=self._groups[0], group_dst=owner)
         return torch.cat(parts) if parts is not None else None
+
+    def moment(self, moment: Tensor | None, owner: int) -> Tensor | None:
+        """A layer's second moment on the owner; all ranks must call it.
+
+        Args:
+            moment: As the optimizer keeps it.
+            owner: Rank that gets it.
+        """
+        return whole(moment) if moment is not None and (self.common or self.rank == owner) else None
 
     def shared(self, values: Tensor) -> Tensor:
         """The sum over ranks."""
-        if self.size > 1:
-            dist.all_reduce(values, group=self.group)
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def _reduced(self, values: Tensor, how: Any) -> Tensor:
+        for group in self._groups:
+            dist.all_reduce(values, how, group=group)
         return values
+
+
+def _copied_by(model: nn.Module) -> "dist.ProcessGroup | None":
+    """The group of the first DistributedDataParallel module, if there is one."""
+    wrapped = (module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel))
+    return next((module.process_group for module in wrapped), None)
+
+
+def _averaged_over(model: nn.Module, layers: Sequence[Layer], group: "dist.ProcessGroup | None") -> list[Any]:
+    """Groups over which, one after the other, sharded gradients are averaged, and samples added up.
+
+    Args:
+        model: Whose modules tell by whom they were sharded.
+        layers: Sharded ones.
+        group: Whose ranks have samples of their own; None: those that fully_shard averages over.
+    """
+    if group is not None:
+        asked = set(dist.get_process_group_ranks(group))
+        for layer in layers:
+            kept: set[int] = set(cast(Any, layer.parameter).device_mesh.mesh.flatten().tolist())
+            if not asked <= kept:
+                raise ValueError(
+                    f"{_layout(layer)}, that is on the ranks {sorted(kept)}, but process_group has {sorted(asked)}: "
+                    "its gradient is not of the samples of all of these. Pass the ranks whose samples it is of, or "
+                    "build one NoiseScale for the parameters of each mesh."
+                )
+        return [group]
+    from torch.distributed.fsdp import FSDPModule
+
+    by_fsdp: dict[Tensor, bool] = {}  # whether each copy is whole, as with `replicate`
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            copies = any(kind.__name__ == "ReplicateModule" for kind in type(module).__mro__)
+            by_fsdp |= dict.fromkeys(cast(nn.Module, module).parameters(), copies)
+    found: dict[frozenset[int], tuple[Layer, list[Any]]] = {}
+    for layer in layers:
+        parameter: Any = layer.parameter
+        if parameter not in by_fsdp:
+            raise ValueError(
+                f"{_layout(layer)}, but not of a module that fully_shard was applied to. Which ranks have samples of "
+                "their own cannot be known then: ranks of tensor parallelism see the same, those of expert parallelism "
+                "do not. Pass process_group=, the ranks with samples of their own, such as mesh['dp'].get_group(); of "
+                "tensor parallelism alone, a group of this rank only."
+            )
+        mesh, placements = parameter.device_mesh, parameter.placements
+        divided = [axis for axis, one in enumerate(placements) if not one.is_replicate()]
+        # copies come first, then what FSDP divides; the dimensions after that are of others
+        axes = list(range(1 if by_fsdp[parameter] or not divided else divided[0] + 1))
+        place = tuple(slice(None) if axis in axes else at for axis, at in enumerate(mesh.get_coordinate()))
+        ranks = frozenset[int](mesh.mesh[place].flatten().tolist())
+        found.setdefault(ranks, (layer, [mesh.get_group(axis) for axis in axes]))
+    if len(found) > 1:
+        (ranks, (layer, _)), (others, (other, _)) = list(found.items())[:2]
+        raise ValueError(
+            f"{_layout(layer)}, averaged over the ranks {sorted(ranks)}, and {_layout(other)}, averaged over "
+            f"{sorted(others)}: their micro-batches are not of the same samples. If they are, as where experts get "
+            "tokens of other ranks, pass process_group=, the ranks with samples of their own; else build one optimizer "
+            "and one NoiseScale for each."
+        )
+    return next(iter(found.values()))[1]
+
+
+def _layout(layer: Layer) -> str:
+    """What a sharded layer is, for a message."""
+    parameter: Any = layer.parameter
+    mesh = parameter.device_mesh
+    names = f" {mesh.mesh_dim_names}" if mesh.mesh_dim_names else ""
+    placements, shape = tuple(map(str, parameter.placements)), tuple(mesh.shape)
+    told = f"{layer.name!r} of shape {tuple(parameter.shape)} is a DTensor"
+    return f"{told} with placements {placements} on a mesh of {shape}{names}"
 
 
 def _like(parameter: Tensor, part: Tensor) -> Any:
