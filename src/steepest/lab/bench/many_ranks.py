@@ -57,8 +57,9 @@ ROWS = ("o_proj", "down_proj")
 MOST = 2**20  # ranks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # on the wire
 # Numbers that ranks share at the start of a step, besides whether they take it: the loss, how it was clipped, what was
-# seen of that, and changes of weights. And with Momo inner products with the weights.
-HEARD, INNER = 4, 4
+# seen of that, and changes of weights; with the counts of gradients, whether all know the same parameters and rest. And
+# with Momo inner products with the weights.
+HEARD, ALIKE, INNER = 4, 3, 4
 
 
 @dataclass(frozen=True)
@@ -763,7 +764,7 @@ class _Ranks:
             return 0
         here = any(parameter.device.type == "cpu" for parameter in self.members)
         several = any(len(own) > 1 for own in self.pieces.values())
-        numbers = 2 * HEARD + 1 + (len(self.members) if here or several else 0) + len(packed)
+        numbers = 2 * HEARD + 1 + (len(self.members) + ALIKE if here or several else 0) + len(packed)
         if not self.streams or self.optimizer._combine.regularized:
             for load in packed:
                 first = self.members[load.parameters[0]]
