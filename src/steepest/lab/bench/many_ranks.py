@@ -653,9 +653,10 @@ class _Ranks:
         first, size = members[0], members[0].itemsize
         norm, both = completed(first.norm), 1 + first.norm.adapts
         kept = self._kept_bytes((member.kept, size) for member in members)
-        if norm.elementwise:  # averages, as they are and side by side, of both kinds; a root; directions
-            nothing, copies = self.nothing(), 5 if norm.adapts else 2 + self._ahead(first)
-            return Turn(nothing, Traffic(self.axes.ranks), nothing, kept * copies, nothing, kept, kept)
+        if norm.elementwise:
+            nothing = self.nothing()
+            finding = self._finding_elementwise(load, kept, ahead=self._ahead(first), adapts=norm.adapts)
+            return Turn(nothing, Traffic(self.axes.ranks), nothing, finding, nothing, kept, kept)
         traffic, flops, work = Traffic(self.axes.ranks), self.nothing(), self.nothing()
         alike: dict[
             tuple[tuple[int, ...], object], list[int]
@@ -703,6 +704,18 @@ class _Ranks:
                 seen[first.row.role, id(first.norm), m, n] = now
         going = work + once.back_sent + once.back_received
         return Turn(flops, moved, coming * travels, finding, sample, going + merged, going)
+
+    def _finding_elementwise(self, load: Load, kept: Tensor, *, ahead: bool, adapts: bool) -> Tensor:
+        """Most bytes until the directions of what each rank keeps are found, one shape after the other."""
+        several, found, most = self.nothing(), self.nothing(), self.nothing()
+        for bucket in load.buckets:
+            members = [self.members[parameter] for parameter in bucket.parameters]
+            own = self._kept_bytes((member.kept, member.itemsize) for member in members)
+            several += own if len(members) > 1 else 0
+            most = torch.maximum(most, found + 2 * own)  # a root and its negative, or what becomes a direction
+            found += own
+        # averages, those of several parameters of one shape side by side, too; with second moments, of both kinds
+        return 2 * kept + several + most if adapts else kept * ahead + several + most
 
     def _temporaries(self, turns: Sequence[Turn]) -> Tensor:
         """Most bytes at once: of one load with the next on its way, or, where all must be known first, of all."""

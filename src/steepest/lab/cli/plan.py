@@ -224,7 +224,7 @@ def _row(planned: Planned, machine: Machine, active: float) -> dict[str, Any]:
         "samples": planned.samples,
         "state": planned.averages + planned.moments + planned.powers + planned.samples,
         "sums": planned.sums,
-        "temporaries": planned.temporaries,
+        "temporaries": planned.memory - planned.kept - planned.samples,
         "memory": planned.memory,
         "flops": planned.flops,
         "sent": planned.sent,
