@@ -1,5 +1,6 @@
 """What is not finite on one rank is passed over by all of them, in real processes."""
 
+import copy
 import math
 import warnings
 
@@ -20,7 +21,6 @@ from steepest import (
     NonFiniteError,
     Scion,
     SignDescent,
-    SteepestDescent,
 )
 from tests.processes import join_ranks, leave_ranks
 
@@ -44,7 +44,7 @@ def network():
 def give(model, step):
     generator = torch.Generator().manual_seed(step)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 def alike(tensor):
@@ -260,6 +260,7 @@ def sharded_main(rank, folder):
 
 def edge_main(rank, folder):
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
 
     join_ranks(rank, WORLD, folder)
     warnings.simplefilter("ignore")
@@ -278,30 +279,25 @@ def edge_main(rank, folder):
         optimizer.step()
         assert torch.equal(weight.to_local(), before) is not moves
         assert optimizer.diagnostics()["skipped_steps"] == (not moves)
-    for dtype, make, message in REFUSED:
-        model = network().to(dtype)
-        fully_shard(model, mesh=mesh)
-        with pytest.raises(ValueError, match=message):
-            make(model)
+    for dtype in (torch.bfloat16, torch.float16):
+        for make in (Adam, Muon):
+            whole = network().to(dtype)
+            model = copy.deepcopy(whole)
+            fully_shard(model, mesh=mesh)
+            sharded, copied = make(model), make(whole)
+            for step in range(3):
+                give(whole, step)
+                for parameter, part in zip(whole.parameters(), model.parameters(), strict=True):
+                    part.grad = distribute_tensor(parameter.grad, mesh, part.placements)
+                sharded.step()
+                copied.step()
+            for parameter, part in zip(whole.parameters(), model.parameters(), strict=True):
+                assert torch.equal(part.full_tensor(), parameter)
     leave_ranks()
 
 
-TREE = {"product": "sum"}
-REFUSED = [
-    (torch.float32, lambda model: Muon(model, momo=True), "'0.weight' is a sharded DTensor, but Momo needs"),
-    (torch.float32, MuonMax, "'0.weight' is a sharded DTensor, but regularised descent needs"),
-    (
-        torch.float32,
-        lambda model: SteepestDescent(model, **TREE),
-        "'0.weight' is a sharded DTensor, but product=",
-    ),
-    (torch.bfloat16, Adam, "'0.weight' is a sharded DTensor of torch.bfloat16.*mp_policy="),
-    (torch.float16, Muon, "'0.weight' is a sharded DTensor of torch.float16.*mp_policy="),
-]
-
-
 @pytest.mark.slow
-def test_ranks_that_keep_shards_move_together_or_are_refused(tmp_path):
+def test_ranks_that_keep_shards_move_together(tmp_path):
     mp.spawn(edge_main, args=(str(tmp_path),), nprocs=WORLD)
 
 

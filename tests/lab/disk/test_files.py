@@ -297,8 +297,12 @@ HARMLESS = {  # of the system, of this package, in memory, or of a profiler that
     ("train.py", "training.save(run_dir / 'checkpoint.pt')"),
     ("train.py", "training.load(checkpoint)"),
     ("trained.py", "training.load(checkpoint)"),
-    *((name, "self.load()") for name in ("bench.py", "runs.py", "study.py")),  # the task that a command names
+    *(
+        (name, "self.load()") for name in ("bench.py", "plan.py", "runs.py", "study.py")
+    ),  # the task that a command names
     ("branch.py", "self.load(checkpoint)"),
+    ("verify.py", "torch.save(weights, folder / 'weights.pt')"),  # between processes, in a temporary folder of its own
+    ("verify.py", "torch.load(folder / 'weights.pt', weights_only=True)"),
 }
 
 

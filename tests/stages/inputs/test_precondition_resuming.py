@@ -199,9 +199,9 @@ def test_states_with_and_without_moments():
     assert not any(key.startswith("input_") for state in muon.state.values() for key in state)
     advance(model, muon, range(EVERY * PARTS))
     newton.load_state_dict(muon.state_dict())
-    assert newton.stages[0].powers(newton.state) is None  # nothing is known yet, so steps are Muon's
+    assert newton.stages[0].powers() is None  # nothing is known yet, so steps are Muon's
     advance(model, newton, range(EVERY * PARTS))
-    assert newton.stages[0].powers(newton.state) is not None
+    assert newton.stages[0].powers() is not None
 
 
 def test_distributed_checkpoints_make_load_and_keep_the_state(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from steepest.lab.bench.shapes import Shape
 from steepest.lab.bench.timing import Quartiles, paired_ratio, quartiles, take_turns
+from steepest.lab.disk.files import read_bytes, write_whole
 from steepest.optim import Muon
 from steepest.optim.sharing import Summary
 
@@ -67,7 +68,7 @@ def measure_shared(
             torch.multiprocessing.spawn(_rank, args=(folder, ranks, list(shapes), rounds), nprocs=ranks)
         except Exception as problem:
             raise RuntimeError(f"bench ranks: a process of {ranks} failed: {problem}") from problem
-        found = msgspec.json.decode((Path(folder) / "found.json").read_bytes())
+        found = msgspec.json.decode(read_bytes(Path(folder) / "found.json"))
     seconds: dict[str, list[float]] = found["seconds"]
     rows = [
         SharedRow(
@@ -99,7 +100,7 @@ def _rank(rank: int, folder: str, ranks: int, shapes: list[Shape], rounds: int) 
     if rank == 0:
         imbalance = {way: summary().imbalance for way, summary in summaries.items()}
         found = {"seconds": seconds, "sent": sent, "imbalance": imbalance}
-        (Path(folder) / "found.json").write_bytes(msgspec.json.encode(found))
+        write_whole(Path(folder) / "found.json", msgspec.json.encode(found))
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads now and then abort a process that takes its objects apart

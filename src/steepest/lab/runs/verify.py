@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
-from steepest.lab.disk.files import write_whole
+from steepest.lab.disk.files import exists, read_bytes, read_text, remove, write_whole
 from steepest.lab.errors import Failure, UsageError
 from steepest.lab.methods import build_optimizer, check_options
 from steepest.lab.methods.tuned import OptionValue
@@ -267,7 +267,7 @@ def verify(job: Job) -> Verified:
 def _run(main: Callable[[int, Job, Path], RankReport], job: Job, ranks: int, folder: Path) -> list[RankReport]:
     """Start processes, wait until they have ended, and read what they left; none is left running."""
     for old in (*folder.glob("*.json"), *folder.glob("*.at")):
-        old.unlink()
+        remove(old)
     own = "The process without ranks" if ranks == 1 else "Rank {}"
     deadline = time.monotonic() + job.timeout_s
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # of how the others are ended
@@ -285,18 +285,18 @@ def _run(main: Callable[[int, Job, Path], RankReport], job: Job, ranks: int, fol
         for process in cast("Sequence[BaseProcess]", context.processes):
             process.kill()
             process.join()
-    return [msgspec.json.decode((folder / f"{rank}.json").read_bytes(), type=RankReport) for rank in range(ranks)]
+    return [msgspec.json.decode(read_bytes(folder / f"{rank}.json"), type=RankReport) for rank in range(ranks)]
 
 
 def _late(folder: Path, ranks: int, own: str, timeout_s: float) -> str:
-    at = {rank: folder / f"{rank}.at" for rank in range(ranks) if not (folder / f"{rank}.json").exists()}
-    places = [f"{own.format(rank)}: {path.read_text() if path.exists() else 'start'}." for rank, path in at.items()]
+    at = {rank: folder / f"{rank}.at" for rank in range(ranks) if not exists(folder / f"{rank}.json")}
+    places = [f"{own.format(rank)}: {read_text(path) if exists(path) else 'start'}." for rank, path in at.items()]
     return f"Not done after {timeout_s:g} s (--timeout). {' '.join(places)}"
 
 
 def _reason(folder: Path, own: str, ended: ProcessExitedException | ProcessRaisedException) -> Failure | UsageError:
     """What the first that failed has left; the others fail because of it."""
-    left = {path: msgspec.json.decode(path.read_bytes(), type=_Ended) for path in folder.glob("*.failed")}
+    left = {path: msgspec.json.decode(read_bytes(path), type=_Ended) for path in folder.glob("*.failed")}
     if not left:
         signal = getattr(ended, "signal_name", None)
         how = f"was ended by {signal}; memory may have been short" if signal else f"ended: {ended}"
@@ -490,7 +490,7 @@ def _train(job: Job, example: Brought, model: nn.Module, at: Path, own: Callable
     agreed: list[int] = []
     loss: Tensor | None = None
     for step in range(job.steps):
-        at.write_text(f"step {step + 1}")
+        write_whole(at, f"step {step + 1}")
         if example.loss is None:
             _draw(job, example.model, step)
             loss = torch.tensor(10.0, device="cpu")  # of which methods without a use for it make none

@@ -229,7 +229,8 @@ def total_size(parameters: Sequence[Tensor]) -> float:
     team = Team.of(parts, ())
     kept: list[float] = []
     for part in parts:
-        boxes = team.layout("a weight", part).boxes
-        kept.append(kept_size([part]) / boxes.count(boxes[team.own]))  # so that a copy that differs is found, too
+        layout = team.layout("a weight", part)
+        copies = layout.boxes.count(layout.boxes[team.own]) * team.size / len(layout.members)
+        kept.append(kept_size([part]) / copies)  # so that a copy that differs is found, too
     packed = torch.tensor(kept, dtype=torch.float64, device=_where(parts, team))
     return math.fsum([plain, *team.summed(packed).tolist()])
