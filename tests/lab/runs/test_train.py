@@ -27,16 +27,7 @@ from steepest.lab.tasks import make_task
 from steepest.lab.tasks.task import DataIdentity
 from tests.cases import cases
 
-# set before any test starts the server: it imports these once, and each child is a fork of it
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    [
-        "steepest.lab.runs.train",
-        "sklearn.datasets",
-        "tensorboard.backend.event_processing.event_accumulator",
-        "torch.utils.tensorboard",
-    ]
-)
+SPAWN = multiprocessing.get_context("spawn")  # daemons: one that hangs must not keep pytest from ending
 SECONDS = {"forward_backward_s", "optimizer_s", "train_s"}
 
 
@@ -160,7 +151,7 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path, seed):
     chance = random.Random(seed)
     metrics = tmp_path / "parts" / "metrics.jsonl"
     for wanted in sorted(chance.sample(range(1, 60), 3)):  # dies once so many rows are there, somewhere in a step
-        process = FORKSERVER.Process(target=train_in_child, args=(config, tmp_path / "parts"))
+        process = SPAWN.Process(target=train_in_child, args=(config, tmp_path / "parts"), daemon=True)
         process.start()
         while lines(metrics) < wanted and process.is_alive():
             time.sleep(0.001)
@@ -216,11 +207,19 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     assert (result.status, result.steps, result.final_loss) == ("diverged", 10, None)
 
 
+def wait_for_another_second():
+    """Files of events are read in the order of the seconds in their names."""
+    now = int(time.time())
+    while int(time.time()) == now:
+        time.sleep(0.01)
+
+
 def test_tensorboard_shows_each_step_once_after_an_interruption(tmp_path):
     config = short()
     for _ in range(2):
         with pytest.raises(Interrupted):
             train_run(config, tmp_path, stop=stop_after(5))
+        wait_for_another_second()
     train_run(config, tmp_path)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 13))
@@ -239,16 +238,14 @@ def die_before_the_first_checkpoint(config: RunConfig, run_dir: Path) -> None:
 @pytest.mark.slow
 def test_tensorboard_shows_each_step_once_after_kill_9_before_the_first_checkpoint(tmp_path):
     config = short()
-    process = FORKSERVER.Process(target=die_before_the_first_checkpoint, args=(config, tmp_path))
+    process = SPAWN.Process(target=die_before_the_first_checkpoint, args=(config, tmp_path), daemon=True)
     process.start()
     process.join()
     assert process.exitcode == -9
     assert not (tmp_path / "checkpoint.pt").exists()
     left = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in left.Scalars("loss/train")] == list(range(1, 8))
-    killed = int(time.time())
-    while int(time.time()) == killed:  # files of events are read in the order of the seconds in their names
-        time.sleep(0.01)
+    wait_for_another_second()
     train_run(config, tmp_path)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 13))
