@@ -316,5 +316,19 @@ def shapes_differ():
         optimizer.step()
 
 
-def test_ranks_with_different_parameters_are_told(world):
-    world(2).run(shapes_differ)
+def packing_differs():
+    """Nor do they exchange loads of other sizes."""
+    for options in (
+        {"memory_cap": 1000 + dist.get_rank()},
+        {"exchange_dtype": torch.bfloat16} if dist.get_rank() else {},
+    ):
+        weight = nn.Parameter(torch.ones(4, 3))
+        optimizer = SteepestDescent([weight], process_group=dist.group.WORLD, **options)
+        weight.grad = torch.ones_like(weight)
+        with pytest.raises(ValueError, match="memory_cap or exchange_dtype"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("differ", [shapes_differ, packing_differs])
+def test_ranks_with_different_parameters_or_loads_are_told(world, differ):
+    world(2).run(differ)

@@ -553,11 +553,11 @@ class SteepestDescent(Optimizer):
         else:
             everyone = team
             team.agreed_bytes = 0
-            self._sharing.check_alike(device)
+            self._sharing.check_alike(device, self._sharing.fingerprint(self.memory_cap))
         numbers = [heard.loss, heard.clipping, heard.witnessed, heard.changed]
         counts: list[float] = []
         if self._sharing.counts(device, still=self._still):
-            known = self._sharing.fingerprint
+            known = self._sharing.fingerprint(self.memory_cap)
             counts = [float(p.grad is not None) for p in self._parameters()]
             counts += [known & 0xFFFF, known >> 16, float(not ready.idle(self._still))]
         admitted = False if refused else ready.admitted

@@ -218,7 +218,7 @@ class Sharing:
                 fixed += [(cost, [rank]) for (_, _, cost, _), rank in zip(own, chosen, strict=True)]
         self.duties = Duties(team, layouts, routes, copies)
         self._known = keys
-        vars(self).pop("fingerprint", None)
+        vars(self).pop("_parameters_known", None)
         current = {(p, route.owner) for p, own in routes.items() for route in own}
         self._flops = {key: cost for key, cost in self._flops.items() if key in current}
         flops = [0.0] * team.size
@@ -254,7 +254,7 @@ class Sharing:
         return group is not None and team.size > 1
 
     @functools.cached_property
-    def fingerprint(self) -> int:
+    def _parameters_known(self) -> int:
         """A number that is the same where ranks know the same parameters in the same order."""
         known = [
             (
@@ -269,32 +269,42 @@ class Sharing:
         ]
         return zlib.crc32(repr(known).encode())
 
-    def check_alike(self, device: torch.device) -> None:
-        """Ask at the first step whether all ranks know the same parameters; all of them take part.
+    def fingerprint(self, memory_cap: int | None) -> int:
+        """A number that is the same where ranks exchange the same: of parameters, and of what decides on packing.
+
+        Args:
+            memory_cap: Of the optimizer.
+        """
+        return zlib.crc32(f"{memory_cap} {self.wire}".encode(), self._parameters_known)
+
+    def check_alike(self, device: torch.device, fingerprint: int) -> None:
+        """Ask at the first step whether all ranks exchange the same; all of them take part.
 
         Args:
             device: On which they exchange numbers.
+            fingerprint: Of this rank.
 
         Raises:
             ValueError: If not, on all ranks.
         """
         if not self.alike:
-            (found,) = unanimous([self.fingerprint], exchange_device(device, self.team), self.team)
+            (found,) = unanimous([fingerprint], exchange_device(device, self.team), self.team)
             self.alike = True
             if found is None:
                 self.refuse_unlike()
 
     def refuse_unlike(self) -> None:
-        """Say that ranks do not know the same parameters.
+        """Say that ranks do not know the same parameters, or pack them otherwise.
 
         Raises:
             ValueError: Always.
         """
         shapes = [tuple(layout.shape) for layout in self.duties.layouts.values()]
         raise ValueError(
-            f"The {self.team.size} ranks of this optimizer do not know the same parameters in the same order; this "
-            f"one has {len(shapes)}, the first of shape {shapes[0]}. Build the model and the optimizer alike on all "
-            "ranks that share its parameters, and one optimizer for each stage of a pipeline."
+            f"The {self.team.size} ranks of this optimizer do not know the same parameters in the same order, or have "
+            f"another memory_cap or exchange_dtype; this one has {len(shapes)} parameters, the first of shape "
+            f"{shapes[0]}. Build the model and the optimizer alike on all ranks that share its parameters, and one "
+            "optimizer for each stage of a pipeline."
         )
 
     def counts(self, device: torch.device, *, still: bool) -> bool:
