@@ -82,7 +82,7 @@ class Iteration:
             columns: l, the long side.
         """
         grams, applications, own = product_counts(self.form, self.chosen.steps, eps=self._eps)
-        rows, share = self._padded, work_share(self._parts)
+        rows, share = self._padded, self.products.work_share
         product, cube = 2 * rows * rows * columns, 2 * rows**3
         return round(product * (grams * share + applications) + cube * own * share)
 

@@ -1,8 +1,9 @@
-"""The few operations that polar iterations consist of, in the two ways in which a machine does them fastest.
+"""The few operations that polar iterations consist of, in the ways in which a machine does them fastest.
 
-`Together` works on a batch at once, symmetric matrices in blocks of which only half are computed. `OneByOne` works on
-one matrix with oneDNN's products, which on CPUs with AVX-512 run float32 at up to twice the speed of torch.matmul's,
-and keeps it in the cache. Both do the same in another order of sums.
+`Together` works on a batch at once, symmetric matrices in blocks of which only half are computed; on CUDA `Mirrored`
+has a kernel for that, if one is installed. `OneByOne` works on one matrix with oneDNN's products, which on CPUs with
+AVX-512 run float32 at up to twice the speed of torch.matmul's, and keeps it in the cache. All do the same in another
+order of sums.
 """
 
 import functools
@@ -14,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from steepest.linalg import symmetric
+from steepest.linalg import mirrored, symmetric
 
 X = TypeVar("X")
 # Below, a call takes longer than a batched product takes per matrix.
@@ -61,6 +62,11 @@ class Together:
 
     parts: int
 
+    @property
+    def work_share(self) -> float:
+        """Operations of a product of symmetric matrices, as a part of those of a whole product."""
+        return symmetric.work_share(self.parts)
+
     def gram(self, x: Sequence[Tensor]) -> Tensor:
         """X Xᵀ."""
         return symmetric.gram(x, self.parts)
@@ -95,8 +101,41 @@ class Together:
 
 
 @dataclass(frozen=True)
+class Mirrored(Together):
+    """Batches (B, k, l) with one k; symmetric matrices are whole, made by a kernel that computes one half of them.
+
+    Args:
+        parts: 1.
+        kernel: See `mirrored`.
+    """
+
+    kernel: mirrored.Kernel
+
+    @property
+    def work_share(self) -> float:
+        """One half."""
+        return 0.5
+
+    def gram(self, x: Sequence[Tensor]) -> Tensor:
+        """X Xᵀ."""
+        return mirrored.gram(x, self.kernel).unsqueeze(0)
+
+    def product(
+        self, a: Tensor, b: Tensor, *, alpha: float = 1.0, plus: Tensor | None = None, beta: float = 1.0
+    ) -> Tensor:
+        """alpha · A B + beta · C."""
+        other = None if plus is None else plus[0]
+        return mirrored.product(a[0], b[0], self.kernel, alpha=alpha, plus=other, beta=beta).unsqueeze(0)
+
+
+@dataclass(frozen=True)
 class OneByOne:
     """One matrix (k, l), contiguous, float32 on a CPU."""
+
+    @property
+    def work_share(self) -> float:
+        """A product is whole."""
+        return 1.0
 
     def gram(self, x: Tensor) -> Tensor:
         """X Xᵀ."""
@@ -141,6 +180,8 @@ def products_for(rows: int, dtype: torch.dtype, device: torch.device) -> OneByOn
     """
     if device.type == "cpu" and dtype == torch.float32 and rows >= SMALLEST_ONE_BY_ONE and has_onednn():
         return OneByOne()
+    if (kernel := mirrored.kernel_for(rows, dtype, device)) is not None:
+        return Mirrored(1, kernel)
     return Together(symmetric.parts_for(rows, dtype, device))
 
 
