@@ -29,7 +29,7 @@ ROOMS = [
 
 
 # Likewise inside the lab. The command that makes a study stands with the study, and belongs to the commands.
-LAB = ["errors", "disk", "models", "tasks", "methods", "runs", "report", "studies", "engine", "bench", "cli"]
+LAB = ["errors", "disk", "data", "models", "tasks", "methods", "runs", "report", "studies", "engine", "bench", "cli"]
 
 
 def label(path):

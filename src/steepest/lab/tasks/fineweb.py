@@ -3,27 +3,21 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from steepest.lab.data.shards import HEADER, REMEDY, SPLITS, VOCABULARY, Shard, read_shard, shard_paths
 from steepest.lab.disk.files import DataError, open_data
 from steepest.lab.models.gpt import GPTConfig
 from steepest.lab.tasks.held_out import TUNING_SHARE, Sizes
 from steepest.lab.tasks.task import Budget, DataIdentity, PresetName, folder_of
 from steepest.lab.tasks.windows import WindowPreset, WindowTask
 
-MAGIC, VERSION = 20240520, 1
-HEADER = 1024  # bytes: 256 little-endian int32, of which the first three are magic, version and number of tokens
-VOCABULARY, PADDED = 50257, 50304  # GPT-2's tokens, and the rows of the model's tables: a multiple of 128
+PADDED = 50304  # rows of the model's tables, for GPT-2's 50257 tokens: a multiple of 128
 HASHED = 2**20  # bytes at each end of a shard that count for its identity
-_REMEDY = (
-    "Download shards, for example with modded-nanogpt's data/cached_fineweb10B.py, and give the folder with "
-    "fineweb_train_*.bin and fineweb_val_*.bin: --data DIR."
-)
 
 
 def _model(layers: int, width: int, head_size: int) -> GPTConfig:
@@ -50,63 +44,25 @@ class FinewebTask(WindowTask):
 
     Raises:
         FileNotFoundError: If there is no folder, or no shard of a kind in it.
-        ValueError: If a shard is damaged or of another format, or none fills one window.
+        DataError: If a shard is damaged or of another format.
+        ValueError: If none fills one window.
     """
 
     name = "fineweb"
     own_data = False
 
     def __init__(self, preset: PresetName, *, data: Path | None = None) -> None:
-        size, folder = PRESETS[preset], folder_of(self.name, data, _REMEDY)
-        shards, others = (_shards(folder, part) for part in ("train", "val"))
+        size, folder = PRESETS[preset], folder_of(self.name, data, REMEDY)
+        shards, others = ([*map(read_shard, shard_paths(folder, split))] for split in SPLITS)
         identity = _identify(folder.name, shards, others)
         train = ShardWindows(shards, size.window, part="training")
         held_out = ShardWindows(others, size.window, part="validation")
         tuning = len(held_out) // TUNING_SHARE
         if tuning == 0:
             problem = f"The validation shards of {folder.name!r} fill {len(held_out)} windows"
-            raise ValueError(f"{problem}; {TUNING_SHARE} are needed, to tune by one of them. {_REMEDY}")
+            raise ValueError(f"{problem}; {TUNING_SHARE} are needed, to tune by one of them. {REMEDY}")
         super().__init__(preset, size, train, held_out, tuning=tuning, identity=identity)
         self.evaluation_batch = size.budget.batch_size
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of tokens.
-
-    Args:
-        path: Where it is.
-        tokens: How many it holds.
-    """
-
-    path: Path
-    tokens: int
-
-    @property
-    def bytes(self) -> int:
-        """Size of the file."""
-        return HEADER + 2 * self.tokens
-
-
-def read_shard(path: Path) -> Shard:
-    """Check the header of a shard against its size.
-
-    Raises:
-        ValueError: If it is of another format or version, or not as long as it says.
-    """
-    with open_data(path) as file:
-        header = file.read(HEADER)
-        size = os.fstat(file.fileno()).st_size
-    if len(header) < HEADER:
-        raise ValueError(f"{path} has {len(header)} bytes, less than the header of {HEADER}: it is damaged. {_REMEDY}")
-    magic, version, tokens = (int(number) for number in np.frombuffer(header, dtype="<i4", count=3))
-    if (magic, version) != (MAGIC, VERSION):
-        expected = f"the magic number {MAGIC} and version {VERSION}, which is GPT-2's tokens in 16 bits"
-        raise ValueError(f"{path} starts with {magic} and {version}, not with {expected}. {_REMEDY}")
-    if tokens < 0 or size != HEADER + 2 * tokens:
-        problem = f"{path} has {size} bytes; its header promises {tokens} tokens, which take {HEADER + 2 * tokens}"
-        raise ValueError(f"{problem}. It is damaged, perhaps not downloaded to its end. {_REMEDY}")
-    return Shard(path, tokens)
 
 
 class ShardWindows:
@@ -127,7 +83,7 @@ class ShardWindows:
         if not filled:
             longest = max(shard.tokens for shard in shards)
             problem = f"No {part} shard fills one window of {self._length} tokens; the longest has {longest}"
-            raise ValueError(f"{problem}. {_REMEDY}")
+            raise ValueError(f"{problem}. {REMEDY}")
         self._shards = filled
         self._ends = torch.tensor([shard.tokens // self._length for shard in filled], device="cpu").cumsum(0)
 
@@ -152,19 +108,12 @@ class ShardWindows:
             content = os.pread(file.fileno(), 2 * self._length, start)
         if size != shard.bytes or len(content) < 2 * self._length:
             problem = f"{shard.path} had {shard.bytes} bytes when the run began, and has {size} now"
-            raise DataError(f"{problem}. Bring the file back, and repeat the command. {_REMEDY}")
+            raise DataError(f"{problem}. Bring the file back, and repeat the command. {REMEDY}")
         window = np.frombuffer(content, dtype="<u2").astype(np.int64)
         if (largest := int(window.max())) >= VOCABULARY:
             problem = f"{shard.path} has the token {largest}; GPT-2's vocabulary ends at {VOCABULARY - 1}"
-            raise DataError(f"{problem}. It is damaged, or of another tokenizer. {_REMEDY}")
+            raise DataError(f"{problem}. It is damaged, or of another tokenizer. {REMEDY}")
         return window
-
-
-def _shards(folder: Path, part: str) -> list[Shard]:
-    paths = sorted(folder.glob(f"*_{part}_*.bin"))
-    if not paths:
-        raise FileNotFoundError(f"--data {str(folder)!r} has no *_{part}_*.bin. {_REMEDY}")
-    return [read_shard(path) for path in paths]
 
 
 def _identify(name: str, train: Sequence[Shard], validation: Sequence[Shard]) -> DataIdentity:
