@@ -57,14 +57,18 @@ class Summed(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """Stacked experts, as transformers stores them; the last never gets a token."""
+    """Stacked experts, as transformers stores them; the last never gets a token.
+
+    Each matrix fills whole 16 bytes: where the next one begins elsewhere, MKL's products are rounded otherwise on some
+    processors than those of the same matrix alone.
+    """
 
     is_transposed, is_concatenated = False, True
 
     def __init__(self):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 12, WIDTH) / WIDTH**0.5)
-        self.down_proj = nn.Parameter(torch.randn(EXPERTS, WIDTH, 6) / 6**0.5)
+        self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 16, WIDTH) / WIDTH**0.5)
+        self.down_proj = nn.Parameter(torch.randn(EXPERTS, WIDTH, 8) / 8**0.5)
         self.place, self.group = 0, None  # which part of the tokens of a group of ranks are this one's; None: alone
 
     def forward(self, x, chosen):
