@@ -53,6 +53,7 @@ from steepest.optim.parameters import (
     newcomer,
     refuse_repeats,
 )
+from steepest.optim.replay import check_recordable, recording
 from steepest.optim.saved import check_mapping, check_saved
 from steepest.optim.sharing import Sharing, Summary
 from steepest.optim.state import (
@@ -203,6 +204,7 @@ class SteepestDescent(Optimizer):
         self._norms = Norms()
         self._decays = Decays()
         self._warned_of_ball = self._built = False
+        self._warm = False  # whether a step was taken with the state of now
         self._stages: list[Stage] = []
         self._schemas: dict[Tensor, tuple[PlanRow, str, Schema]] = {}
         self._members: list[list[Tensor]] = []  # of each group, when they were last looked at
@@ -447,8 +449,11 @@ class SteepestDescent(Optimizer):
             ValueError: If a gradient is sparse or does not fit, a number of a group is out of its range, the loss is
                 not one number, or Momo misses it.
             TypeError: If the loss, a gradient or a number of a group is not real, or the closure is no function.
+            RuntimeError: If a CUDA graph is being captured, and its replays would not be steps like this one.
         """
         returned = None if closure is None else self._losses.run(closure)
+        if recording():
+            self._check_recordable()
         ready = Ready()
         told = loss is not None or returned is not None or self._losses.told
         try:
@@ -473,6 +478,16 @@ class SteepestDescent(Optimizer):
         self._passed(ready)
         return returned
 
+    def _check_recordable(self) -> None:
+        momo = self._losses.momo
+        check_recordable(
+            warm=self._warm,
+            waits=self._guard.on_nonfinite == "raise",
+            frozen_bound=momo is not None and callable(momo.lower_bound),
+            stages=self._stages,
+            ranks=self._sharing.team.size,
+        )
+
     def _passed(self, ready: Ready) -> None:
         for stage in self._stages:
             stage.passed(skipped=ready.admitted is False, idle=lambda: ready.idle(self._still))
@@ -492,6 +507,7 @@ class SteepestDescent(Optimizer):
         self._sharing.note([move.portion for move in moves], before)
         if self._guard.made(partial(self._names, moves), fine, accept):
             self._publish_skips()
+        self._warm = True
 
     def _prepare(self, ready: Ready, explicit: Loss | None, returned: Loss | None) -> None:
         """Find out what this rank knows of a step before it is taken, and all that may be wrong with it."""
@@ -556,7 +572,7 @@ class SteepestDescent(Optimizer):
             self._sharing.check_alike(device, self._sharing.fingerprint(self.memory_cap))
         numbers = [heard.loss, heard.clipping, heard.witnessed, heard.changed]
         counts: list[float] = []
-        if self._sharing.counts(device, still=self._still):
+        if self._sharing.counts(device, still=lambda: self._still):
             known = self._sharing.fingerprint(self.memory_cap)
             counts = [float(p.grad is not None) for p in self._parameters()]
             counts += [known & 0xFFFF, known >> 16, float(not ready.idle(self._still))]
@@ -665,7 +681,7 @@ class SteepestDescent(Optimizer):
                 decay=self._decays.of(group),
                 stages=around,
                 memory_cap=cap,
-                forgets=self._steps % FORGET_EVERY == 0,
+                forgets=self._steps % FORGET_EVERY == 0 or recording(),  # a replay does not count steps
             )
             for (group, _), norm, around, portions in zip(present, norms, stages, packed, strict=True)
             for portion in portions
@@ -828,6 +844,7 @@ class SteepestDescent(Optimizer):
             "param_groups": self.param_groups,
             "defaults": dict(self.defaults),
             "_steps": self._steps,
+            "_warm": self._warm,
             "_schemas": dict(self._schemas),
         }
         effective: dict[str, Any] = {}
@@ -880,6 +897,7 @@ class SteepestDescent(Optimizer):
             make_plain(group, f"parameter group {index}")
         self.state.update(states)
         self._rates.restart(self.param_groups)
+        self._warm = False
         self._steps = max((int(group[STEPS_TAKEN]) for group in self.param_groups), default=0)
         self._losses.load(saved["param_groups"][0] if saved["param_groups"] else {}, self._parameters())
         if not self._combine.keeps_duals:  # they would be old when somebody needs them
@@ -917,7 +935,7 @@ class SteepestDescent(Optimizer):
         """For copy and pickle; torch's own keeps only what its optimizers have."""
         own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps", "_norms", "_members", "_decays"]
         own += ["_losses", "_combine", "_packing", "_sharing", "_rates", "_stages", "_warned_of_ball", "_built"]
-        return {**super().__getstate__(), "_schemas": {}, **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), "_schemas": {}, "_warm": False, **{name: getattr(self, name) for name in own}}
 
 
 def checked_stages(precondition: InputMoment | str | None, stages: Sequence[Stage]) -> list[Stage]:

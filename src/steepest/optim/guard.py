@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steepest.checks import choice
 from steepest.notices import warn
+from steepest.optim.replay import kept
 from steepest.ranks import local
 
 OnNonFinite = Literal["skip", "raise"]
@@ -77,7 +78,7 @@ class Guard:
         loss_finite = _finite(loss, device)
         admitted = finite.to(device).all() & loss_finite
         if device.type != "cpu" and self.on_nonfinite == "skip":
-            self._skipped = self._skipped + (~admitted).long()
+            self._count(~admitted)
             return admitted
         if bool(admitted):
             return True
@@ -105,7 +106,7 @@ class Guard:
         if admitted is False or all_fine is True:
             return admitted
         if isinstance(admitted, Tensor) and isinstance(all_fine, Tensor) and self.on_nonfinite == "skip":
-            self._skipped = self._skipped + (~all_fine & admitted).long()
+            self._count(~all_fine & admitted)
             return all_fine & admitted
         if bool(all_fine):
             return admitted
@@ -135,7 +136,7 @@ class Guard:
                 "A learning rate, a momentum or a decay that is a tensor is not finite, negative or too large; nothing "
                 "was changed. Look at what writes into the parameter groups."
             )
-        self._skipped = self._skipped + (~allowed & admitted).long()
+        self._count(~allowed & admitted)
         return allowed & admitted
 
     def made(
@@ -159,7 +160,7 @@ class Guard:
         if self.on_nonfinite == "skip" and (unread or accept is not None):
             flags = [flag.to(unread[0].device) for flag in unread]
             bad = ~torch.stack(flags).all() if flags and not refused else torch.tensor(bool(refused), device="cpu")
-            self._skipped = self._skipped + (bad if accept is None else bad.to(accept.device) & accept).long()
+            self._count(bad if accept is None else bad.to(accept.device) & accept)
             return False
         refused += [place for place, flag in enumerate(fine) if isinstance(flag, Tensor) and not bool(flag)]
         if not refused:
@@ -177,6 +178,12 @@ class Guard:
         self._skipped = self._skipped + 1
         self._warn(told)
         return True
+
+    def _count(self, skipped: Tensor | bool) -> None:
+        """One step more where `skipped` holds; what is on a device is counted there."""
+        total = self._skipped + (skipped.long() if isinstance(skipped, Tensor) else int(skipped))
+        known = self._skipped if isinstance(self._skipped, Tensor) else None
+        self._skipped = kept(known, total) if isinstance(total, Tensor) else total
 
     def skipped_steps(self) -> int:
         """Number of steps that were not taken; waits for the device, and warns if it was the first to know."""

@@ -15,6 +15,7 @@ from steepest.optim.decay import Decay
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.momentum import average_, debias, forget_, look_ahead
 from steepest.optim.packing import SHARES
+from steepest.optim.replay import kept
 from steepest.optim.sharing import Portion
 from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP
 from steepest.ranks import Pending, local, scalar_type
@@ -225,7 +226,7 @@ class Move:
             new = new.clamp(max=torch.finfo(self._dtype).max).to(self._dtype)
             if accept is not None:
                 new = torch.where(accept, new, state.get(DUAL, torch.zeros_like(new)))
-            state[DUAL] = new
+            state[DUAL] = kept(state.get(DUAL), new)
 
     def against_weights(self, *, gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inner products with the weights, and with what a unit of decay takes away from them.

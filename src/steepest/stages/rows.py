@@ -50,6 +50,11 @@ class RowScaling(Stage):
     def __post_init__(self) -> None:
         check_fields(self, {"beta2": number(high=1.0), "eps": number()})
 
+    @property
+    def replays(self) -> bool:
+        """Yes."""
+        return True
+
     def entries(self, row: PlanRow) -> Sequence[Entry]:
         """V: one number for each row of each matrix, block after block.
 

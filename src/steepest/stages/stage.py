@@ -102,6 +102,14 @@ class Stage:
         return False
 
     @property
+    def replays(self) -> bool:
+        """Whether a step does the same tensor operations whenever it is taken, and writes its state in place.
+
+        Then a recording of it, as a CUDA graph is, stands for the steps that follow.
+        """
+        return False
+
+    @property
     def no_duals(self) -> str | None:
         """Why momenta do not tell how the loss changes, which dual norms need, and the remedy; None: they do."""
         return None

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from steepest.notices import warn
 from steepest.optim.momo.arrivals import ENTRIES, Arrivals, spaced
 from steepest.optim.momo.tap import Loss
+from steepest.optim.replay import recording
 from steepest.ranks import local, scalar_type, world_size
 
 WHOLE = 4096  # above, every number is near one over a whole number
@@ -118,12 +119,14 @@ class Witness:
 
         Returns:
             The factor on this rank, times whether there was anything to see, and whether there was: a mean of each over
-            ranks makes the mean factor. None if nothing was seen.
+            ranks makes the mean factor. None if nothing was seen, or if the step is being recorded for replays.
 
         Raises:
             ValueError: If gradients were changed by something that is not one factor, or not at most 1.
         """
         scale, self._scale, self.undone = self._scale, None, None
+        if recording():  # replays know nothing of what backward left
+            return None
         self._scaled = scale is not None
         scale = 1.0 if scale is None else scale
         found = [(seen, p.grad) for seen, p in zip(self.arrivals.seen, self.arrivals.watched, strict=False)]

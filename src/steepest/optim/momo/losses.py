@@ -309,7 +309,7 @@ class Losses:
         if decision is None or known is False:
             return
         model = self.model or LossModel.new(gained.device)
-        self.model = model.after(decision.chosen, gained, known if isinstance(known, Tensor) else None)
+        self.model = model.kept(model.after(decision.chosen, gained, known if isinstance(known, Tensor) else None))
 
     def note(self, moves: Sequence[Move]) -> None:
         """From here on, nobody else should write to the weights.

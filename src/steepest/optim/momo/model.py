@@ -25,6 +25,7 @@ from torch import Tensor
 
 from steepest.checks import choice, number, refusal
 from steepest.optim.momentum import debias
+from steepest.optim.replay import kept
 from steepest.ranks import scalar_type
 
 Bookkeeping = Literal["recurrent", "direct"]
@@ -154,7 +155,7 @@ class LossModel:
     def new(cls, device: torch.device) -> "LossModel":
         """Before the first step."""
         zero = torch.zeros((), dtype=scalar_type(device), device=device)
-        return cls(zero, zero, zero + FLOOR, zero)
+        return cls(zero, zero.clone(), zero + FLOOR, zero.clone())
 
     @classmethod
     def restored(cls, saved: Mapping[str, float], device: torch.device) -> "LossModel":
@@ -162,6 +163,15 @@ class LossModel:
         zero = cls.new(device).value
         scalars = {name: torch.full_like(zero, saved[key]) for key, name in SCALARS.items()}
         return cls(**scalars, calls=round(saved["momo_calls"]))
+
+    def kept(self, new: "LossModel") -> "LossModel":
+        """Another model's numbers in the memory of this one.
+
+        Args:
+            new: After the step.
+        """
+        pairs = ((getattr(self, name), getattr(new, name)) for name in SCALARS.values())
+        return LossModel(*(kept(old, now) for old, now in pairs), calls=new.calls)
 
     def numbers(self) -> dict[str, float]:
         """As plain numbers, for a checkpoint; waits for the device."""

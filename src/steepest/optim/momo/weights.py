@@ -1,5 +1,6 @@
 """Notices weights that something else than the optimizer wrote to."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from steepest.notices import warn as warn_user
 from steepest.optim.momo.arrivals import spaced
+from steepest.optim.replay import kept
 from steepest.ranks import Team, exchange_device, is_sharded, local, scalar_type, sharded
 
 SAME = 1e-5  # relative; of a sum over all weights, which other shards add up in another order
@@ -73,8 +75,8 @@ class Changes:
         """
         self._parameters = list(parameters)
         self._versions = _versions(parameters)
-        self._entries = self._packed()
-        self._sums = _sizes(parameters) if self._written else []
+        self._entries = _kept(self._entries, self._packed())
+        self._sums = _kept(self._sums, _sizes(parameters)) if self._written else []
         self._expected = None
 
     def replaced(self) -> None:
@@ -182,6 +184,10 @@ class Changes:
             total = NEVER if bool(self._differs()) else kept_size(self._parameters)
             expected = Expected(self._parameters, total, here=True)
         return {**Changes().__dict__, "_written": self._written, "_expected": expected, "_warned": self._warned}
+
+
+def _kept(old: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+    return [kept(before, now) for before, now in itertools.zip_longest(old[: len(new)], new)]
 
 
 def _versions(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
