@@ -73,7 +73,7 @@ def written(run, tmp_path):
 def timed(monkeypatch):
     """Training that takes no time, but says it does."""
 
-    def time_steps(task, methods, *, steps):
+    def time_steps(task, methods, *, steps, device):
         return {method: [Seconds(0.003, 0.001 * (1 + place))] * steps for place, method in enumerate(methods)}
 
     monkeypatch.setattr(train_share, "time_steps", time_steps)
@@ -265,6 +265,8 @@ def test_coverage_counts_intervals_that_hold_the_truth(written, monkeypatch):
         (f"{TRAIN} --preset huge", "huge"),
         ("scaling --widths 8 8 --layers 1 --aspects 1 --rounds 3", "each point once, got 'width 8' twice"),
         ("scaling --rounds 2", "rounds of at least 3"),
+        ("train --task digits --device cuda", "--device cuda: this machine has cpu. Give one of them, or auto."),
+        ("step --device cuda", "--device cuda: this machine has cpu"),
         (f"{ACCURACY} --at 2,7", "at takes steps from 1 to steps=6, got [2, 7]"),
         (f"{ACCURACY} --at 2,x", "'x' must be a whole number of at least 1"),
         (f"{ACCURACY} --dtype float23", "Unknown dtype 'float23': did you mean 'float32'"),

@@ -37,7 +37,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def momo_cost(task: Task, name: str, dual: str, *, pairs: int) -> dict[str, object]:
+def momo_cost(task: Task, name: str, dual: str, *, pairs: int, device: str = "cpu") -> dict[str, object]:
     """One row of the table: a method and its Momo version.
 
     Args:
@@ -45,11 +45,12 @@ def momo_cost(task: Task, name: str, dual: str, *, pairs: int) -> dict[str, obje
         name: A key of `RECIPES`.
         dual: "cached" or "stale".
         pairs: Of training steps.
+        device: Where they are taken.
     """
 
     def trainer(**options: object) -> Trainer:
-        model = task.build_model(0)
-        return Trainer(name, model, task.loss, RECIPES[name](model, TINY, **options))
+        model = task.build_model(0).to(device)
+        return Trainer(name, model, task.loss, RECIPES[name](model, TINY, **options), device=device)
 
     base = trainer(**({"dual": dual} if name == "MuonMax" else {}))
     momo = trainer(dual=dual, step_size=Momo())
@@ -80,7 +81,9 @@ def random_tokens(count: int) -> Tensor:
     return torch.randint(256, (count // window, window + 1), generator=generator, device="cpu")
 
 
-def newton_muon_cost(name: str, config: GPTConfig, tokens: Tensor, *, every: int, pairs: int) -> dict[str, object]:
+def newton_muon_cost(
+    name: str, config: GPTConfig, tokens: Tensor, *, every: int, pairs: int, device: str = "cpu"
+) -> dict[str, object]:
     """One row of the table: Muon and Newton-Muon.
 
     One step in four refreshes, so that both kinds of step have enough pairs. They are measured apart and weighed as
@@ -99,7 +102,8 @@ def newton_muon_cost(name: str, config: GPTConfig, tokens: Tensor, *, every: int
     def trainer(recipe: Callable[..., SteepestDescent], **options: object) -> Trainer:
         torch.manual_seed(0)
         model = GPT(config)
-        return Trainer(recipe.__name__, model, _cross_entropy, recipe(model, TINY, **options))
+        model = model.to(device)
+        return Trainer(recipe.__name__, model, _cross_entropy, recipe(model, TINY, **options), device=device)
 
     base, newton = trainer(Muon), trainer(NewtonMuon, precondition=moment)
     batches = itertools.repeat((tokens[:, :-1], tokens[:, 1:]), CYCLE + pairs)

@@ -14,7 +14,7 @@ from steepest.lab.bench.accuracy import Accuracy, Oracle, Spectrum, accuracy, dr
 from steepest.lab.bench.contestants import Contestant, Settings
 from steepest.lab.bench.memory import peak_extra_bytes
 from steepest.lab.bench.shapes import Shape, matrix_shape
-from steepest.lab.bench.timing import clocked
+from steepest.lab.runs.device import clocked
 from steepest.linalg import flops
 
 SPECTRA: tuple[Spectrum, ...] = ("gaussian", "decaying")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from steepest.lab.bench.shapes import Shape, short_and_long
-from steepest.lab.bench.timing import clocked
+from steepest.lab.runs.device import clocked
 from steepest.linalg.products import has_onednn
 
 MOST_BYTES = 64 * 2**20  # of the long operand

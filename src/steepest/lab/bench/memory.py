@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from steepest.lab.runs.device import extra_bytes
+
 _SECOND = "steepest: second time"
 
 
@@ -18,17 +20,14 @@ def peak_extra_bytes(work: Callable[[], object], *, device: str = "cpu") -> int:
 
     Args:
         work: Called twice.
-        device: "cpu", where the events of torch's allocator are added up, or a CUDA device.
+        device: "cpu", where the events of torch's allocator are added up, or an accelerator.
 
     Returns:
         Bytes. On the CPU, what libraries below torch allocate for themselves is not in it.
     """
-    if device.startswith("cuda"):
+    if device != "cpu":
         work()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
+        return extra_bytes(work, device=torch.device(device))
     # the first time is watched, too: the allocator reports the release only of what it saw being taken
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()

@@ -14,7 +14,8 @@ import steepest
 from steepest.anatomy import Load
 from steepest.lab.bench.contestants import Settings
 from steepest.lab.bench.shapes import Shape
-from steepest.lab.bench.timing import Quartiles, clocked, paired_ratio, quartiles, take_turns
+from steepest.lab.bench.timing import Quartiles, paired_ratio, quartiles, take_turns
+from steepest.lab.runs.device import clocked
 from steepest.optim.decay import Decoupled
 from steepest.optim.momentum import average_
 from steepest.optim.packing import Packing

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -63,17 +60,3 @@ def take_turns(works: Mapping[str, Callable[[], float]], *, rounds: int, warm_up
             if index >= 0:
                 times[name].append(seconds)
     return times
-
-
-def clocked(work: Callable[[], object], *, device: str) -> float:
-    """Seconds that the work took, with everything it left to the device."""
-    _wait(device)
-    start = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from steepest.lab.bench.memory import peak_extra_bytes
 from steepest.lab.bench.timing import Quartiles, order, quartiles
 from steepest.lab.methods import build_optimizer, options_of, resolve
+from steepest.lab.runs.device import Clock, Stopwatch
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
 from steepest.lab.tasks.task import Batch, Task
 from steepest.optim import SteepestDescent
 
-Clock = Callable[[], float]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 BASELINE = "muon"
@@ -83,55 +83,61 @@ class Trainer:
         model: Its own.
         loss: Of a model on a batch.
         optimizer: Of the model.
+        device: Where the model is.
     """
 
-    def __init__(self, name: str, model: nn.Module, loss: Loss, optimizer: Optimizer) -> None:
+    def __init__(self, name: str, model: nn.Module, loss: Loss, optimizer: Optimizer, *, device: str = "cpu") -> None:
         self.name = name
+        self.device = torch.device(device)
         self._model = model
         self._loss = loss
         self.optimizer = optimizer
 
     @classmethod
-    def of(cls, task: Task, method: str) -> Trainer:
+    def of(cls, task: Task, method: str, *, device: str = "cpu") -> Trainer:
         """A copy of the task's model, with the optimizer of a method as the lab builds it.
 
         Args:
             task: Loaded.
             method: A key of `METHODS`; one that refreshes does it in the last step of each cycle.
+            device: Where it trains.
 
         Raises:
             ValueError: If the method is unknown, or does not take the model.
         """
-        model = task.build_model(0)
+        model = task.build_model(0).to(device)
         cycle = {"every": CYCLE, "first": CYCLE - 1} if refreshes(method) else {}
         options = resolve(method, task=task.name, preset=task.preset, options=cycle).options
         torch.manual_seed(derive_seed("method", 0))
-        return cls(method, model, task.loss, build_optimizer(method, model, options))
+        return cls(method, model, task.loss, build_optimizer(method, model, options), device=device)
 
     def step(self, batch: Batch, clock: Clock = time.perf_counter) -> Seconds:
         """Train on a batch.
 
         Args:
             batch: Of the task.
-            clock: Tells seconds.
+            clock: Tells seconds on the CPU.
 
         Raises:
             ValueError: If the loss is not finite: what follows would not be a training step.
         """
-        start = clock()
-        loss = self._backward(batch)
+        inputs, targets = (part.to(self.device) for part in batch)
+        watch = Stopwatch(self.device, clock=clock)
+        watch.mark()
+        loss = self._backward((inputs, targets))
         value = loss.item()
-        middle = clock()
+        watch.mark()
         if not math.isfinite(value):
             raise ValueError(f"The loss of {self.name!r} became {value}. Take fewer steps, or leave the method out.")
         self._update(loss)
         self.optimizer.zero_grad()
-        return Seconds(middle - start, clock() - middle)
+        watch.mark()
+        return Seconds(*watch.seconds())
 
     def extra_bytes(self, batch: Batch) -> int:
         """The most that one optimizer step holds beyond what was held before it."""
-        loss = self._backward(batch)
-        return peak_extra_bytes(lambda: self._update(loss))
+        loss = self._backward((batch[0].to(self.device), batch[1].to(self.device)))
+        return peak_extra_bytes(lambda: self._update(loss), device=str(self.device))
 
     def _backward(self, batch: Batch) -> Tensor:
         loss = self._loss(self._model, batch)
@@ -173,7 +179,7 @@ def refreshes(method: str) -> bool:
 
 
 def time_steps(
-    task: Task, methods: Sequence[str], *, steps: int, clock: Clock = time.perf_counter
+    task: Task, methods: Sequence[str], *, steps: int, device: str = "cpu", clock: Clock = time.perf_counter
 ) -> dict[str, list[Seconds]]:
     """Train with all methods in turns: each round is one step of each on one batch, in another order.
 
@@ -183,7 +189,8 @@ def time_steps(
         task: Loaded.
         methods: Keys of `METHODS`, the baseline among them.
         steps: Rounds that count: whole cycles, at least two.
-        clock: Tells seconds.
+        device: Where they train.
+        clock: Tells seconds on the CPU.
 
     Returns:
         By method, in order of the rounds.
@@ -196,7 +203,7 @@ def time_steps(
         raise ValueError(f"steps takes whole cycles of {CYCLE}, at least two, got {steps}. Take {2 * CYCLE} or 32.")
     if BASELINE not in methods or len(set(methods)) < len(methods):
         raise ValueError(f"methods takes different names, {BASELINE!r} among them, got {', '.join(methods)}.")
-    trainers = {method: Trainer.of(task, method) for method in methods}
+    trainers = {method: Trainer.of(task, method, device=device) for method in methods}
     examples = ExampleOrder(task.train_size, seed=0)
     batches = (task.batch(examples.take(task.budget.batch_size)) for _ in range(CYCLE + steps))
     return in_turns(trainers, batches, clock=clock)

@@ -17,7 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from steepest.lab.cli.command import Arg, Command, Group, spelled_out
-from steepest.lab.cli.options import AsJson, Count, File, Names, OnTask, OnThreads, Seed, checking_usage, count, racers
+from steepest.lab.cli.options import (
+    AsJson,
+    Count,
+    Device,
+    File,
+    Names,
+    OnTask,
+    OnThreads,
+    Seed,
+    checking_usage,
+    count,
+    found_device,
+    racers,
+)
 from steepest.lab.cli.outcome import Table, print_json, print_tables
 from steepest.lab.errors import UsageError
 from steepest.lab.tasks import TASKS
@@ -167,7 +180,7 @@ class Step(Bench, OnThreads):
     pairs: Annotated[Count, Arg("rounds", "N")] = 20
     warm_up: Annotated[Count, Arg("rounds before", "N")] = 3
     dtype: Annotated[str, Arg("of the weights: float32 or bfloat16")] = "float32"
-    device: Annotated[str, Arg()] = "cpu"
+    device: Device = "cpu"
     seed: Annotated[Seed, Arg("of weights and gradients")] = 0
 
     def measure(self) -> Measured:
@@ -175,9 +188,10 @@ class Step(Bench, OnThreads):
         from steepest.lab import bench
         from steepest.lab.bench.pictures import step_png
 
-        names = {own.name for own in dataclasses.fields(bench.Bench)} - {"widths"}
+        names = {own.name for own in dataclasses.fields(bench.Bench)} - {"widths", "device"}
         with checking_usage():
-            asked = bench.Bench(widths=self.width or None, **{name: getattr(self, name) for name in names})
+            own = {name: getattr(self, name) for name in names}
+            asked = bench.Bench(widths=self.width or None, device=found_device(self.device), **own)
         cases = bench.measure(asked, tell=lambda text: print(text, file=sys.stderr))
         rows = [
             {"shapes": case.shapes, "width": case.width, **flat(asdict(row))} for case in cases for row in case.rows
@@ -185,7 +199,7 @@ class Step(Bench, OnThreads):
         tables = [self._table(case, [row for row in rows if row["width"] == case.width]) for case in cases]
         content = {"bench": asdict(asked), "cases": list(map(asdict, cases))}
         widths = tuple(width for width in asked.cases() if width is not None)
-        return Measured(content, rows, tables, lambda: step_png(cases), {"width": widths})
+        return Measured(content, rows, tables, lambda: step_png(cases), {"width": widths, "device": asked.device})
 
     def _table(self, case: Case, rows: Sequence[Row]) -> Table:
         notes = [f"{row['contestant']} has no numbers. {row['reason']}" for row in rows if "reason" in row]
@@ -250,6 +264,7 @@ class Train(Bench, OnThreads):
     ] = None
     steps: Annotated[Count, Arg("of each method", "N")] = 32
     every: Annotated[Count, Arg("steps per refresh", "N")] = 32
+    device: Device = "cpu"
 
     def measure(self) -> Measured:
         """Every preset."""
@@ -258,9 +273,10 @@ class Train(Bench, OnThreads):
         from steepest.lab.tasks import make_task
 
         methods = self.methods or (*racers(self.task), *OTHERS)
+        device = found_device(self.device)
         with checking_usage():
             tasks = [make_task(self.task, preset, data=self.data) for preset in dict.fromkeys(self.preset)]
-            seconds = {task.preset: time_steps(task, methods, steps=self.steps) for task in tasks}
+            seconds = {task.preset: time_steps(task, methods, steps=self.steps, device=device) for task in tasks}
             shares = {preset: summarize(own, every=self.every) for preset, own in seconds.items()}
         rows: list[Row] = [
             {"task": self.task, "preset": preset, **share.columns()} for preset, own in shares.items() for share in own
@@ -276,7 +292,7 @@ class Train(Bench, OnThreads):
             for preset in shares
         ]
         content = {"steps": self.steps, "rows": rows, "seconds": raw}
-        return Measured(content, rows, tables, lambda: train_png(shares), {"methods": methods})
+        return Measured(content, rows, tables, lambda: train_png(shares), {"methods": methods, "device": device})
 
 
 class Ranks(Bench):
@@ -499,8 +515,9 @@ class Passes(Bench, OnThreads):
         return Measured(content, rows, tables, lambda: passes_png(cases))
 
 
-def _as_they_are(name: str, rows: Sequence[Row]) -> Measured:
-    return Measured({"rows": rows}, rows, [Table(name, list(rows[0]), [list(map(str, row.values())) for row in rows])])
+def _as_they_are(name: str, rows: Sequence[Row], chosen: Mapping[str, object] | None = None) -> Measured:
+    table = Table(name, list(rows[0]), [list(map(str, row.values())) for row in rows])
+    return Measured({"rows": rows}, rows, [table], chosen=chosen or {})
 
 
 class Momo(Bench, OnTask, OnThreads):
@@ -516,6 +533,7 @@ class Momo(Bench, OnTask, OnThreads):
     name = "momo"
 
     pairs: Annotated[int, functools.partial(count, least=2), Arg("of steps", "N")] = 60
+    device: Device = "cpu"
 
     def measure(self) -> Measured:
         """Every recipe, with both kinds of dual norms."""
@@ -523,10 +541,15 @@ class Momo(Bench, OnTask, OnThreads):
 
         with checking_usage():
             task = self.load()
+        device = found_device(self.device)
         where = {"preset": self.preset, "threads": self.threads}
         duals = ("stale", "cached")
-        rows = [{**where, **momo_cost(task, name, dual, pairs=self.pairs)} for name in RECIPES for dual in duals]
-        return _as_they_are(self.name, rows)
+        rows = [
+            {**where, **momo_cost(task, name, dual, pairs=self.pairs, device=device)}
+            for name in RECIPES
+            for dual in duals
+        ]
+        return _as_they_are(self.name, rows, {"device": device})
 
 
 class NewtonMuon(Bench, OnThreads):
@@ -547,22 +570,24 @@ class NewtonMuon(Bench, OnThreads):
     tokens: Annotated[tuple[Count, ...], Arg("of a step; default: 2048 8192", "N")] = (2048, 8192)
     every: Annotated[Count, Arg("steps per refresh", "N")] = 32
     pairs: Annotated[int, functools.partial(count, least=8), Arg("of steps", "N")] = 24  # two refreshes
+    device: Device = "cpu"
 
     def measure(self) -> Measured:
         """Every case, at every number of tokens."""
         from steepest.lab.bench.cost import CASES, newton_muon_cost, random_tokens
         from steepest.lab.models.gpt import GPTConfig
 
+        options: dict[str, Any] = {"every": self.every, "pairs": self.pairs, "device": found_device(self.device)}
         config = GPTConfig(vocabulary=256, layers=self.layers, width=self.width, head_size=64)
         rows = [
             {
                 "threads": self.threads,
-                **newton_muon_cost(name, config, random_tokens(tokens), every=self.every, pairs=self.pairs),
+                **newton_muon_cost(name, config, random_tokens(tokens), **options),
             }
             for tokens in self.tokens
             for name in CASES
         ]
-        return _as_they_are("cost", rows)
+        return _as_they_are("cost", rows, {"device": options["device"]})
 
 
 class Coverage(Bench):

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from steepest.lab.cli.command import Arg, Options
 from steepest.lab.cli.hidden import FORM, may_hold_password
@@ -156,6 +156,7 @@ Seed = Annotated[int, seed]
 Number = Annotated[float, number]
 Names = Annotated[tuple[str, ...], names]
 File = Annotated[Path, path]
+Device = Annotated[Literal["auto", "cpu", "cuda"], Arg("where; auto: cuda if it is here")]
 Assigned = Annotated[Assignment, assignment]
 
 
@@ -163,6 +164,17 @@ class AsJson(Options):
     """Whether people or programs read what a command prints."""
 
     json: Annotated[bool, Arg("print the result as JSON")] = False
+
+
+def found_device(name: str) -> str:
+    """The kind of device behind --device.
+
+    Raises:
+        UsageError: If this machine has no such device.
+    """
+    from steepest.lab.runs.device import find_device
+
+    return find_device(name).type
 
 
 class OnThreads(Options):

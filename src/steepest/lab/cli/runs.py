@@ -28,6 +28,7 @@ def grid(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+AUTO = "auto"
 Grid = Annotated[tuple[int, int], grid]
 
 
@@ -59,7 +60,8 @@ class Train(Command, OnTask, OnThreads, AsJson):
     ] = None
     mesh: Annotated[Grid | None, Arg("replicas x shards, for hsdp; else machines x their ranks", "RxS")] = None
     accumulate: Annotated[Count, Arg("micro-batches that a batch, or a rank's part of it, is divided into", "N")] = 1
-    device: Annotated[str, Arg("cpu, or the accelerator of this machine, such as cuda")] = "cpu"
+    device: Annotated[str, Arg("cpu, cuda, or auto: cuda if it is here")] = "cpu"
+    deterministic: Annotated[bool, Arg("same bits again on the same device, slower on cuda")] = False
 
     def run(self) -> int:
         """Train it, and print how it ended."""
@@ -68,7 +70,8 @@ class Train(Command, OnTask, OnThreads, AsJson):
         with checking_usage():
             self._check_shared()
         try:
-            with assembled(self.parallel, mesh=self.mesh, device=self.device, accumulate=self.accumulate) as crew:
+            device = self._device
+            with assembled(self.parallel, mesh=self.mesh, device=device, accumulate=self.accumulate) as crew:
                 return self._run(crew)
         except ElsewhereError:
             return FAILED  # which rank, and why, it says itself
@@ -103,6 +106,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
 
         from steepest.lab.engine.display import StudyDisplay
         from steepest.lab.engine.stopping import counting_signals
+        from steepest.lab.runs.device import deterministic
         from steepest.lab.runs.train import train_run
 
         with contextlib.ExitStack() as around:
@@ -111,6 +115,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
             if crew.leads:
                 display = StudyDisplay({config.method: [self.out]}, steps=config.steps, console=Console(stderr=True))
                 around.enter_context(display)
+            around.enter_context(deterministic(self.deterministic))
             return train_run(
                 config,
                 self.out,
@@ -159,10 +164,20 @@ class Train(Command, OnTask, OnThreads, AsJson):
                 raise ValueError(f"--diagnostics: {config.method!r} is not a method of this library; try muon or adam.")
         return config
 
+    @property
+    def _shared(self) -> bool:
+        """Whether many ranks, or an accelerator, can train the task; an unknown one is refused elsewhere."""
+        return self.task not in TASKS or entry(self.task).shared
+
+    @property
+    def _device(self) -> str:
+        """Where it is trained: what one leaves to this machine is the CPU for tasks that know nothing else."""
+        return "cpu" if self.device == AUTO and not self._shared else self.device
+
     def _check_shared(self) -> None:
         """Refuse what is trained by one process on its CPU only."""
-        for option, given in (("parallel", self.parallel), ("device", None if self.device == "cpu" else self.device)):
-            if given is not None and self.task in TASKS and not entry(self.task).shared:
+        for option, given in (("parallel", self.parallel), ("device", None if self._device == "cpu" else self.device)):
+            if given is not None and not self._shared:
                 known = " or ".join(name for name, one in TASKS.items() if one.shared)
                 raise ValueError(
                     f"--{option} {given}: the task {self.task!r} is trained by one process, on the CPU. Choose --task "

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steepest.lab.errors import Failure, UsageError
+from steepest.lab.runs.device import find_device
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 Done = TypeVar("Done")
@@ -258,7 +259,7 @@ def assembled(
     Args:
         layout: What each keeps of the model; None for one process.
         mesh: Replicas, and shards of each, for "hsdp"; None: machines, and the ranks of each.
-        device: "cpu", or the kind of this machine's accelerator.
+        device: As `find_device` takes it.
         accumulate: As in `Crew`.
         environment: In which `torchrun` says who this is.
 
@@ -266,7 +267,7 @@ def assembled(
         UsageError: If the layout does not go with what was started, or there is no such device.
         LostRankError: If another rank is gone, or did not answer in time.
     """
-    kind = _checked_device(device)
+    kind = find_device(device)
     started = int(environment.get("WORLD_SIZE", "1"))
     if layout is None:
         if mesh is not None:
@@ -315,14 +316,6 @@ def _telling_who_is_lost() -> Generator[None]:
             f"Another rank ended, or did not answer within {TIMEOUT_S:g} s ({text}). All ranks end; start them again, "
             "and the run goes on from its last checkpoint."
         ) from problem
-
-
-def _checked_device(kind: str) -> torch.device:
-    own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    known = ("cpu", *(() if own is None else (own.type,)))
-    if kind not in known:
-        raise UsageError(f"--device {kind}: this machine has {' and '.join(known)}.")
-    return torch.device(kind)
 
 
 def _checked_mesh(

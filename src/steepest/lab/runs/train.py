@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import math
-import time
 from collections.abc import Callable, Generator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,8 +40,8 @@ from steepest.lab.runs.checkpoint import (
 )
 from steepest.lab.runs.config import RunConfig, names_of, read_config, run_hash
 from steepest.lab.runs.crew import Crew
+from steepest.lab.runs.device import Stopwatch, most_bytes
 from steepest.lab.runs.environment import describe_environment
-from steepest.lab.runs.memory import peak_memory
 from steepest.lab.runs.recorder import Recorder
 from steepest.lab.runs.records import Final, Result, read_result
 from steepest.lab.runs.schedule import FAR_SPACING, NEAR, SMOOTHED, SPACING, evaluates, rate_factor, reached
@@ -115,10 +114,11 @@ class Training:
     def train_step(self, recorder: Recorder) -> None:
         """Train on the next batch and record it; a loss that is not finite changes no weight."""
         lr = float(self.config.options["lr"]) * self._rate_factor(self.step)
-        start = time.perf_counter()
+        watch = Stopwatch(self.crew.device)
+        watch.mark()
         loss = self._backward(self.order.take(self.config.batch_size))
         value = self.crew.mean(loss.item())
-        middle = time.perf_counter()
+        watch.mark()
         self.diverged = not math.isfinite(value)
         self.counters.near |= self.config.watch_from is None or value < NEAR * self.config.watch_from
         if not self.diverged:
@@ -128,17 +128,18 @@ class Training:
                 self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
-        end = time.perf_counter()
+        watch.mark()
+        forward_backward_s, optimizer_s = watch.seconds()
         self.counters.step += 1
-        self.counters.forward_backward_s += middle - start
-        self.counters.optimizer_s += end - middle
+        self.counters.forward_backward_s += forward_backward_s
+        self.counters.optimizer_s += optimizer_s
         recorder.train(
             step=self.step,
             tokens=self.tokens,
             loss=value,
             lr=lr,
-            forward_backward_s=middle - start,
-            optimizer_s=end - middle,
+            forward_backward_s=forward_backward_s,
+            optimizer_s=optimizer_s,
             train_s=self.train_s,
         )
 
@@ -257,7 +258,7 @@ class Training:
         return rate_factor(step, steps=self.config.steps, schedule=self.config.schedule)
 
     def _peak_memory(self) -> int:
-        return self.crew.most(max(self.counters.peak_memory_bytes, peak_memory()))
+        return self.crew.most(max(self.counters.peak_memory_bytes, most_bytes(self.crew.device)))
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds; of other ranks than the first without weights and the optimizer's state."""
