@@ -1,5 +1,6 @@
 """Whatever the layout, the weights are those of one process, and every matrix is worked on once."""
 
+import collections
 import functools
 import hashlib
 import itertools
@@ -332,3 +333,21 @@ def packing_differs():
 @pytest.mark.parametrize("differ", [shapes_differ, packing_differs])
 def test_ranks_with_different_parameters_or_loads_are_told(world, differ):
     world(2).run(differ)
+
+
+def owners_of_layers():
+    names = [f"layers.{index}.{half}" for index in range(6) for half in ("up", "down")]
+    shapes = {"up": (12, 4), "down": (4, 12)}
+    named = [(name, nn.Parameter(torch.ones(shapes[name.split(".")[-1]]))) for name in names]
+    optimizer = SteepestDescent(named, process_group=dist.group.WORLD)
+    for _, weight in named:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    return {
+        half: collections.Counter(optimizer.sharing.owners[n] for n in names if n.endswith(half)) for half in shapes
+    }
+
+
+def test_matrices_of_one_shape_are_spread_over_ranks_which_work_on_them_at_once(world):
+    for owners in world(2).run(owners_of_layers):
+        assert owners == {"up": {(0,): 3, (1,): 3}, "down": {(0,): 3, (1,): 3}}

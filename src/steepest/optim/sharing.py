@@ -100,6 +100,15 @@ def work_of(norm: Norm, row: PlanRow, box: Box) -> float:
     return sum(count * norm.work(m, n) for count, m, n in blocks)
 
 
+def turn_of(row: PlanRow) -> tuple[tuple[int, ...], str]:
+    """Sorts what is in one load together, before it is shared out: ranks wait for each other's part of a load.
+
+    Args:
+        row: Of a parameter.
+    """
+    return tuple(row.shape), str(row.view)
+
+
 @dataclass
 class Summary:
     """How the work of an optimizer is shared, and what the last step sent.
@@ -205,6 +214,7 @@ class Sharing:
         # What all ranks keep comes first, so that they choose alike; then what only some of them know of. What is
         # frozen is work for nobody, unless it thaws.
         for (frozen, sharers), own in sorted(asked.items(), key=lambda item: (-len(item[0][1]), item[0][0])):
+            own.sort(key=lambda piece: turn_of(piece[0]))
             costs = [cost for cost, _ in fixed] + [cost for _, _, cost, _ in own]
             among = [ranks for _, ranks in fixed] + [ranks for *_, ranks in own]
             owner = {index: rank for rank, mine in enumerate(assign(costs, team.size, among)) for index in mine}

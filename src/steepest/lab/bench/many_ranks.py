@@ -30,7 +30,7 @@ from steepest.linalg.products import OneByOne
 from steepest.names import unknown_name
 from steepest.optim import SteepestDescent
 from steepest.optim.packing import SHARES, default_cap, loads, shared_loads
-from steepest.optim.sharing import pieces, work_of
+from steepest.optim.sharing import pieces, turn_of, work_of
 from steepest.optim.state import schema
 from steepest.ranks import Box, Layout, assign, boxes, volume
 from steepest.ranks.boxes import full, kept_placements, sizes
@@ -526,6 +526,7 @@ class _Ranks:
             asked[not row.parameter.requires_grad] += own
         taken: list[tuple[float, Sequence[int]]] = []
         for frozen, own in asked.items():  # what is frozen is work for nobody, unless it thaws
+            own.sort(key=lambda piece: turn_of(piece.row))
             every = [*taken, *((piece.work, piece.ranks) for piece in own)]
             shares = assign([work for work, _ in every], self.axes.ranks, [ranks for _, ranks in every])
             owners = {index: rank for rank, share in enumerate(shares) for index in share}
