@@ -7,6 +7,7 @@ import pytest
 from steepest.lab.bench.shapes import (
     LAYERS,
     SHAPE_SETS,
+    SIZED,
     SMALL_SIDES,
     WIDTHS,
     make_shapes,
@@ -77,3 +78,17 @@ def test_a_convolution_is_a_matrix_of_out_by_the_rest():
 def test_what_fits_no_set_is_refused(name, options, text):
     with pytest.raises(ValueError, match=text):
         make_shapes(name, **options)
+
+
+@cases("name", SIZED)
+def test_sets_with_a_size_take_no_other(name):
+    for options in ({"width": 64}, {"layers": 2}):
+        with pytest.raises(ValueError, match=f"{name} has neither width nor layers"):
+            make_shapes(name, **options)
+
+
+def test_published_models_have_the_matrices_of_their_blocks():
+    # transformers' counts of parameters, less tables, biases and gains
+    assert entries(make_shapes("gpt2-124m")) == 124_439_808 - (50_257 + 1_024) * 768 - 12 * 13 * 768 - 2 * 768
+    assert entries(make_shapes("gpt2-350m")) == 354_823_168 - (50_257 + 1_024) * 1_024 - 24 * 13 * 1_024 - 2 * 1_024
+    assert entries(make_shapes("llama-1b")) == 1_235_814_400 - 128_256 * 2_048 - 33 * 2_048

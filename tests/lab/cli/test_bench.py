@@ -8,10 +8,11 @@ import shlex
 import sys
 
 import pytest
+import torch
 
 from steepest import Muon
 from steepest.lab import bench
-from steepest.lab.bench import SHAPE_SETS, cost, scaling, train_share
+from steepest.lab.bench import SHAPE_SETS, certified, cost, gpu, scaling, train_share
 from steepest.lab.bench import contestants as everybody
 from steepest.lab.bench.machine import Machine
 from steepest.lab.bench.momenta import SETS
@@ -51,14 +52,14 @@ def run(capsys):
 def written(run, tmp_path):
     """The JSON, which is that on the terminal, and rows of the CSV, of a benchmark that writes its files."""
 
-    def written(words, name, *, drawn=True):
+    def written(words, name, *, drawn=True, page=False):
         out = tmp_path / "new" / name
         code, printed, err = run(f"{words} --out {out} --json")
         assert code == 0
         content = json.loads((out / f"{name}.json").read_text())
         assert content == json.loads(printed)
         assert content["commit"] == content["environment"]["git_commit"]
-        endings = {"json", "csv", "png"} if drawn else {"json", "csv"}
+        endings = {"json", "csv", *(["png"] if drawn else []), *(["html"] if page else [])}
         assert {path.name for path in out.iterdir()} == {f"{name}.{ending}" for ending in endings}
         assert all(f"{out / name}.{ending}\n" in err for ending in endings)
         assert not drawn or (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -235,6 +236,61 @@ def test_momo_has_a_row_for_every_recipe_and_kind_of_dual_norms(run, monkeypatch
     assert all(row["extra_memory_momo_mb"] > 0 and row["step_ratio"] > 0 for row in rows)
 
 
+@cases("words", [f"{TRAIN} --device cuda", f"{STEP} --device cuda", "gpu --device cuda --rehearsal"])
+def test_a_device_that_is_not_there_is_refused(run, words, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    code, out, err = run(words)
+    assert (code, out) == (2, "")
+    assert "--device cuda: this machine has cpu. Give one of them, or auto." in err
+
+
+def test_a_gpu_is_asked_for_where_there_is_none(run, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    code, _, err = run("gpu")
+    assert code == 2
+    assert "Run it on a machine with CUDA, or add --rehearsal to go through it here with tiny shapes." in err
+
+
+@pytest.mark.slow
+def test_gpu_writes_json_rows_and_a_page(run, written, tmp_path, monkeypatch):
+    content, rows = written("gpu --device cpu --rehearsal", "gpu", drawn=False, page=True)
+    assert content["command"] == "steepest bench gpu --device cpu --rehearsal --minutes 12.0 --threads 1"
+    assert {*ORIGIN, "polars", "steps", "cases", "additions", "training", "left_out", "wrong"} <= set(content)
+    assert list(dict.fromkeys(row["part"] for row in rows)) == ["polar", "method", "step", "addition", "training"]
+    page = (tmp_path / "new" / "gpu" / "gpu.html").read_text()
+    for text in ("all checks passed", "A rehearsal", "no CUDA graphs", "Steps of a layer as they come", "Newton-Muon"):
+        assert text in page
+
+
+def test_gpu_ends_with_1_where_something_is_off(run, monkeypatch, tmp_path):
+    def measured(device, **_):
+        found = gpu.Findings(device, "<b>a card</b>", rehearsal=False)
+        found.polars += [
+            certified.Polar("jordan", "float32", "gram", "4 x 4", 0.7, 1.2, allowed=1e-4, reason="not finite"),
+            certified.Polar("jordan", "float32", "gram", "8 x 8", 0.7, 1.2, 0.8, 1.1, 0.0, 1e-4),
+            certified.Polar("nonic", "bfloat16", "gram", "4 x 4", 0.7, 1.2, reason="refused"),
+        ]
+        found.steps.append(certified.Steps("muon", "float32", "0.weight", None, 2e-3))
+        found.training = gpu.Trained("small", 3, 1.0, 10.0, 5.0, None, 0.1, 2**20)
+        found.left_out.append("a part: no time")
+        return found
+
+    monkeypatch.setattr(gpu, "measure_gpu", measured)
+    code, out, err = run(f"gpu --device cpu --rehearsal --out {tmp_path / 'out'}")
+    assert code == 1
+    assert (
+        "error: Not as it should be: jordan in float32, gram, 4 x 4, steps of muon, a training, which diverged." in err
+    )
+    assert out.count("not finite") == 5 + 3  # cells of a set and of a method
+    assert "Refused, as products in a wider type are needed: nonic in bfloat16." in out
+    assert "Left out: a part: no time" in out
+    page = (tmp_path / "out" / "gpu.html").read_text()
+    assert "not all checks passed" in page
+    assert "&lt;b&gt;a card&lt;/b&gt;" in page
+    assert "<b>a card" not in page
+    assert json.loads((tmp_path / "out" / "gpu.json").read_text())["wrong"][0] == "jordan in float32, gram, 4 x 4"
+
+
 def test_every_benchmark_may_write_where_it_has_written_before(tmp_path):
     for name, one in GROUP.parts.items():
         out = tmp_path / name
@@ -265,8 +321,8 @@ def test_coverage_counts_intervals_that_hold_the_truth(written, monkeypatch):
         (f"{TRAIN} --preset huge", "huge"),
         ("scaling --widths 8 8 --layers 1 --aspects 1 --rounds 3", "each point once, got 'width 8' twice"),
         ("scaling --rounds 2", "rounds of at least 3"),
-        ("train --task digits --device cuda", "--device cuda: this machine has cpu. Give one of them, or auto."),
-        ("step --device cuda", "--device cuda: this machine has cpu"),
+        ("gpu --device cpu", "bench gpu measures a GPU, and --device cpu is the cpu here."),
+        ("gpu --device cpu --rehearsal --minutes 0", "'0' must be a finite number above 0"),
         (f"{ACCURACY} --at 2,7", "at takes steps from 1 to steps=6, got [2, 7]"),
         (f"{ACCURACY} --at 2,x", "'x' must be a whole number of at least 1"),
         (f"{ACCURACY} --dtype float23", "Unknown dtype 'float23': did you mean 'float32'"),

@@ -62,7 +62,7 @@ class Contestant:
         """Dtype of the matrix products."""
         if self.products == "parameters":
             return parameters
-        on_cuda = self.name == BASELINE and device.startswith("cuda")
+        on_cuda = (self.examined_as or self.name) == BASELINE and device.startswith("cuda")
         return torch.bfloat16 if on_cuda or self.products == "bfloat16" else torch.float32
 
     def examined(self) -> Contestant:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from steepest import InputMoment, Momo, Muon, MuonAdam, MuonMax, NewtonMuon, PolarGrad, Scion, SteepestDescent
 from steepest.lab.bench.timing import paired_ratio, quartiles
-from steepest.lab.bench.train_share import CYCLE, Trainer, apart, in_turns
+from steepest.lab.bench.train_share import CYCLE, Trainer, apart, in_turns, weighed
 from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.lab.tasks.task import Batch, Task
+from steepest.stages import RowScaling
 from steepest.stages.inputs import InputMoments
 
 TINY = 1e-9  # learning rate
@@ -35,6 +36,18 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "full for every layer": {"structure": "full"},
     "paper_record4": {"preset": "paper_record4"},
 }
+
+
+_LOOKS = InputMoment(every=CYCLE, first=CYCLE - 1)
+ADDITIONS: Mapping[str, tuple[Callable[..., SteepestDescent], Mapping[str, Any]]] = {
+    "Muon": (Muon, {}),
+    "Muon, rows of one length": (Muon, {"stages": [RowScaling()]}),
+    "Muon with Momo": (Muon, {"step_size": Momo()}),
+    "MuonMax": (MuonMax, {}),
+    "MuonMax with Momo": (MuonMax, {"step_size": Momo()}),
+    "Newton-Muon": (NewtonMuon, {"precondition": _LOOKS}),
+}
+REFRESHING = ("Newton-Muon",)
 
 
 def momo_cost(task: Task, name: str, dual: str, *, pairs: int, device: str = "cpu") -> dict[str, object]:
@@ -72,6 +85,52 @@ def momo_cost(task: Task, name: str, dual: str, *, pairs: int, device: str = "cp
         "extra_memory_mb": round(base.extra_bytes(batch) / 1e6, 2),
         "extra_memory_momo_mb": round(momo.extra_bytes(batch) / 1e6, 2),
     }
+
+
+def additions_cost(
+    config: GPTConfig, tokens: Tensor, *, every: int, pairs: int, device: str, narrow: bool
+) -> list[dict[str, object]]:
+    """What each addition takes beside plain Muon: one row for each, of training steps in turns.
+
+    One step in four refreshes layer inputs, where that is done at all; they are weighed as one in `every`.
+
+    Args:
+        config: Of the model.
+        tokens: A batch (batch, time + 1), as `random_tokens` makes it.
+        every: Steps per refresh.
+        pairs: Rounds: whole cycles of four, at least two.
+        device: Where.
+        narrow: Whether forward and backward pass are in bfloat16.
+    """
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=narrow):
+            return _cross_entropy(model, batch)
+
+    trainers: dict[str, Trainer] = {}
+    for name, (recipe, options) in ADDITIONS.items():
+        torch.manual_seed(0)
+        model = GPT(config).to(device)
+        trainers[name] = Trainer(name, model, loss, recipe(model, TINY, **options), device=device)
+    batch = tokens[:, :-1], tokens[:, 1:]
+    seconds = in_turns(trainers, itertools.repeat(batch, CYCLE + pairs))
+    base = seconds["Muon"]
+    rows: list[dict[str, object]] = []
+    for name, own in seconds.items():
+        period = every if name in REFRESHING else None
+        together = list(zip(own, base, strict=True))
+        rows.append(
+            {
+                "addition": name,
+                "every": period,
+                "step_ms": weighed([1e3 * one.whole for one in own], every=period).median,
+                "optimizer_ms": weighed([1e3 * one.optimizer for one in own], every=period).median,
+                "step_ratio": weighed([one.whole / muon.whole for one, muon in together], every=period).median,
+                "optimizer_ratio": weighed([a.optimizer / b.optimizer for a, b in together], every=period).median,
+                "extra_mib": trainers[name].extra_bytes(batch) / 2**20,
+            }
+        )
+    return rows
 
 
 def random_tokens(count: int) -> Tensor:

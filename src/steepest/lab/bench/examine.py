@@ -44,15 +44,15 @@ class Examined:
 
 
 def make_workload(
-    shapes: Sequence[Shape], *, dtype: torch.dtype, device: str, seed: int, settings: Settings
+    shapes: Sequence[Shape], *, dtype: torch.dtype, device: str, seed: int, settings: Settings, exact: bool = True
 ) -> Workload:
-    """Seeded normal weights and gradients of the given shapes."""
+    """Seeded normal weights and gradients of the given shapes; if `exact`, with oracles, which take decompositions."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     weights, gradients = (
         [torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for shape in shapes] for _ in range(2)
     )
     oracles: dict[Spectrum, list[Oracle]] = {
-        one: draw_oracles(one, shapes, dtype=dtype, device=device, seed=seed) for one in SPECTRA
+        one: draw_oracles(one, shapes, dtype=dtype, device=device, seed=seed) for one in SPECTRA if exact
     }
     return Workload(weights, gradients, [torch.empty_like(one) for one in gradients], oracles, device, settings)
 

@@ -9,12 +9,13 @@ from typing import Literal, get_args
 
 from steepest.names import unknown_name
 
-ShapeSet = Literal["gpt2", "llama", "conv", "many-small"]
+ShapeSet = Literal["gpt2", "llama", "conv", "many-small", "gpt2-124m", "gpt2-350m", "llama-1b"]
 Shape = tuple[int, ...]
 
 SHAPE_SETS: tuple[ShapeSet, ...] = get_args(ShapeSet)
 WIDTHS: dict[ShapeSet, tuple[int, ...]] = {"gpt2": (256, 512, 768), "llama": (256, 512, 768), "conv": (64,)}
 LAYERS: dict[ShapeSet, int] = {"gpt2": 4, "llama": 4, "conv": 2}
+SIZED: tuple[ShapeSet, ...] = ("many-small", "gpt2-124m", "gpt2-350m", "llama-1b")  # that have a size of their own
 SMALL_SIDES, SMALL_COUNT = (16, 24, 32, 48, 64, 96, 128), 500
 
 
@@ -22,8 +23,8 @@ def make_shapes(name: str, *, width: int | None = None, layers: int | None = Non
     """Shapes of all matrices and convolutions.
 
     Args:
-        name: "gpt2", "llama", "conv" or "many-small".
-        width: Of the model, or channels of the first stage of "conv"; None for "many-small" only.
+        name: "gpt2", "llama", "conv"; or "many-small", "gpt2-124m", "gpt2-350m" or "llama-1b".
+        width: Of the model, or channels of the first stage of "conv"; None for sets that have a size of their own.
         layers: Blocks, for "conv" in each of four stages; None for the set's default.
         seed: Of the sides of "many-small".
 
@@ -35,10 +36,10 @@ def make_shapes(name: str, *, width: int | None = None, layers: int | None = Non
     """
     if name not in SHAPE_SETS:
         raise ValueError(unknown_name("set of shapes", name, SHAPE_SETS))
-    if name == "many-small":
+    if name in SIZED:
         if width is not None or layers is not None:
-            raise ValueError(f"many-small has neither width nor layers, got {width=} and {layers=}. Leave them out.")
-        return many_small(seed)
+            raise ValueError(f"{name} has neither width nor layers, got {width=} and {layers=}. Leave them out.")
+        return many_small(seed) if name == "many-small" else sized(name)
     if width is None or width < 4 or width % 4:
         raise ValueError(f"{name} takes a width that is a positive multiple of 4, got {width}.")
     layers = LAYERS[name] if layers is None else layers
@@ -58,6 +59,21 @@ def llama(width: int, layers: int) -> list[Shape]:
     inner = 64 * math.ceil(8 * width / 3 / 64)
     square, quarter = (width, width), (width // 4, width)
     return [square, quarter, quarter, square, (inner, width), (inner, width), (width, inner)] * layers
+
+
+def sized(name: str) -> list[Shape]:
+    """Matrices of the blocks of a published model, tables and heads left out.
+
+    Args:
+        name: "gpt2-124m", "gpt2-350m" or "llama-1b".
+
+    Source:
+        https://huggingface.co/openai-community/gpt2, gpt2-medium there, and meta-llama/Llama-3.2-1B.
+    """
+    if name == "llama-1b":
+        square, pairs, up, down = (2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)
+        return [square, pairs, pairs, square, up, up, down] * 16
+    return gpt2(768, 12) if name == "gpt2-124m" else gpt2(1024, 24)
 
 
 def conv(width: int, layers: int) -> list[Shape]:

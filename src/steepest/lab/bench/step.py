@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from steepest.lab.bench.accuracy import Accuracy
-from steepest.lab.bench.contestants import BASELINE, CONTESTANTS, Contestant, Settings, choose
+from steepest.lab.bench.contestants import BASELINE, Contestant, Settings, choose
 from steepest.lab.bench.examine import Examined, Workload, examine, make_workload
 from steepest.lab.bench.floor import FASTEST, Floor, find_floor, gemm_works, rates
 from steepest.lab.bench.shapes import WIDTHS, Shape, make_shapes, matrix_shape
@@ -38,6 +38,7 @@ class Bench:
         dtype: Of parameters and gradients, "float32" or "bfloat16".
         device: Where they are.
         seed: Of weights and gradients.
+        exact: Whether directions are compared with polar factors, which takes decompositions in float64 on the CPU.
 
     Raises:
         ValueError: If a name is not known, or a number does not fit.
@@ -53,6 +54,7 @@ class Bench:
     dtype: str = "float32"
     device: str = "cpu"
     seed: int = 0
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if self.pairs < 2:
@@ -127,30 +129,39 @@ class Case:
     seconds: Mapping[str, Sequence[float]]
 
 
-def measure(bench: Bench, *, tell: Callable[[str], None]) -> list[Case]:
+def measure(
+    bench: Bench, *, tell: Callable[[str], None], contestants: Sequence[Contestant] | None = None
+) -> list[Case]:
     """Run the benchmark.
 
     Args:
         bench: What to measure.
         tell: Is told what is being done.
+        contestants: Who steps, `steepest` among them; None: those that the benchmark names.
 
     Returns:
         A case per width.
     """
     with _threads(bench.threads):
-        return [_measure_case(bench, width, tell) for width in bench.cases()]
+        chosen = choose(bench.peers) if contestants is None else contestants
+        return [_measure_case(bench, chosen, width, tell) for width in bench.cases()]
 
 
-def _measure_case(bench: Bench, width: int | None, tell: Callable[[str], None]) -> Case:
+def _measure_case(
+    bench: Bench, contestants: Sequence[Contestant], width: int | None, tell: Callable[[str], None]
+) -> Case:
     shapes, dtype = bench.shapes_of(width), DTYPES[bench.dtype]
     label = bench.shapes if width is None else f"{bench.shapes} {width}"
-    work = make_workload(shapes, dtype=dtype, device=bench.device, seed=bench.seed, settings=Settings())
+    work = make_workload(
+        shapes, dtype=dtype, device=bench.device, seed=bench.seed, settings=Settings(), exact=bench.exact
+    )
+    known = {contestant.name: contestant for contestant in contestants}
     found: dict[str, Examined | str] = {}
-    for contestant in choose(bench.peers):
+    for contestant in contestants:
         tell(f"{label}: {contestant.name}")
         found[contestant.name] = examine(contestant, work)
     ready = {name: one for name, one in found.items() if not isinstance(one, str)}
-    dtypes = list(dict.fromkeys(CONTESTANTS[name].products_dtype(dtype, bench.device) for name in ready))
+    dtypes = list(dict.fromkeys(known[name].products_dtype(dtype, bench.device) for name in ready))
     works = {name: one.step for name, one in ready.items()}
     works |= gemm_works(shapes, dtypes, device=bench.device, seed=bench.seed)
     tell(f"{label}: {bench.pairs} rounds of {', '.join(ready)}")
@@ -173,9 +184,7 @@ def _measure_case(bench: Bench, width: int | None, tell: Callable[[str], None]) 
         gemm_gflops_per_second=_by_name(gemm),
         fastest_gflops_per_second=_by_name(fastest),
         cpu_share=share,
-        rows=tuple(
-            _row(CONTESTANTS[name], one, work, seconds, (floors, limits), bucket) for name, one in found.items()
-        ),
+        rows=tuple(_row(known[name], one, work, seconds, (floors, limits), bucket) for name, one in found.items()),
         seconds=seconds,
     )
 
@@ -205,8 +214,8 @@ def _row(
         of_limit=median / limit,
         peak_bytes=found.peak_bytes,
         of_bucket=found.peak_bytes / bucket,
-        gaussian=found.accuracy["gaussian"],
-        decaying=found.accuracy["decaying"],
+        gaussian=found.accuracy.get("gaussian"),
+        decaying=found.accuracy.get("decaying"),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import shlex
 import sys
 from abc import abstractmethod
@@ -29,20 +30,22 @@ from steepest.lab.cli.options import (
     checking_usage,
     count,
     found_device,
+    positive,
     racers,
 )
-from steepest.lab.cli.outcome import Table, print_json, print_tables
+from steepest.lab.cli.outcome import Table, failed, print_json, print_tables
 from steepest.lab.errors import UsageError
 from steepest.lab.tasks import TASKS
 
 if TYPE_CHECKING:
     from steepest.lab.bench import Case
+    from steepest.lab.bench.gpu import Findings
 
 Row = Mapping[str, Any]  # a line of the CSV: values by column
 Columns = Sequence[tuple[str, str]]  # headings, each with the format of its cells, which names columns of the CSV
 
 # spelled out, so that --help does not wait for torch; a test compares them with the library's
-SHAPES = "gpt2, llama, conv, many-small"
+SHAPES = "gpt2, llama, conv, many-small, gpt2-124m, gpt2-350m, llama-1b"
 CONTESTANTS = (
     "steepest, steepest-jordan, steepest-bf16, torch, torch-fp32, pytorch-optimizer, heavyball, heavyball-eager"
 )
@@ -64,6 +67,8 @@ class Measured:
         tables: What people read.
         draw: Makes the PNG; None: there is none.
         chosen: What was taken for options that were not given.
+        page: Makes the HTML of command and environment; None: there is none.
+        wrong: What is not as it should be; None: nothing.
     """
 
     content: Mapping[str, object]
@@ -71,6 +76,8 @@ class Measured:
     tables: Sequence[Table]
     draw: Callable[[], bytes] | None = None
     chosen: Mapping[str, object] = field(default_factory=dict[str, object])
+    page: Callable[[str, Mapping[str, object]], str] | None = None
+    wrong: str | None = None
 
 
 class Bench(Command, AsJson):
@@ -79,7 +86,7 @@ class Bench(Command, AsJson):
     name: ClassVar[str]
     files: ClassVar[str | None] = None  # their name, if it is another
 
-    out: Annotated[File | None, Arg("where its JSON and CSV go, and its PNG if there is one", "DIR")] = None
+    out: Annotated[File | None, Arg("where its JSON and CSV go, and its PNG or HTML if there is one", "DIR")] = None
 
     @abstractmethod
     def measure(self) -> Measured:
@@ -109,11 +116,12 @@ class Bench(Command, AsJson):
         content = {**origin, **measured.content}
         code = print_json(content) if self.json else print_tables(measured.tables)
         if self.out is not None:
-            _write(self.out, self.files or self.name, content, measured)
-        return code
+            page = None if measured.page is None else measured.page(command, environment)
+            _write(self.out, self.files or self.name, content, measured, page)
+        return code if measured.wrong is None else failed(measured.wrong)
 
 
-def _write(directory: Path, name: str, content: Mapping[str, object], measured: Measured) -> None:
+def _write(directory: Path, name: str, content: Mapping[str, object], measured: Measured, page: str | None) -> None:
     from steepest.lab.disk.files import make_directory, write_whole
     from steepest.lab.report.sheet import sheet
 
@@ -124,6 +132,8 @@ def _write(directory: Path, name: str, content: Mapping[str, object], measured: 
     }
     if measured.draw is not None:
         files["png"] = measured.draw()
+    if page is not None:
+        files["html"] = page
     make_directory(directory)
     for ending, text in files.items():
         write_whole(directory / f"{name}.{ending}", text)
@@ -188,7 +198,7 @@ class Step(Bench, OnThreads):
         from steepest.lab import bench
         from steepest.lab.bench.pictures import step_png
 
-        names = {own.name for own in dataclasses.fields(bench.Bench)} - {"widths", "device"}
+        names = {own.name for own in dataclasses.fields(bench.Bench)} - {"widths", "device", "exact"}
         with checking_usage():
             own = {name: getattr(self, name) for name in names}
             asked = bench.Bench(widths=self.width or None, device=found_device(self.device), **own)
@@ -614,5 +624,151 @@ class Coverage(Bench):
         return _as_they_are(self.name, rows)
 
 
-_ALL: tuple[type[Bench], ...] = (Step, Train, Ranks, Scaling, Accuracy, Passes, Momo, NewtonMuon, Coverage)
+class Gpu(Bench, OnThreads):
+    """Check and measure everything on one GPU: numbers, steps, graphs, memory, a training. About eight minutes.
+
+    examples:
+      steepest bench gpu --out out/gpu
+      steepest bench gpu --device cpu --rehearsal
+
+    Coefficients in every type are held against their certificates, and steps of every method against float64 on the
+    CPU; the exit code is 1 where something is off. Steps of GPT-2 124M, 350M and Llama 1B are timed as they come,
+    compiled and in CUDA graphs, beside torch.optim.Muon, a plain loop and the peers that are installed. What additions
+    to Muon take is measured in training steps; two minutes of training end it.
+    """
+
+    name = "gpu"
+    polars: ClassVar[Columns] = (
+        ("coefficients", "{coefficients}"),
+        ("products", "{dtype}"),
+        ("worst with", "{form}, {matrix}"),
+        ("certified", "{low:.4f} to {high:.4f}"),
+        ("found", "{smallest:.4f} to {largest:.4f}"),
+        ("beyond", "{beyond:.1e} of {allowed:.1e}"),
+    )
+    steps: ClassVar[Columns] = (
+        ("method", "{method}"),
+        ("products", "{products}"),
+        ("farthest off", "{parameter}"),
+        ("deviation", "{deviation:.1e} of {allowed:.1e}"),
+    )
+    times: ClassVar[Columns] = (
+        ("contestant", "{contestant}"),
+        ("products", "{products}"),
+        ("ms", "{milliseconds_median:.4g} ({milliseconds_low:.4g} to {milliseconds_high:.4g})"),
+        ("/ steepest", "{ratio_median:.3f} ({ratio_low:.3f} to {ratio_high:.3f})"),
+        ("GFLOP/s", "{gflops_per_second:.0f}"),
+        ("/ floor", "{of_floor:.2f}"),
+        ("extra MiB", "{mib:.1f}"),
+    )
+    added: ClassVar[Columns] = (
+        ("addition", "{addition}"),
+        ("step ms", "{step_ms:.2f}"),
+        ("optimizer ms", "{optimizer_ms:.2f}"),
+        ("step / Muon's", "{step_ratio:.3f}"),
+        ("optimizer / Muon's", "{optimizer_ratio:.3f}"),
+        ("extra MiB", "{extra_mib:.1f}"),
+    )
+    trained: ClassVar[Columns] = (
+        ("preset", "{preset}"),
+        ("steps", "{steps}"),
+        ("seconds", "{seconds:.1f}"),
+        ("tokens / s", "{tokens_per_second:,.0f}"),
+        ("loss", "{first_loss:.3f} to {last_loss:.3f}"),
+        ("optimizer's share", "{optimizer_share:.1%}"),
+        ("most MiB", "{mib:,.0f}"),
+    )
+
+    device: Device = "auto"
+    rehearsal: Annotated[bool, Arg("tiny shapes, in less than a minute, on any machine")] = False
+    minutes: Annotated[float, positive, Arg("after which no other part is begun", "M")] = 12.0
+
+    def measure(self) -> Measured:
+        """Every part."""
+        from steepest.lab.bench.gpu import measure_gpu
+
+        device = found_device(self.device)
+        if device != "cuda" and not self.rehearsal:
+            raise UsageError(
+                f"bench gpu measures a GPU, and --device {self.device} is the {device} here. Run it on a machine with "
+                "CUDA, or add --rehearsal to go through it here with tiny shapes."
+            )
+        found = measure_gpu(
+            device,
+            rehearsal=self.rehearsal,
+            minutes=self.minutes,
+            tell=lambda text: print(text, file=sys.stderr),
+        )
+        tables, rows = self._tables(found)
+        wrong = f"Not as it should be: {', '.join(found.wrong)}." if found.wrong else None
+        chosen = {"device": device}
+        page = functools.partial(_gpu_page, found, tables)
+        return Measured(found.content(), rows, tables, chosen=chosen, page=page, wrong=wrong)
+
+    def _tables(self, found: Findings) -> tuple[list[Table], list[Row]]:
+        where = f"{found.card}{', a rehearsal' if found.rehearsal else ''}"
+        polars: list[dict[str, Any]] = [{**asdict(one), "fine": one.fine} for one in found.polars]
+        steps: list[dict[str, Any]] = [{**asdict(one), "fine": one.fine} for one in found.steps]
+        refused = dict.fromkeys(f"{row['coefficients']} in {row['dtype']}" for row in polars if row["allowed"] is None)
+        tried = [row for row in polars if row["allowed"] is not None]
+        worst: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in sorted(tried, key=lambda row: -math.inf if row["beyond"] is None else -row["beyond"]):
+            worst.setdefault((row["coefficients"], row["dtype"]), row)
+        sets = [worst[key] for key in dict.fromkeys((row["coefficients"], row["dtype"]) for row in tried)]
+        notes = [f"Refused, as products in a wider type are needed: {', '.join(refused)}."] if refused else []
+        for row in steps:
+            row["reason"] = None if row["deviation"] is not None else "not finite"
+        tables = [
+            _table(f"Singular values of polar factors, {where}", self.polars, sets, notes, missing="not finite"),
+            _table("Steps of each method against float64 on the CPU", self.steps, steps, missing="not finite"),
+        ]
+        rows: list[Row] = [{"part": "polar", **row} for row in polars]
+        rows += [{"part": "method", **row} for row in steps]
+        for model, way, case in found.cases:
+            own: list[dict[str, Any]] = [{"model": model, "taken": way, **flat(asdict(row))} for row in case.rows]
+            shown = [{**row, "mib": row.get("peak_bytes", 0) / MIB} for row in own]
+            notes = [f"{row['contestant']} has no numbers. {row['reason']}" for row in own if "reason" in row]
+            title = f"Steps of {model} {way}: {case.matrices} matrices, {case.parameters / 1e6:.3g} M entries"
+            tables.append(_table(title, self.times, shown, notes))
+            rows += [{"part": "step", **row} for row in own]
+        if found.additions:
+            tables.append(_table("Training steps with additions to Muon, in turns", self.added, found.additions))
+            rows += [{"part": "addition", **row} for row in found.additions]
+        if found.training is not None:
+            training: dict[str, Any] = asdict(found.training)
+            more = {
+                "mib": found.training.most_bytes / MIB,
+                "reason": "diverged" if found.training.last_loss is None else None,
+            }
+            tables.append(_table("A training of Muon on text", self.trained, [training | more], missing="diverged"))
+            rows.append({"part": "training", **training})
+        seconds = [[name, f"{took:.1f}"] for name, took in found.seconds.items()]
+        left_out = [f"Left out: {one}" for one in found.left_out]
+        tables.append(Table("Where the time went", ["part", "seconds"], seconds, left_out))
+        return tables, rows
+
+
+def _gpu_page(found: Findings, tables: Sequence[Table], command: str, environment: Mapping[str, object]) -> str:
+    from steepest.lab.report.notices import Notice
+    from steepest.lab.report.page import Fact
+    from steepest.lab.report.tables import TablesPage
+
+    checks = [one.fine for one in (*found.polars, *found.steps)]
+    notices = [Notice("stop", "Not as it should be", tuple(found.wrong))] if found.wrong else []
+    if found.rehearsal:
+        told = "Shapes are tiny: this shows that everything runs, and tells nothing about speed."
+        notices.append(Notice("warning", "A rehearsal", (told,)))
+    if found.left_out:
+        notices.append(Notice("note", "Left out", tuple(found.left_out)))
+    facts = [Fact(f"{sum(checks)} of {len(checks)}", "checks of numbers passed")]
+    for model, way, case in found.cases:
+        ours = case.rows[0].milliseconds
+        if ours is not None and way == "as they come":
+            facts.append(Fact(f"{ours.median:.3g} ms", f"a step of {model}"))
+    headline = f"Steps of Muon on {found.card}: {'all checks passed' if not found.wrong else 'not all checks passed'}"
+    page = TablesPage("steepest bench gpu", headline, facts, notices, tables)
+    return page.render(command=command, environment={**environment, "device": found.card})
+
+
+_ALL: tuple[type[Bench], ...] = (Step, Train, Ranks, Scaling, Accuracy, Passes, Momo, NewtonMuon, Coverage, Gpu)
 GROUP = Group("Measure time, memory and accuracy on this machine.", {one.name: one for one in _ALL})

@@ -31,7 +31,7 @@ _MARKS = {"run": ("config.json", {"format", "method", "code"}), "study": ("study
 _DATABASE = r"optuna\.db(-journal|-wal|-shm)?"
 _REPORT = r"report\.html|plots|[a-z_]+\.csv"
 _BRANCH = r"[0-9a-f]{16}-[0-9a-f]{12}-[0-9]+-[0-9]+-[a-z]+-[0-9]+\.json"
-_BENCH = ("accuracy", "cost", "coverage", "momenta", "momo", "passes", "ranks", "scaling", "step", "train")
+_BENCH = ("accuracy", "cost", "coverage", "gpu", "momenta", "momo", "passes", "ranks", "scaling", "step", "train")
 
 
 class RunBusyError(Failure, RuntimeError):

@@ -181,15 +181,15 @@ def render(content: Content, *, directory: str) -> Page:
     """
     images = pictures(content.figures)
     study = content.study
-    drawing = Markup(script(_part("page.js")))  # ours, not from outside: not to be escaped
+    drawing = Markup(script(part_of_page("page.js")))  # ours, not from outside: not to be escaped
     text = (
-        _environment()
+        environment_of_pages()
         .get_template("page.html.j2")
         .render(
             **{one.name: getattr(content, one.name) for one in fields(content)},
             policy=_policy(drawing),
             script=drawing,
-            css=Markup(_part("page.css")),
+            css=Markup(part_of_page("page.css")),
             looks=styles(study.methods, baseline=study.baseline),
             dashes=_DASHES,
             markers=_MARKERS,
@@ -204,8 +204,9 @@ def render(content: Content, *, directory: str) -> Page:
     return text, images
 
 
-def _environment() -> Environment:
-    loader = FunctionLoader(_part)
+def environment_of_pages() -> Environment:
+    """Templates of pages, which escape whatever is put into them."""
+    loader = FunctionLoader(part_of_page)
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -214,7 +215,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _part(name: str) -> str:
+def part_of_page(name: str) -> str:
+    """A file that pages are made of, by its name."""
     return files("steepest.lab.report").joinpath(name).read_text(encoding="utf-8")
 
 
@@ -233,14 +235,14 @@ def _machine(runs: list[Run]) -> dict[str, list[str]]:
     """Each key of the environments with its different values."""
     machine: dict[str, list[str]] = {}
     for run in runs:
-        for key, value in _flat(run.environment).items():
+        for key, value in flat(run.environment).items():
             known = machine.setdefault(_MACHINE.get(key, plain(key)), [])
             if (text := plain(_value(value))) not in known:
                 known.append(text)
     return dict(sorted(machine.items()))
 
 
-def _flat(values: Mapping[str, object]) -> dict[str, object]:
+def flat(values: Mapping[str, object]) -> dict[str, object]:
     """Nested objects, such as package versions, with their keys joined."""
     flat: dict[str, object] = {}
     for key, value in values.items():
