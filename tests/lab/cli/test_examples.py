@@ -9,6 +9,7 @@ import pytest
 from steepest.lab.cli import _parser, main
 from tests.cases import cases
 from tests.lab.cli.test_numbers import commands
+from tests.lab.data.tiny_tokenizer import write_tokenizer
 
 COMMANDS = {" ".join(words): parser for words, parser in commands(_parser()).items() if parser.get_default("command")}
 TRAINED = SimpleNamespace(final_loss=1.0, steps=1, train_s=1.0)
@@ -45,12 +46,15 @@ def test_the_example_is_complete(capsys, monkeypatch, tmp_path, name):
     monkeypatch.setattr(
         "steepest.lab.engine.study.run_study", lambda plan, out, **_: plan.configs() and out / "report.html"
     )
+    write_tokenizer(tmp_path / "gpt2")
+    (tmp_path / "notes.txt").write_text("a line of mine\n" * 40)
     monkeypatch.setattr("steepest.lab.runs.train.train_run", lambda config, out, **_: TRAINED)
     *before, own = shown(capsys, name.split())
     for line in before:
         assert main(shlex.split(line)[1:]) == int(line.startswith("  steepest pack"))  # without runs
     last = name.split()[-1]
     needs_a_run = last in ("report", "work", "pack", "unpack", "directions", "fit", "plot", "branch")
-    assert needs_a_run == bool(before)
+    needs_a_run &= not name.startswith("data ")
+    assert (needs_a_run or name == "data check") == bool(before)
     assert main(shlex.split(own)[1:]) == int(needs_a_run)
     assert re.search("no (run|study) here", capsys.readouterr().err) or not needs_a_run

@@ -21,9 +21,9 @@ def run(capsys, *words):
     return code, captured.out, captured.err
 
 
-@cases("command", ["race", "sweep", "work", "train", "plan", "report", "verify"])
+@cases("command", ["race", "sweep", "work", "train", "plan", "report", "verify", "data pack", "data check"])
 def test_every_command_has_help_with_examples(capsys, command):
-    code, out, _ = run(capsys, command, "--help")
+    code, out, _ = run(capsys, *command.split(), "--help")
     assert code == 0
     assert f"  steepest {command} " in out.split("examples:")[1]
 

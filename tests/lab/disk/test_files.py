@@ -194,6 +194,7 @@ def test_what_is_not_ours_is_never_deleted(inside):
     (inside / ".study.json.12.tmp").symlink_to(inside / ".notes.tmp")
     foreign = sorted(os.listdir(inside))
     (inside / ".checkpoint.pt.34.0123abcd.tmp").write_text("ours")
+    (inside / ".packed_train_000012.bin.34.0123abcd.tmp").write_text("ours")
     (inside / ".report.html.34.0123abcd.tmp").write_text("of a report that is written just now")
     with locked(inside):
         assert sorted(os.listdir(inside)) == sorted([*foreign, ".report.html.34.0123abcd.tmp", "lock"])
@@ -257,6 +258,20 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         write_whole(path, "new")
     assert path.read_text() == "old"
+
+
+def test_a_large_file_is_replaced_when_all_of_it_is_written(tmp_path):
+    path = tmp_path / "packed_val_000000.bin"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as descriptor:
+        os.write(descriptor, bytes(1 // 0))
+    assert path.read_text() == "old"
+    with files.replacing(path, durable=True) as descriptor:
+        os.write(descriptor, b"12345")
+        assert path.read_text() == "old"
+        os.pwrite(descriptor, b"0", 0)
+    assert path.read_text() == "02345"
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_a_full_disk_is_told_with_the_name_of_the_file_and_leaves_nothing(tmp_path, monkeypatch):

@@ -133,7 +133,7 @@ def spelled_out(command: Command, *, but: Collection[str] = ()) -> list[str]:
         if value is None or name in but:
             continue
         if arg.how == "place":
-            first.append(str(value))
+            first += map(str, value) if isinstance(value, tuple) else [str(value)]
         elif isinstance(value, bool):
             words += [] if value == defaults[name] else [option if value else _option(f"no_{name}")]
         elif arg.how == "repeated":

@@ -45,7 +45,8 @@ _KINDS = {
 }
 # what is written under the lock of its directory, so that an unfinished one belongs to nobody who lives
 _UNFINISHED = re.compile(
-    r"\.(checkpoint\.pt|metrics\.jsonl|environment\.json|result\.json|study\.json|runs\.jsonl\.xz)\.[0-9]{1,9}(\.[0-9a-f]{8})?\.tmp"
+    r"\.(checkpoint\.pt|metrics\.jsonl|environment\.json|result\.json|study\.json|runs\.jsonl\.xz|manifest\.json"
+    r"|packed_(train|val)_[0-9]{6}\.bin)\.[0-9]{1,9}(\.[0-9a-f]{8})?\.tmp"
 )
 
 
@@ -212,19 +213,37 @@ def write_whole(
         RecordError: If something else than a regular file has its name.
         OSError: If it cannot be written; what was there stays.
     """
+    with replacing(path, durable=durable, check=check) as descriptor, _told(path):
+        write_all(descriptor, content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = False, check: Callable[[Path], None] | None = None) -> Generator[int]:
+    """A descriptor of a file that has another name until the block ends, as `write_whole` for what is too large for it.
+
+    A block that raises leaves what was there.
+
+    Raises:
+        RecordError: If something else than a regular file has its name.
+        OSError: If it cannot be written.
+    """
     temporary = f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    with _told(path), _directory(path.parent) as directory:
-        _check_replaceable(path, directory)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, 0o666, dir_fd=directory)
+    with contextlib.ExitStack() as around:
+        with _told(path):
+            directory = around.enter_context(_directory(path.parent))
+            _check_replaceable(path, directory)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, 0o666, dir_fd=directory)
         try:
             try:
-                write_all(descriptor, content.encode() if isinstance(content, str) else content)
-                os.fsync(descriptor)
+                yield descriptor
+                with _told(path):
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             if check is not None:
                 check(path.parent / temporary)
-            os.replace(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+            with _told(path):
+                os.replace(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=directory)

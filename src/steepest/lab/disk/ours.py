@@ -24,10 +24,14 @@ from steepest.lab.disk.files import (
 from steepest.lab.disk.packed import is_packed, unpacking
 from steepest.lab.errors import Failure
 
-Content = Literal["run", "study", "branches", "bench"]
+Content = Literal["run", "study", "branches", "bench", "shards"]
 _REMEDY = "Choose another --out: nothing of somebody else's is overwritten."
 # What tells a directory of ours, and what every version of it has.
-_MARKS = {"run": ("config.json", {"format", "method", "code"}), "study": ("study.json", {"format", "kind", "runs"})}
+_MARKS = {
+    "run": ("config.json", {"format", "method", "code"}),
+    "study": ("study.json", {"format", "kind", "runs"}),
+    "shards": ("manifest.json", {"format", "vocabulary", "shards"}),
+}
 _DATABASE = r"optuna\.db(-journal|-wal|-shm)?"
 _REPORT = r"report\.html|plots|[a-z_]+\.csv"
 _BRANCH = r"[0-9a-f]{16}-[0-9a-f]{12}-[0-9]+-[0-9]+-[a-z]+-[0-9]+\.json"
@@ -39,8 +43,15 @@ class RunBusyError(Failure, RuntimeError):
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Generator[None]:
-    """Hold the run's directory for this process; the kernel lets go when the process ends, however it ends.
+def locked(
+    run_dir: Path, *, doing: str = "trained", after: str = "the run then goes on from its last checkpoint"
+) -> Generator[None]:
+    """Hold a directory, as that of a run, for this process; the kernel lets go when the process ends, however it ends.
+
+    Args:
+        run_dir: The directory.
+        doing: What is done with it, for who comes second.
+        after: What happens when the first one was stopped, likewise.
 
     Raises:
         RunBusyError: If another process holds it.
@@ -52,9 +63,9 @@ def locked(run_dir: Path) -> Generator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = re.fullmatch(rb"([0-9]{1,10})\n", os.pread(descriptor, 12, 0))
-            remedy = "Wait until it ends, or stop that process first: the run then goes on from its last checkpoint."
+            remedy = f"Wait until it ends, or stop that process first: {after}."
             process = owner[1].decode() if owner else "unknown"
-            raise RunBusyError(f"{run_dir} is being trained by process {process}. {remedy}") from None
+            raise RunBusyError(f"{run_dir} is being {doing} by process {process}. {remedy}") from None
         os.ftruncate(descriptor, 0)
         write_all(descriptor, f"{os.getpid()}\n".encode())
         remove_unfinished(run_dir)  # of a holder that was killed
@@ -93,8 +104,8 @@ def _is_begun(directory: Path, content: Content, names: set[str]) -> bool:
     if content == "bench":
         return any(_is_bench(directory / f"{name}.json") for name in _BENCH)
     rest = {name for name in names if not is_unfinished(name)} - {"lock"}
-    if content == "run":
-        return rest <= {"worker.log"}
+    if content in ("run", "shards"):
+        return rest <= ({"worker.log"} if content == "run" else set())
     if content == "branches":
         return all(re.fullmatch(_BRANCH, name) for name in rest)
     runs = os.listdir(directory / "runs") if (directory / "runs").is_dir() else []

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steepest.lab.data.shards import HEADER, REMEDY, SPLITS, VOCABULARY, Shard, read_shard, shard_paths
+from steepest.lab.data.manifest import read_manifest
+from steepest.lab.data.shards import FOREIGN, HEADER, REMEDY, SPLITS, VOCABULARY, Shard, read_shard, shard_paths
 from steepest.lab.disk.files import DataError, open_data
 from steepest.lab.models.gpt import GPTConfig
 from steepest.lab.tasks.held_out import TUNING_SHARE, Sizes
@@ -45,6 +46,7 @@ class FinewebTask(WindowTask):
     Raises:
         FileNotFoundError: If there is no folder, or no shard of a kind in it.
         DataError: If a shard is damaged or of another format.
+        RecordError: If they were packed here, and are not those that were, as far as names and sizes tell.
         ValueError: If none fills one window.
     """
 
@@ -54,6 +56,8 @@ class FinewebTask(WindowTask):
     def __init__(self, preset: PresetName, *, data: Path | None = None) -> None:
         size, folder = PRESETS[preset], folder_of(self.name, data, REMEDY)
         shards, others = ([*map(read_shard, shard_paths(folder, split))] for split in SPLITS)
+        if (manifest := read_manifest(folder)) is not None:
+            manifest.check(folder, [*shards, *others])
         identity = _identify(folder.name, shards, others)
         train = ShardWindows(shards, size.window, part="training")
         held_out = ShardWindows(others, size.window, part="validation")
@@ -111,8 +115,7 @@ class ShardWindows:
             raise DataError(f"{problem}. Bring the file back, and repeat the command. {REMEDY}")
         window = np.frombuffer(content, dtype="<u2").astype(np.int64)
         if (largest := int(window.max())) >= VOCABULARY:
-            problem = f"{shard.path} has the token {largest}; GPT-2's vocabulary ends at {VOCABULARY - 1}"
-            raise DataError(f"{problem}. It is damaged, or of another tokenizer. {REMEDY}")
+            raise DataError(f"{shard.path} has the token {largest}; {FOREIGN} {REMEDY}")
         return window
 
 
