@@ -64,6 +64,7 @@ speed: setup
 	$(STEP) --shapes llama --width 512 --layers 4 --pairs 10 --out $(SPEED)/llama
 	$(BIN)/steepest bench step --threads 2 --peers steepest,heavyball --shapes gpt2 --width 256 --pairs 20 \
 		--out $(SPEED)/compiled
+	$(BIN)/steepest bench ranks --rounds 15 --out $(SPEED)/ranks
 	$(BIN)/steepest bench train --threads 2 --out $(SPEED)/train
 	$(BIN)/steepest bench train --threads 2 --preset small --steps 8 \
 		--methods adamw,muon,torch-muon,newton-muon,muonadam,muonadam-momo --out $(SPEED)/train_small
