@@ -129,6 +129,7 @@ ELSEWHERE = {
     "lab/cli/test_verify.py": ("lab/models/brought lab/runs/verify", "what the command starts, and what users give it"),
     "lab/engine/test_study.py": ("lab/engine/pool lab/engine/worker", "a study and its processes"),
     "lab/methods/test_methods.py": ("lab/methods/tuned", "a table of options for methods"),
+    "lab/models/test_whole_batch.py": ("lab/models/resnet lab/models/vgg", "networks that are made of it"),
     "lab/report/test_page.py": (
         "lab/report/figure lab/report/notices lab/report/palette lab/report/sheet lab/studies/report",
         "what they make is read on the page",
@@ -138,6 +139,7 @@ ELSEWHERE = {
         "what they make is read on the page",
     ),
     "lab/studies/race/test_plan.py": ("lab/engine/display lab/studies/race/page", "seen in a whole race"),
+    "lab/tasks/test_cifar10.py": ("lab/tasks/cifar lab/tasks/cifar100", "files of one form"),
     "lab/tasks/test_tasks.py": (
         "lab/tasks/digits lab/tasks/held_out lab/tasks/images lab/tasks/task lab/tasks/windows",
         "all tasks keep the same laws",

@@ -182,9 +182,10 @@ def test_no_page_is_half_written(page):
 @pytest.mark.slow
 def test_the_table_of_tasks_is_that_of_the_code(tmp_path):
     from steepest.lab.tasks import make_task
-    from tests.lab.tasks.fake_data import write_cifar10, write_fineweb
+    from tests.lab.tasks.fake_data import write_cifar10, write_cifar100, write_fineweb
 
     data = {"cifar10": write_cifar10(tmp_path / "cifar"), "fineweb": write_fineweb(tmp_path / "fineweb")}
+    data["cifar100"] = write_cifar100(tmp_path / "cifar100")
     lines = (ROOT / "docs" / "lab.md").read_text().splitlines()
     first = {line.split("`")[1]: line for line in reversed(lines) if line.startswith("| `")}
     rows = {name: first[name] for name in TASKS if name in first}

@@ -49,7 +49,7 @@ def test_a_text_is_packed_and_checked_and_trained_on(base, tmp_path, capsys):
     assert code == 0
     assert re.search(r"packed_train_000000\.bin +9,000 +1 +[0-9a-f]{64}", out)
     windows = sum(count // 129 for count in (9000,) * (len(train) // 9000) + (len(train) % 9000,))
-    assert f"windows of 128: {windows:,}, 256: " in out
+    assert f", 128: {windows:,}, 256: " in out
 
     code, out, _ = run(
         capsys,
@@ -89,7 +89,7 @@ def test_every_bad_shard_is_an_error_of_its_own(tmp_path, capsys):
     assert re.match(r"error: .*train_000002\.bin has the token 65535 at place 0; .*\. Download shards", first)
     assert re.match(r"error: .*val_000000\.bin starts with 20240520 and 7, not with .*\. Download shards", second)
     assert re.search(r"fineweb_train_000002\.bin +\? +\? +\?", out)
-    assert "For training: 3,000 tokens in 1 shard; windows of 128: 23, 256: 11" in out
+    assert "For training: 3,000 tokens in 1 shard; windows of 32: 90, 128: 23, 256: 11, 1024: 2" in out
     code, out, _ = run(capsys, "data", "check", str(folder), "--json")
     assert code == 1
     assert len(json.loads(out)["problems"]) == 2

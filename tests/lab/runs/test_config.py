@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steepest.lab.disk.fields import RecordError
-from steepest.lab.methods import options_of
+from steepest.lab.methods import LATER, options_of
 from steepest.lab.methods.tuned import TUNED, Tuning
 from steepest.lab.runs.config import RunConfig, configure, names_of, run_hash
 from steepest.lab.runs.version import code_version
@@ -46,7 +46,8 @@ configs = st.builds(
     tuning=st.none() | st.builds(Tuning, st.none() | st.integers(0, 99), st.none() | texts, st.booleans()),
     code=texts,
     data=st.builds(DataIdentity, texts, digests, st.integers(0, 99)),
-    schedule=st.sampled_from(["cooldown", "constant"]),
+    schedule=st.sampled_from(["cooldown", "constant", "late-cooldown"]),
+    precision=st.sampled_from(["fp32", "bf16"]),
     target=st.none() | numbers,
     watch_from=st.none() | numbers,
     part=st.sampled_from(["tuning", "report"]),
@@ -84,6 +85,7 @@ CHANGES = [
     {"target": 2.0},
     {"part": "tuning"},
     {"watch_from": 2.0},
+    {"precision": "bf16"},
 ]
 
 
@@ -125,7 +127,8 @@ def test_moving_the_data_changes_no_hash():
         ({"data": {"name": "x", "sha256": "y", "bytes": 1}}, "data.sha256 must be 64 hexadecimal digits, got 'y'"),
         ({"data": {"name": "x", "sha256": SHA}}, "data.bytes is missing"),
         ({"data": {"name": "x", "sha256": SHA, "bytes": 1, "url": "z"}}, "data.url must be absent"),
-        ({"schedule": "cosine"}, "schedule must be 'constant' or 'cooldown', got 'cosine'"),
+        ({"schedule": "cosine"}, "schedule must be 'constant', 'cooldown', .* or 'warmup-cooldown', got 'cosine'"),
+        ({"precision": "fp16"}, "precision must be 'bf16' or 'fp32', got 'fp16'"),
         ({"target": "low"}, "target must be a finite number or null, got .low."),
     ],
 )
@@ -140,6 +143,21 @@ def test_a_number_out_of_range_is_refused(name, least):
     for value in (least - 1, 2**63):  # no file may hold what its own reader refuses
         with pytest.raises(ValueError, match=rf"{name} must be .* at least {least} and below 2\^63, got {value}\."):
             dataclasses.replace(CONFIG, **{name: value})
+
+
+@cases("method", LATER)
+def test_a_config_from_before_an_option_means_what_it_did(method):
+    own = options_of(method)
+    assert LATER[method].items() <= own.items()
+    config = dataclasses.replace(CONFIG, method=method, options=own)
+    content = json.loads(config.to_json())
+    content["options"] = {name: value for name, value in own.items() if name not in LATER[method]}
+    before = RunConfig.from_json(json.dumps(content), path=PATH)
+    assert before.counted_options == config.counted_options == before.options
+    assert run_hash(before) == run_hash(dataclasses.replace(config, options=content["options"]))
+    for name, value in LATER[method].items():
+        changed = dataclasses.replace(config, options={**own, name: "other" if isinstance(value, str) else 1.0})
+        assert run_hash(changed) != run_hash(config)
 
 
 def test_a_config_from_before_schedules_and_targets_means_what_it_did():

@@ -94,6 +94,60 @@ def test_a_batch_that_cannot_be_divided_is_refused():
         Crew(accumulate=0).check(16)
 
 
+@cases(
+    "size, options, accumulate",
+    [
+        (1, {}, 1),
+        (8, {"most": 16}, 4),
+        (1, {"most": 16}, 32),
+        (1, {"most": 100}, 8),  # 64 at once: of what divides 512, the most that are not above 100
+        (64, {"most": 16}, 1),
+        (8, {"most": 16, "micro_batch": 32}, 2),
+        (8, {"most": 16, "accumulate": 1}, 1),
+        (2, {"accumulate": 4}, 4),
+    ],
+)
+def test_the_number_of_micro_batches_follows_from_their_size(size, options, accumulate):
+    assert Crew(size=size).dividing(512, **options).accumulate == accumulate
+
+
+def test_micro_batches_that_do_not_divide_are_refused():
+    wrong = r"--micro-batch 5: of a batch of 48 examples, each of 2 ranks has 24, which that does not divide\. "
+    with pytest.raises(ValueError, match=rf"{wrong}Choose one of 1, 2, 3, 4, 6, 8, 12, 24, or another --batch-size"):
+        Crew(size=2).dividing(48, micro_batch=5)
+    with pytest.raises(ValueError, match="batch of 48 examples cannot be divided evenly among 5 ranks"):
+        Crew(size=5).dividing(48, micro_batch=4)
+    with pytest.raises(ValueError, match="--accumulate 2 and --micro-batch 3 both say"):
+        Crew().dividing(48, accumulate=2, micro_batch=3)
+
+
+def test_what_looks_at_a_whole_batch_does_not_come_in_micro_batches():
+    model = make_task("digits").build_model(0)
+    Crew(size=2).check_model(model)
+    with pytest.raises(ValueError, match="statistics are those of the whole batch: it cannot come in 2 micro-batches"):
+        Crew(accumulate=2).check_model(model)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler, of itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_a_compiled_model_has_the_losses_of_the_plain_one_and_its_names(tmp_path, monkeypatch):
+    data = corpus(tmp_path)
+    config = configured(data, "newton-muon", steps=3)
+    compiled, own = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: compiled.append(module) or own(module, backend="aot_eager")
+    )
+    train_run(config, tmp_path / "plain", data=data, crew=Crew(accumulate=2))
+    with pytest.raises(Interrupted):
+        train_run(config, tmp_path / "both", data=data, crew=Crew(accumulate=2, compiled=True), stop=stop_after(2))
+    assert len(compiled) == 1
+    train_run(config, tmp_path / "both", data=data, crew=Crew(accumulate=2))
+    same_but_for_rounding(tmp_path / "both", tmp_path / "plain")
+    assert json.loads((tmp_path / "both" / "environment.json").read_text())["parallel"]["compiled"] is True
+
+
 @pytest.mark.slow
 @cases("method", ["adamw", "muon", "newton-muon", "muonmax-momo"])
 def test_micro_batches_change_nothing_but_rounding(tmp_path, method):
@@ -143,8 +197,17 @@ def test_what_was_not_started_for_it_is_refused(arguments, options, environment,
 @cases(
     "words, wrong",
     [
-        (("--task", "digits", "--parallel", "ddp"), "the task 'digits' is trained by one process.*text or fineweb"),
+        (
+            ("--task", "digits", "--parallel", "ddp"),
+            "the task 'digits' is trained by one process.*text or cifar10 or cifar100 or fineweb",
+        ),
         (("--task", "digits", "--accumulate", "3"), "batch of 64 examples cannot be divided evenly among 1 ranks"),
+        (("--task", "digits", "--micro-batch", "32"), "The model has batch norms, .*in 2 micro-batches"),
+        (("--micro-batch", "5"), "--micro-batch 5: of a batch of 16 examples, each of 1 ranks has 16, which"),
+        (("--micro-batch", "4", "--accumulate", "4"), "--accumulate 4 and --micro-batch 4 both say"),
+        (("--precision", "fp16"), "invalid choice: 'fp16'"),
+        (("--schedule", "late"), "Unknown schedule 'late'.*late-cooldown"),
+        (("--preset", "gpt2-short"), "Unknown preset 'gpt2-short'.*Valid: demo, small, tiny"),
         (("--method", "torch-muon", "--parallel", "fsdp"), "torch.optim.Muon takes each shard.*--method muon, or"),
         (("--parallel", "hsdp", "--mesh", "2by2"), "'2by2' must look like 2x4"),
     ],

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from steepest.lab.runs.schedule import cooldown, evaluates, rate_factor, reached
+from steepest.lab.runs.schedule import SCHEDULES, cooldown, evaluates, rate_factor, reached
 from tests.cases import cases
 
 
@@ -20,6 +20,25 @@ def test_constant_then_linear_to_zero(steps):
 def test_a_constant_rate_is_constant():
     assert {rate_factor(step, steps=10, schedule="constant") for step in range(10)} == {1.0}
     assert rate_factor(9, steps=10, schedule="cooldown") == cooldown(9, steps=10)
+
+
+def test_published_schedules_are_those_of_their_scripts():
+    short = [rate_factor(step, steps=6200, schedule="late-cooldown") for step in range(6200)]
+    assert short == pytest.approx([1.0 if step < 4400 else (6200 - step) / 1800 for step in range(6200)], abs=1e-12)
+    medium = [rate_factor(step, steps=1695, schedule="cooldown-to-tenth") for step in range(1695)]
+    falling = [(1 - step / 1695) / 0.45 for step in range(1695)]
+    expected = [1.0 if step / 1695 < 0.55 else w + (1 - w) * 0.1 for step, w in enumerate(falling)]
+    assert medium == pytest.approx(expected, abs=1e-12)
+    both = [rate_factor(step, steps=200, schedule="warmup-cooldown") for step in range(200)]
+    assert both[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
+    assert both[10:101] == [1.0] * 91
+    assert both[101:] == pytest.approx([(200 - step) / 100 for step in range(101, 200)])
+
+
+@cases("schedule", SCHEDULES)
+def test_every_step_has_a_rate_above_zero_and_at_most_one(schedule):
+    for steps in (1, 2, 10, 6200):
+        assert all(0 < rate_factor(step, steps=steps, schedule=schedule) <= 1 for step in range(steps))
 
 
 @pytest.mark.parametrize("spacing", [0.02, 0.2])

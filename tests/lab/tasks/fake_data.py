@@ -4,17 +4,28 @@ from pathlib import Path
 
 import numpy as np
 
-from steepest.lab.tasks import cifar10
+from steepest.lab.tasks import cifar10, cifar100
+from steepest.lab.tasks.cifar import Kind
 
 
 def write_cifar10(folder: Path, *, images: int = 20, seed: int = 0) -> Path:
     """The six files of CIFAR-10's binary version with a few images each."""
+    return _write_cifar(folder, cifar10.KIND, images, seed)
+
+
+def write_cifar100(folder: Path, *, images: int = 60, seed: int = 0) -> Path:
+    """The two files of CIFAR-100's binary version with a few images each."""
+    return _write_cifar(folder, cifar100.KIND, images, seed)
+
+
+def _write_cifar(folder: Path, kind: Kind, images: int, seed: int) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(seed)
-    for name in (*cifar10.TRAIN_FILES, *cifar10.TEST_FILES):
-        labels = rng.integers(10, size=(images, 1), dtype=np.uint8)
+    for name in (*kind.train, *kind.test):
+        groups = rng.integers(20, size=(images, kind.labels - 1), dtype=np.uint8)
+        labels = rng.integers(kind.classes, size=(images, 1), dtype=np.uint8)
         pixels = rng.integers(256, size=(images, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(np.hstack([labels, pixels]).tobytes())
+        (folder / name).write_bytes(np.hstack([groups, labels, pixels]).tobytes())
     return folder
 
 

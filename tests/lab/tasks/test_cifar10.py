@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from steepest.lab.tasks import make_task
-from steepest.lab.tasks.cifar10 import ROW, TRAIN_FILES, Cifar10Task
-from tests.lab.tasks.fake_data import write_cifar10
+from steepest.lab.tasks.cifar10 import KIND, Cifar10Task
+from tests.lab.tasks.fake_data import write_cifar10, write_cifar100
 
 
 @pytest.fixture
@@ -15,14 +15,14 @@ def folder(tmp_path):
 
 def test_rows_become_labels_and_planes_of_pixels_in_the_order_of_the_files(folder):
     task = Cifar10Task("demo", data=folder)
-    content = b"".join((folder / name).read_bytes() for name in TRAIN_FILES)
+    content = b"".join((folder / name).read_bytes() for name in KIND.train)
     assert task.train_size == 100
     for i in (0, 37, 99):
-        row = content[i * ROW : (i + 1) * ROW]
+        row = content[i * KIND.row : (i + 1) * KIND.row]
         assert task.train_labels[i] == row[0]
         assert task.train_images[i, 2, 5, 7] == row[1 + 2 * 1024 + 5 * 32 + 7]
     last = (folder / "test_batch.bin").read_bytes()
-    assert task.held_out_images[0].flatten().tolist() == list(last[1:ROW])
+    assert task.held_out_images[0].flatten().tolist() == list(last[1 : KIND.row])
     assert task.held_out.examples("tuning", whole=True).tolist() == list(range(5))
     assert task.held_out.examples("report", whole=True).tolist() == list(range(5, 20))
 
@@ -61,7 +61,7 @@ def test_the_identity_is_of_the_content_not_of_the_name(tmp_path, folder):
     here = make_task("cifar10", data=folder).data_identity()
     assert (same.sha256, same.bytes) == (here.sha256, here.bytes)
     assert here.name == "cifar-10-batches-bin"
-    assert here.bytes == 6 * 20 * ROW
+    assert here.bytes == 6 * 20 * KIND.row
     other = make_task("cifar10", data=write_cifar10(tmp_path / "other", seed=1)).data_identity()
     assert other.sha256 != here.sha256
 
@@ -109,14 +109,44 @@ def test_a_damaged_file_is_refused(folder, change, message):
 
 
 def test_images_of_one_colour_are_refused(folder):
-    for name in TRAIN_FILES:
-        (folder / name).write_bytes(bytes(ROW))
+    for name in KIND.train:
+        (folder / name).write_bytes(bytes(KIND.row))
     with pytest.raises(ValueError, match="A colour has one and the same level in all training images"):
         make_task("cifar10", data=folder)
 
 
 def test_the_hash_is_that_of_sizes_and_files(folder):
     digest = hashlib.sha256()
-    for name in (*TRAIN_FILES, "test_batch.bin"):
+    for name in (*KIND.train, "test_batch.bin"):
         digest.update(b"20\0" + (folder / name).read_bytes())
     assert make_task("cifar10", data=folder).data_identity().sha256 == digest.hexdigest()
+
+
+def test_the_second_label_of_cifar100_is_the_class(tmp_path):
+    folder = write_cifar100(tmp_path / "cifar-100-binary")
+    task = make_task("cifar100", data=folder)
+    content = (folder / "train.bin").read_bytes()
+    for i in (0, 31, 59):
+        row = content[i * 3074 : (i + 1) * 3074]
+        assert task.train_labels[i] == row[1]
+        assert task.train_images[i, 2, 5, 7] == row[2 + 2 * 1024 + 5 * 32 + 7]
+    assert task.train_size == len(task.held_out_labels) == 60
+    assert task.build_model(0).head.out_features == 100
+
+
+def test_files_that_are_not_cifar100_are_refused(tmp_path):
+    folder = write_cifar100(tmp_path / "cifar-100-binary")
+    content = bytearray((folder / "test.bin").read_bytes())
+    content[1] = 100
+    (folder / "test.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"test\.bin has the label 100, above 99: it is not CIFAR-100.*100-binary"):
+        make_task("cifar100", data=folder)
+    (folder / "test.bin").write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="not a whole number of images of 3074 bytes"):
+        make_task("cifar100", data=folder)
+    (folder / "test.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no test\.bin\. Download cifar-100-binary\.tar\.gz"):
+        make_task("cifar100", data=folder)
+    (folder / "train").write_bytes(b"")
+    with pytest.raises(ValueError, match="is the version of CIFAR-100 for Python: pickles"):
+        make_task("cifar100", data=folder)

@@ -1,15 +1,14 @@
-from typing import get_args
+import importlib
 
 import pytest
 import torch
 
 from steepest.lab.cli.options import racers
 from steepest.lab.methods import check_buildable
-from steepest.lab.tasks import PRESETS, TASKS, make_task
-from steepest.lab.tasks.task import PresetName
+from steepest.lab.tasks import PRESETS, TASKS, make_task, presets_of
 from steepest.lab.tasks.text import TextTask
 from tests.cases import cases
-from tests.lab.tasks.fake_data import write_cifar10, write_fineweb
+from tests.lab.tasks.fake_data import write_cifar10, write_cifar100, write_fineweb
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +16,14 @@ def data(tmp_path_factory):
     """Where each task finds its data, None for those that bring their own."""
     root = tmp_path_factory.mktemp("data")
     given = {"cifar10": write_cifar10(root / "cifar"), "fineweb": write_fineweb(root / "fineweb")}
+    given["cifar100"] = write_cifar100(root / "cifar100")
     return dict.fromkeys(TASKS) | given
 
 
-def test_presets_are_those_of_the_type():
-    assert get_args(PresetName) == PRESETS
+def test_the_sizes_and_tracks_of_a_task_are_its_presets():
+    for name, one in TASKS.items():
+        module = importlib.import_module(one.place.partition(":")[0])
+        assert set(presets_of(name)) == set(module.PRESETS)
 
 
 @pytest.mark.slow

@@ -26,6 +26,12 @@ _DATA = "; ".join(
     for kind in dict.fromkeys(one.data for one in TASKS.values() if one.data)
 )
 
+_TRACKS = "; ".join(
+    f"{', '.join(track for track in one.tracks if not track.endswith('-rehearsal'))} of {name}"
+    for name, one in TASKS.items()
+    if one.tracks
+)
+
 
 @contextlib.contextmanager
 def checking_usage() -> Generator[None]:
@@ -187,7 +193,7 @@ class OnTask(Options):
     """Which task at which size on which data."""
 
     task: Annotated[str, Arg(", ".join(TASKS))] = "text"
-    preset: Annotated[str, Arg(", ".join(PRESETS))] = "demo"
+    preset: Annotated[str, Arg(f"{', '.join(PRESETS)}, or a track: {_TRACKS}")] = "demo"
     data: Annotated[File | None, Arg(_DATA, "PATH")] = None
 
     def load(self) -> Task:

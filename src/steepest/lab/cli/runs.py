@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from steepest.lab.runs.config import RunConfig
     from steepest.lab.runs.crew import Crew
     from steepest.lab.runs.records import Result
-    from steepest.lab.runs.schedule import Schedule
+    from steepest.lab.tasks.task import Schedule
 
 
 def grid(text: str) -> tuple[int, int]:
@@ -50,7 +50,12 @@ class Train(Command, OnTask, OnThreads, AsJson):
     out: Annotated[File, Arg("the run's directory", "DIR")]
     steps: Annotated[Count | None, Arg("instead of the preset's number", "N")] = None
     batch_size: Annotated[Count | None, Arg("examples of a step, on all ranks together, likewise", "N")] = None
-    schedule: Annotated[str, Arg("of the learning rate, cooldown or constant")] = "cooldown"
+    schedule: Annotated[str | None, Arg("of the learning rate, such as constant; default: the preset's")] = None
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None,
+        Arg("bf16: training's forward passes under autocast, weights in float32; default: the preset's"),
+    ] = None
+    checkpoint_every: Annotated[Count, Arg("steps between checkpoints", "N")] = 25
     keep_checkpoint: Annotated[bool, Arg("keep the trained weights")] = False
     diagnostics: Annotated[bool, Arg("record the optimizer's numbers and the weights' norms, too")] = False
 
@@ -59,7 +64,13 @@ class Train(Command, OnTask, OnThreads, AsJson):
         Arg("on ranks that torchrun starts: each keeps the model, a shard, or a shard of one of several replicas"),
     ] = None
     mesh: Annotated[Grid | None, Arg("replicas x shards, for hsdp; else machines x their ranks", "RxS")] = None
-    accumulate: Annotated[Count, Arg("micro-batches that a batch, or a rank's part of it, is divided into", "N")] = 1
+    accumulate: Annotated[
+        Count | None, Arg("micro-batches that a batch, or a rank's part of it, is divided into; default: 1", "N")
+    ] = None
+    micro_batch: Annotated[
+        Count | None, Arg("instead, examples that a rank takes at once; default: the preset's, at most", "N")
+    ] = None
+    compile: Annotated[bool, Arg("compile the model; blocks alone under fsdp and hsdp")] = False
     device: Annotated[str, Arg("cpu, cuda, or auto: cuda if it is here")] = "cpu"
     deterministic: Annotated[bool, Arg("same bits again on the same device, slower on cuda")] = False
 
@@ -70,8 +81,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
         with checking_usage():
             self._check_shared()
         try:
-            device = self._device
-            with assembled(self.parallel, mesh=self.mesh, device=device, accumulate=self.accumulate) as crew:
+            with assembled(self.parallel, mesh=self.mesh, device=self._device, compiled=self.compile) as crew:
                 return self._run(crew)
         except ElsewhereError:
             return FAILED  # which rank, and why, it says itself
@@ -80,7 +90,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
         from steepest.lab.disk.files import exists
         from steepest.lab.runs.train import Interrupted
 
-        config = crew.together(lambda: self._config(crew))
+        config, crew = crew.together(lambda: self._config(crew))
         finished = crew.leads and exists(self.out / "result.json")
         try:
             result = self._trained(config, crew)
@@ -121,6 +131,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
                 self.out,
                 data=self.data,
                 threads=self.threads,
+                checkpoint_every=self.checkpoint_every,
                 keep_checkpoint=self.keep_checkpoint,
                 diagnostics=self.diagnostics,
                 crew=crew,
@@ -142,7 +153,8 @@ class Train(Command, OnTask, OnThreads, AsJson):
                     f"directory with --{option}, or leave the option out."
                 )
 
-    def _config(self, crew: Crew) -> RunConfig:
+    def _config(self, crew: Crew) -> tuple[RunConfig, Crew]:
+        """The run, and the crew with its micro-batches."""
         from steepest.lab.methods import check_buildable
         from steepest.lab.runs.config import configure
         from steepest.optim import SteepestDescent
@@ -156,13 +168,22 @@ class Train(Command, OnTask, OnThreads, AsJson):
                 options=dict(self.set),
                 steps=self.steps,
                 batch_size=self.batch_size,
-                schedule=cast("Schedule", self.schedule),
+                schedule=cast("Schedule | None", self.schedule),
+                precision=self.precision,
+            )
+            crew = crew.dividing(
+                config.batch_size,
+                accumulate=self.accumulate,
+                micro_batch=self.micro_batch,
+                most=task.budget.micro_batch,
             )
             crew.check(config.batch_size)
+            if crew.accumulate > 1:
+                crew.check_model(task.build_model(0))
             optimizer = check_buildable(config.method, task, config.options)
             if self.diagnostics and not isinstance(optimizer, SteepestDescent):
                 raise ValueError(f"--diagnostics: {config.method!r} is not a method of this library; try muon or adam.")
-        return config
+        return config, crew
 
     @property
     def _shared(self) -> bool:

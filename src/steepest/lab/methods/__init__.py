@@ -7,18 +7,20 @@ that a search found for a task and preset.
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steepest.anatomy import PlanRow, route
+from steepest.geometry import ScaleRule
 from steepest.lab.methods.tuned import TUNED, OptionValue, Tuned, Tuning
 from steepest.lab.tasks.task import Task
+from steepest.linalg import COEFFICIENTS
 from steepest.names import unknown_name
 from steepest.optim import Adam, Momo, Muon, MuonAdam, MuonMax, NewtonMuon, PolarGrad, Scion
 from steepest.optim.recipes import RECIPES
@@ -33,14 +35,20 @@ def adamw(
     beta1: float = 0.9,
     beta2: float = 0.95,
     weight_decay: float = 0.0,
+    table_lr: float = 0.0,
 ) -> Optimizer:
     """torch.optim.AdamW, with `lr` for the matrices inside the model and `other_lr` for the rest.
 
     Two rates, because all other methods here have two: with one, AdamW would be the only one held back by the rates
-    that its embedding and its matrices must share.
+    that its embedding and its matrices must share. Tables of embeddings have a third one if `table_lr` is not 0.
     """
     matrices, rest = _matrices_and_rest(model)
     groups = [{"params": matrices, "lr": lr}, {"params": rest, "lr": other_lr}]
+    if table_lr:
+        tables = route(model).parameters("embedding")
+        known = {id(table) for table in tables}
+        groups[1]["params"] = [parameter for parameter in rest if id(parameter) not in known]
+        groups.append({"params": tables, "lr": table_lr})
     return torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=weight_decay)
 
 
@@ -81,6 +89,39 @@ def _matrices_and_rest(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     return matrices, [row.parameter for row in plan if row.trainable and row.role != "matrix"]
 
 
+def muon(
+    model: nn.Module,
+    *,
+    lr: float = 0.04,
+    other_lr: float = 0.01,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    coefficients: str = "auto",
+    scale: str = "original",
+    table_lr: float = 0.0,
+    rest: str = "",
+) -> Optimizer:
+    """steepest.Muon; a `table_lr` of 0 is `other_lr`, and matrices named in `rest` move like vectors.
+
+    These are names or patterns with * and ?, with commas between them.
+    """
+    optimizer = Muon(
+        route(model, overrides=dict.fromkeys(rest.split(","), "vector")) if rest else model,
+        lr,
+        adam_lr=other_lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        betas=(beta1, beta2),
+        coefficients=_polynomials(coefficients),
+        scale=cast("ScaleRule", scale),
+    )
+    return _with_table_rate(optimizer, table_lr)
+
+
 def newton_muon(
     model: nn.Module,
     *,
@@ -106,13 +147,16 @@ def newton_muon(
     blend: float = 1.0,
     anneal_from: int = 0,
     anneal_to: int = 0,
+    coefficients: str = "auto",
+    scale: str = "original",
+    table_lr: float = 0.0,
 ) -> Optimizer:
     """steepest.NewtonMuon; `wide` is the structure of maps that read twice as many features as they write, or more, and
     `structure` that of the others.
 
     With a preset other than "default", only `every` is taken of the options of the moments. Both `anneal` options at 0
-    mean none. With Momo, which needs one momentum, `beta1` is `momentum`. `every` is lower than steepest's own 32,
-    which is for longer runs than the lab's.
+    mean none, and a `table_lr` of 0 is `other_lr`. With Momo, which needs one momentum, `beta1` is `momentum`. `every`
+    is lower than steepest's own 32, which is for longer runs than the lab's.
     """
     options: dict[str, Any] = {"every": every}
     if preset == "default":
@@ -121,7 +165,7 @@ def newton_muon(
         options |= {"on": on, "normalize": normalize, "first": first, "blend": blend}
         options["anneal"] = (anneal_from, anneal_to) if anneal_to else None
     moment = InputMoment.preset(preset, **options)
-    return NewtonMuon(
+    optimizer = NewtonMuon(
         model,
         lr,
         adam_lr=other_lr,
@@ -131,7 +175,31 @@ def newton_muon(
         betas=(momentum if momo else beta1, beta2),
         momo=momo,
         precondition=moment,
+        coefficients=_polynomials(coefficients),
+        scale=cast("ScaleRule", scale),
     )
+    return _with_table_rate(optimizer, table_lr)
+
+
+def _polynomials(name: str) -> str | Sequence[Sequence[float]]:
+    """Coefficients by name; of "jordan:3" the first three steps."""
+    known, colon, count = name.partition(":")
+    if not colon:
+        return name
+    steps = COEFFICIENTS[known].steps if known in COEFFICIENTS else ()
+    if not count.isascii() or not count.isdecimal() or not 1 <= int(count) <= len(steps):
+        raise ValueError(
+            f"The option 'coefficients' takes a name, or NAME:N for its first N steps, as in jordan:3; got {name!r}. "
+            f"Names: {', '.join(COEFFICIENTS)}."
+        )
+    return steps[: int(count)]
+
+
+def _with_table_rate(optimizer: Optimizer, table_lr: float) -> Optimizer:
+    """The optimizer, with a rate of their own for tables of embeddings unless that is 0."""
+    for group in optimizer.param_groups if table_lr else ():
+        group["lr"] = table_lr if group["role"] == "embedding" else group["lr"]
+    return optimizer
 
 
 def _is_wide(row: PlanRow) -> bool:
@@ -193,19 +261,6 @@ def plain_options(recipe: Callable[..., Optimizer]) -> dict[str, OptionValue]:
 
 MOMO_OPTIONS: Mapping[str, OptionValue] = {"lower_bound": 0.0, "estimate_bound": False, "dual": "cached"}
 _RATES: Mapping[str, OptionValue] = {"momentum": 0.95, "weight_decay": 0.0}
-muon = from_recipe(
-    Muon,
-    {
-        "lr": 0.04,
-        "other_lr": 0.01,
-        "momentum": 0.95,
-        "nesterov": True,
-        "weight_decay": 0.0,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "coefficients": "auto",
-    },
-)
 # Name, recipe and options of the methods that have a plain version and one with Momo.
 _PAIRS: Mapping[str, tuple[type[Optimizer], Mapping[str, OptionValue]]] = {
     "scion": (Scion, {"lr": 0.04, "other_lr": 0.008, **_RATES}),
@@ -236,6 +291,16 @@ METHODS: Mapping[str, Callable[..., Optimizer]] = {
     "newton-muon": newton_muon,
     **{name: from_recipe(recipe, options) for name, (recipe, options) in _ALL_PAIRS.items()},
     **{f"{name}-momo": from_recipe(recipe, options, momo=True) for name, (recipe, options) in _ALL_PAIRS.items()},
+}
+
+
+RATES = ("lr", "other_lr", "table_lr")
+# Options that configs of older runs do not have, by method, and what these runs did.
+_OF_MUON: Mapping[str, OptionValue] = {"scale": "original", "table_lr": 0.0, "rest": ""}
+LATER: Mapping[str, Mapping[str, OptionValue]] = {
+    "adamw": {"table_lr": 0.0},
+    "newton-muon": {"coefficients": "auto", "scale": "original", "table_lr": 0.0},
+    **{name: _OF_MUON for name in METHODS if name == "muon" or name.startswith("muon-")},
 }
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from steepest.lab.models.whole_batch import BatchNorm
+
 
 class ConvNet(nn.Module):
     """Images (batch, in_channels, height, width) to logits (batch, classes).
@@ -22,7 +24,7 @@ class ConvNet(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for i, (before, after) in enumerate(zip((in_channels, *channels), channels, strict=False)):
-            layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+            layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), BatchNorm(after), nn.ReLU()]
             if i == 0:
                 layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)

@@ -32,6 +32,8 @@ def conditions(config: RunConfig) -> Description:
         ("steps", str(config.steps)),
         ("batch size", str(config.batch_size)),
         ("evaluated every", str(config.eval_every)),
+        ("schedule", config.schedule),
+        ("precision", config.precision),
     )
 
 
@@ -72,7 +74,7 @@ def comparable(
 
 def fixed_options(config: RunConfig) -> Description:
     """What all runs of a method have in common where its learning rate is what varies."""
-    fixed = {key: value for key, value in config.options.items() if key not in ("lr", "other_lr")}
+    fixed = {key: value for key, value in config.counted_options.items() if key not in ("lr", "other_lr")}
     return (("options", json.dumps(fixed, sort_keys=True)),)
 
 

@@ -23,12 +23,11 @@ from steepest.lab.disk.fields import (
     read_text,
     wrong,
 )
-from steepest.lab.methods import resolve
+from steepest.lab.methods import LATER, RATES, resolve
 from steepest.lab.methods.tuned import OptionValue, Tuning
-from steepest.lab.runs.schedule import Schedule
 from steepest.lab.runs.version import code_version
 from steepest.lab.tasks.held_out import Part
-from steepest.lab.tasks.task import DataIdentity, Task
+from steepest.lab.tasks.task import Budget, DataIdentity, Precision, Schedule, Task
 from steepest.names import unknown_name
 
 FORMAT = 1
@@ -60,9 +59,10 @@ class RunConfig:
             None: it goes to the last step.
         watch_from: Validation loss below which it is evaluated most often; None: from the start. With a target only.
         part: Of what is held out: "tuning" for a run that serves to choose options, which never looks at the other.
+        precision: "bf16": forward passes of training under autocast; weights, gradients and state are float32.
 
     Raises:
-        ValueError: If a number is out of range, or the schedule is unknown.
+        ValueError: If a number is out of range, or the schedule or the precision is unknown.
     """
 
     task: Text
@@ -80,12 +80,12 @@ class RunConfig:
     target: float | None = None
     watch_from: float | None = None
     part: Part = "report"
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(unknown_name("schedule", self.schedule, get_args(Schedule)))
-        if self.part not in get_args(Part):
-            raise ValueError(unknown_name("part", self.part, get_args(Part)))
+        for name, kind in (("schedule", Schedule), ("part", Part), ("precision", Precision)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(unknown_name(name, getattr(self, name), get_args(kind)))
         for name in ("target", "watch_from"):
             if (loss := getattr(self, name)) is not None and not math.isfinite(loss):
                 raise ValueError(f"{name} must be a finite loss or None, got {loss}.")
@@ -95,6 +95,12 @@ class RunConfig:
         for name, value in self.options.items():
             if isinstance(value, int) and not -LARGEST < value < LARGEST:
                 raise wrong(f"options.{name}", "a number between -2^63 and 2^63", value)
+
+    @property
+    def counted_options(self) -> dict[str, OptionValue]:
+        """Those that count: options that older configs do not have only where they change what those runs did."""
+        later = LATER.get(self.method, {})
+        return {name: own for name, own in self.options.items() if name not in later or own != later[name]}
 
     def to_json(self) -> str:
         """The content of `config.json`."""
@@ -146,10 +152,11 @@ def configure(
     steps: int | None = None,
     batch_size: int | None = None,
     eval_every: int | None = None,
-    schedule: Schedule = "cooldown",
+    schedule: Schedule | None = None,
     target: float | None = None,
     watch_from: float | None = None,
     part: Part = "report",
+    precision: Precision | None = None,
 ) -> RunConfig:
     """The config of one run: what is not given comes from the task's preset and the method's defaults for it.
 
@@ -158,31 +165,37 @@ def configure(
         method: A key of `METHODS`.
         seed: Of the weights and of the order of the examples, from 0 to 2^63 - 1.
         options: Options of the method that differ from its defaults; the tuning record then no longer applies.
-        steps: None for the preset's; the tuning record applies to no other number, and only to the task's own data.
-        batch_size: None for the preset's; the tuning record applies to no other size.
+        steps: None for the preset's at this batch size; the tuning record applies to no other number, and only to the
+            task's own data.
+        batch_size: None for the preset's; the tuning record applies to no other size. Where the preset says that rates
+            go with its root, those that `options` leaves open do.
         eval_every: None for the preset's.
-        schedule: The tuning record applies to "cooldown" only.
+        schedule: None for the preset's; the tuning record applies to no other.
         target: As in the config; the tuning record applies to whole runs only.
         watch_from: As in the config.
         part: As in the config.
+        precision: None for the preset's; the tuning record applies to no other.
 
     Raises:
         ValueError: If a name is unknown or a number out of range.
     """
-    budget = task.budget
-    resolved = resolve(method, task=task.name, preset=task.preset, options=options or {})
-    steps = budget.steps if steps is None else steps
+    budget, given = task.budget, options or {}
+    resolved = resolve(method, task=task.name, preset=task.preset, options=given)
     batch_size = budget.batch_size if batch_size is None else batch_size
-    whole = (steps, batch_size, schedule, target) == (budget.steps, budget.batch_size, "cooldown", None)
+    schedule, precision = schedule or budget.schedule, precision or budget.precision
+    usual = (budget.steps, budget.eval_every) if budget.at_batch_size is None else budget.at_batch_size(batch_size)
+    steps = usual[0] if steps is None else steps
+    known = (budget.steps, budget.batch_size, budget.schedule, budget.precision, None)
+    whole = (steps, batch_size, schedule, precision, target) == known
     return RunConfig(
         task=task.name,
         preset=task.preset,
         method=method,
-        options=resolved.options,
+        options=_at_batch_size(resolved.options, given, batch_size, budget),
         seed=seed,
         steps=steps,
         batch_size=batch_size,
-        eval_every=budget.eval_every if eval_every is None else eval_every,
+        eval_every=usual[1] if eval_every is None else eval_every,
         tuning=resolved.tuning if task.own_data and whole else None,
         code=code_version(),
         data=task.data_identity(),
@@ -190,15 +203,27 @@ def configure(
         target=target,
         watch_from=watch_from,
         part=part,
+        precision=precision,
     )
+
+
+def _at_batch_size(
+    options: Mapping[str, OptionValue], given: Mapping[str, OptionValue], batch_size: int, budget: Budget
+) -> Mapping[str, OptionValue]:
+    """Options with the rates that go with the root of the batch size."""
+    if not budget.root_rates or batch_size == budget.batch_size:
+        return options
+    factor = math.sqrt(batch_size / budget.batch_size)
+    rates = {name: float(options[name]) * factor for name in RATES if name in options and name not in given}
+    return {**options, **rates}
 
 
 def run_hash(config: RunConfig) -> str:
     """The name of the run's directory: 16 hexadecimal digits.
 
     What the losses depend on counts, and nothing else: of the data the content, not the name, as a folder may be moved;
-    of the options what they are, not how they were found. Fields that older configs do not have count only where they
-    differ from what those runs did.
+    of the options what they are, not how they were found. Fields and options that older configs do not have count only
+    where they differ from what those runs did.
     """
     return _hash(dataclasses.replace(config, tuning=None))
 
@@ -213,6 +238,7 @@ def _hash(config: RunConfig) -> str:
     for field in dataclasses.fields(config):
         if field.default is not dataclasses.MISSING and content[field.name] == field.default:
             del content[field.name]
+    content["options"] = config.counted_options
     content["data"] = config.data.sha256
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -6,7 +6,9 @@ One process that takes a batch at once is a crew of one, for which nothing is ex
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
+import math
 import os
 import re
 import warnings
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steepest.lab.errors import Failure, UsageError
+from steepest.lab.models.whole_batch import whole_batch_modules
 from steepest.lab.runs.device import find_device
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
@@ -55,6 +58,7 @@ class Crew:
         mesh: Replicas, and shards of each, for "hsdp".
         device: Where this rank computes.
         accumulate: Micro-batches, one after the other, that a rank's part of a batch comes in.
+        compiled: Whether the model is compiled: as a whole, or, where it is sharded, block by block.
     """
 
     layout: Parallel | None = None
@@ -63,6 +67,7 @@ class Crew:
     mesh: tuple[int, int] | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - it cannot change
     accumulate: int = 1
+    compiled: bool = False
 
     @property
     def leads(self) -> bool:
@@ -71,11 +76,11 @@ class Crew:
 
     def described(self) -> dict[str, object]:
         """What a record says of it; nothing for one process that takes a batch at once on the CPU."""
-        if (self.layout, self.accumulate, self.device.type) == (None, 1, "cpu"):
+        if (self.layout, self.accumulate, self.device.type, self.compiled) == (None, 1, "cpu", False):
             return {}
         layout = f"{self.layout} {self.mesh[0]}x{self.mesh[1]}" if self.mesh else self.layout
         own = {"layout": layout, "ranks": self.size, "accumulate": self.accumulate, "device": self.device.type}
-        return {"parallel": own}
+        return {"parallel": {**own, "compiled": True} if self.compiled else own}
 
     def check(self, batch_size: int) -> None:
         """Refuse a batch that cannot be divided evenly: means over parts would not be the mean over all.
@@ -97,6 +102,55 @@ class Crew:
                 f"{known}, or give a --batch-size that is a multiple of {parts}."
             )
 
+    def dividing(
+        self, batch_size: int, *, accumulate: int | None = None, micro_batch: int | None = None, most: int | None = None
+    ) -> Crew:
+        """This crew, with the number of micro-batches that was asked for.
+
+        Args:
+            batch_size: Examples of a step, on all ranks together.
+            accumulate: Micro-batches of a rank's part; None: as follows.
+            micro_batch: Examples of each; None: as follows.
+            most: Examples that each has at most: as few micro-batches as can be evenly. None: one.
+
+        Raises:
+            ValueError: If a batch cannot be divided so.
+        """
+        if accumulate is not None and micro_batch is not None:
+            raise ValueError(
+                f"--accumulate {accumulate} and --micro-batch {micro_batch} both say how a batch is divided. Give one."
+            )
+        if accumulate is not None:
+            return dataclasses.replace(self, accumulate=accumulate)
+        dataclasses.replace(self, accumulate=1).check(batch_size)
+        part = batch_size // self.size
+        if micro_batch is None:
+            wanted = part if most is None else most
+            return dataclasses.replace(self, accumulate=next(n for n in _divisors(part) if part // n <= wanted))
+        if part % micro_batch:
+            raise ValueError(
+                f"--micro-batch {micro_batch}: of a batch of {batch_size} examples, each of {self.size} ranks has "
+                f"{part}, which that does not divide. Choose one of {', '.join(map(str, _divisors(part)))}, or another "
+                "--batch-size."
+            )
+        return dataclasses.replace(self, accumulate=part // micro_batch)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse micro-batches for a model that looks at a batch as a whole.
+
+        Args:
+            model: Of the task.
+
+        Raises:
+            ValueError: If so.
+        """
+        if self.accumulate > 1 and whole_batch_modules(model):
+            raise ValueError(
+                f"The model has batch norms, whose statistics are those of the whole batch: it cannot come in "
+                f"{self.accumulate} micro-batches. Leave out --accumulate and --micro-batch, or share the batch among "
+                "more ranks."
+            )
+
     def micro_batches(self, examples: Tensor) -> Sequence[Tensor]:
         """Which examples of a batch this rank takes: ranks have disjoint runs of them, in order.
 
@@ -112,6 +166,10 @@ class Crew:
             model: The same on all ranks. The parameters of a sharded one are DTensors from then on; its blocks, which
                 are what stands in a `ModuleList`, come together one after the other.
         """
+        for module in whole_batch_modules(model):
+            module.rank, module.ranks = self.rank, self.size
+        if self.compiled and self.layout in (None, "ddp"):
+            model.compile()
         if self.layout is None:
             return model.to(self.device)
         if self.layout == "ddp":
@@ -126,6 +184,8 @@ class Crew:
             mesh = init_device_mesh(kind, cast("tuple[int, ...]", self.mesh), mesh_dim_names=("replica", "shard"))
         for blocks in model.modules():
             for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+                if self.compiled:
+                    block.compile()
                 fully_shard(block, mesh=mesh)
         return cast("nn.Module", fully_shard(model, mesh=mesh))
 
@@ -220,12 +280,12 @@ class Crew:
         """Do for every piece what one rank does for some; all have all that came of it.
 
         Args:
-            act: From a piece (n,) to (n,) numbers. All ranks call it equally often, as a sharded model needs.
+            act: From a piece (n,) to numbers (n, ...). All ranks call it equally often, as a sharded model needs.
             pieces: Of at most the length of the first one.
         """
         rounds = -(-len(pieces) // self.size)
         own = [act(pieces[min(turn * self.size + self.rank, len(pieces) - 1)]) for turn in range(rounds)]
-        rows = torch.stack([F.pad(numbers, (0, len(pieces[0]) - len(numbers))) for numbers in own])
+        rows = torch.stack([_padded(numbers, len(pieces[0])) for numbers in own])
         every = [torch.empty_like(rows) for _ in range(self.size)]
         if self.size == 1:
             every = [rows]
@@ -245,6 +305,17 @@ class Crew:
         return every
 
 
+def _padded(numbers: Tensor, length: int) -> Tensor:
+    """With zeros behind them, up to a length of the first dimension."""
+    return F.pad(numbers, (*(0, 0) * (numbers.dim() - 1), 0, length - len(numbers)))
+
+
+def _divisors(number: int) -> list[int]:
+    """Of a number, rising."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})
+
+
 @contextlib.contextmanager
 def assembled(
     layout: Parallel | None,
@@ -252,6 +323,7 @@ def assembled(
     mesh: tuple[int, int] | None = None,
     device: str = "cpu",
     accumulate: int = 1,
+    compiled: bool = False,
     environment: Mapping[str, str] = os.environ,
 ) -> Generator[Crew]:
     """Meet the ranks that `torchrun` started, and leave them together; one process is a crew of its own.
@@ -261,6 +333,7 @@ def assembled(
         mesh: Replicas, and shards of each, for "hsdp"; None: machines, and the ranks of each.
         device: As `find_device` takes it.
         accumulate: As in `Crew`.
+        compiled: Likewise.
         environment: In which `torchrun` says who this is.
 
     Raises:
@@ -277,7 +350,7 @@ def assembled(
                 f"{started} processes were started, and without --parallel each of them would train the whole run, all "
                 "in the same directory. Add --parallel ddp, fsdp or hsdp, or start one process, without torchrun."
             )
-        yield Crew(device=kind, accumulate=accumulate)
+        yield Crew(device=kind, accumulate=accumulate, compiled=compiled)
         return
     if missing := [name for name in _PLACES if name not in environment]:
         raise UsageError(
@@ -295,7 +368,7 @@ def assembled(
     with _telling_who_is_lost():
         dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
         try:
-            yield Crew(layout, dist.get_rank(), dist.get_world_size(), mesh, kind, accumulate)
+            yield Crew(layout, dist.get_rank(), dist.get_world_size(), mesh, kind, accumulate, compiled)
             gc.collect()  # a module that synchronises its gradients may not outlive what it does it by
             dist.barrier()
         finally:

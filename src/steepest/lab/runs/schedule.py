@@ -1,39 +1,62 @@
 """The learning rate over a run, when it is evaluated, and when it ends early."""
 
 import statistics
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-Schedule = Literal["cooldown", "constant"]
-COOLDOWN = 0.7
+from steepest.lab.tasks.task import Schedule
+
+
+@dataclass(frozen=True)
+class Trapezoid:
+    """A rate that rises linearly, stays, and falls linearly.
+
+    Args:
+        warm_up: Part of the steps in which it rises to 1; the first of n such steps has 1 / n.
+        cool_down: Part of the steps in which it falls.
+        end: To what it falls, after the last step.
+    """
+
+    warm_up: float = 0.0
+    cool_down: float = 0.0
+    end: float = 0.0
+
+    def __call__(self, step: float, *, steps: int) -> float:
+        """The factor, in [0, 1].
+
+        Args:
+            step: Steps done so far, from 0.
+            steps: Length of the run.
+        """
+        up = (step + 1) / (self.warm_up * steps) if self.warm_up else 1.0
+        down = (steps - step) / (self.cool_down * steps) if self.cool_down else 1.0
+        return min(1.0, up, self.end + (1 - self.end) * down)
+
+
+cooldown = Trapezoid(cool_down=0.7)
+# The first two are the lab's own. The others are those of published training scripts: docs/tracks.md.
+SCHEDULES: Mapping[Schedule, Trapezoid] = {
+    "cooldown": cooldown,
+    "constant": Trapezoid(),
+    "late-cooldown": Trapezoid(cool_down=1800 / 6200),
+    "warmup-cooldown": Trapezoid(warm_up=0.05, cool_down=0.5),
+    "cooldown-to-tenth": Trapezoid(cool_down=0.45, end=0.1),
+}
 SMOOTHED = 5  # evaluations whose median must be below a target: one lucky evaluation does not end a run
 SPACING = 0.02  # of the steps so far, at most, from one evaluation to the next in a run that is near its target
 FAR_SPACING = 0.2  # likewise before that
 NEAR = 1.2  # one training loss below this times the loss to watch from shows that the run is near
 
 
-def cooldown(step: float, *, steps: int) -> float:
-    """Constant, then linear to 0 over the last 70 % of the steps; each of `steps` steps has a rate above 0.
-
-    Args:
-        step: Steps done so far, from 0.
-        steps: Length of the run.
-
-    Returns:
-        A factor in [0, 1] on every learning rate.
-    """
-    return min(1.0, (steps - step) / (COOLDOWN * steps))
-
-
 def rate_factor(step: float, *, steps: int, schedule: Schedule) -> float:
-    """The factor on every learning rate: that of `cooldown`, or 1.
+    """The factor on every learning rate, in [0, 1]; each of `steps` steps has one above 0.
 
     Args:
         step: Steps done so far, from 0.
         steps: Length of the run.
-        schedule: Which.
+        schedule: A key of `SCHEDULES`.
     """
-    return cooldown(step, steps=steps) if schedule == "cooldown" else 1.0
+    return SCHEDULES[schedule](step, steps=steps)
 
 
 def evaluates(step: int, *, every: int, spacing: float | None) -> bool:

@@ -48,6 +48,7 @@ from steepest.lab.runs.schedule import FAR_SPACING, NEAR, SMOOTHED, SPACING, eva
 from steepest.lab.runs.version import code_version
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.held_out import Evaluation, Part
+from steepest.lab.tasks.images import ImageTask
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
 from steepest.lab.tasks.task import Task
 from steepest.lab.tasks.windows import WindowTask
@@ -77,6 +78,7 @@ class Training:
         self.final: Final | None = None
         self.losses: list[float] = []  # of the last evaluations
         self.module = task.build_model(config.seed)
+        self.crew.check_model(self.module)
         self.model = self.crew.spread(self.module)  # what gradients come from
         torch.manual_seed(derive_seed("method", config.seed))  # for methods that draw random numbers
         self.optimizer = build_optimizer(config.method, self.model, config.options)
@@ -151,10 +153,17 @@ class Training:
             inputs, targets = self.task.batch(part)
             batch = inputs.to(self.crew.device), targets.to(self.crew.device)
             with self.crew.passing(self.model, last=number == len(parts)):
-                loss = self.task.loss(self.model, batch)
+                with self._autocast():
+                    loss = self.task.loss(self.model, batch)
                 (loss if len(parts) == 1 else loss / len(parts)).backward()
             losses.append(loss.detach())
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Around a forward pass of training; evaluations are in float32."""
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.crew.device.type, torch.bfloat16)
 
     def evaluate(self, recorder: Recorder) -> None:
         """Evaluate and record it; the clocks of the run stand still."""
@@ -183,7 +192,9 @@ class Training:
         if self.crew.size == 1:
             found = self.task.evaluate(self.module, part, whole=whole)
         else:
-            found = cast("WindowTask", self.task).evaluate(self.module, part, whole=whole, share=self.crew.share)
+            found = cast("WindowTask | ImageTask", self.task).evaluate(
+                self.module, part, whole=whole, share=self.crew.share
+            )
         self.model.train()
         return found
 
@@ -350,9 +361,9 @@ def train_run(
             `SteepestDescent.diagnostics`; for methods of this library.
         threads: CPU threads; None for torch's present number. A run that goes on keeps the number it started with,
             because sums depend on it.
-        crew: Who trains it, and in how many micro-batches; None for this process alone. It is no part of what the run
-            is, as its losses are the same but for rounding: another crew goes on with it. The first rank alone reads
-            and writes the directory.
+        crew: Who trains it, and in how many micro-batches; None for this process alone, in those of the preset. It is
+            no part of what the run is, as its losses are the same but for rounding: another crew goes on with it. The
+            first rank alone reads and writes the directory.
         stop: Asked after every step; True, on any rank, saves a checkpoint and raises `Interrupted` on all.
 
     Returns:
@@ -372,13 +383,15 @@ def train_run(
     for name, value in (("checkpoint_every", checkpoint_every), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    crew = Crew() if crew is None else crew
+    alone, crew = crew is None, Crew() if crew is None else crew
     more = f", saved every {checkpoint_every} steps{', with diagnostics' if diagnostics else ''}"
     crew.check_alike(f"the run {run_hash(config)} in {crew.accumulate} micro-batches{more}")
     with contextlib.ExitStack() as held:
         if (result := crew.told(lambda: _claimed(config, run_dir, held))) is not None:
             return result
         task = crew.together(lambda: load_task(config, data))
+        if alone:
+            crew = crew.dividing(config.batch_size, most=task.budget.micro_batch)
         checkpoint = run_dir / "checkpoint.pt"
         crew.told(lambda: write_whole(run_dir / "config.json", config.to_json()))
         with using_threads(threads), torch.random.fork_rng(devices=[]):

@@ -28,6 +28,7 @@ class Entry:
         data: What `--data` takes; empty if the task has its own data only.
         methods: Those that race unless one says otherwise.
         shared: Whether ranks can train on it together, and on an accelerator.
+        tracks: Presets beside `PRESETS`: published runs, and a rehearsal of each.
     """
 
     place: str
@@ -36,6 +37,7 @@ class Entry:
     data: str = ""
     methods: tuple[str, ...] = ("adamw", "muon", "muonadam")
     shared: bool = False
+    tracks: tuple[str, ...] = ()
 
     @property
     def counted(self) -> str:
@@ -47,9 +49,46 @@ TASKS: dict[str, Entry] = {
     "text": Entry("steepest.lab.tasks.text:TextTask", "sequences", True, "a file or folder", _WITH_TORCH, shared=True),
     "digits": Entry("steepest.lab.tasks.digits:DigitsTask", "images"),
     "quadratic": Entry("steepest.lab.tasks.quadratic:QuadraticTask"),
-    "cifar10": Entry("steepest.lab.tasks.cifar10:Cifar10Task", "images", data="a folder"),
-    "fineweb": Entry("steepest.lab.tasks.fineweb:FinewebTask", "sequences", True, "a folder", _WITH_TORCH, shared=True),
+    "cifar10": Entry(
+        "steepest.lab.tasks.cifar10:Cifar10Task",
+        "images",
+        data="a folder",
+        shared=True,
+        tracks=("resnet18", "resnet18-rehearsal"),
+    ),
+    "cifar100": Entry(
+        "steepest.lab.tasks.cifar100:Cifar100Task",
+        "images",
+        data="a folder",
+        shared=True,
+        tracks=("vgg16", "vgg16-rehearsal"),
+    ),
+    "fineweb": Entry(
+        "steepest.lab.tasks.fineweb:FinewebTask",
+        "sequences",
+        tokens=True,
+        data="a folder",
+        methods=_WITH_TORCH,
+        shared=True,
+        tracks=(
+            "gpt2-short",
+            "gpt2-short-rehearsal",
+            "gpt2-medium",
+            "gpt2-medium-rehearsal",
+            "gpt2-fineweb1b",
+            "gpt2-fineweb1b-rehearsal",
+        ),
+    ),
 }
+
+
+def presets_of(name: str) -> tuple[str, ...]:
+    """The sizes of a task, and its tracks.
+
+    Args:
+        name: A key of `TASKS`.
+    """
+    return (*PRESETS, *TASKS[name].tracks)
 
 
 def entry(name: str) -> Entry:
@@ -62,7 +101,8 @@ def make_task(name: str, preset: str = "demo", *, data: Path | None = None) -> T
 
     Args:
         name: A key of `TASKS`.
-        preset: "demo" (a minute on one core), "tiny" (several minutes) or "small" (an hour or more).
+        preset: "demo" (a minute on one core), "tiny" (several minutes), "small" (an hour or more), or a track of the
+            task.
         data: A file or folder of the user's, for the tasks that take one; None for the task's own data.
 
     Raises:
@@ -71,8 +111,8 @@ def make_task(name: str, preset: str = "demo", *, data: Path | None = None) -> T
     """
     if name not in TASKS:
         raise ValueError(unknown_name("task", name, TASKS))
-    if preset not in PRESETS:
-        raise ValueError(unknown_name("preset", preset, PRESETS))
+    if preset not in presets_of(name):
+        raise ValueError(unknown_name("preset", preset, presets_of(name)))
     known = TASKS[name]
     if data is not None and not known.data:
         raise ValueError(f"The task {name!r} has its own {known.examples}, got --data {str(data)!r}. Leave it out.")

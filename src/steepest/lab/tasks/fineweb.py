@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,94 @@ def _model(layers: int, width: int, head_size: int) -> GPTConfig:
     return GPTConfig(vocabulary=PADDED, layers=layers, width=width, head_size=head_size)
 
 
+# The models of published runs, whose differences from ours docs/tracks.md lists. Record 4 of modded-nanogpt, as in
+# train_gpt_newton_muon_1.py of https://github.com/zhehangdu/Newton-Muon; record 28, as in train_gpt_newton_muon_2.py
+# there; GPT-2, as in gptopt/gpt_model.py of https://github.com/modichirag/GPT-opt.
+_RECORD_4 = GPTConfig(
+    vocabulary=VOCABULARY,
+    layers=12,
+    width=768,
+    head_size=64,
+    tied=True,
+    biases=False,
+    norm="rms-plain",
+    embedding_norm=False,
+    query_norm=False,
+    activation="gelu",
+    positions="rotary",
+    attention_gain=24**-0.5,
+    initial="torch",
+)
+_RECORD_28 = GPTConfig(
+    vocabulary=PADDED,
+    layers=12,
+    width=768,
+    head_size=128,
+    softcap=15.0,
+    biases=False,
+    norm="rms-plain",
+    attention_scale=0.12,
+    value_tables=3,
+    without_attention=(7,),
+)
+_GPT2 = GPTConfig(
+    vocabulary=VOCABULARY,
+    layers=12,
+    width=768,
+    head_size=64,
+    tied=True,
+    norm="layer",
+    embedding_norm=False,
+    query_norm=False,
+    activation="gelu-tanh",
+    positions="learned",
+    context=1024,
+    initial="gpt2",
+)
+_SHORT = Budget(steps=6200, batch_size=512, eval_every=100, schedule="late-cooldown", precision="bf16", micro_batch=16)
+_MEDIUM = Budget(
+    steps=1695, batch_size=384, eval_every=50, schedule="cooldown-to-tenth", precision="bf16", micro_batch=16
+)
+_FINEWEB1B = Budget(
+    steps=1907, batch_size=512, eval_every=100, schedule="warmup-cooldown", precision="bf16", micro_batch=16
+)
+
+
+def _rehearsal(model: GPTConfig, budget: Budget) -> WindowPreset:
+    """The same parts in few and small layers, the same schedule, and a batch of 16 in parts of 4.
+
+    In float32, so that losses do not depend on who trains it: rounding to bfloat16 makes more of other last bits.
+    """
+    small = replace(
+        model,
+        layers=4,
+        width=32,
+        head_size=8,
+        context=32 if model.context else 0,
+        value_tables=min(1, model.value_tables),
+        without_attention=(2,) if model.without_attention else (),
+        attention_gain=8**-0.5 if model.attention_gain != 1 else 1.0,
+    )
+    return WindowPreset(
+        small,
+        32,
+        replace(budget, steps=8, batch_size=16, eval_every=4, precision="fp32", micro_batch=4),
+        Sizes(8, 8, 8),
+    )
+
+
 PRESETS: dict[PresetName, WindowPreset] = {
     "demo": WindowPreset(_model(2, 128, 32), 128, Budget(steps=100, batch_size=4, eval_every=10), Sizes(32, 64, 256)),
     "tiny": WindowPreset(_model(4, 128, 32), 128, Budget(steps=500, batch_size=8, eval_every=25), Sizes(64, 128, 512)),
     "small": WindowPreset(
         _model(6, 256, 64), 256, Budget(steps=1000, batch_size=8, eval_every=50), Sizes(128, 256, 1024)
     ),
+    "gpt2-short": WindowPreset(_RECORD_4, 1024, _SHORT, Sizes(1024, 2560, 10_240)),
+    "gpt2-short-rehearsal": _rehearsal(_RECORD_4, _SHORT),
+    "gpt2-medium": WindowPreset(_RECORD_28, 1024, _MEDIUM, Sizes(1024, 2560, 10_240)),
+    "gpt2-medium-rehearsal": _rehearsal(_RECORD_28, _MEDIUM),
+    "gpt2-fineweb1b": WindowPreset(_GPT2, 1024, _FINEWEB1B, Sizes(1024, 2048, 8192)),
+    "gpt2-fineweb1b-rehearsal": _rehearsal(_GPT2, _FINEWEB1B),
 }
 
 
@@ -66,7 +149,7 @@ class FinewebTask(WindowTask):
             problem = f"The validation shards of {folder.name!r} fill {len(held_out)} windows"
             raise ValueError(f"{problem}; {TUNING_SHARE} are needed, to tune by one of them. {REMEDY}")
         super().__init__(preset, size, train, held_out, tuning=tuning, identity=identity)
-        self.evaluation_batch = size.budget.batch_size
+        self.evaluation_batch = size.budget.micro_batch or size.budget.batch_size
 
 
 class ShardWindows:

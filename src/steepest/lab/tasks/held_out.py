@@ -1,5 +1,6 @@
 """What is held out from training, in parts that never meet: one to choose options by, one to report on."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,6 +59,14 @@ class HeldOut:
         """
         wanted = getattr(self._sizes, part if whole else "curve")
         return (0 if part == "tuning" else self._available["tuning"]) + spread(self._available[part], wanted)
+
+
+Share = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], list[Tensor]]
+
+
+def one_by_one(act: Callable[[Tensor], Tensor], pieces: Sequence[Tensor]) -> list[Tensor]:
+    """What comes of each piece."""
+    return [act(piece) for piece in pieces]
 
 
 def spread(available: int, wanted: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What a task is: data, a model, a loss and a metric, at one of several sizes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from steepest.lab.disk.fields import Count, Sha256, Text
 from steepest.lab.tasks.held_out import Evaluation, Part
 
-PresetName = Literal["demo", "tiny", "small"]
+PresetName = str  # "demo", "tiny", "small", or a track of the task
+Schedule = Literal["cooldown", "constant", "late-cooldown", "warmup-cooldown", "cooldown-to-tenth"]
+Precision = Literal["fp32", "bf16"]
 Batch = tuple[Tensor, Tensor]  # inputs and targets, first dimension: examples
 
 
@@ -24,11 +27,27 @@ class DataIdentity:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a run is: optimizer steps, examples per step, and steps from one evaluation to the next."""
+    """How long a run is, and how it is trained unless its config says otherwise.
+
+    Args:
+        steps: Optimizer steps.
+        batch_size: Examples per step, on all ranks together.
+        eval_every: Steps from one evaluation to the next.
+        schedule: Of the learning rate.
+        precision: "bf16": forward passes of training under autocast; weights, gradients and state stay in float32.
+        micro_batch: Examples that a rank takes at once, at most; None: its whole part of the batch.
+        at_batch_size: Steps, and steps between evaluations, of a run with a certain batch size; None: those above.
+        root_rates: Whether a run with batch size b has the learning rates times sqrt(b / batch_size).
+    """
 
     steps: int
     batch_size: int
     eval_every: int
+    schedule: Schedule = "cooldown"
+    precision: Precision = "fp32"
+    micro_batch: int | None = None
+    at_batch_size: Callable[[int], tuple[int, int]] | None = None
+    root_rates: bool = False
 
 
 def folder_of(task: str, data: Path | None, remedy: str) -> Path:

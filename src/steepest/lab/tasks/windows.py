@@ -1,6 +1,5 @@
 """Sequences of which the next token is predicted: what all such tasks have in common, from windows of tokens on."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steepest.lab.models.gpt import GPT, GPTConfig
-from steepest.lab.tasks.held_out import Evaluation, HeldOut, Part, Sizes, evaluation
+from steepest.lab.tasks.held_out import Evaluation, HeldOut, Part, Share, Sizes, evaluation, one_by_one
 from steepest.lab.tasks.order import seeded
 from steepest.lab.tasks.task import Batch, Budget, DataIdentity, PresetName
 
@@ -30,14 +29,6 @@ class Windows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, numbers: Tensor, /) -> Tensor: ...
-
-
-Share = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], list[Tensor]]
-
-
-def one_by_one(act: Callable[[Tensor], Tensor], pieces: Sequence[Tensor]) -> list[Tensor]:
-    """What comes of each piece."""
-    return [act(piece) for piece in pieces]
 
 
 class WindowTask:

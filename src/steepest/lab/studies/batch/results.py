@@ -190,6 +190,7 @@ def _conditions(config: RunConfig) -> Description:
         ("code", config.code),
         ("evaluated every", str(config.eval_every)),
         ("schedule", config.schedule),
+        ("precision", config.precision),
         ("target", str(config.target)),
         ("watched from", str(config.watch_from)),
     )

@@ -162,7 +162,7 @@ def choose(records: Recorded[RaceStudy, Asked]) -> Comparable:
 
 def _choices(config: RunConfig) -> Description:
     """What all runs of a method have in common."""
-    options = json.dumps(dict(config.options), sort_keys=True)
+    options = json.dumps(config.counted_options, sort_keys=True)
     return (("options", options), ("tuning", str(config.tuning)))
 
 
