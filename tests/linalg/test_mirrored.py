@@ -131,6 +131,14 @@ def test_a_wrong_one_is_refused_with_one_warning(installed, kernel, text, rng):
     assert (values > 0.5).all()
 
 
+def test_one_that_is_wrong_for_some_rows_is_not_trusted_with_others(installed):
+    installed(lambda a, b, **options: halves(a, b, **options) * (1.5 if a.size(1) > ROWS else 1.0))
+    assert isinstance(products_for(ROWS, torch.bfloat16, CUDA), Mirrored)
+    with pytest.warns(UserWarning, match="with 512 rows"):
+        assert products_for(2 * ROWS, torch.bfloat16, CUDA) == Together(1)
+    assert products_for(ROWS, torch.bfloat16, CUDA) == Together(1)
+
+
 def test_torchs_own_comes_first_and_the_next_one_if_it_is_wrong(installed):
     other = lambda a, b, **options: halves(a, b, **options)  # noqa: E731
     installed(halves)

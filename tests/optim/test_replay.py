@@ -116,6 +116,14 @@ def test_a_step_waits_for_nothing(method, device):
         run.optimizer.diagnostics()
 
 
+def test_rates_on_the_device_are_not_asked_whether_they_are_zero(device):
+    run = Run(device, Muon)
+    assert not run.optimizer._still
+    for group in run.optimizer.param_groups:
+        group["lr"] = torch.tensor(0.0)  # as torch's distributed checkpoints write there
+    assert run.optimizer._still
+
+
 @cases("method", METHODS)
 def test_steps_are_those_of_the_cpu(method, device):
     """There numbers are read, and what is not finite is found before anything is written; the rest is rounding."""

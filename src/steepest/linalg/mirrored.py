@@ -44,7 +44,8 @@ def kernel_for(rows: int, dtype: torch.dtype, device: torch.device) -> Kernel | 
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or rows < SMALLEST or rows % ALIGNED:
         return None
-    return next((one.kernel for module in MODULES if (one := _tried(module, rows, dtype, device))), None)
+    trusted = (module for module in MODULES if module not in _refused)
+    return next((one.kernel for module in trusted if (one := _tried(module, rows, dtype, device))), None)
 
 
 def takes(x: Tensor) -> bool:
@@ -89,7 +90,7 @@ def product(a: Tensor, b: Tensor, kernel: Kernel, *, alpha: float, plus: Tensor 
 @functools.cache
 def _tried(module: str, rows: int, dtype: torch.dtype, device: torch.device) -> Source | None:
     """A kernel that is there, and right with so many rows."""
-    if (source := _imported(module)) is None or module in _refused:
+    if (source := _imported(module)) is None:
         return None
     try:
         wrong = _deviation(source.kernel, rows, dtype, device)

@@ -572,7 +572,7 @@ class SteepestDescent(Optimizer):
             self._sharing.check_alike(device, self._sharing.fingerprint(self.memory_cap))
         numbers = [heard.loss, heard.clipping, heard.witnessed, heard.changed]
         counts: list[float] = []
-        if self._sharing.counts(device, still=lambda: self._still):
+        if self._sharing.counts(device, still=self._still):
             known = self._sharing.fingerprint(self.memory_cap)
             counts = [float(p.grad is not None) for p in self._parameters()]
             counts += [known & 0xFFFF, known >> 16, float(not ready.idle(self._still))]
@@ -750,8 +750,10 @@ class SteepestDescent(Optimizer):
 
     @property
     def _still(self) -> bool:
-        """Whether all learning rates are zero."""
-        return all(float(group["lr"]) == 0 for group in self.param_groups)
+        """Whether all learning rates are zero, as torch's checkpoints set them; those on a device are not read."""
+        rates = [group["lr"] for group in self.param_groups]
+        here = all(not isinstance(rate, Tensor) or rate.device.type == "cpu" for rate in rates)
+        return here and all(float(rate) == 0 for rate in rates)
 
     def diagnostics(self, *, weights: bool = False) -> dict[str, float]:
         """Scalars of the last step; reading them waits for the device.

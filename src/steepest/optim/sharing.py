@@ -317,7 +317,7 @@ class Sharing:
             "optimizer for each stage of a pipeline."
         )
 
-    def counts(self, device: torch.device, *, still: Callable[[], bool]) -> bool:
+    def counts(self, device: torch.device, *, still: bool) -> bool:
         """Whether ranks must tell each other which parameters have a gradient, and whether one is not zero.
 
         On an accelerator that would mean to wait for it, which is done only where parts are worked on apart, as
@@ -325,13 +325,11 @@ class Sharing:
 
         Args:
             device: Of the parameters.
-            still: Tells whether all learning rates are zero: then the step may be one that only makes the state.
+            still: Whether all learning rates are zero: then the step may be one that only makes the state.
         """
         if self.team.size == 1:
             return False
-        if device.type == "cpu" or any(len(routes) > 1 for routes in self.duties.routes.values()):
-            return True
-        return still()
+        return still or device.type == "cpu" or any(len(routes) > 1 for routes in self.duties.routes.values())
 
     def check_counts(self, rows: Sequence[PlanRow], counts: Sequence[float]) -> None:
         """Refuse a gradient that only some have of those who keep copies of the same part, which would part.

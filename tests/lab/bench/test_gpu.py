@@ -14,9 +14,9 @@ PARTS = [
     "coefficients against their certificates",
     "steps of every method against float64",
     "steps of a layer, as they come",
-    "steps of a layer, compiled",
     "additions to Muon",
     "a training",
+    "steps of a layer, torch-fp32 compiled",
 ]
 
 

@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 from steepest.lab.cli import main
 from steepest.lab.tasks import TASKS
@@ -107,6 +108,32 @@ def test_one_run_can_be_trained_and_is_not_trained_twice(capsys, tmp_path):
     code, out, _ = run(capsys, *words, "--json")
     assert code == 0
     assert json.loads(out)["steps"] == 3
+
+
+def test_a_task_that_knows_no_accelerator_trains_on_the_cpu_if_that_is_left_open(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    words = ["train", "--task", "digits", "--method", "muon", "--steps", "2", "--out", str(tmp_path / "run")]
+    assert run(capsys, *words, "--device", "auto")[0] == 0
+    code, _, err = run(capsys, *words, "--device", "cuda")
+    assert code == 2
+    assert "--device cuda: the task 'digits' is trained by one process, on the CPU" in err
+
+
+def test_determinism_is_asked_of_torch_while_a_run_trains(capsys, tmp_path, monkeypatch):
+    seen = []
+    step = torch.optim.SGD.step
+
+    def looked_at(*given):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return step(*given)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", looked_at)
+    words = ["train", "--task", "digits", "--method", "sgd", "--steps", "2"]
+    assert run(capsys, *words, "--deterministic", "--out", str(tmp_path / "one"))[0] == 0
+    assert run(capsys, *words, "--out", str(tmp_path / "other"))[0] == 0
+    assert seen == [True] * 2 + [False] * 2
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.slow

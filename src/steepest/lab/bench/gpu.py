@@ -46,7 +46,8 @@ class Model:
         shapes: A set of shapes.
         width: If the set takes one.
         layers: Likewise.
-        compiled: Contestants that are compiled as well, which takes minutes for many matrices.
+        compiled: Contestants that are compiled as well, each with `steepest` as it comes, and after everything else: it
+            takes minutes for many matrices.
     """
 
     title: str
@@ -251,7 +252,7 @@ def measure_gpu(
     part("coefficients against their certificates", polars)
     part("steps of every method against float64", steps)
     for model in plan.models:
-        for way, contestants, why in _ways(model, plan, cuda=cuda):
+        for way, contestants, why in _ways(plan, cuda=cuda):
             name = f"steps of {model.title}, {way}"
             if why is not None:
                 found.left_out.append(f"{name}: {why}")
@@ -259,6 +260,11 @@ def measure_gpu(
             part(name, partial(stepping, model, way, contestants))
     part("additions to Muon", additions)
     part("a training", training)
+    for model in plan.models:
+        for one in choose(plan.peers):
+            if one.name in model.compiled:
+                together = [*choose(()), compiled(one, backend=plan.backend)]
+                part(f"steps of {model.title}, {one.name} compiled", partial(stepping, model, "compiled", together))
     return found
 
 
@@ -266,17 +272,11 @@ def _first_line(problem: Exception) -> str:
     return next(iter(str(problem).splitlines()), "without a word")
 
 
-def _ways(model: Model, plan: Plan, *, cuda: bool) -> list[tuple[str, list[Contestant], str | None]]:
-    """How the steps of a model are taken, by whom, and why they are not; `steepest` as it comes is in all of them."""
+def _ways(plan: Plan, *, cuda: bool) -> list[tuple[str, list[Contestant], str | None]]:
+    """How steps are taken, by whom, and why they are not; `steepest` as it comes is in both."""
     plain = choose(plan.peers)
-    base = plain[0]
-    ways: list[tuple[str, list[Contestant], str | None]] = [("as they come", plain, None)]
-    if model.compiled:
-        own = [compiled(one, backend=plan.backend) for one in plain if one.name in model.compiled]
-        ways.append(("compiled", [base, *own], None))
     why = None if cuda else "the processor has no CUDA graphs"
-    ways.append(("in CUDA graphs", [base, *map(captured, plain)], why))
-    return ways
+    return [("as they come", plain, None), ("in CUDA graphs", [*choose(()), *map(captured, plain)], why)]
 
 
 def _case(model: Model, contestants: Sequence[Contestant], plan: Plan, device: str) -> Case:
