@@ -13,6 +13,7 @@ from steepest.lab.data.pack import pack
 from steepest.lab.data.shards import HEADER
 from steepest.lab.data.tokenizer import read_tokenizer
 from steepest.lab.disk.files import RecordError
+from steepest.lab.tasks import make_task
 from tests.cases import cases
 from tests.lab.data.tiny_tokenizer import SENTENCES, write_tokenizer
 from tests.lab.tasks.fake_data import shard, write_fineweb
@@ -146,6 +147,14 @@ def test_an_unfinished_packing_is_named(packed):
     (packed / "manifest.json").write_text(json.dumps({**content, "complete": False}))
     [problem] = problems(packed)
     assert "manifest.json: packing has not ended. Repeat the command that packed it" in problem
+    with pytest.raises(RecordError, match=r"manifest\.json: packing has not ended"):
+        make_task("fineweb", data=packed)
+    (packed / "packed_val_000000.bin").unlink()
+    shards = [one for one in content["shards"] if "_val_" not in one["name"]]
+    (packed / "manifest.json").write_text(json.dumps({**content, "complete": False, "shards": shards}))
+    assert problems(packed) == [problem]
+    with pytest.raises(RecordError, match=r"manifest\.json: packing has not ended"):
+        make_task("fineweb", data=packed)
     (packed / "manifest.json").write_text("{")
     with pytest.raises(RecordError, match="not valid JSON"):
         check_folder(packed, tell=lambda _: None)

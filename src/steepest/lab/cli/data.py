@@ -132,9 +132,9 @@ class Check(Command, AsJson):
         with checking_usage():
             if not self.folder.is_dir():
                 raise UsageError(f"{str(self.folder)!r} is not a folder. Give the one with the shards.")
-            size = sum(path.lstat().st_size for split in SPLITS for path in shard_paths(self.folder, split))
-        with _bar(size) as (advance, _):
-            checked, others = check_folder(self.folder, tell=advance)
+            paths = [path for split in SPLITS for path in shard_paths(self.folder, split, needed=False)]
+            with _bar(sum(path.lstat().st_size for path in paths)) as (advance, _):
+                checked, others = check_folder(self.folder, tell=advance)
         whole = {split: [one for one in checked if one.split == split and one.problem is None] for split in SPLITS}
         windows = {split: _windows(shards) for split, shards in whole.items()}
         problems = [*(one.problem for one in checked if one.problem), *others]

@@ -59,16 +59,17 @@ def check_folder(folder: Path, *, tell: Callable[[int], None]) -> tuple[list[Che
         The shards, those for training first, in the order of their names; and what else is wrong.
 
     Raises:
-        FileNotFoundError: If there is no shard of a split.
+        FileNotFoundError: If there is no shard of a split, and none is still to come.
         RecordError: If the manifest is damaged.
     """
     manifest = read_manifest(folder)
+    ended = manifest is None or manifest.complete
     packed = None if manifest is None else {shard.name: shard for shard in manifest.shards}
-    paths = {split: shard_paths(folder, split) for split in SPLITS}
+    paths = {split: shard_paths(folder, split, needed=ended) for split in SPLITS}
     checked = [_checked(path, split, packed, tell) for split in SPLITS for path in paths[split]]
     missing = sorted((packed or {}).keys() - {one.name for one in checked})
     others = [RecordError(folder / name, "the shard is missing", f"{REPEAT}.") for name in missing]
-    if manifest is not None and not manifest.complete:
+    if not ended:
         others.append(RecordError(folder / NAME, "packing has not ended", f"{REPEAT}."))
     return checked, [*map(str, others)]
 

@@ -16,7 +16,7 @@ from steepest.lab.disk.files import RecordError, exists, read_text, write_whole
 NAME = "manifest.json"
 MOST_SHARDS = 10**6  # whose names have six digits, by which they are ordered
 REPEAT = "Repeat the command that packed it: shards that are whole are kept, the others are made anew"
-_REMEDY = "Delete the folder, and pack the texts again."
+_REMEDY = "If `steepest data pack` made the folder, delete it and pack the texts again; if not, take this file away."
 
 
 class PackedText(msgspec.Struct, frozen=True):
@@ -79,6 +79,15 @@ class Manifest(Versioned, kw_only=True):
         """Into the folder, in place of the one that is there."""
         write_whole(folder / NAME, msgspec.json.format(msgspec.json.encode(self)) + b"\n", durable=True)
 
+    def check_ended(self, folder: Path) -> None:
+        """Refuse shards to which others will come.
+
+        Raises:
+            RecordError: If packing has not ended.
+        """
+        if not self.complete:
+            raise RecordError(folder / NAME, "packing has not ended", f"{REPEAT}.")
+
     def check(self, folder: Path, shards: Iterable[Shard]) -> None:
         """Refuse shards that are not those that were packed, as far as names and sizes tell.
 
@@ -87,10 +96,8 @@ class Manifest(Versioned, kw_only=True):
             shards: All in the folder.
 
         Raises:
-            RecordError: If packing has not ended, or they are not.
+            RecordError: If they are not.
         """
-        if not self.complete:
-            raise RecordError(folder / NAME, "packing has not ended", f"{REPEAT}.")
         packed, found = ({one.name: one.tokens for one in self.shards}, {one.path.name: one.tokens for one in shards})
         for name in sorted(packed.keys() | found.keys()):
             if name not in packed:

@@ -75,13 +75,13 @@ def read_shard(path: Path, *, remedy: str = REMEDY) -> Shard:
     return Shard(path, tokens)
 
 
-def shard_paths(folder: Path, split: SplitName) -> list[Path]:
+def shard_paths(folder: Path, split: SplitName, *, needed: bool = True) -> list[Path]:
     """Where the shards of a split are, in the order of their names.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is none, and one is needed.
     """
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
-    if not paths:
+    if needed and not paths:
         raise FileNotFoundError(f"--data {str(folder)!r} has no *_{split}_*.bin. {REMEDY}")
     return paths

@@ -138,8 +138,10 @@ class FinewebTask(WindowTask):
 
     def __init__(self, preset: PresetName, *, data: Path | None = None) -> None:
         size, folder = PRESETS[preset], folder_of(self.name, data, REMEDY)
-        shards, others = ([*map(read_shard, shard_paths(folder, split))] for split in SPLITS)
         if (manifest := read_manifest(folder)) is not None:
+            manifest.check_ended(folder)
+        shards, others = ([*map(read_shard, shard_paths(folder, split))] for split in SPLITS)
+        if manifest is not None:
             manifest.check(folder, [*shards, *others])
         identity = _identify(folder.name, shards, others)
         train = ShardWindows(shards, size.window, part="training")
