@@ -41,6 +41,7 @@ from steepest.lab.methods import build_optimizer, check_options
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.models.brought import Brought, brought, found_function, refuse_chance, share
 from steepest.lab.models.gpt import GPT, GPTConfig
+from steepest.lab.runs.device import clocked
 from steepest.names import unknown_name
 from steepest.optim import SteepestDescent
 from steepest.ranks import is_sharded
@@ -484,7 +485,6 @@ def _train(job: Job, example: Brought, model: nn.Module, at: Path, own: Callable
     optimizer = cast("SteepestDescent", build_optimizer(job.method, model, check_options(job.method, job.options)))
     if example.loss is None:
         _refuse_needs(job, optimizer)
-    synchronise = torch.cuda.synchronize if job.device == "cuda" else lambda: None
     times: list[float] = []
     sent: list[int] = []
     agreed: list[int] = []
@@ -500,11 +500,7 @@ def _train(job: Job, example: Brought, model: nn.Module, at: Path, own: Callable
             loss.backward()
         if dist.is_initialized():
             dist.barrier()
-        synchronise()
-        started = time.perf_counter()
-        optimizer.step(loss=loss)
-        synchronise()
-        times.append(time.perf_counter() - started)
+        times.append(clocked(partial(optimizer.step, loss=loss), device=job.device))
         sent.append(optimizer.sharing.sent_bytes)
         agreed.append(optimizer.sharing.agreed_bytes)
         optimizer.zero_grad()
