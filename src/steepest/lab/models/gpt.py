@@ -146,7 +146,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, values: Tensor | None = None) -> Tensor:
         """Shape in, shape out; `values` of the tokens likewise, where there is a table."""
         if self.attends:
-            moved = self.attention(self.attention_norm(x), values)
+            given = () if values is None else (values,)  # tensor parallelism prepares x alone
+            moved = self.attention(self.attention_norm(x), *given)
             x = x + (moved if self.gain == 1 else self.gain * moved)
         return x + self.mlp(self.mlp_norm(x))
 
