@@ -68,6 +68,14 @@ def fast(monkeypatch, *, trains=lambda: None):
     monkeypatch.setattr(gpu, "train_for", lambda *_, **__: trains())
 
 
+def test_it_says_what_multiplies_symmetric_matrices(monkeypatch):
+    fast(monkeypatch)
+    assert measure_gpu("cpu", rehearsal=True, minutes=4, tell=lambda _: None).symmetric is None
+    monkeypatch.setattr(gpu, "kernel_for", lambda rows, dtype, device: torch.bmm if device.type == "cpu" else None)
+    found = measure_gpu("cpu", rehearsal=True, minutes=4, tell=lambda _: None)
+    assert found.symmetric.endswith(".bmm")
+
+
 def test_what_there_is_no_time_for_is_left_out_and_named(monkeypatch):
     fast(monkeypatch)
     times = iter(range(0, 10_000, 50))

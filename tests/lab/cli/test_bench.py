@@ -283,6 +283,7 @@ def test_gpu_ends_with_1_where_something_is_off(run, monkeypatch, tmp_path):
     )
     assert out.count("not finite") == 5 + 3  # cells of a set and of a method
     assert "Refused, as products in a wider type are needed: nonic in bfloat16." in out
+    assert "Symmetric products in bfloat16 are those of torch.matmul." in out
     assert "Left out: a part: no time" in out
     page = (tmp_path / "out" / "gpu.html").read_text()
     assert "not all checks passed" in page

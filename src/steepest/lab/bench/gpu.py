@@ -31,9 +31,11 @@ from steepest.lab.runs.device import most_bytes
 from steepest.lab.runs.train import Interrupted, train_run
 from steepest.lab.tasks import make_task
 from steepest.lab.tasks.task import PresetName
+from steepest.linalg.mirrored import kernel_for
 
 Tell = Callable[[str], None]
 ENDLESS = 10**6  # steps of a training that time ends
+SIDE = 1024  # of matrices, for the question by what they are multiplied
 LAST = 20  # losses of which the mean is shown
 
 
@@ -161,6 +163,7 @@ class Findings:
         device: Kind of it.
         card: Its name.
         rehearsal: Whether sizes are tiny.
+        symmetric: What computes symmetric products in bfloat16 by half; None: nothing, they are torch.matmul's.
         polars: Coefficients against certificates.
         steps: Methods against float64.
         cases: Times of steps: a model, the way in which its steps are taken, and the case.
@@ -174,6 +177,7 @@ class Findings:
     device: str
     card: str
     rehearsal: bool
+    symmetric: str | None = None
     polars: list[Polar] = field(default_factory=list[Polar])
     steps: list[Steps] = field(default_factory=list[Steps])
     cases: list[tuple[str, str, Case]] = field(default_factory=list[tuple[str, str, Case]])
@@ -211,7 +215,8 @@ def measure_gpu(
     plan = REHEARSAL if rehearsal else FULL
     cuda = device.startswith("cuda")
     card = torch.cuda.get_device_name(device) if cuda else "the processor"
-    found = Findings(device, card, rehearsal)
+    kernel = kernel_for(SIDE, torch.bfloat16, torch.device(device))
+    found = Findings(device, card, rehearsal, None if kernel is None else f"{kernel.__module__}.{kernel.__name__}")
     start = clock()
 
     def part(name: str, work: Callable[[], None]) -> None:

@@ -716,6 +716,7 @@ class Gpu(Bench, OnThreads):
             worst.setdefault((row["coefficients"], row["dtype"]), row)
         sets = [worst[key] for key in dict.fromkeys((row["coefficients"], row["dtype"]) for row in tried)]
         notes = [f"Refused, as products in a wider type are needed: {', '.join(refused)}."] if refused else []
+        notes.append(f"Symmetric products in bfloat16 are those of {found.symmetric or 'torch.matmul'}.")
         for row in steps:
             row["reason"] = None if row["deviation"] is not None else "not finite"
         tables = [
