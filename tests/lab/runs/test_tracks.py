@@ -287,9 +287,9 @@ def test_rehearsals_that_are_killed_on_two_ranks_end_with_the_losses_of_one_proc
         with subtests.test(preset=preset):
             same_but_for_rounding(tmp_path / "ranks" / preset, tmp_path / "alone" / preset)
             losses = [row["loss"] for row in rows(tmp_path / "alone" / preset) if row["kind"] == "train"]
-            assert len(losses) == 8
+            assert len(losses) == (6 if name == "images" else 8)
             assert all(map(math.isfinite, losses))
-            assert len(set(losses)) == 8
+            assert len(set(losses)) == len(losses)
 
 
 def test_a_rehearsal_has_the_parts_and_the_schedule_of_its_track():

@@ -142,5 +142,5 @@ TUNED: Mapping[tuple[str, str], Mapping[str, Tuned]] = {
     ("cifar10", "resnet18"): _RESNET18,
     ("cifar10", "resnet18-rehearsal"): _of_images(lr=0.001, other_lr=0.0001, momentum=0.999, rest=_STEM),
     ("cifar100", "vgg16"): _VGG16,
-    ("cifar100", "vgg16-rehearsal"): _of_images(lr=0.01, other_lr=0.0001, momentum=0.95, rest=_ALL_BUT_KERNELS),
+    ("cifar100", "vgg16-rehearsal"): _of_images(lr=0.01, other_lr=0.00001, momentum=0.95, rest=_ALL_BUT_KERNELS),
 }

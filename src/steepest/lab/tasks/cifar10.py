@@ -31,7 +31,7 @@ PRESETS: dict[PresetName, ImagePreset] = {
     "resnet18": ImagePreset((), epochs(100, batch_size=512, images=50_000), ALL, ResNet),
     "resnet18-rehearsal": ImagePreset(
         (8, 16, 32, 64),
-        epochs(1, batch_size=64, images=512),
+        epochs(1, batch_size=64, images=384),
         Sizes(100, 100, 100),
         partial(ResNet, channels=(8, 16, 32, 64)),
     ),

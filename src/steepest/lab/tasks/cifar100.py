@@ -30,7 +30,7 @@ PRESETS: dict[PresetName, ImagePreset] = {
     "tiny": ImagePreset((32, 64, 128), Budget(steps=1000, batch_size=64, eval_every=50), Sizes(2000, 2500, 7500)),
     "small": ImagePreset((64, 128, 256, 256), Budget(steps=2000, batch_size=64, eval_every=200), ALL),
     "vgg16": ImagePreset((), epochs(100, batch_size=512, images=50_000), ALL, VGG),
-    "vgg16-rehearsal": ImagePreset((), epochs(1, batch_size=64, images=512), Sizes(100, 100, 100), _REHEARSED),
+    "vgg16-rehearsal": ImagePreset((), epochs(1, batch_size=64, images=384), Sizes(100, 100, 100), _REHEARSED),
 }
 
 
