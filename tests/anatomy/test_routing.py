@@ -88,6 +88,13 @@ def test_ddp_and_fsdp_do_not_change_the_plan(one_rank, tied):
     assert all(isinstance(parameter, torch.distributed.tensor.DTensor) for parameter in plan.parameters())
 
 
+def test_ddp_around_submodules_does_not_change_the_plan(one_rank):
+    layers = [nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6)), nn.Linear(6, 4)]
+    expected = [(row.shape, row.role) for row in route(nn.ModuleList(layers))]
+    found = route(nn.ModuleList(map(nn.parallel.DistributedDataParallel, layers)))
+    assert [(row.shape, row.role) for row in found] == expected
+
+
 def test_parameters_of_zero_3_keep_their_full_shape():
     layer = nn.Linear(6, 4, bias=False)
     layer.weight.data = torch.empty(0)

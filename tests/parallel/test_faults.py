@@ -1,5 +1,6 @@
 """What goes wrong on one rank: all the others know, none waits for ever, and none parts from the others."""
 
+import copy
 import math
 import os
 import signal
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from steepest import NonFiniteError
+from steepest import Muon, NonFiniteError
 from tests.cases import cases
 from tests.parallel.test_checkpoints import load, save
 from tests.parallel.test_trajectories import TOLERANCE, check_alike, kept, numbers
@@ -107,10 +110,10 @@ def lacking(layout):
     laid, optimizer = built("muon", layout)
     give(laid, layout, 0)
     before = weights(laid)
-    if dist.get_rank() == 1:
+    if dist.get_rank() in (1, 3) if layout != "hsdp" else dist.get_rank() >= 2:  # under HSDP a whole replica
         laid.net.block.up.weight.grad = None
     if layout != "fsdp":
-        with pytest.raises(ValueError, match=r"'block.up.weight' .* has a gradient on 1 of the 2 ranks"):
+        with pytest.raises(ValueError, match=r"'block.up.weight' .* has a gradient on (1 of the 2|2 of the 4) ranks"):
             optimizer.step()
         return None
     optimizer.step()
@@ -119,9 +122,59 @@ def lacking(layout):
     return None
 
 
-@cases("layout", ["ddp", "copies", "fsdp"])
-def test_a_gradient_that_one_rank_lacks(world, layout):
-    world(2).run(lacking, layout)
+@cases("size, layout", [(2, "ddp"), (2, "copies"), (2, "fsdp"), (4, "hsdp"), (4, "copies")])
+def test_a_gradient_that_some_ranks_lack(world, size, layout):
+    world(size).run(lacking, layout)
+
+
+def copied(layout):
+    """A copy knows from its first step on who waits for it, also where that step is an error of one rank."""
+    _, optimizer = built("muon", layout)
+    twin = copy.deepcopy(optimizer)
+    give_all(twin)
+    if dist.get_rank() == 0:
+        twin.param_groups[0]["lr"] = -1.0
+        with pytest.raises(ValueError, match="lr"):
+            twin.step()
+        twin.param_groups[0]["lr"] = 0.1
+    else:
+        with pytest.warns(RuntimeWarning, match="another rank"):
+            twin.step()
+    before = [local(p).detach().clone() for group in twin.param_groups for p in group["params"]]
+    twin.step()
+    after = [local(p) for group in twin.param_groups for p in group["params"]]
+    assert any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def give_all(optimizer):
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parameter.grad = torch.ones_like(parameter)
+
+
+@cases("layout", ["copies", "fsdp"])
+def test_a_copy_does_not_leave_the_others_waiting(world, layout):
+    world(2).run(copied, layout)
+
+
+def thawed():
+    """What is no longer frozen has owners anew on all ranks, also on those that have no gradient of it yet."""
+    mesh = mesh_of("shard")
+    layers = [nn.Parameter(distribute_tensor(torch.ones(6, 6), mesh, [Shard(0)])) for _ in range(3)]
+    layers[0].requires_grad_(False)
+    optimizer = Muon(layers, 0.1)
+    for step in range(4):
+        layers[1].requires_grad_(step > 0)
+        give_all(optimizer)
+        if step < 3 and dist.get_rank() == 1:
+            layers[1].grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_parameter_that_thaws_may_have_its_first_gradient_on_some_ranks(world):
+    world(2).run(thawed)
 
 
 def mourned(layout, folder, victim, patience):

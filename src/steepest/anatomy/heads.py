@@ -78,7 +78,7 @@ def _inside_blocks(model: nn.Module) -> set[int]:
     for module in model.modules():
         blocks = [module] if isinstance(module, _BLOCKS) else []
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-            composites = [child for child in module.children() if _is_composite(child)]
+            composites = [child for child in map(unwrap, module.children()) if _is_composite(child)]
             patterns = [_pattern(child) for child in composites]
             listed = isinstance(module, nn.ModuleList)
             repeated = [listed or patterns.count(pattern) > 1 for pattern in patterns]

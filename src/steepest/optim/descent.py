@@ -512,6 +512,8 @@ class SteepestDescent(Optimizer):
     def _prepare(self, ready: Ready, explicit: Loss | None, returned: Loss | None) -> None:
         """Find out what this rank knows of a step before it is taken, and all that may be wrong with it."""
         self._settle()
+        if not self._sharing.knows(self._parameters()):  # others may wait for this rank, whatever is wrong here
+            self._share()
         ready.present = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in self.param_groups]
         alone = self._sharing.team.size == 1  # else others may have gradients of what has none here
         moving = [(place, group) for place, (group, own) in enumerate(ready.present) if own or not alone]
@@ -574,7 +576,7 @@ class SteepestDescent(Optimizer):
         counts: list[float] = []
         if self._sharing.counts(device, still=self._still):
             known = self._sharing.fingerprint(self.memory_cap)
-            counts = [float(p.grad is not None) for p in self._parameters()]
+            counts = [0.0 if p.grad is None else self._sharing.counted(p) for p in self._parameters()]
             counts += [known & 0xFFFF, known >> 16, float(not ready.idle(self._still))]
         admitted = False if refused else ready.admitted
         told_here = heard.loss is not None

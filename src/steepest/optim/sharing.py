@@ -100,6 +100,9 @@ def work_of(norm: Norm, row: PlanRow, box: Box) -> float:
     return sum(count * norm.work(m, n) for count, m, n in blocks)
 
 
+PLACES, FRACTION = 251, 2.0**-38  # of parts that are told apart; sums of 16,384 ranks stay exact in float64
+
+
 def turn_of(row: PlanRow) -> tuple[tuple[int, ...], str]:
     """Sorts what is in one load together, before it is shared out: ranks wait for each other's part of a load.
 
@@ -155,12 +158,23 @@ class Sharing:
         self._known: dict[Tensor, tuple[object, ...]] = {}
         self._flops: dict[tuple[Tensor, int], float] = {}
         self._names: list[str] = []
+        self._moving: list[tuple[int, bool]] = []  # parameters, and whether they are trained
         self.alike = False  # whether ranks were ever asked if they know the same parameters
 
     @property
     def team(self) -> Team:
         """The ranks."""
         return self.duties.team
+
+    def knows(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether it is known who works on these: not in a copy, nor of one that was frozen and no longer is.
+
+        Args:
+            parameters: All of the optimizer's.
+        """
+        if self._known and self.team.size == 1:
+            return True
+        return [(id(p), p.requires_grad) for p in parameters] == self._moving
 
     def know(self, members: Sequence[tuple[PlanRow, Norm, Sequence[Stage]]]) -> bool:
         """Share the work on parameters that are not known yet; what is shared stays so.
@@ -175,6 +189,7 @@ class Sharing:
             ValueError: If the layout of one is not known here, or is on other ranks than the team's.
         """
         keys = {row.parameter: self._key(row, norm, stages) for row, norm, stages in members}
+        self._moving = [(id(row.parameter), row.parameter.requires_grad) for row, _, _ in members]
         if keys == self._known:
             return False
         shares = [is_sharded(row.parameter) or self._group_of(row) is not None for row, _, _ in members]
@@ -331,12 +346,26 @@ class Sharing:
             return False
         return still or device.type == "cpu" or any(len(routes) > 1 for routes in self.duties.routes.values())
 
+    def counted(self, parameter: Tensor) -> float:
+        """As what a gradient on this rank counts: one, and a fraction that is zero in a sum over all copies of a part.
+
+        Args:
+            parameter: Of the optimizer.
+        """
+        if not self.duties.shares(parameter):
+            return 1.0
+        for place, keepers in enumerate(self.duties.layouts[parameter].distinct.values()):
+            if self.team.own in keepers:
+                others = len(keepers) - 1
+                return 1.0 + (1 + place % PLACES) * (others if keepers[0] == self.team.own else -1) * FRACTION
+        return 1.0
+
     def check_counts(self, rows: Sequence[PlanRow], counts: Sequence[float]) -> None:
         """Refuse a gradient that only some have of those who keep copies of the same part, which would part.
 
         Args:
             rows: Of all parameters.
-            counts: On how many ranks each has a gradient.
+            counts: What `counted` is on the ranks where each has a gradient, added up.
 
         Raises:
             ValueError: If so.
@@ -344,9 +373,9 @@ class Sharing:
         for row, count in zip(rows, counts, strict=True):
             keepers = self.duties.layouts[row.parameter].distinct.values()
             copies = min(map(len, keepers), default=1) if self.duties.shares(row.parameter) else 1
-            if row.parameter.numel() and count % copies:
+            if row.parameter.numel() and (round(count) % copies or count != round(count)):
                 raise ValueError(
-                    f"{row.name!r} of shape {tuple(row.shape)} has a gradient on {count:g} of the {self.team.size} "
+                    f"{row.name!r} of shape {tuple(row.shape)} has a gradient on {count:.0f} of the {self.team.size} "
                     f"ranks, but each part of it has copies on {copies}. Let DistributedDataParallel or FSDP average "
                     "gradients, with find_unused_parameters=True where some ranks do not use all layers, or give zeros."
                 )

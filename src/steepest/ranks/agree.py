@@ -48,7 +48,8 @@ def decide(
 ) -> tuple[bool | Tensor, Sequence[Tensor | float | None], Tensor | None]:
     """What ranks must know of each other before a step: whether all can take it, and numbers that they share.
 
-    The only exchange before a step writes; no rank may leave a step without it, an error included.
+    The only exchange before a step writes; no rank may leave a step without it, an error of its own included. An error
+    of the closure is not told: it may lie before or after exchanges of the model's own.
 
     Args:
         fine: Whether this rank can take the step; 0-d if that is not read.

@@ -34,6 +34,26 @@ def uneven():
     return nn.Sequential(*layers)
 
 
+class Nested(nn.Module):
+    """Blocks with blocks in them, one of them twice, and a layer that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        inner = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.blocks = nn.ModuleList([nn.ModuleDict({"inner": inner}), nn.ModuleDict({"inner": inner})])
+        self.idle = nn.Linear(6, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            for layer in block["inner"]:
+                x = layer(x).tanh()
+        return x
+
+
+def nested():
+    return Nested(), (lambda model, batch: model(batch).square().mean()), [torch.randn(4, 6) for _ in range(3)]
+
+
 class Experts(nn.Module):
     is_transposed = False
 
@@ -131,6 +151,14 @@ def test_a_function_may_divide_its_experts(capfd, mesh):
     assert "imported" in err  # what the user's code prints is no part of the result
     assert out.splitlines()[0].strip() == f"muon, {mesh}: 4 steps"
     assert float(re.search(r"Largest deviation (\S+) of", out)[1]) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_models")
+@pytest.mark.parametrize("mesh", ["ddp=2", "fsdp=2"])
+def test_blocks_in_blocks_and_layers_that_are_never_called(capfd, mesh):
+    code, out, err = run(capfd, "verify", "--model", "brought_models:nested", "--mesh", mesh, "--steps", "3")
+    assert code == 0, out + err
 
 
 @pytest.mark.slow

@@ -457,12 +457,15 @@ def _laid_out(job: Job, example: Brought, mesh: Any) -> nn.Module:
             )
         example.parallelize(model, mesh)
     if [*axes] == ["replicate"]:
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, find_unused_parameters=True)
     if [*axes] == ["tp"]:
         return model
     outer = tuple(axis for axis in axes if axis != "tp")
     data = mesh[outer[0] if len(outer) == 1 else outer]
-    units = [child for module in model.modules() if isinstance(module, nn.ModuleList) for child in module]
+    containers = (nn.ModuleList, nn.ModuleDict)  # which nothing calls
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = (child for own in reversed(lists) for child in own if not isinstance(child, containers))
+    units = dict.fromkeys(blocks)  # each once, what is inside others first
     experts: set[nn.Parameter] = set()
     for name, module in model.named_modules() if "ep" in axes else ():
         own = [*module.parameters(recurse=False)]
