@@ -162,7 +162,8 @@ def thawed():
     """What is no longer frozen has owners anew on all ranks, also on those that have no gradient of it yet."""
     mesh = mesh_of("shard")
     layers = [nn.Parameter(distribute_tensor(torch.ones(6, 6), mesh, [Shard(0)])) for _ in range(3)]
-    layers[0].requires_grad_(False)
+    for layer in layers[:2]:
+        layer.requires_grad_(False)
     optimizer = Muon(layers, 0.1)
     for step in range(4):
         layers[1].requires_grad_(step > 0)
