@@ -127,10 +127,18 @@ def test_wrong_usage_is_told(base, tmp_path, capsys, change, message):
     assert message in err
 
 
+def test_shards_are_not_put_among_the_texts(base, capsys):
+    code, _, err = run(capsys, *(word.replace("/notes.txt", "") for word in words(base, base / "shards")))
+    assert code == 2
+    assert f"--out '{base}/shards' lies in '{base}', all of which is text" in err
+    assert not (base / "shards").exists()
+
+
 def test_a_folder_without_shards_is_told(tmp_path, capsys):
     code, _, err = run(capsys, "data", "check", str(tmp_path))
     assert code == 2
     assert "has no *_train_*.bin. Download shards" in err
+    assert "--data" not in err
     code, _, err = run(capsys, "data", "check", str(tmp_path / "nowhere"))
     assert code == 2
     assert "nowhere' is not a folder. Give the one with the shards." in err

@@ -120,8 +120,9 @@ def test_of_a_single_file_the_end_is_held_out(tmp_path, ends):
 @cases("text", ["", "x", "one line without an end", "a\n" + "b" * 100, "b" * 100 + "\n"])
 def test_a_single_file_whose_end_has_no_line_is_refused(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
+    identified = identify(tmp_path / "a.txt")
     with pytest.raises(RecordError, match=r"a\.txt: no line begins in the last 0\.05 of it.* Give more text, or"):
-        read(tmp_path / "a.txt")
+        pieces([identified], validation=0.05)  # before the first is asked for
 
 
 @cases("length", [1, 3, 2**16])
@@ -134,7 +135,7 @@ def test_what_is_not_utf8_is_refused_with_its_place(tmp_path, monkeypatch, name,
         (folder / name).write_bytes(before + bad)
         where = rf"{name}: it is not UTF-8 at byte {len(before) + at}, in line 2 \(.*\)\. Mend it"
         with pytest.raises(RecordError, match=where):
-            read(folder)
+            identify(folder)
 
 
 @cases(
@@ -153,7 +154,7 @@ def test_a_line_that_is_no_document_is_refused(tmp_path, monkeypatch, line, mess
     monkeypatch.setattr(documents, "LONGEST_LINE", 50)
     (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n{line}\n{{"text": "a"}}\n')
     with pytest.raises(RecordError, match=rf"a\.jsonl: line 2:? {message}"):
-        read(tmp_path / "a.jsonl")
+        identify(tmp_path / "a.jsonl")
 
 
 def test_a_text_in_which_no_word_ends_is_not_held_in_memory(tmp_path, monkeypatch):
@@ -162,7 +163,7 @@ def test_a_text_in_which_no_word_ends_is_not_held_in_memory(tmp_path, monkeypatc
         file.write(b"a\n")
         file.truncate(2**30)
     with pytest.raises(RecordError, match=r"a\.txt: no word ends in 131,072 characters of it\. Mend it, or take it"):
-        list(pieces([documents.Text(tmp_path, (tmp_path / "a.txt",), 1, 2**30, "0" * 64)], validation=0.05))
+        identify(tmp_path / "a.txt")
 
 
 @cases("thing", THINGS)

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from steepest.lab.data import documents
 from steepest.lab.data import pack as packing
 from steepest.lab.data.documents import identify, pieces
 from steepest.lab.data.manifest import read_manifest
-from steepest.lab.data.pack import pack
+from steepest.lab.data.pack import check_apart, pack
 from steepest.lab.data.shards import read_shard
 from steepest.lab.data.tokenizer import Tokenizer, read_tokenizer
 from steepest.lab.disk.files import RecordError
@@ -253,3 +254,50 @@ def test_a_full_disk_loses_nothing(tmp_path, tokenizer, room):
     assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
     packed(folder, tmp_path / "out", tokenizer)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@cases("name, bad, good", [("z.txt", b"\xff", b"mended"), ("z.jsonl", b"{}", b'{"text": "mended"}')])
+def test_a_bad_text_that_was_mended_is_packed(tmp_path, tokenizer, name, bad, good):
+    folder = write_texts(tmp_path / "texts", SENTENCES * 4)
+    (folder / name).write_bytes(bad)
+    with pytest.raises(RecordError, match=rf"{name}: .*Mend it, or take it away"):
+        packed(folder, tmp_path / "out", tokenizer)
+    (folder / name).write_bytes(good)
+    assert packed(folder, tmp_path / "out", tokenizer).complete
+
+
+@pytest.mark.usefixtures("small_pieces")
+@cases("split", ["train", "val"])
+@cases("change", [{"pieces": 10**6}, {"offset": 10**6}, {"pieces": 10**6, "offset": 10**6}])
+def test_a_manifest_that_has_more_than_the_texts_is_refused(tmp_path, tokenizer, split, change):
+    folder = write_texts(tmp_path / "texts", SENTENCES * 4)
+    packed(folder, tmp_path / "out", tokenizer)
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text())
+    *kept, last = [shard for shard in content["shards"] if shard["name"].startswith(f"packed_{split}")]
+    kept[-1].update(change)
+    content["shards"].remove(last)
+    path.write_text(json.dumps({**content, "complete": False}))
+    (tmp_path / "out" / last["name"]).unlink()
+    with pytest.raises(RecordError, match=rf"json: its last whole shard of '{split}' is to hold .*Delete the folder"):
+        packed(folder, tmp_path / "out", tokenizer)
+    assert not read_manifest(tmp_path / "out").complete
+
+
+def test_what_is_given_as_out_must_be_able_to_become_a_folder(tmp_path, tokenizer):
+    folder = write_texts(tmp_path / "texts", SENTENCES)
+    (tmp_path / "file").write_text("mine")
+    for out in ("/proc/x", tmp_path / "file", tmp_path / "file" / "shards"):
+        with pytest.raises(UsageError, match=rf"--out '{out}' is no folder, and cannot become one \(.+\)\. Give a"):
+            packed(folder, Path(out), tokenizer)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@cases("out", ["texts", "texts/shards", "other/../texts/a/b", "link/shards"])
+def test_shards_are_not_put_among_the_texts(tmp_path, out):
+    for name in ("texts", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "texts")
+    with pytest.raises(UsageError, match=rf"--out '.*{out}' lies in '.*texts', all of which is text.* Give an --out"):
+        check_apart(tmp_path / out, [tmp_path / "other", tmp_path / "texts"])
+    check_apart(tmp_path / "texts2", [tmp_path / "other", tmp_path / "texts"])

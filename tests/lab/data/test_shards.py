@@ -1,6 +1,6 @@
 import pytest
 
-from steepest.lab.data.shards import read_shard
+from steepest.lab.data.shards import read_shard, shard_paths
 from steepest.lab.disk.files import DataError
 from tests.lab.tasks.fake_data import shard
 
@@ -21,3 +21,14 @@ def test_a_damaged_or_foreign_shard_is_refused(tmp_path, content, message):
     (tmp_path / "fineweb_train_000002.bin").write_bytes(content)
     with pytest.raises(DataError, match=rf"fineweb_train_000002\.bin.*{message}"):
         read_shard(tmp_path / "fineweb_train_000002.bin")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("name", ["a_train_val_1.bin", "val_val_1_train_2.bin"])
+def test_a_shard_that_would_be_trained_on_and_held_out_is_refused(tmp_path, split, name):
+    for one in ("a_train_1.bin", "a_val_1.bin"):
+        (tmp_path / one).write_bytes(shard([1]))
+    assert [path.name for path in shard_paths(tmp_path, split)] == [f"a_{split}_1.bin"]
+    (tmp_path / name).write_bytes(shard([1]))
+    with pytest.raises(DataError, match=rf"{name} has the name of both splits.*Rename it"):
+        shard_paths(tmp_path, split)

@@ -60,7 +60,7 @@ class Pack(Command, AsJson):
             "PATH",
         ),
     ]
-    out: Annotated[File, Arg("a folder for the shards alone", "DIR")]
+    out: Annotated[File, Arg("a folder for the shards alone, in none of the texts", "DIR")]
     shard_tokens: Annotated[Tokens, Arg("of a shard; a window of training does not go from one to the next", "N")] = (
         100_000_000
     )
@@ -72,9 +72,10 @@ class Pack(Command, AsJson):
         from rich.console import Console
 
         from steepest.lab.data.documents import identify
-        from steepest.lab.data.pack import Progress, pack
+        from steepest.lab.data.pack import Progress, check_apart, pack
         from steepest.lab.data.tokenizer import GPT2, read_tokenizer
 
+        check_apart(self.out, self.texts)
         tokenizer = read_tokenizer(self.tokenizer)
         with Console(stderr=True).status("Reading the texts once, by which they are known again"):
             texts = [identify(path) for path in self.texts]

@@ -70,9 +70,12 @@ class Piece(NamedTuple):
 def identify(path: Path) -> Text:
     """Read a text once, for what tells it from others.
 
+    What is no text is found here, before anything is made of the first one: mended later, it would be another text.
+
     Raises:
         UsageError: If there is none.
-        RecordError: If something in a folder is no regular file, such as a link.
+        RecordError: If something in a folder is no regular file, such as a link; or it is not UTF-8, has a line that is
+            no document, or no spaces or ends of lines.
         DataError: If a file that was given is none; it may be a link.
         OSError: If something cannot be read.
     """
@@ -82,10 +85,10 @@ def identify(path: Path) -> Text:
     whole, count, size = hashlib.sha256(), 0, 0
     for file in files:
         with _reading(file, path, whole) as reader:
-            last = b"\n"
-            while content := reader.take(2**20):
-                last = content
-            count += reader.lines + (not last.endswith(b"\n")) if _of_lines(file) else 1
+            for parts in _documents(reader):
+                count += 1
+                for _ in _cut(parts, file):
+                    pass
             size += reader.read
     return Text(path, files, count, size, whole.hexdigest())
 
@@ -102,7 +105,7 @@ def pieces(texts: Sequence[Text], *, validation: float) -> Iterator[Piece]:
 
     Raises:
         UsageError: If there are fewer documents than two, and not a single file.
-        RecordError: If a text has changed, is not UTF-8, or has no spaces or ends of lines.
+        RecordError: If no line begins in what is held out of a single file; while they are read, if a text has changed.
         OSError: If one cannot be read.
     """
     count = sum(text.documents for text in texts)
@@ -110,6 +113,12 @@ def pieces(texts: Sequence[Text], *, validation: float) -> Iterator[Piece]:
     if count < 2 and not alone:
         problem = f"There {'are no documents' if count == 0 else 'is one document'} in the texts"
         raise UsageError(f"{problem}, and two are needed: one to train on, and one to hold out. Give more.")
+    if alone:
+        [(path, file)] = [(text.path, file) for text in texts for file in text.files]
+        with _reading(file, path, hashlib.sha256()) as reader:
+            for _, parts in _halves(reader, validation):
+                for _ in parts:
+                    pass
     return _pieces(texts, validation, None if alone else _Splits(count, validation))
 
 
@@ -141,7 +150,11 @@ def _pieces(texts: Sequence[Text], validation: float, splits: _Splits | None) ->
         whole = hashlib.sha256()
         for file in text.files:
             with _reading(file, text.path, whole) as reader:
-                documents = _halves(reader, validation) if splits is None else _documents(reader, splits)
+                documents: Iterable[tuple[SplitName, Iterable[str]]]
+                if splits is None:
+                    documents = _halves(reader, validation)
+                else:
+                    documents = ((splits.next(), parts) for parts in _documents(reader))
                 for split, parts in documents:
                     first = True
                     for piece in _cut(parts, file):
@@ -220,10 +233,10 @@ def _of_lines(file: Path) -> bool:
     return file.suffix == ".jsonl"
 
 
-def _documents(reader: _Reader, splits: _Splits) -> Iterator[tuple[SplitName, Iterable[str]]]:
-    """Split and parts of each document of a file."""
+def _documents(reader: _Reader) -> Iterator[Iterable[str]]:
+    """Parts of each document of a file."""
     if not _of_lines(reader.path):
-        yield splits.next(), _decoded(reader)
+        yield _decoded(reader)
         return
     for line in iter(reader.line, b""):
         try:
@@ -232,7 +245,7 @@ def _documents(reader: _Reader, splits: _Splits) -> Iterator[tuple[SplitName, It
             raise reader.not_utf8(problem) from None
         number = reader.lines + (not line.endswith(b"\n"))
         text = decode(_Document, content, reader.path, remedy=_TAKE_AWAY, where=f"line {number}: ").text
-        yield splits.next(), (text[place : place + PIECE] for place in range(0, len(text), PIECE))
+        yield (text[place : place + PIECE] for place in range(0, len(text), PIECE))
 
 
 def _halves(reader: _Reader, validation: float) -> Iterator[tuple[SplitName, Iterable[str]]]:

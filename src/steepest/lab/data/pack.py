@@ -18,7 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steepest.lab.data.documents import Piece, Text, pieces
-from steepest.lab.data.manifest import MOST_SHARDS, REPEAT, Manifest, PackedShard, PackedText, read_manifest, shard_name
+from steepest.lab.data.manifest import (
+    MOST_SHARDS,
+    NAME,
+    REPEAT,
+    Manifest,
+    PackedShard,
+    PackedText,
+    read_manifest,
+    shard_name,
+)
 from steepest.lab.data.shards import END_OF_TEXT, HEADER, SPLITS, SplitName, header
 from steepest.lab.data.tokenizer import Tokenizer
 from steepest.lab.disk.files import RecordError, digest, exists, make_directory, one_line, replacing, write_all
@@ -69,9 +78,9 @@ def pack(
         What the folder's manifest says.
 
     Raises:
-        UsageError: If the folder holds something else, or shards that were made in another way, or there are too few
-            documents.
-        RecordError: If a whole shard has been changed, or a text is no text.
+        UsageError: If the folder holds something else, or shards that were made in another way, or cannot be made, or
+            there are too few documents.
+        RecordError: If a whole shard or the manifest has been changed, or a text meanwhile.
         OSError: If something cannot be read or written.
     """
     asked = Manifest(
@@ -82,7 +91,13 @@ def pack(
         texts=tuple(PackedText(one_line(text.path.name) or ".", text.bytes, text.sha256) for text in texts),
     )
     read = pieces(texts, validation=validation)
-    make_directory(out)
+    try:
+        make_directory(out)
+    except OSError as problem:
+        remedy = "Give a folder that is yours to write to, or a place for a new one."
+        raise UsageError(
+            f"--out {str(out)!r} is no folder, and cannot become one ({problem.strerror}). {remedy}"
+        ) from None
     if (problem := refusal(out, "shards")) is not None:
         raise UsageError(problem)
     with locked(out, doing="packed", after="the same command then keeps the shards that are whole"):
@@ -95,6 +110,22 @@ def pack(
         if begun.complete and sum(map(len, kept.values())) == len(begun.shards):
             return begun
         return _packed(asked, kept, read, tokenizer, out, tell)
+
+
+def check_apart(out: Path, texts: Iterable[Path]) -> None:
+    """Refuse a folder for shards that would be read as text when the command is repeated.
+
+    Args:
+        out: Folder for the shards.
+        texts: Files and folders that were given.
+
+    Raises:
+        UsageError: If it is one of them, or lies in one.
+    """
+    for text in texts:
+        if text.is_dir() and out.resolve().is_relative_to(text.resolve()):
+            problem = f"--out {str(out)!r} lies in {str(text)!r}, all of which is text"
+            raise UsageError(f"{problem}: repeated, the command would read its own shards. Give an --out beside it.")
 
 
 def _packed(
@@ -168,7 +199,13 @@ class _Writer:
         return self._left >= 0
 
     def add(self, tokens: NDArray[np.uint16]) -> None:
-        """Those of the next piece that does not."""
+        """Those of the next piece that does not.
+
+        Raises:
+            RecordError: If the manifest has more of them in a whole shard than there are.
+        """
+        if self._drop > len(tokens):
+            raise self._damaged(f"{self._drop:,} tokens of a piece that has {len(tokens):,}")
         at, self._drop = self._drop, 0
         while at < len(tokens):
             if not self._count:
@@ -181,9 +218,19 @@ class _Writer:
         self._pieces += 1
 
     def finish(self) -> None:
-        """The last shard is as long as it is."""
+        """The last shard is as long as it is.
+
+        Raises:
+            RecordError: If the manifest has more of the split in whole shards than there is.
+        """
+        if self._left > 0 or self._drop:
+            raise self._damaged(f"{self._left:,} pieces and {self._drop:,} tokens more than the texts have")
         if self._count:
             self._end(0)
+
+    def _damaged(self, what: str) -> RecordError:
+        problem = f"its last whole shard of {self._split!r} is to hold {what}: it is damaged"
+        return RecordError(self._out / NAME, problem, "Delete the folder, and pack the texts again.")
 
     @property
     def _path(self) -> Path:

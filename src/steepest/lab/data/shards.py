@@ -2,12 +2,13 @@
 
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from steepest.lab.disk.files import DataError, open_data
+from steepest.lab.disk.files import DataError, one_line, open_data
 
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
@@ -19,7 +20,7 @@ END_OF_TEXT = 50256  # stands before every document, as llm.c's dev/data/fineweb
 LARGEST_SHARD = 2**31 - 1  # tokens, as many as the header can promise
 REMEDY = (
     "Download shards, for example with modded-nanogpt's data/cached_fineweb10B.py, or make them of texts of your own "
-    "with `steepest data pack`, and give the folder with *_train_*.bin and *_val_*.bin: --data DIR."
+    "with `steepest data pack`, and give the folder with *_train_*.bin and *_val_*.bin."
 )
 FOREIGN = f"GPT-2's vocabulary ends at {VOCABULARY - 1}. It is damaged, or of another tokenizer."
 
@@ -75,13 +76,24 @@ def read_shard(path: Path, *, remedy: str = REMEDY) -> Shard:
     return Shard(path, tokens)
 
 
-def shard_paths(folder: Path, split: SplitName, *, needed: bool = True) -> list[Path]:
+def shard_paths(folder: Path, split: SplitName, *, needed: bool = True, remedy: str = REMEDY) -> list[Path]:
     """Where the shards of a split are, in the order of their names.
+
+    Args:
+        folder: Where to look.
+        split: Which.
+        needed: Whether there must be one.
+        remedy: What to do if there is none; ends the error message.
 
     Raises:
         FileNotFoundError: If there is none, and one is needed.
+        DataError: If a name is that of both splits.
     """
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
+    for path in paths:
+        if all(fnmatchcase(path.name, f"*_{one}_*.bin") for one in SPLITS):
+            problem = f"{one_line(str(path))} has the name of both splits, *_train_*.bin and *_val_*.bin"
+            raise DataError(f"{problem}: it would be trained on and held out. Rename it, or take it away.")
     if needed and not paths:
-        raise FileNotFoundError(f"--data {str(folder)!r} has no *_{split}_*.bin. {REMEDY}")
+        raise FileNotFoundError(f"{str(folder)!r} has no *_{split}_*.bin. {remedy}")
     return paths

@@ -20,6 +20,7 @@ from steepest.lab.tasks.windows import WindowPreset, WindowTask
 
 PADDED = 50304  # rows of the model's tables, for GPT-2's 50257 tokens: a multiple of 128
 HASHED = 2**20  # bytes at each end of a shard that count for its identity
+_REMEDY = f"{REMEDY.removesuffix('.')}: --data DIR."
 
 
 def _model(layers: int, width: int, head_size: int) -> GPTConfig:
@@ -137,10 +138,13 @@ class FinewebTask(WindowTask):
     own_data = False
 
     def __init__(self, preset: PresetName, *, data: Path | None = None) -> None:
-        size, folder = PRESETS[preset], folder_of(self.name, data, REMEDY)
+        size, folder = PRESETS[preset], folder_of(self.name, data, _REMEDY)
         if (manifest := read_manifest(folder)) is not None:
             manifest.check_ended(folder)
-        shards, others = ([*map(read_shard, shard_paths(folder, split))] for split in SPLITS)
+        shards, others = (
+            [read_shard(path, remedy=_REMEDY) for path in shard_paths(folder, split, remedy=_REMEDY)]
+            for split in SPLITS
+        )
         if manifest is not None:
             manifest.check(folder, [*shards, *others])
         identity = _identify(folder.name, shards, others)
@@ -149,7 +153,7 @@ class FinewebTask(WindowTask):
         tuning = len(held_out) // TUNING_SHARE
         if tuning == 0:
             problem = f"The validation shards of {folder.name!r} fill {len(held_out)} windows"
-            raise ValueError(f"{problem}; {TUNING_SHARE} are needed, to tune by one of them. {REMEDY}")
+            raise ValueError(f"{problem}; {TUNING_SHARE} are needed, to tune by one of them. {_REMEDY}")
         super().__init__(preset, size, train, held_out, tuning=tuning, identity=identity)
         self.evaluation_batch = size.budget.micro_batch or size.budget.batch_size
 
@@ -172,7 +176,7 @@ class ShardWindows:
         if not filled:
             longest = max(shard.tokens for shard in shards)
             problem = f"No {part} shard fills one window of {self._length} tokens; the longest has {longest}"
-            raise ValueError(f"{problem}. {REMEDY}")
+            raise ValueError(f"{problem}. {_REMEDY}")
         self._shards = filled
         self._ends = torch.tensor([shard.tokens // self._length for shard in filled], device="cpu").cumsum(0)
 
@@ -197,10 +201,10 @@ class ShardWindows:
             content = os.pread(file.fileno(), 2 * self._length, start)
         if size != shard.bytes or len(content) < 2 * self._length:
             problem = f"{shard.path} had {shard.bytes} bytes when the run began, and has {size} now"
-            raise DataError(f"{problem}. Bring the file back, and repeat the command. {REMEDY}")
+            raise DataError(f"{problem}. Bring the file back, and repeat the command. {_REMEDY}")
         window = np.frombuffer(content, dtype="<u2").astype(np.int64)
         if (largest := int(window.max())) >= VOCABULARY:
-            raise DataError(f"{shard.path} has the token {largest}; {FOREIGN} {REMEDY}")
+            raise DataError(f"{shard.path} has the token {largest}; {FOREIGN} {_REMEDY}")
         return window
 
 
