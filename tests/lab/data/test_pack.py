@@ -256,6 +256,7 @@ def test_a_full_disk_loses_nothing(tmp_path, tokenizer, room):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("small_pieces")
 @cases("name, bad, good", [("z.txt", b"\xff", b"mended"), ("z.jsonl", b"{}", b'{"text": "mended"}')])
 def test_a_bad_text_that_was_mended_is_packed(tmp_path, tokenizer, name, bad, good):
     folder = write_texts(tmp_path / "texts", SENTENCES * 4)
