@@ -188,6 +188,13 @@ def test_the_report_can_be_written_anew(capsys, tmp_path):
             ["train", "--method", "muon", "--task", "digits", "--set", "lr=-1", "--out", "OUT"],
             "lr must be finite and at",
         ),
+        *(
+            (
+                ["train", "--method", method, "--task", "digits", "--set", "table_lr=-1", "--out", "OUT"],
+                "table_lr must be finite and at least 0, got -1.0. Leave it out",
+            )
+            for method in ("adamw", "muon", "newton-muon")
+        ),
         (["train", "--method", "muon", "--task", "digits", "--set", "lr=NaN", "--out", "OUT"], "lr"),
         (
             ["race", "--task", "digits", "--set", "muon.lr=-1", "--out", "OUT"],

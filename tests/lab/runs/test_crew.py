@@ -21,6 +21,8 @@ import torch.multiprocessing as mp
 from steepest.lab.cli import main
 from steepest.lab.disk.ours import RunBusyError, locked
 from steepest.lab.errors import UsageError
+from steepest.lab.models.resnet import ResNet
+from steepest.lab.models.vgg import VGG
 from steepest.lab.runs.config import configure
 from steepest.lab.runs.crew import Crew, ElsewhereError, LostRankError, assembled
 from steepest.lab.runs.train import Interrupted, train_run
@@ -128,6 +130,19 @@ def test_what_looks_at_a_whole_batch_does_not_come_in_micro_batches():
         Crew(accumulate=2).check_model(model)
 
 
+def test_what_is_sharded_is_compiled_block_by_block_or_as_a_whole_if_it_has_none(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *_, **__: None)
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, **_: module)
+    crew = Crew("fsdp", size=WORLD, compiled=True)
+    resnet = crew.spread(ResNet(classes=2, channels=(2, 2)))
+    assert compiled == list(resnet.blocks)
+    compiled.clear()
+    vgg = crew.spread(VGG(classes=2, stages=((2,),) * 5, hidden=2))
+    assert compiled == [vgg]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler, of itself
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -202,7 +217,10 @@ def test_what_was_not_started_for_it_is_refused(arguments, options, environment,
             "the task 'digits' is trained by one process.*text or cifar10 or cifar100 or fineweb",
         ),
         (("--task", "digits", "--accumulate", "3"), "batch of 64 examples cannot be divided evenly among 1 ranks"),
-        (("--task", "digits", "--micro-batch", "32"), "The model has batch norms, .*in 2 micro-batches"),
+        (
+            ("--task", "digits", "--micro-batch", "32"),
+            r"in 2 micro-b.*out --accumulate and --micro-batch\.\n",
+        ),
         (("--micro-batch", "5"), "--micro-batch 5: of a batch of 16 examples, each of 1 ranks has 16, which"),
         (("--micro-batch", "4", "--accumulate", "4"), "--accumulate 4 and --micro-batch 4 both say"),
         (("--precision", "fp16"), "invalid choice: 'fp16'"),

@@ -632,9 +632,9 @@ class Gpu(Bench, OnThreads):
       steepest bench gpu --device cpu --rehearsal
 
     Coefficients in every type are held against their certificates, and steps of every method against float64 on the
-    CPU; the exit code is 1 where something is off. Steps of GPT-2 124M, 350M and Llama 1B are timed as they come,
-    in CUDA graphs and compiled, beside torch.optim.Muon, a plain loop and the peers that are installed. What additions
-    to Muon take is measured in training steps; two minutes of training end it.
+    CPU; the exit code is 1 where something is off. Steps of GPT-2 124M, 350M and Llama 1B are timed as they come
+    and in CUDA graphs, beside torch.optim.Muon, a plain loop and the peers that are installed. What additions to Muon
+    take is measured in training steps; then come two minutes of training, and compiled steps last.
     """
 
     name = "gpu"

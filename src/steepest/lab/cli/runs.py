@@ -65,12 +65,13 @@ class Train(Command, OnTask, OnThreads, AsJson):
     ] = None
     mesh: Annotated[Grid | None, Arg("replicas x shards, for hsdp; else machines x their ranks", "RxS")] = None
     accumulate: Annotated[
-        Count | None, Arg("micro-batches that a batch, or a rank's part of it, is divided into; default: 1", "N")
+        Count | None,
+        Arg("micro-batches of a batch, or of a rank's part of it; default: as the preset has it", "N"),
     ] = None
     micro_batch: Annotated[
         Count | None, Arg("instead, examples that a rank takes at once; default: the preset's, at most", "N")
     ] = None
-    compile: Annotated[bool, Arg("compile the model; blocks alone under fsdp and hsdp")] = False
+    compile: Annotated[bool, Arg("compile the model; under fsdp and hsdp its blocks alone, if it has any")] = False
     device: Annotated[str, Arg("cpu, cuda, or auto: cuda if it is here")] = "cpu"
     deterministic: Annotated[bool, Arg("same bits again on the same device, slower on cuda")] = False
 
@@ -179,7 +180,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
             )
             crew.check(config.batch_size)
             if crew.accumulate > 1:
-                crew.check_model(task.build_model(0))
+                crew.check_model(task.build_model(0), shared=self._shared)
             optimizer = check_buildable(config.method, task, config.options)
             if self.diagnostics and not isinstance(optimizer, SteepestDescent):
                 raise ValueError(f"--diagnostics: {config.method!r} is not a method of this library; try muon or adam.")

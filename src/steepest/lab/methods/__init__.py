@@ -5,6 +5,7 @@ that a search found for a task and preset.
 """
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,11 @@ def adamw(
 
     Two rates, because all other methods here have two: with one, AdamW would be the only one held back by the rates
     that its embedding and its matrices must share. Tables of embeddings have a third one if `table_lr` is not 0.
+
+    Raises:
+        ValueError: If `table_lr` is negative or not finite.
     """
+    _check_table_rate(table_lr)
     matrices, rest = _matrices_and_rest(model)
     groups = [{"params": matrices, "lr": lr}, {"params": rest, "lr": other_lr}]
     if table_lr:
@@ -197,9 +202,18 @@ def _polynomials(name: str) -> str | Sequence[Sequence[float]]:
 
 def _with_table_rate(optimizer: Optimizer, table_lr: float) -> Optimizer:
     """The optimizer, with a rate of their own for tables of embeddings unless that is 0."""
+    _check_table_rate(table_lr)
     for group in optimizer.param_groups if table_lr else ():
         group["lr"] = table_lr if group["role"] == "embedding" else group["lr"]
     return optimizer
+
+
+def _check_table_rate(table_lr: float) -> None:
+    if not 0 <= table_lr < math.inf:
+        raise ValueError(
+            f"table_lr must be finite and at least 0, got {table_lr}. Leave it out, or give 0, and tables of "
+            "embeddings have the rate other_lr."
+        )
 
 
 def _is_wide(row: PlanRow) -> bool:

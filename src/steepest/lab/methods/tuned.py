@@ -45,7 +45,8 @@ _JORDAN = _found(lr=0.0565685, other_lr=0.02, momentum=0.85, beta1=0.9, beta2=0.
 
 # Record 4 of modded-nanogpt with Newton-Muon: arXiv:2604.01472, and train_*_1.py of
 # https://github.com/zhehangdu/Newton-Muon. Its matrices step by sqrt(max(m, n)) times a tenth of the rate of the tied
-# table, ours with this scale by 0.2 sqrt(max(m, n)) times `lr`.
+# table, ours with this scale by 0.2 sqrt(max(m, n)) times `lr`. AdamW's betas are the code's; appendix A of the paper
+# has (0.9, 0.999) for the run with AdamW alone.
 _SHORT_MUON: Mapping[str, OptionValue] = {
     "lr": 0.0018,
     "other_lr": 0.0036,

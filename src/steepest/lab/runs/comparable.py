@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from steepest.lab.methods import RATES
 from steepest.lab.runs.config import RunConfig
 from steepest.lab.runs.records import Run
 
@@ -73,8 +74,8 @@ def comparable(
 
 
 def fixed_options(config: RunConfig) -> Description:
-    """What all runs of a method have in common where its learning rate is what varies."""
-    fixed = {key: value for key, value in config.counted_options.items() if key not in ("lr", "other_lr")}
+    """What all runs of a method have in common where its learning rates are what varies."""
+    fixed = {key: value for key, value in config.counted_options.items() if key not in RATES}
     return (("options", json.dumps(fixed, sort_keys=True)),)
 
 

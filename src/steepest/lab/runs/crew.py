@@ -58,7 +58,7 @@ class Crew:
         mesh: Replicas, and shards of each, for "hsdp".
         device: Where this rank computes.
         accumulate: Micro-batches, one after the other, that a rank's part of a batch comes in.
-        compiled: Whether the model is compiled: as a whole, or, where it is sharded, block by block.
+        compiled: Whether the model is compiled: as a whole, or, where it is sharded and has blocks, block by block.
     """
 
     layout: Parallel | None = None
@@ -135,20 +135,21 @@ class Crew:
             )
         return dataclasses.replace(self, accumulate=part // micro_batch)
 
-    def check_model(self, model: nn.Module) -> None:
+    def check_model(self, model: nn.Module, *, shared: bool = True) -> None:
         """Refuse micro-batches for a model that looks at a batch as a whole.
 
         Args:
             model: Of the task.
+            shared: Whether ranks can train on the task together.
 
         Raises:
             ValueError: If so.
         """
         if self.accumulate > 1 and whole_batch_modules(model):
+            instead = ", or share the batch among more ranks" if shared else ""
             raise ValueError(
                 f"The model has batch norms, whose statistics are those of the whole batch: it cannot come in "
-                f"{self.accumulate} micro-batches. Leave out --accumulate and --micro-batch, or share the batch among "
-                "more ranks."
+                f"{self.accumulate} micro-batches. Leave out --accumulate and --micro-batch{instead}."
             )
 
     def micro_batches(self, examples: Tensor) -> Sequence[Tensor]:
@@ -182,11 +183,11 @@ class Crew:
             mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("shard",))
         else:
             mesh = init_device_mesh(kind, cast("tuple[int, ...]", self.mesh), mesh_dim_names=("replica", "shard"))
-        for blocks in model.modules():
-            for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-                if self.compiled:
-                    block.compile()
-                fully_shard(block, mesh=mesh)
+        blocks = [block for found in model.modules() if isinstance(found, nn.ModuleList) for block in found]
+        for compiled in (blocks or [model]) if self.compiled else ():
+            compiled.compile()
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
         return cast("nn.Module", fully_shard(model, mesh=mesh))
 
     @contextlib.contextmanager

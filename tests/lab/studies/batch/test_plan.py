@@ -91,6 +91,13 @@ def test_the_search_ends_at_the_best_rate_with_worse_neighbours(tmp_path_factory
     assert [c.options["other_lr"] / c.options["lr"] for c in held_out] == [pytest.approx(0.25)]
 
 
+def test_all_rates_of_an_arm_move_together_and_0_stays_0():
+    plan = sweep(methods=("muon",), options={"muon": {"lr": 0.04, "other_lr": 0.01, "table_lr": 0.6}})
+    assert plan.rate(plan.arms[0], 1) == {"lr": 0.08, "other_lr": 0.02, "table_lr": 1.2}
+    plan = sweep(methods=("muon",))
+    assert [plan.rate(plan.arms[0], exponent)["table_lr"] for exponent in (-1, 3)] == [0, 0]
+
+
 @pytest.mark.usefixtures("stored")
 def test_a_search_that_never_turns_ends_at_its_edge_and_says_so(tmp_path):
     plan = sweep(methods=("sgd",), batches=(64,))

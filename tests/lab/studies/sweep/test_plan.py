@@ -139,6 +139,13 @@ def test_the_other_rate_keeps_its_ratio(task):
             assert "other_lr" not in config.options
 
 
+def test_tables_keep_their_ratio_and_0_stays_0(task):
+    lrs = {"adamw": (0.001, 0.1), "muon": (0.02, 0.2)}
+    plan = sweep(task, methods=("adamw", "muon"), lrs=lrs, options={"muon": {"lr": 0.04, "table_lr": 0.6}}, seeds=(0,))
+    found = {(config.method, config.options["lr"]): config.options["table_lr"] for config in plan.configs()}
+    assert found == {("adamw", 0.001): 0, ("adamw", 0.1): 0, ("muon", 0.02): 0.3, ("muon", 0.2): 3}
+
+
 def test_the_ratio_is_that_of_the_tuned_options_unless_told_otherwise(task):
     found = {config.options["other_lr"] for config in sweep(task, seeds=(0,)).configs() if config.method == "adamw"}
     assert found == {0.002, 0.02}  # tuned on digits: 0.01 and 0.02
@@ -148,6 +155,7 @@ def test_without_a_rate_there_is_no_ratio(task):
     for options, found in (
         ({"lr": 0}, r"lr 0 and other_lr 0\.02"),
         ({"lr": -1, "other_lr": 1}, "lr -1 and other_lr 1"),
+        ({"lr": 1, "table_lr": -1}, "lr 1 and table_lr -1"),
     ):
         with pytest.raises(
             ValueError, match=rf"adamw has {found}, which have no ratio to keep; --set adamw\.lr above 0"

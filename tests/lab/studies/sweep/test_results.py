@@ -13,6 +13,7 @@ import pytest
 from steepest.lab.studies.records import read_study
 from steepest.lab.studies.sweep.plan import SweepStudy
 from steepest.lab.studies.sweep.results import WIDE, Sweep, comparable_settings, read_results
+from tests.cases import cases
 from tests.lab.synthetic import FINE, UNTRAINED, Valley, grid_of, write_sweep
 
 EXACT = Valley(0.1, grid_of(1e-4, 100, 601), flat=0.5, slope=1.0, tilt=0.0, noise=0.0, best=2.0)
@@ -89,19 +90,20 @@ def test_losses_not_above_zero_have_no_basin(tmp_path: Path) -> None:
     assert sweep.methods[0].best is not None
 
 
-def test_the_other_rate_may_go_along_but_other_options_may_not_change(tmp_path: Path) -> None:
+@cases("rate", ["other_lr", "table_lr"])
+def test_other_rates_may_go_along_but_other_options_may_not_change(tmp_path: Path, rate: str) -> None:
     study = read_study(write_sweep(tmp_path, {"a": replace(EXACT, lrs=[0.01, 0.1, 1.0])}, seeds=(0, 1)), SweepStudy)
     kept, aside = comparable_settings(study)
     assert (len(kept["a"]), aside) == (6, ())
     runs = list(study.runs)
-    for i, key, value in ((0, "momentum", 0.5), (5, "other_lr", 7.0)):
+    for i, key, value in ((0, "momentum", 0.5), (5, rate, 7.0)):
         options = {**runs[i].config.options, key: value}
         runs[i] = replace(runs[i], config=replace(runs[i].config, options=options))
     runs[2] = replace(runs[2], config=replace(runs[2].config, code="9"))
     kept, aside = comparable_settings(replace(study, found=dict(zip(study.found, runs, strict=True))))
     assert kept["a"] == (runs[1], runs[3], runs[4])
     reasons = {one.run.name: [key for key, _, _ in one.differences] for one in aside}
-    assert reasons == {runs[0].name: ["options"], runs[2].name: ["code"], runs[5].name: ["other_lr"]}
+    assert reasons == {runs[0].name: ["options"], runs[2].name: ["code"], runs[5].name: [rate]}
 
 
 def test_without_the_untrained_model_nothing_is_expected(tmp_path: Path) -> None:

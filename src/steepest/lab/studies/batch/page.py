@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from steepest.batch_size.curve import Answer, size_text
+from steepest.lab.methods import RATES
 from steepest.lab.report import wording
 from steepest.lab.report.page import Comparison, Content, Settings
 from steepest.lab.report.sheet import Cell, Cells, Column, sheet
@@ -51,7 +52,7 @@ def content(study_dir: Path) -> Content:
         settings=_settings,
         tables=tables(report),
         keys=KEYS,
-        hidden=("lr", "other_lr"),
+        hidden=RATES,
         rows=report.results,
     )
 

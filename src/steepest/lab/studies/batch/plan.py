@@ -25,7 +25,7 @@ from steepest.batch_size.curve import Crossing, first_crossing
 from steepest.lab.disk.fields import HUGE, Count, Positive, Rate, RunName, Text, Texts, wrong
 from steepest.lab.disk.files import exists
 from steepest.lab.disk.packed import RunFiles
-from steepest.lab.methods import check_buildable, check_options, resolve
+from steepest.lab.methods import RATES, check_buildable, check_options, resolve
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, configure, run_hash
 from steepest.lab.runs.records import Run, check_positive, read_run
@@ -152,7 +152,7 @@ class BatchSweep(StudyPlan):
         """Options of an arm whose learning rates are its own times a power of two."""
         changes = dict(self.options.get(arm.method, {})) | dict(arm.changes)
         found = resolve(arm.method, task=self.task.name, preset=self.task.preset, options=changes).options
-        rates = {name: rounded(float(found[name]) * 2.0**exponent) for name in ("lr", "other_lr") if name in found}
+        rates = {name: rounded(float(found[name]) * 2.0**exponent) for name in RATES if name in found}
         return {**changes, **rates}
 
     def described(self, config: RunConfig) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from steepest.lab.methods import RATES
 from steepest.lab.report import wording
 from steepest.lab.report.page import Content, Settings
 from steepest.lab.report.sheet import DOT, Cell, Cells, Column, sheet
@@ -40,7 +41,7 @@ def content(study_dir: Path) -> Content:
         settings=_settings,
         tables=tables(sweep),
         keys=KEYS,
-        hidden=("lr", "other_lr"),
+        hidden=RATES,
     )
 
 
@@ -49,8 +50,8 @@ def _settings(method: MethodSweep) -> Settings:
 
 
 def _told(run: Run) -> str:
-    other = run.config.options.get("other_lr")
-    also = "" if other is None else f", other_lr {other}"
+    others = {name: run.config.counted_options.get(name) for name in RATES[1:]}
+    also = "".join(f", {name} {other}" for name, other in others.items() if other is not None)
     return f"lr {wording.rate(rate(run))}{also}, seed {run.config.seed}"
 
 

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from steepest.lab.disk.fields import HIGHEST_RATE, LOWEST_RATE, Count, Rate, RunName, Text, check_distinct
-from steepest.lab.methods import check_buildable, resolve
+from steepest.lab.methods import RATES, check_buildable, resolve
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.runs.config import RunConfig, configure
 from steepest.lab.runs.records import Run
@@ -26,7 +26,7 @@ MOST_RATES = 1000
 class Sweep(StudyPlan):
     """Methods on one task, each at several learning rates.
 
-    `other_lr`, where a method has it, keeps the ratio to `lr` that it has in the method's options.
+    Other rates of a method, `other_lr` and `table_lr`, keep the ratio to `lr` that they have in its options.
 
     Args:
         lrs: Learning rates by method, rising, at least one each. The rest as for every study.
@@ -79,15 +79,17 @@ class Sweep(StudyPlan):
         """What differs from the method's defaults at each of its rates."""
         changes = dict(self.options.get(method, {}))
         found = resolve(method, task=self.task.name, preset=self.task.preset, options=changes).options
-        if "other_lr" not in found:
-            return [{**changes, "lr": lr} for lr in self.lrs[method]]
-        own, other = float(found["lr"]), float(found["other_lr"])
-        if own <= 0 or other < 0:
-            raise ValueError(
-                f"{method} has lr {own:g} and other_lr {other:g}, which have no ratio to keep; --set {method}.lr "
-                f"above 0 and {method}.other_lr to at least 0."
-            )
-        return [{**changes, "lr": lr, "other_lr": rounded(lr * (other / own))} for lr in self.lrs[method]]
+        own, others = float(found["lr"]), {name: float(found[name]) for name in RATES[1:] if name in found}
+        for name, other in others.items():
+            if own <= 0 or other < 0:
+                raise ValueError(
+                    f"{method} has lr {own:g} and {name} {other:g}, which have no ratio to keep; --set {method}.lr "
+                    f"above 0 and {method}.{name} to at least 0."
+                )
+        return [
+            {**changes, "lr": lr, **{name: rounded(lr * (other / own)) for name, other in others.items()}}
+            for lr in self.lrs[method]
+        ]
 
 
 def rates_by_method(texts: Sequence[str], methods: Sequence[str]) -> dict[str, tuple[float, ...]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from steepest.lab.methods import RATES
 from steepest.lab.runs.comparable import Description, SetAside, agreeing, comparable, fixed_options
 from steepest.lab.runs.config import RunConfig
 from steepest.lab.runs.records import Run, finals
@@ -151,7 +152,7 @@ def comparable_settings(
 ) -> tuple[dict[str, tuple[Run, ...]], tuple[SetAside, ...]]:
     """Choose the runs that agree on data, code and sizes, and within a method on all but its learning rates.
 
-    The other learning rate may go along with the one that is swept, but not differ between seeds.
+    Its other learning rates may go along with the one that is swept, but not differ between seeds.
     """
     own, aside = comparable(records.by_name, fixed_options, first=records.study.baseline)
     kept: dict[str, tuple[Run, ...]] = {}
@@ -165,7 +166,7 @@ def comparable_settings(
 
 
 def _other(config: RunConfig) -> Description:
-    return (("other_lr", str(config.options.get("other_lr"))),)
+    return tuple((name, str(config.counted_options.get(name))) for name in RATES[1:])
 
 
 def _losses(runs: Sequence[Run]) -> list[float]:
