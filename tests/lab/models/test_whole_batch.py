@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from steepest.lab.models import whole_batch
 from steepest.lab.models.resnet import ResNet
 from steepest.lab.models.vgg import VGG
 from steepest.lab.models.whole_batch import BatchNorm, Dropout, whole_batch_modules
@@ -15,6 +16,28 @@ def test_alone_a_batch_norm_is_torchs(rng):
         x = torch.randn(4, 3, 5, 5, generator=rng)
         assert torch.equal(ours(x), theirs(x))
     assert all(torch.equal(own, other) for own, other in zip(ours.buffers(), theirs.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_norm_of_ranks_is_as_wide_as_torchs(rng, monkeypatch, dtype):
+    monkeypatch.setattr(whole_batch, "_over_ranks", lambda numbers: 2 * numbers)  # another rank has the same images
+    ours, theirs = BatchNorm(3), nn.BatchNorm2d(3)
+    ours.ranks = 2
+    x = (2 + 0.1 * torch.randn(8, 3, 5, 5, generator=rng)).to(dtype)
+    found, expected = ours(x), theirs(x)
+    assert found.dtype == expected.dtype == dtype
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler, of itself
+def test_a_compiled_network_drops_the_same_entries(rng):
+    module, x = nn.Sequential(nn.Linear(5, 5), Dropout(0.5)), torch.randn(4, 5, generator=rng)
+    torch.manual_seed(3)
+    expected = module(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(torch.compile(module)(x), expected)
 
 
 def test_ranks_drop_the_entries_that_one_process_drops(rng):

@@ -4,6 +4,7 @@ Alone, `BatchNorm` is torch's. Where a batch is shared out, its statistics are t
 `Dropout` are drawn for the whole batch, of which each rank takes its part: losses are then those of one process.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,12 +22,13 @@ class BatchNorm(nn.BatchNorm2d):
         if self.ranks == 1 or not self.training:
             return super().forward(input)
         count = self.ranks * input.numel() // input.size(1)
-        mean = _over_ranks(input.sum((0, 2, 3))) / count
-        centred = input - mean[:, None, None]
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        mean = _over_ranks(wide.sum((0, 2, 3))) / count
+        centred = wide - mean[:, None, None]
         variance = _over_ranks(centred.square().sum((0, 2, 3))) / count
         self._note(mean.detach(), variance.detach() * count / max(count - 1, 1))
         scaled = centred * torch.rsqrt(variance + self.eps)[:, None, None]
-        return scaled * self.weight[:, None, None] + self.bias[:, None, None]
+        return (scaled * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
     @torch.no_grad()
     def _note(self, mean: Tensor, variance: Tensor) -> None:
@@ -79,9 +81,17 @@ class Dropout(nn.Module):
         """Shape in, shape out: (batch, ...)."""
         if not self.training:
             return x
-        drawn = torch.rand(self.ranks * len(x), *x.shape[1:], device="cpu")
+        drawn = _drawn((self.ranks * len(x), *x.shape[1:]))
         kept = drawn.chunk(self.ranks)[self.rank] >= self.p
         return x * kept.to(x.device) / (1 - self.p)
+
+
+def _rand(shape: Sequence[int]) -> Tensor:
+    return torch.rand(tuple(shape), device="cpu")
+
+
+# a compiler would draw from a generator of its own
+_drawn = cast("Callable[[Sequence[int]], Tensor]", torch.compiler.disable(_rand))
 
 
 def whole_batch_modules(model: nn.Module) -> list[BatchNorm | Dropout]:

@@ -123,6 +123,12 @@ def most_bytes(device: torch.device) -> int:
     return peak_memory() if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
 
 
+def forget_most_bytes(device: torch.device) -> None:
+    """Count the most bytes from now on; those of a process on the CPU cannot be forgotten."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
 def extra_bytes(work: Callable[[], object], *, device: torch.device) -> int:
     """The most that tensors on an accelerator hold at once while some work is done, beyond what they held before.
 
@@ -130,7 +136,7 @@ def extra_bytes(work: Callable[[], object], *, device: torch.device) -> int:
         work: Called once.
         device: Not the CPU.
     """
-    torch.accelerator.reset_peak_memory_stats(device)
+    forget_most_bytes(device)
     before = torch.accelerator.memory_allocated(device)
     work()
     return torch.accelerator.max_memory_allocated(device) - before
