@@ -169,7 +169,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width, bias=config.biases)
         self.proj = nn.Linear(width, width, bias=config.biases)
         if mixes:
-            self.mixture = nn.Parameter(torch.full((2,), 0.5))
+            self.mixture = nn.Parameter(torch.full((2,), 0.5, device=self.query.weight.device))
 
     def forward(self, x: Tensor, values: Tensor | None = None) -> Tensor:
         """Shape in, shape out."""
