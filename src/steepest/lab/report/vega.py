@@ -6,15 +6,17 @@ two ways to tell which curve is whose; a page with too little room takes them ou
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from io import BytesIO
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import vl_convert
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from steepest.lab.report import wording
 from steepest.lab.report.figure import Axis, Bar, Curve, Figure, Label, Sort, cut, pieces, whisker
@@ -22,6 +24,7 @@ from steepest.lab.report.palette import INK, MUTED, PAPER, Dash, Marker, Style
 
 Json = dict[str, Any]
 
+SHOWN = "figure"  # text in a PNG: SHA-256 of the specification that it was drawn from
 _WIDTH = 820  # pixels of a picture of one figure, drawn at twice that
 _HAIRLINE, _ZONE = ("#e6e6df", "#2a2f36"), ("#eef0e2", "#22281f")
 _FONT = "Liberation Sans, Arial, Helvetica, sans-serif"  # the first comes with the renderer
@@ -101,11 +104,21 @@ def panels_png(figures: Sequence[Figure], *, columns: int, width: int) -> bytes:
 
 
 def _png(spec: Json) -> bytes:
-    """With few colours, and therefore small."""
+    """With few colours, and therefore small; it says what it shows, whatever fonts the machine has."""
     drawn = Image.open(BytesIO(vl_convert.vegalite_to_png(spec, scale=2))).convert("RGB")
-    buffer = BytesIO()
-    drawn.quantize(colors=192, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    buffer, said = BytesIO(), PngInfo()
+    said.add_text(SHOWN, hashlib.sha256(json.dumps(_rounded(spec)).encode()).hexdigest())
+    drawn.quantize(colors=192, dither=Image.Dither.NONE).save(buffer, "png", optimize=True, pnginfo=said)
     return buffer.getvalue()
+
+
+def _rounded(spec: Any) -> Any:
+    """With six digits of each number: another machine may round the logarithm of a number otherwise."""
+    if isinstance(spec, dict):
+        return {key: _rounded(value) for key, value in cast(Json, spec).items()}
+    if isinstance(spec, list | tuple):
+        return [_rounded(value) for value in cast("Sequence[Any]", spec)]
+    return f"{spec:.6g}" if isinstance(spec, float) else spec
 
 
 def _config() -> Json:
