@@ -46,6 +46,13 @@ class LostRankError(Failure, RuntimeError):
     """Another rank is gone, or did not answer in time."""
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What stands in lists of modules, as blocks of a transformer do: each once, what is inside others first."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    found = dict.fromkeys(block for blocks in reversed(lists) for block in blocks)
+    return [block for block in found if not isinstance(block, nn.ModuleList | nn.ModuleDict)]  # which nothing calls
+
+
 @dataclass(frozen=True)
 class Crew:
     """The ranks that train a run together, and how each takes its part of a batch.
@@ -183,7 +190,7 @@ class Crew:
             mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("shard",))
         else:
             mesh = init_device_mesh(kind, cast("tuple[int, ...]", self.mesh), mesh_dim_names=("replica", "shard"))
-        blocks = [block for found in model.modules() if isinstance(found, nn.ModuleList) for block in found]
+        blocks = blocks_of(model)
         for compiled in (blocks or [model]) if self.compiled else ():
             compiled.compile()
         for block in blocks:

@@ -41,6 +41,7 @@ from steepest.lab.methods import build_optimizer, check_options
 from steepest.lab.methods.tuned import OptionValue
 from steepest.lab.models.brought import Brought, brought, found_function, refuse_chance, share
 from steepest.lab.models.gpt import GPT, GPTConfig
+from steepest.lab.runs.crew import blocks_of
 from steepest.lab.runs.device import clocked
 from steepest.names import unknown_name
 from steepest.optim import SteepestDescent
@@ -462,10 +463,6 @@ def _laid_out(job: Job, example: Brought, mesh: Any) -> nn.Module:
         return model
     outer = tuple(axis for axis in axes if axis != "tp")
     data = mesh[outer[0] if len(outer) == 1 else outer]
-    containers = (nn.ModuleList, nn.ModuleDict)  # which nothing calls
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = (child for own in reversed(lists) for child in own if not isinstance(child, containers))
-    units = dict.fromkeys(blocks)  # each once, what is inside others first
     experts: set[nn.Parameter] = set()
     for name, module in model.named_modules() if "ep" in axes else ():
         own = [*module.parameters(recurse=False)]
@@ -478,7 +475,7 @@ def _laid_out(job: Job, example: Brought, mesh: Any) -> nn.Module:
                 )
             fully_shard(module, mesh=mesh["shard"])
         experts |= set() if "shard" in axes else {*divided}
-    for unit in (*units, model):
+    for unit in (*blocks_of(model), model):
         fully_shard(unit, mesh=data, ignored_params=experts)
     return model
 
