@@ -1,4 +1,4 @@
-"""The binary files of CIFAR-10 and CIFAR-100, from the folder of the user: labels and 32x32 colour photographs."""
+"""What CIFAR-10 and CIFAR-100 share: sizes, and the binary files of the user, labels and 32x32 colour photographs."""
 
 import functools
 import hashlib
@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 
 from steepest.lab.disk.files import exists, read_data
-from steepest.lab.tasks.images import Images
-from steepest.lab.tasks.task import DataIdentity, folder_of
+from steepest.lab.tasks.held_out import Sizes
+from steepest.lab.tasks.images import ImagePreset, Images
+from steepest.lab.tasks.task import Budget, DataIdentity, PresetName, folder_of
 
 IMAGE = (3, 32, 32)  # red, green, blue; rows; columns
 PIXELS = 3 * 32 * 32  # bytes of an image
 MOST_BYTES = 2**30  # of a file; those of CIFAR-100 have 154 MB
+ALL = Sizes(7500, 2500, 7500)
+SIZES: dict[PresetName, ImagePreset] = {  # of a `ConvNet`
+    "demo": ImagePreset((16, 32, 64), Budget(steps=300, batch_size=64, eval_every=20), Sizes(1000, 1000, 4000)),
+    "tiny": ImagePreset((32, 64, 128), Budget(steps=1000, batch_size=64, eval_every=50), Sizes(2000, 2500, 7500)),
+    "small": ImagePreset((64, 128, 256, 256), Budget(steps=2000, batch_size=64, eval_every=200), ALL),
+}
 
 
 @dataclass(frozen=True)

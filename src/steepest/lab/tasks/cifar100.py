@@ -4,10 +4,10 @@ from functools import partial
 from pathlib import Path
 
 from steepest.lab.models.vgg import VGG
-from steepest.lab.tasks.cifar import Kind, read_images
+from steepest.lab.tasks.cifar import ALL, SIZES, Kind, read_images
 from steepest.lab.tasks.held_out import Sizes
 from steepest.lab.tasks.images import ImagePreset, ImageTask, epochs
-from steepest.lab.tasks.task import Budget, PresetName
+from steepest.lab.tasks.task import PresetName
 
 KIND = Kind(
     task="cifar100",
@@ -20,15 +20,12 @@ KIND = Kind(
     folder="cifar-100-binary",
     pickled="train",
 )
-ALL = Sizes(7500, 2500, 7500)
 BATCHES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of the track: docs/tracks.md
 _REHEARSED = partial(VGG, stages=((16, 16), (16,), (32,), (32,), (32,)), hidden=64)
 
 
 PRESETS: dict[PresetName, ImagePreset] = {
-    "demo": ImagePreset((16, 32, 64), Budget(steps=300, batch_size=64, eval_every=20), Sizes(1000, 1000, 4000)),
-    "tiny": ImagePreset((32, 64, 128), Budget(steps=1000, batch_size=64, eval_every=50), Sizes(2000, 2500, 7500)),
-    "small": ImagePreset((64, 128, 256, 256), Budget(steps=2000, batch_size=64, eval_every=200), ALL),
+    **SIZES,
     "vgg16": ImagePreset((), epochs(100, batch_size=512, images=50_000), ALL, VGG),
     "vgg16-rehearsal": ImagePreset((), epochs(1, batch_size=64, images=384), Sizes(100, 100, 100), _REHEARSED),
 }
