@@ -27,7 +27,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("linalg", "geometry", "anatomy", "ranks", "stages", "optim", "testing", "batch_size", "theory", "lab")
+_ROOMS = (
+    "linalg",
+    "geometry",
+    "anatomy",
+    "ranks",
+    "stages",
+    "optim",
+    "testing",
+    "batch_size",
+    "theory",
+    "integrations",
+    "lab",
+)
 # Names of the rooms that are names of the package, too; None: all.
 _PUBLIC = {
     "anatomy": ("Plan", "Role", "Rule", "View", "route"),

@@ -519,7 +519,7 @@ class SteepestDescent(Optimizer):
         moving = [(place, group) for place, (group, own) in enumerate(ready.present) if own or not alone]
         unread = check_numbers(moving)
         heard = ready.heard
-        heard.loss = self._losses.hear(explicit, returned)
+        self._losses.hear(heard, explicit, returned)
         ready.parameters = parameters = [parameter for _, members in ready.present for parameter in members]
         if not parameters and alone:
             heard.changed = self._losses.changed()
@@ -572,7 +572,7 @@ class SteepestDescent(Optimizer):
             everyone = team
             team.agreed_bytes = 0
             self._sharing.check_alike(device, self._sharing.fingerprint(self.memory_cap))
-        numbers = [heard.loss, heard.clipping, heard.witnessed, heard.changed]
+        numbers = [heard.loss, heard.part, heard.clipping, heard.witnessed, heard.changed]
         counts: list[float] = []
         if self._sharing.counts(device, still=self._still):
             known = self._sharing.fingerprint(self.memory_cap)
@@ -581,7 +581,7 @@ class SteepestDescent(Optimizer):
         admitted = False if refused else ready.admitted
         told_here = heard.loss is not None
         fine, numbers, counted = decide(admitted, numbers, counts, device, everyone)
-        heard.loss, heard.clipping, heard.witnessed, heard.changed = numbers
+        heard.loss, heard.part, heard.clipping, heard.witnessed, heard.changed = numbers
         if not told_here and device.type != "cpu":  # whether others were told one is not read
             heard.loss = None
         if refused:
@@ -730,18 +730,22 @@ class SteepestDescent(Optimizer):
             )
         return found
 
-    def record_loss(self, loss: Loss, weight: float = 1.0) -> None:
+    def record_loss(self, loss: Loss, weight: float | None = None, *, already_divided: bool = False) -> None:
         """Tell the loss of a micro-batch, for loops that call `step()` without it.
 
         Args:
             loss: Mean loss of the micro-batch, not scaled: the one whose gradient, times `weight`, backward adds.
-            weight: The micro-batch's part of the batch; the weights between two steps sum to 1.
+            weight: The micro-batch's part of the batch, 1 if it is left out; the weights between two steps sum to 1. A
+                last window with fewer micro-batches than the losses were divided by, which leaves a smaller gradient
+                of the mean loss, is known if losses are recorded as tensors, before their backward pass.
+            already_divided: Whether `loss` is what backward is called on, already multiplied by its weight, as hosts
+                hand it out. Without `weight`, losses between two steps then add up to the mean loss of the batch.
 
         Raises:
             ValueError: If the loss is not one real number, or the weight is not in (0, 1].
             TypeError: If one is of the wrong type.
         """
-        self._losses.tap.record(loss, weight)
+        self._losses.tap.record(loss, weight, already_divided=already_divided)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as in torch."""

@@ -156,11 +156,11 @@ def test_a_batch_whose_step_was_passed_over_is_forgotten_with_its_gradients():
     tap.gradients_cleared()
     tap.record(2.0, 0.5)
     tap.record(3.0, 0.5)
-    assert tap.take() == 2.5
+    assert tap.take() == (2.5, 1.0)
     tap.record(7.0, 1.0)  # recorded before the gradients are cleared, as in loops that clear just before backward
     tap.gradients_cleared()
-    assert tap.take() == 7.0
-    assert tap.take() is None
+    assert tap.take() == (7.0, 1.0)
+    assert tap.take() == (None, 1.0)
 
 
 def test_a_loss_keeps_no_graph():
@@ -440,3 +440,88 @@ def test_a_loss_that_all_ranks_have_is_read_and_a_part_of_one_is_refused(tmp_pat
             assert float(check_loss("step", loss.full_tensor())) == 1
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", ["told", "divided", "divided and told"])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_a_window_shorter_than_its_losses_were_divided_by_is_a_smaller_gradient_of_the_mean(way, scale):
+    """Two micro-batches whose losses were divided by three: as one batch, whose gradient is clipped to two thirds."""
+    wide = torch.float64
+    trajectories = []
+    for short in (False, True):
+        model, optimizer = build(wide)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+
+        def loss(index, part, model=model):
+            x, y = batch(index, wide)
+            return nn.functional.cross_entropy(model(x[part]), y[part])
+
+        def in_parts(index, loss=loss, optimizer=optimizer, scaler=scaler):
+            for part in (slice(0, 4), slice(4, 8)):
+                own = loss(index, part)
+                if way == "told":
+                    optimizer.record_loss(own, weight=1 / 3)
+                    scaler.scale(own / 3).backward()
+                else:
+                    own = own / 3
+                    optimizer.record_loss(own, **({"weight": 1 / 3} if "told" in way else {}), already_divided=True)
+                    scaler.scale(own).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+        def whole(index, loss=loss, optimizer=optimizer):
+            own = loss(index, slice(0, 8))
+            (own * 2 / 3).backward()
+            optimizer.step(loss=0.5 + (own - 0.5) * 2 / 3 if way != "divided" else own * 2 / 3)
+
+        trajectories.append(weights_after(model, optimizer, in_parts if short else whole))
+    for a, b in zip(*trajectories, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_short_window_is_no_forgotten_micro_batch():
+    model, optimizer = build()
+    x, y = batch(0, torch.float32)
+    losses = [nn.functional.cross_entropy(model(x[part]), y[part]) for part in (slice(0, 4), slice(4, 8))]
+    optimizer.record_loss(losses[0], weight=1 / 3)
+    for loss in losses:
+        (loss / 3).backward()
+    with pytest.raises(ValueError, match=r"1 recorded losses have weights that sum to 0\.333333 instead of 1"):
+        optimizer.step()
+
+
+def test_a_weight_that_is_not_what_a_short_window_was_divided_by_is_refused():
+    model, optimizer = build()
+    loss = nn.functional.cross_entropy(model(batch(0, torch.float32)[0]), batch(0, torch.float32)[1])
+    optimizer.record_loss(loss, weight=1 / 4)
+    (loss / 3).backward()
+    with pytest.raises(ValueError, match=r"told weight=0\.25, but backward multiplied this loss by 0\.333333"):
+        optimizer.step()
+
+
+def test_a_loss_that_was_not_divided_is_not_taken_for_one_that_was():
+    model, optimizer = build()
+    loss = nn.functional.cross_entropy(model(batch(0, torch.float32)[0]), batch(0, torch.float32)[1])
+    optimizer.record_loss(loss, already_divided=True)
+    (loss / 3).backward()
+    with pytest.raises(ValueError, match=r"is already divided, but backward multiplied it by 0\.333333 besides"):
+        optimizer.step()
+
+
+def test_weights_are_told_of_all_micro_batches_or_of_none():
+    tap = LossTap()
+    tap.record(1.0, already_divided=True)
+    with pytest.raises(ValueError, match="of some micro-batches of a step only"):
+        tap.record(1.0, 0.5)
+
+
+def test_losses_that_were_divided_add_up_and_are_forgotten_with_their_gradients():
+    tap, weight = LossTap(), torch.ones((), requires_grad=True)
+    for _ in range(2):
+        loss = weight * 2
+        tap.record(loss, already_divided=True)
+        loss.backward()
+    tap.gradients_cleared()
+    for number in (0.25, 0.5):
+        tap.record(number, already_divided=True)
+    assert tap.take() == (0.75, 1.0)

@@ -37,6 +37,8 @@ class Heard:
         lower_bound: Of Momo.
         changed: Whether this rank finds weights that the last step did not leave, then on how large a part of the ranks
             that is so; None: nobody looked.
+        part: What losses were multiplied by in all before backward, in (0, 1]: less than 1 in a window of micro-batches
+            that is shorter than what its losses were divided by. None: all of it.
     """
 
     loss: Loss | None = None
@@ -44,6 +46,7 @@ class Heard:
     witnessed: Loss | None = None
     lower_bound: float = 0.0
     changed: Loss | None = None
+    part: Loss | None = None
 
 
 @dataclass(frozen=True)
@@ -161,10 +164,11 @@ class Losses:
         """Whether something was recorded that no step has taken yet."""
         return self.tap.told
 
-    def hear(self, explicit: Loss | None, returned: Loss | None) -> Loss | None:
+    def hear(self, heard: Heard, explicit: Loss | None, returned: Loss | None) -> None:
         """This rank's loss of the step: the one that was passed, else recorded, else returned by the closure.
 
         Args:
+            heard: Written to.
             explicit: What `step` was given.
             returned: What its closure returned.
 
@@ -172,14 +176,17 @@ class Losses:
             ValueError: If it is not one number, or not that of the gradients.
             TypeError: If it is not real.
         """
-        recorded = self.tap.take()
+        recorded, part = self.tap.take()
         if explicit is not None:
-            return check_loss("step", explicit)
-        if recorded is not None or returned is None:
-            return recorded
-        if self._witness:
-            self._witness.arrivals.check_closure()
-        return check_loss("the closure of step", returned)
+            heard.loss = check_loss("step", explicit)
+        elif recorded is not None:
+            if self._witness:
+                self.tap.check_window(part, self._witness.arrivals.passes)
+            heard.loss, heard.part = recorded, part
+        elif returned is not None:
+            if self._witness:
+                self._witness.arrivals.check_closure()
+            heard.loss = check_loss("the closure of step", returned)
 
     def check_told(self, loss: Loss | None, idle: Callable[[], bool]) -> None:
         """Refuse a step without the loss that Momo needs.
@@ -278,9 +285,10 @@ class Losses:
         model = self.model or LossModel.new(moves[0].device)
         inner = _inner(moves, momo, total)
         own = torch.as_tensor(loss, dtype=total.dtype, device=total.device)
-        if heard.clipping is not None:
-            clipping = heard.clipping.to(total) if isinstance(heard.clipping, Tensor) else heard.clipping
-            own = clipped(own, clipping, model.bound if momo.lower_bound == "auto" else heard.lower_bound)
+        for factor in (heard.part, heard.clipping):
+            if factor is not None:
+                below = model.bound if momo.lower_bound == "auto" else heard.lower_bound
+                own = clipped(own, factor.to(total) if isinstance(factor, Tensor) else factor, below)
         beta = float(moves[0].group["momentum"])
         changed = self.changed() if heard.changed is None else heard.changed > 0
         chosen = choose(

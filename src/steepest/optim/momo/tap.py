@@ -1,6 +1,7 @@
 """The loss of a step, whichever way it arrives: explicitly, recorded per micro-batch, or from the closure."""
 
 import math
+from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -12,6 +13,7 @@ from steepest.ranks import is_sharded, local
 
 Loss = Tensor | float
 OFF = 1.4  # times: less may be another term of the loss, twice is a part that was divided twice
+CLOSE = 1.01  # times, likewise, where weights sum to less than 1
 TOLERANCE = 1e-4  # of the sum of weights: a ninth of nine micro-batches, in float32
 
 MISSING = (
@@ -21,68 +23,115 @@ MISSING = (
 )
 
 
+@dataclass
+class Entry:
+    """The loss of a micro-batch.
+
+    Args:
+        part: Its mean loss, times its part of the batch.
+        weight: Its part of the batch; None: not told, all parts that are added up make the mean.
+        expected: What backward is to multiply the recorded loss by.
+        received: What each pass multiplied it by, where it has a graph.
+    """
+
+    part: Loss
+    weight: float | None
+    expected: float
+    received: list[Tensor] = field(default_factory=list[Tensor])
+
+
 class LossTap:
-    """Collects the losses of micro-batches until a step takes their weighted sum."""
+    """Collects the losses of micro-batches until a step takes their weighted mean."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[Tensor | float, float]] = []
-        self._received: list[list[Tensor]] = []  # what each pass multiplied an entry by, where it has a graph
-        self._taken: list[tuple[float, list[Tensor]]] = []
+        self._entries: list[Entry] = []
+        self._taken: list[Entry] = []
         self._cleared = False
 
-    def record(self, loss: Loss, weight: float) -> None:
+    def record(self, loss: Loss, weight: float | None = None, *, already_divided: bool = False) -> None:
         """Add a micro-batch.
 
         Args:
-            loss: Its mean loss; one number.
-            weight: Its part of the batch; all weights of a step sum to 1.
+            loss: One number.
+            weight: Its part of the batch.
+            already_divided: Whether the loss was multiplied by that already.
 
         Raises:
-            ValueError: If the loss is not one real number, or the weight is not in (0, 1].
+            ValueError: If the loss is not one real number, the weight is not in (0, 1], or only some have one.
             TypeError: If one is of the wrong type.
         """
-        if isinstance(weight, bool) or not isinstance(weight, Real):
+        if weight is None and not already_divided:
+            weight = 1.0
+        if isinstance(weight, bool) or not isinstance(weight, Real | None):
             raise TypeError(f"record_loss takes a number as weight, got {weight!r}.")
-        if not 0 < weight <= 1 + TOLERANCE:
+        if weight is not None and not 0 < weight <= 1 + TOLERANCE:
             raise ValueError(
                 f"record_loss takes a weight in (0, 1], the micro-batch's part of the batch, got {weight}."
             )
-        entry = check_loss("record_loss", loss)
-        # The gradient of an earlier, complete batch was thrown away: loss scaling passed over its step.
-        if self._cleared and self._total() > 1 - TOLERANCE:
+        given = check_loss("record_loss", loss)
+        if self._cleared and self._gone():
             self.clear()
         self._cleared = False
-        self._entries.append((entry, float(weight)))
-        self._received.append([])
+        if self._entries and (self._entries[-1].weight is None) != (weight is None):
+            raise ValueError(
+                "record_loss was told the weight of some micro-batches of a step only. Tell all of them, or none: the "
+                "losses that were already_divided then add up to the mean loss of the batch."
+            )
+        part = given if already_divided else given * float(weight or 1.0)
+        entry = Entry(part, None if weight is None else float(weight), 1.0 if already_divided else float(weight or 1.0))
+        self._entries.append(entry)
         if isinstance(loss, Tensor) and loss.requires_grad:
-            loss.register_hook(partial(_receive, self._received[-1]))
+            loss.register_hook(partial(_receive, entry.received))
 
     def gradients_cleared(self) -> None:
         """What was recorded so far may belong to gradients that are gone; the next record decides."""
         self._cleared = True
 
+    def _gone(self) -> bool:
+        """Whether a whole batch's gradient was thrown away, as where loss scaling passed over its step."""
+        weights = [entry.weight for entry in self._entries]
+        if None in weights:
+            return all(entry.received for entry in self._entries)
+        return math.fsum(weight or 0.0 for weight in weights) > 1 - TOLERANCE
+
     def clear(self) -> None:
         """Forget everything."""
-        self._entries, self._received, self._cleared = [], [], False
+        self._entries, self._cleared = [], False
 
-    def take(self) -> Loss | None:
-        """The weighted sum, forgotten here; None if nothing was recorded.
+    def take(self) -> tuple[Loss | None, float]:
+        """The weighted mean of what was recorded, forgotten here, and the sum of the weights.
+
+        Returns:
+            None if nothing was recorded; and the sum, 1 but for rounding of a whole batch. Less: gradients are that
+            part of the mean loss', as of a window of micro-batches that is shorter than what its losses were divided
+            by; `check_weights` says whether that is so.
 
         Raises:
-            ValueError: If the weights do not sum to 1. What was recorded is forgotten then, too.
+            ValueError: If the weights sum to more than 1. What was recorded is forgotten then, too.
         """
-        entries, total = self._entries, self._total()
-        self._taken = [(weight, got) for (_, weight), got in zip(entries, self._received, strict=True)]
+        entries = self._taken = self._entries
         self.clear()
         if not entries:
-            return None
-        if abs(total - 1) > TOLERANCE:
-            raise ValueError(
-                f"{len(entries)} recorded losses have weights that sum to {total:g} instead of 1: a micro-batch is "
-                "missing or was recorded twice. Record each with weight=1 / micro_batches, before every step. If a "
-                "step was passed over, clear its gradients with optimizer.zero_grad(), which forgets its losses, too."
-            )
-        return sum((loss * weight for loss, weight in entries), start=0.0)
+            return None, 1.0
+        total = 1.0 if entries[0].weight is None else math.fsum(entry.weight or 0.0 for entry in entries)
+        if total > 1 + TOLERANCE:
+            raise ValueError(_unequal(entries, total))
+        part = sum((entry.part for entry in entries), start=0.0)
+        return (part, 1.0) if total > 1 - TOLERANCE else (part / total, total)
+
+    def check_window(self, total: float, passes: int) -> None:
+        """Refuse weights that sum to less than 1, unless backward is known to have run for each loss alone.
+
+        Args:
+            total: The sum.
+            passes: Backward passes since gradients were new.
+
+        Raises:
+            ValueError: If so.
+        """
+        entries = self._taken
+        if total < 1 and not (len(entries) == passes and all(len(entry.received) == 1 for entry in entries)):
+            raise ValueError(_unequal(entries, total))
 
     def check_weights(self, undone: float) -> None:
         """Refuse losses that backward did not multiply with the weights that were told; reads what it did.
@@ -96,17 +145,26 @@ class LossTap:
         Raises:
             ValueError: If one was multiplied by something else.
         """
-        for weight, received in self._taken:
-            factors = [float(factor) * undone for factor in received]
-            total = math.fsum(factors)
+        weights = [entry.weight for entry in self._taken if entry.weight is not None]
+        off = CLOSE if weights and math.fsum(weights) < 1 - TOLERANCE else OFF
+        for entry in self._taken:
+            factors = [float(factor) * undone for factor in entry.received]
+            total, expected = math.fsum(factors), entry.expected
             if not factors or not math.isfinite(total):
                 continue
-            if not any(weight / OFF < factor < weight * OFF for factor in (*factors, total)):
+            if any(expected / off < factor < expected * off for factor in (*factors, total)):
+                continue
+            if entry.weight is None or entry.expected != entry.weight:
                 raise ValueError(
-                    f"record_loss was told weight={weight:g}, but backward multiplied this loss by {total:g}. Record "
-                    "the loss as it is before it is divided by the number of micro-batches or scaled: "
-                    "record_loss(loss, weight=1 / micro_batches); (loss / micro_batches).backward()."
+                    f"record_loss was told that this loss is already divided, but backward multiplied it by {total:g} "
+                    "besides. Record what backward() is called on, before it is scaled."
                 )
+            raise ValueError(
+                f"record_loss was told weight={entry.weight:g}, but backward multiplied this loss by {total:g}. "
+                "Record the loss as it is before it is divided by the number of micro-batches or scaled: "
+                "record_loss(loss, weight=1 / micro_batches); (loss / micro_batches).backward(). Or record what "
+                "is already divided: record_loss(loss / micro_batches, already_divided=True)."
+            )
 
     @property
     def told(self) -> bool:
@@ -118,8 +176,14 @@ class LossTap:
         """How many losses the last step was told."""
         return len(self._taken)
 
-    def _total(self) -> float:
-        return math.fsum(weight for _, weight in self._entries)
+
+def _unequal(entries: list[Entry], total: float) -> str:
+    return (
+        f"{len(entries)} recorded losses have weights that sum to {total:g} instead of 1: a micro-batch is missing or "
+        "was recorded twice. Record each with weight=1 / micro_batches, before every step. If a step was passed over, "
+        "clear its gradients with optimizer.zero_grad(), which forgets its losses, too. A window with fewer micro-"
+        "batches is known by their losses' graphs: record tensors, before backward()."
+    )
 
 
 def _receive(received: list[Tensor], factor: Tensor) -> None:
