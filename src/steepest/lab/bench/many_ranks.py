@@ -59,7 +59,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # on the wire
 # Numbers that ranks share at the start of a step, besides whether they take it: the loss, how it was clipped, what was
 # seen of that, and changes of weights; with the counts of gradients, whether all know the same parameters and rest. And
 # with Momo inner products with the weights.
-HEARD, ALIKE, INNER = 4, 3, 4
+HEARD, ALIKE, INNER = 5, 3, 4
 
 
 @dataclass(frozen=True)
