@@ -730,22 +730,25 @@ class SteepestDescent(Optimizer):
             )
         return found
 
-    def record_loss(self, loss: Loss, weight: float | None = None, *, already_divided: bool = False) -> None:
+    def record_loss(
+        self, loss: Loss, weight: float | None = None, *, already_divided: bool = False, scale: float = 1.0
+    ) -> None:
         """Tell the loss of a micro-batch, for loops that call `step()` without it.
 
         Args:
-            loss: Mean loss of the micro-batch, not scaled: the one whose gradient, times `weight`, backward adds.
+            loss: Mean loss of the micro-batch, times `scale`: the one whose gradient, times `weight`, backward adds.
             weight: The micro-batch's part of the batch, 1 if it is left out; the weights between two steps sum to 1. A
                 last window with fewer micro-batches than the losses were divided by, which leaves a smaller gradient
                 of the mean loss, is known if losses are recorded as tensors, before their backward pass.
             already_divided: Whether `loss` is what backward is called on, already multiplied by its weight, as hosts
                 hand it out. Without `weight`, losses between two steps then add up to the mean loss of the batch.
+            scale: What a GradScaler has multiplied `loss` with already, for hosts that show it afterwards only.
 
         Raises:
-            ValueError: If the loss is not one real number, or the weight is not in (0, 1].
+            ValueError: If the loss is not one real number, the weight is not in (0, 1], or the scale is not above 0.
             TypeError: If one is of the wrong type.
         """
-        self._losses.tap.record(loss, weight, already_divided=already_divided)
+        self._losses.tap.record(loss, weight, already_divided=already_divided, scale=scale)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as in torch."""

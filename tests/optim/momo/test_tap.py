@@ -442,7 +442,7 @@ def test_a_loss_that_all_ranks_have_is_read_and_a_part_of_one_is_refused(tmp_pat
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("way", ["told", "divided", "divided and told"])
+@pytest.mark.parametrize("way", ["told", "divided", "divided and told", "divided, scaled and told"])
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 def test_a_window_shorter_than_its_losses_were_divided_by_is_a_smaller_gradient_of_the_mean(way, scale):
     """Two micro-batches whose losses were divided by three: as one batch, whose gradient is clipped to two thirds."""
@@ -464,8 +464,11 @@ def test_a_window_shorter_than_its_losses_were_divided_by_is_a_smaller_gradient_
                     scaler.scale(own / 3).backward()
                 else:
                     own = own / 3
-                    optimizer.record_loss(own, **({"weight": 1 / 3} if "told" in way else {}), already_divided=True)
-                    scaler.scale(own).backward()
+                    given = scaler.scale(own)
+                    told = {"weight": 1 / 3} if "told" in way else {}
+                    told |= {"scale": scaler.get_scale()} if "scaled" in way else {}
+                    optimizer.record_loss(given if "scaled" in way else own, **told, already_divided=True)
+                    given.backward()
             scaler.step(optimizer)
             scaler.update()
 
@@ -525,3 +528,31 @@ def test_losses_that_were_divided_add_up_and_are_forgotten_with_their_gradients(
     for number in (0.25, 0.5):
         tap.record(number, already_divided=True)
     assert tap.take() == (0.75, 1.0)
+
+
+def test_a_short_window_whose_step_was_passed_over_is_forgotten_with_its_gradients():
+    tap, weight = LossTap(), torch.ones((), requires_grad=True)
+    loss = weight * 2
+    tap.record(loss, 1 / 3, already_divided=True)
+    loss.backward()
+    tap.gradients_cleared()
+    for _ in range(3):
+        tap.record(0.25, 1 / 3, already_divided=True)
+    assert tap.take() == (0.75, 1.0)
+
+
+def test_a_loss_that_was_scaled_is_held_to_what_backward_was_called_on():
+    model, optimizer = build()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loss = scaler.scale(nn.functional.cross_entropy(model(batch(0, torch.float32)[0]), batch(0, torch.float32)[1]))
+    optimizer.record_loss(loss, already_divided=True, scale=scaler.get_scale())
+    (loss / 3).backward()
+    with pytest.raises(ValueError, match=r"is already divided, but backward multiplied it by 0\.333333 besides"):
+        scaler.step(optimizer)
+
+
+def test_a_scale_is_a_positive_number():
+    with pytest.raises(ValueError, match=r"record_loss takes a finite scale above 0, got 0\.0"):
+        LossTap().record(1.0, scale=0.0)
+    with pytest.raises(TypeError, match=r"takes a number as scale, such as scaler\.get_scale\(\), got None"):
+        LossTap().record(1.0, scale=None)

@@ -30,13 +30,15 @@ class Entry:
     Args:
         part: Its mean loss, times its part of the batch.
         weight: Its part of the batch; None: not told, all parts that are added up make the mean.
-        expected: What backward is to multiply the recorded loss by.
+        expected: What backward is to multiply the recorded loss by, its scale not counted.
+        scale: What it was multiplied by already, against underflow.
         received: What each pass multiplied it by, where it has a graph.
     """
 
     part: Loss
     weight: float | None
     expected: float
+    scale: float = 1.0
     received: list[Tensor] = field(default_factory=list[Tensor])
 
 
@@ -48,16 +50,20 @@ class LossTap:
         self._taken: list[Entry] = []
         self._cleared = False
 
-    def record(self, loss: Loss, weight: float | None = None, *, already_divided: bool = False) -> None:
+    def record(
+        self, loss: Loss, weight: float | None = None, *, already_divided: bool = False, scale: float = 1.0
+    ) -> None:
         """Add a micro-batch.
 
         Args:
             loss: One number.
             weight: Its part of the batch.
             already_divided: Whether the loss was multiplied by that already.
+            scale: What else it was multiplied by.
 
         Raises:
-            ValueError: If the loss is not one real number, the weight is not in (0, 1], or only some have one.
+            ValueError: If the loss is not one real number, the weight is not in (0, 1], the scale is not above 0, or
+                only some have a weight.
             TypeError: If one is of the wrong type.
         """
         if weight is None and not already_divided:
@@ -68,7 +74,12 @@ class LossTap:
             raise ValueError(
                 f"record_loss takes a weight in (0, 1], the micro-batch's part of the batch, got {weight}."
             )
-        given = check_loss("record_loss", loss)
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            raise TypeError(f"record_loss takes a number as scale, such as scaler.get_scale(), got {scale!r}.")
+        scale = float(scale)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"record_loss takes a finite scale above 0, got {scale}.")
+        given = check_loss("record_loss", loss) / scale
         if self._cleared and self._gone():
             self.clear()
         self._cleared = False
@@ -78,7 +89,8 @@ class LossTap:
                 "losses that were already_divided then add up to the mean loss of the batch."
             )
         part = given if already_divided else given * float(weight or 1.0)
-        entry = Entry(part, None if weight is None else float(weight), 1.0 if already_divided else float(weight or 1.0))
+        expected = 1.0 if already_divided else float(weight or 1.0)
+        entry = Entry(part, None if weight is None else float(weight), expected, scale)
         self._entries.append(entry)
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(partial(_receive, entry.received))
@@ -88,11 +100,10 @@ class LossTap:
         self._cleared = True
 
     def _gone(self) -> bool:
-        """Whether a whole batch's gradient was thrown away, as where loss scaling passed over its step."""
+        """Whether gradients that were made of these losses were thrown away, as where loss scaling passed over a step."""
         weights = [entry.weight for entry in self._entries]
-        if None in weights:
-            return all(entry.received for entry in self._entries)
-        return math.fsum(weight or 0.0 for weight in weights) > 1 - TOLERANCE
+        whole = None not in weights and math.fsum(weight or 0.0 for weight in weights) > 1 - TOLERANCE
+        return whole or all(entry.received for entry in self._entries)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -148,7 +159,7 @@ class LossTap:
         weights = [entry.weight for entry in self._taken if entry.weight is not None]
         off = CLOSE if weights and math.fsum(weights) < 1 - TOLERANCE else OFF
         for entry in self._taken:
-            factors = [float(factor) * undone for factor in entry.received]
+            factors = [float(factor) * entry.scale * undone for factor in entry.received]
             total, expected = math.fsum(factors), entry.expected
             if not factors or not math.isfinite(total):
                 continue
