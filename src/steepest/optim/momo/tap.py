@@ -100,7 +100,7 @@ class LossTap:
         self._cleared = True
 
     def _gone(self) -> bool:
-        """Whether gradients that were made of these losses were thrown away, as where loss scaling passed over a step."""
+        """Whether gradients made of these losses were thrown away, as where loss scaling passed over a step."""
         weights = [entry.weight for entry in self._entries]
         whole = None not in weights and math.fsum(weight or 0.0 for weight in weights) > 1 - TOLERANCE
         return whole or all(entry.received for entry in self._entries)
