@@ -1,5 +1,7 @@
 """The optimizer as torch's ecosystem uses it: gradients, types, schedulers, scalers, accumulation."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -360,3 +362,55 @@ def test_going_on_from_a_checkpoint_forgets_at_the_same_step():
         return weight.detach()
 
     assert_same([run(None)], [run(77)])
+
+
+@pytest.mark.parametrize(
+    "method", [Muon, partial(Muon, step_size=Momo(0.5)), MuonMax, partial(MuonMax, dual="stale"), PolarGrad]
+)
+def test_an_optimizer_for_each_parameter_in_backward_is_right_or_refused(method):
+    """Where layers move on their own it is the step of one optimizer after backward, bit for bit."""
+
+    def group(parameter):
+        return {"params": [parameter], "role": "matrix" if parameter.ndim > 1 else "vector"}
+
+    model, twin = network(), network()
+    together = method([*map(group, twin.parameters())])
+    own = {parameter: method([group(parameter)]) for parameter in model.parameters()}
+
+    def step(parameter):
+        own[parameter].step()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    if together._combine.needs_duals:
+        with pytest.raises(RuntimeError, match=r"called during backward.* needs a number of all layers"):
+            backward(model, 0)
+        return
+    for index in range(3):
+        backward(model, index)
+        together.zero_grad()
+        backward(twin, index)
+        together.step()
+    assert_same(list(model.parameters()), list(twin.parameters()))
+
+
+def test_an_optimizer_prints_as_a_page_about_its_groups():
+    model = network()
+    optimizer = MuonMax(model, lr=0.5, weight_decay=0.1, step_size=Momo(lower_bound=1.5))
+    train_step = backward(model, 0)
+    optimizer.step(loss=train_step)
+    first, *lines, last = repr(optimizer).splitlines()
+    assert first == "MuonMax: regularized descent, Momo(lower_bound=1.5, bookkeeping='recurrent')"
+    table = [line.split() for line in lines]
+    assert table[0] == ["name", "tensors", "numbers", "lr", "momentum", "nesterov", "beta2", "weight_decay", "norm"]
+    for group, line in zip(optimizer.param_groups, table[1:], strict=True):
+        assert line[0] == group["name"]
+        assert int(line[1]) == len(group["params"])
+        assert int(line[2].replace(",", "")) == sum(p.numel() for p in group["params"])
+        assert [float(line[3]), float(line[4]), float(line[7])] == [
+            group["lr"],
+            group["momentum"],
+            group["weight_decay"],
+        ]
+    assert last == "1 steps taken; see .plan for each parameter"

@@ -1,7 +1,7 @@
 """From a model to matrices: what each parameter is, and how it is read as batches of fan-out by fan-in matrices."""
 
 from steepest.anatomy.batches import Bucket, Load
-from steepest.anatomy.plan import ROLES, Plan, PlanRow, Role
+from steepest.anatomy.plan import ROLES, Plan, PlanRow, Role, aligned
 from steepest.anatomy.routing import Override, Rule, route
 from steepest.anatomy.views import CONV1D, EXPERTS, EXPERTS_TRANSPOSED, LINEAR, View, conv
 
@@ -19,6 +19,7 @@ __all__ = [
     "Role",
     "Rule",
     "View",
+    "aligned",
     "conv",
     "route",
 ]

@@ -192,7 +192,7 @@ class Plan(Sequence[PlanRow]):
         hidden = [5] * all(row.lr is None for row in self) + [6, 7] * all(row.inputs is None for row in self)
         hidden += [8] * all(row.owner is None for row in self)
         shown = [tuple(cell for place, cell in enumerate(line) if place not in hidden) for line in lines]
-        return "\n".join((*_aligned(shown), "", *_aligned(self._totals()), *self._memory()))
+        return "\n".join((*aligned(shown), "", *aligned(self._totals()), *self._memory()))
 
     def _memory(self) -> list[str]:
         moments, inverses = sum(row.moment_bytes for row in self), sum(row.inverse_bytes for row in self)
@@ -250,8 +250,12 @@ def _cells(row: PlanRow, collapse: bool) -> tuple[str, ...]:
     return (shape, row.role, view, row.norm, lr, _starred(inputs) if collapse else inputs, reason)
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns padded to one width; those of numbers to the right."""
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns padded to one width; those of numbers to the right.
+
+    Args:
+        rows: The first has the names of the columns.
+    """
     columns = list(zip(*rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     right = [column[0] in ("bytes", "numbers", "tensors", "share") for column in columns]

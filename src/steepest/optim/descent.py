@@ -8,6 +8,7 @@ A step goes the same way for every parameter:
 Everything between the gradient and the move is a pure function of tensors in its own file; here they are put in order.
 """
 
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,10 +16,10 @@ from functools import partial
 from typing import Any, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from steepest.anatomy import Plan, PlanRow, Role
+from steepest.anatomy import ROLES, Override, Plan, PlanRow, Role, aligned, route
 from steepest.checks import refusal, shown
 from steepest.geometry import Norm, Product
 from steepest.notices import warn
@@ -35,12 +36,14 @@ from steepest.optim.momo.model import MODEL_KEYS
 from steepest.optim.move import Move
 from steepest.optim.options import (
     DEFAULT_NORMS,
+    DTYPES,
     METHOD,
     PER_ROLE,
     STEPS_TAKEN,
     check_group,
     check_norms,
     check_numbers,
+    check_parameter,
     complete_group,
 )
 from steepest.optim.packing import Packing
@@ -74,6 +77,13 @@ from steepest.stages.inputs import InputMoments
 ByRole = Mapping[Role, Any]
 # What a group needs for a step; where one is missing, the group was not made by add_param_group.
 NEEDED = frozenset({"params", "role", "norm", "lr", "momentum", "nesterov", "weight_decay", "beta2"})
+SHOWN = 3  # names in a message
+IN_BACKWARD = (
+    "step() was called during backward, as where an optimizer for each parameter steps when its gradient is there. But "
+    "{} needs a number of all layers. Step once after backward, with one optimizer; or choose a method whose layers "
+    "move on their own, such as Muon, MuonAdam or Scion without Momo."
+)
+METHOD_WORDS = {False: "constrained descent", True: "regularized descent"}
 # What stays this optimizer's when a state is loaded.
 OWN = ("norm", "view", "name", "decay_kind", METHOD)
 
@@ -208,6 +218,8 @@ class SteepestDescent(Optimizer):
         self._stages: list[Stage] = []
         self._schemas: dict[Tensor, tuple[PlanRow, str, Schema]] = {}
         self._members: list[list[Tensor]] = []  # of each group, when they were last looked at
+        self._model = weakref.ref(params) if isinstance(params, nn.Module) else None
+        self._stray: set[str] = set()  # parameters of the model that are not here, and were told of
         rows, groups = self._collect(params)
         name_groups(groups, [])
         self._rows: dict[Tensor, PlanRow] = dict(rows)
@@ -340,6 +352,130 @@ class SteepestDescent(Optimizer):
         if self._built:
             self._share()
 
+    def add_module(
+        self,
+        module: nn.Module,
+        name: str = "",
+        *,
+        overrides: Mapping[str, Override] | None = None,
+        **options: Any,
+    ) -> Plan:
+        """Add the layers of a module that came later, between two steps: each parameter to the group of its role.
+
+        Args:
+            module: What of it is here already, or frozen for good, is left out. A part of the model that the optimizer
+                was built with is routed within that, so that its last layer is no output head by mistake.
+            name: Put before the names of parameters of a module that is no part of the model.
+            overrides: Likewise as in `route`, by the names that the parameters get.
+            **options: Of groups, such as `lr`: the parameters are then in groups of their own, one for each role.
+
+        Returns:
+            The rows that were added.
+
+        Raises:
+            ValueError: If there is nothing to add, an option does not fit, or it is not clear to which group a
+                parameter belongs. Nothing is changed then.
+            TypeError: If `module` is no module, or an option is of the wrong type. Nothing is changed then, either.
+        """
+        if not isinstance(cast(object, module), nn.Module):
+            raise TypeError(refusal("add_module: module", "a torch.nn.Module", module))
+        self._settle()
+        self._meet()
+        known = set(self._parameters())
+        rows = [row for row in self._routed(module, name, overrides) if row.parameter not in known]
+        if not rows:
+            raise ValueError(f"add_module: all parameters of {type(module).__name__} are in the optimizer already.")
+        for row in rows:
+            check_parameter(row.name, row.parameter)
+        places: dict[Role, Group | None] = {}
+        for role in ROLES:
+            own = [group for group in self.param_groups if group["role"] == role]
+            if any(row.role == role for row in rows):
+                places[role] = own[0] if own and not options else None
+                if len(own) > 1 and not options:
+                    names = ", ".join(repr(group["name"]) for group in own)
+                    raise ValueError(
+                        f"add_module: the role {role!r} has the groups {names}, and it is not clear to which one the "
+                        "new parameters belong. Give options for groups of their own, such as lr=."
+                    )
+        kept = [(group, list(group["params"]), group.get("param_names")) for group in self.param_groups]
+        before = dict(self._rows)
+        try:
+            self._rows.update({row.parameter: row for row in rows})
+            for role, group in places.items():
+                members = [row for row in rows if row.role == role]
+                if group is None:
+                    named = [(row.name, row.parameter) for row in members]
+                    self.add_param_group({"params": named, "role": role, **options})
+                    continue
+                norm = self._norms.of(group)
+                for row in members:
+                    check_view(row, norm)
+                    if self._staged(group):
+                        check_stages(row, self._stages)
+                names = group.get("param_names") or self._names_of(group["params"])
+                group["params"] = [*group["params"], *(row.parameter for row in members)]
+                group["param_names"] = [*names, *(row.name for row in members)]
+            staged = [row for row in rows if row.role == "matrix" and row.trainable]
+            for stage in self._stages if staged else ():
+                stage.added(staged)
+        except BaseException:
+            del self.param_groups[len(kept) :], self._members[len(kept) :]
+            self._rates.forget(len(kept))
+            for group, members, names in kept:
+                group.update(params=members, param_names=names)
+            self._rows = before
+            raise
+        self._rows.update({row.parameter: replace(row, sites=()) for row in rows})
+        self._members = [list(group["params"]) for group in self.param_groups]
+        self._losses.watch_more([row.parameter for row in rows])
+        self._share()
+        return Plan(tuple(rows))
+
+    def _routed(self, module: nn.Module, name: str, overrides: Mapping[str, Override] | None) -> list[PlanRow]:
+        """Rows of a module, within the model if it is a part of it."""
+        model = self._model() if self._model else None
+        if model is not None and any(part is module for part in model.modules()):
+            own = set(module.parameters())
+            rows = [row for row in route(model, overrides=overrides) if row.parameter in own]
+        else:
+            prefix = f"{name}." if name else ""
+            inner: dict[str, Override] = {key.removeprefix(prefix): rule for key, rule in (overrides or {}).items()}
+            rows = [replace(row, name=prefix + row.name) for row in route(module, overrides=inner)]
+        return [row for row in rows if row.trainable or row.parameter.dtype in DTYPES]
+
+    def _tell_of_strays(self) -> None:
+        """Warn of trainable parameters of the model that came after the optimizer was built, or took others' place."""
+        model = self._model() if self._model and self._steps & (self._steps - 1) == 0 else None
+        if model is None:
+            return
+        known = set(self._parameters())
+        missed = [n for n, p in model.named_parameters() if p.requires_grad and p not in known and n not in self._stray]
+        if missed:
+            self._stray.update(missed)
+            more = f" and {len(missed) - SHOWN} more" if len(missed) > SHOWN else ""
+            warn(
+                f"Parameters of the model that are not in the optimizer will never be trained: "
+                f"{', '.join(map(repr, missed[:SHOWN]))}{more}. They came after it was built, as adapters do, or "
+                "others took their place. Build the optimizer last, or call optimizer.add_module(module) for layers "
+                "that were added."
+            )
+
+    def __repr__(self) -> str:
+        """A page about the groups; `plan` has the parameters."""
+        columns = ("name", "tensors", "numbers", "lr", "momentum", "nesterov", "beta2", "weight_decay", "norm")
+        lines: list[tuple[str, ...]] = [columns]
+        for group in self.param_groups:
+            adapts = isinstance(group["norm"], str) and group["norm"] in self._norms and self._norms.of(group).adapts
+            numbers = sum(self._rows[p].numel if p in self._rows else p.numel() for p in group["params"])
+            shown_here = {**group, "beta2": group["beta2"] if adapts else "-", "nesterov": group["nesterov"] or "-"}
+            cells = [_cell(shown_here.get(key)) for key in columns[3:]]
+            lines.append((str(group["name"]), str(len(group["params"])), f"{numbers:,}", *cells))
+        about = [repr(self._losses.step_size)] if self._losses.momo else []
+        about += [repr(getattr(stage, "options", stage)) for stage in self._stages]
+        head = ", ".join([f"{type(self).__name__}: {METHOD_WORDS[self._combine.regularized]}", *about])
+        return "\n".join([head, *aligned(lines), f"{self._steps} steps taken; see .plan for each parameter"])
+
     def _check_together(self, groups: Sequence[Group]) -> None:
         """Refuse momenta that differ where they must not; warn, once, of a group whose lr · weight_decay is above 1."""
         self._losses.check_momenta(groups)
@@ -449,8 +585,11 @@ class SteepestDescent(Optimizer):
             ValueError: If a gradient is sparse or does not fit, a number of a group is out of its range, the loss is
                 not one number, or Momo misses it.
             TypeError: If the loss, a gradient or a number of a group is not real, or the closure is no function.
-            RuntimeError: If a CUDA graph is being captured, and its replays would not be steps like this one.
+            RuntimeError: If a CUDA graph is being captured, and its replays would not be steps like this one; or if
+                backward is not over, and the step needs a number of all layers.
         """
+        if self._combine.needs_duals and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(IN_BACKWARD.format(self._combine.needs_duals))
         returned = None if closure is None else self._losses.run(closure)
         if recording():
             self._check_recordable()
@@ -527,6 +666,7 @@ class SteepestDescent(Optimizer):
         if not self._packing.fits(ready.present):
             self._meet(moving=True)
             self._share()
+        self._tell_of_strays()
         names = partial(self._names_of, parameters)
         ready.gradients = self._local_gradients(parameters, names)
         self._losses.check_told(heard.loss, lambda: ready.idle(self._still))
@@ -946,7 +1086,8 @@ class SteepestDescent(Optimizer):
         """For copy and pickle; torch's own keeps only what its optimizers have."""
         own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps", "_norms", "_members", "_decays"]
         own += ["_losses", "_combine", "_packing", "_sharing", "_rates", "_stages", "_warned_of_ball", "_built"]
-        return {**super().__getstate__(), "_schemas": {}, "_warm": False, **{name: getattr(self, name) for name in own}}
+        alone = {"_schemas": {}, "_warm": False, "_model": None, "_stray": set[str]()}  # a copy is of no model
+        return {**super().__getstate__(), **alone, **{name: getattr(self, name) for name in own}}
 
 
 def checked_stages(precondition: InputMoment | str | None, stages: Sequence[Stage]) -> list[Stage]:
@@ -998,6 +1139,10 @@ def check_stages(row: PlanRow, stages: Sequence[Stage]) -> None:
         ValueError: If a stage keeps something of it under a name that is not its own.
     """
     schema(row, adapts=False, stages=stages)
+
+
+def _cell(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _with_keys(stage: Stage, groups: Sequence[Group]) -> list[Group]:

@@ -181,6 +181,14 @@ class Rates:
         self._built.append(_number(group["lr"]))
         self._settled = False
 
+    def forget(self, count: int) -> None:
+        """Groups were taken back.
+
+        Args:
+            count: How many are left.
+        """
+        del self._built[count:]
+
     def restart(self, groups: Sequence[Group]) -> None:
         """Groups were loaded: what they have now is meant.
 

@@ -128,6 +128,16 @@ class Stage:
         del rows
         return self
 
+    def added(self, rows: Sequence[PlanRow]) -> None:
+        """Work on matrices, too, that a module brought later; nothing is seen of the coming step yet.
+
+        Args:
+            rows: Of the plan: the trainable matrices, with their sites.
+
+        Raises:
+            ValueError: If the stage cannot.
+        """
+
     def assigned(self, duties: Duties) -> None:
         """Hear who works on which parameters; again when that changes.
 

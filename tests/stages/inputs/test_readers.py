@@ -99,7 +99,7 @@ def test_what_is_left_to_muon_is_no_reader_but_its_siblings_are():
 def test_a_pattern_that_names_no_matrix_is_refused():
     text = r"^InputMoment: the structure of 'attn.q_prj.weight' is given, but no matrix has such a name. Did you mean "
     with pytest.raises(ValueError, match=text + r"'attn.q_proj.weight'\?$"):
-        find_readers(matrices(Layers(q_proj=(8, 8))), InputMoment(structure={"attn.q_prj.weight": "none"}))
+        NewtonMuon(Layers(q_proj=(8, 8)), precondition=InputMoment(structure={"attn.q_prj.weight": "none"}))
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,8 @@ def find_readers(rows: Sequence[PlanRow], options: InputMoment) -> list[Reader]:
         One per row whose structure is not "none".
 
     Raises:
-        ValueError: If blocks do not divide a fan-in, or a pattern of structures matches no matrix.
+        ValueError: If blocks do not divide a fan-in.
     """
-    _refuse_unmatched(options, [row.name for row in rows])
     blocks = [joined(cast(View, row.view)).blocks(row.shape)[0] for row in rows]
     keys = [_group_key(row, stack, fan_in) for row, (stack, _, fan_in) in zip(rows, blocks, strict=True)]
     outputs: dict[tuple[object, ...], int] = {}
@@ -91,7 +90,16 @@ def find_readers(rows: Sequence[PlanRow], options: InputMoment) -> list[Reader]:
     return readers
 
 
-def _refuse_unmatched(options: InputMoment, names: Sequence[str]) -> None:
+def refuse_unmatched(options: InputMoment, names: Sequence[str]) -> None:
+    """Refuse structures for names that no matrix has.
+
+    Args:
+        options: Which structure each has.
+        names: Of the matrices.
+
+    Raises:
+        ValueError: If a pattern matches none.
+    """
     for pattern in () if isinstance(options.structure, str) else options.structure:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(

@@ -30,7 +30,7 @@ from steepest.ranks import (
 from steepest.ranks.boxes import full
 from steepest.stages.inputs.moments import given_rows
 from steepest.stages.inputs.options import INPUT_OPTIONS, INPUT_STEPS, InputMoment
-from steepest.stages.inputs.readers import Reader, find_readers
+from steepest.stages.inputs.readers import Reader, find_readers, refuse_unmatched
 from steepest.stages.inputs.refresh import (
     INPUT_MASS,
     INPUT_MOMENT,
@@ -101,6 +101,18 @@ def _any(gradient: Any) -> bool:
     return gradient is not None and bool(local([gradient])[0].any())
 
 
+def _tell_of_unseen(readers: Sequence[Reader], options: InputMoment) -> None:
+    """Warn of layers whose inputs hooks cannot see, where that will raise."""
+    unseen = [reader for reader in readers if options.hooks and not reader.feeds]
+    if unseen and options.missing == "raise":
+        warn(
+            f"Hooks cannot see the inputs of {', '.join(reader.row.name for reader in unseen)}: "
+            f"{unseen[0].unseen}. "
+            "Call record_input(parameter, inputs) in each micro-batch of a step that refreshes, or leave them to "
+            f"Muon with InputMoment(structure={{{unseen[0].row.name!r}: 'none'}}) or missing='muon'."
+        )
+
+
 class MissingInputsError(RuntimeError):
     """A layer has a gradient, but what it was fed was not seen, and the optimizer was told to raise."""
 
@@ -121,6 +133,7 @@ class InputMoments(Stage):
 
     def __init__(self, options: InputMoment, rows: Sequence[PlanRow]) -> None:
         self.options = options
+        refuse_unmatched(options, [row.name for row in rows])
         readers = find_readers(rows, options)
         if not readers:
             raise ValueError(
@@ -133,14 +146,7 @@ class InputMoments(Stage):
                 "model (or steepest.route(model)) instead of its parameters, or give InputMoment(hooks=False) and call "
                 "record_input() in each step that refreshes."
             )
-        unseen = [reader for reader in readers if options.hooks and not reader.feeds]
-        if unseen and options.missing == "raise":
-            warn(
-                f"Hooks cannot see the inputs of {', '.join(reader.row.name for reader in unseen)}: "
-                f"{unseen[0].unseen}. "
-                "Call record_input(parameter, inputs) in each micro-batch of a step that refreshes, or leave them to "
-                f"Muon with InputMoment(structure={{{unseen[0].row.name!r}: 'none'}}) or missing='muon'."
-            )
+        _tell_of_unseen(readers, options)
         self.watch = InputWatch(readers, options.tokens)
         self.readers = self.watch.readers
         self.steps = 0
@@ -167,6 +173,18 @@ class InputMoments(Stage):
         if before.team.ranks != duties.team.ranks:
             self._powers = {}
         self._owing = set(self._ready)
+
+    def added(self, rows: Sequence[PlanRow]) -> None:
+        """Look at the inputs of more matrices when it is their turn."""
+        first, groups = len(self.readers), max(reader.group for reader in self.readers) + 1
+        found = [replace(reader, group=reader.group + groups) for reader in find_readers(rows, self.options)]
+        if not found:
+            return
+        _tell_of_unseen(found, self.options)
+        self.watch.extend(found)  # self.readers is its list
+        self._numbers |= {reader.parameter: first + place for place, reader in enumerate(found)}
+        self._leaders += [self._first_of(reader.group) for reader in found]
+        self.expect()
 
     @property
     def changes_gradients(self) -> bool:

@@ -218,15 +218,24 @@ class InputWatch:
             )
         return self._weights
 
+    def extend(self, readers: Sequence[Reader]) -> None:
+        """Watch more readers, whose numbers follow."""
+        self.readers += readers
+        self._arrivals += [Arrivals(reader.parameter) for reader in readers]
+        self._hook(len(self.readers) - len(readers))
+
     def _attach(self) -> None:
         self._key = next(_KEYS)
         _WATCHES[self._key] = self
         self._handles: list[Attached] = []
-        for number, reader in enumerate(self.readers):
+        self._hook(0)
+        weakref.finalize(self, _remove, self._handles)
+
+    def _hook(self, first: int) -> None:
+        for number, reader in enumerate(self.readers[first:], start=first):
             for which, (module, feed) in enumerate(reader.feeds):
                 hook = _Hook(self._key, number, which, feed, reader.parameter)
                 self._handles.append(Attached(module, reader.parameter, hook))
-        weakref.finalize(self, _remove, self._handles)
 
     def detach(self) -> None:
         """Take the hooks off the modules; also done for a watch that is gone."""
