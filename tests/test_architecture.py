@@ -112,6 +112,10 @@ ELSEWHERE = {
         "geometry/adaptive geometry/norm geometry/scale geometry/spectrum",
         "all norms keep the same laws",
     ),
+    "integrations/peers/test_states.py": (
+        "integrations/peers/reading integrations/peers/sources",
+        "what an import reads, and from whom",
+    ),
     "lab/bench/test_contestants.py": ("lab/bench/examine", "it looks at contestants"),
     "lab/cli/test_bench.py": (
         "lab/bench/cost lab/bench/pictures lab/studies/batch/coverage",
