@@ -20,8 +20,9 @@ STACKED = (
     "step(closure): gradients of earlier backward passes were there before the closure ran, and it added to them, as "
     "under accumulation. The loss that it returned is that of its own pass, and Momo needs the loss of them all: call "
     "optimizer.record_loss(loss, weight=1 / micro_batches) in every micro-batch, with the loss before it is divided, "
-    "or pass the mean with step(loss=mean). If these gradients are left from an earlier step, clear them with "
-    "optimizer.zero_grad() before the closure's backward pass."
+    "or pass the mean with step(loss=mean). In Lightning, RecordLoss of steepest.integrations.lightning does that. If "
+    "these gradients are left from an earlier step, clear them with optimizer.zero_grad() before the closure's "
+    "backward pass."
 )
 
 

@@ -1,0 +1,48 @@
+"""Lightning: Momo hears the loss of every step of automatic optimization, whatever Lightning makes of it before.
+
+For `lightning.pytorch`; classes of the older package `pytorch_lightning` are others, and are not supported.
+"""
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError(
+        "steepest.integrations.lightning needs Lightning, which is not installed: pip install 'steepest[lightning]'"
+    ) from error
+
+from torch import Tensor
+
+from steepest.optim import SteepestDescent
+
+
+class RecordLoss(Callback):
+    """Tells the optimizer the loss of every micro-batch: `Trainer(callbacks=[RecordLoss()])`.
+
+    For automatic optimization, in which Lightning calls `step` with a closure: that returns the last micro-batch's loss
+    alone, divided by their number, and with a GradScaler there is none. Right with any `accumulate_grad_batches`, also
+    where an epoch ends within a window or `training_step` returns None; in mixed precision, with clipping, on many
+    ranks. Optimizers of others are let be, and without Momo the loss serves to skip steps where it is not finite.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called by Lightning.
+
+        Raises:
+            ValueError: If the module optimizes by itself.
+        """
+        if stage == "fit" and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"RecordLoss is for automatic optimization, but {type(pl_module).__name__}.automatic_optimization is "
+                "False: which loss is which optimizer's is not known then. Leave the callback out and pass the loss "
+                "yourself: self.optimizers().step(loss=loss), or record_loss(loss, weight=1 / micro_batches) on what "
+                "self.optimizers() returns before each manual_backward()."
+            )
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Called by Lightning, with the loss as backward is called on it: divided, and scaled by a GradScaler."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, SteepestDescent):
+                weight = 1 / trainer.accumulate_grad_batches
+                optimizer.record_loss(loss, weight, already_divided=True, scale=scale)
