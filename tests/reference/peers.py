@@ -152,3 +152,32 @@ class EmergingOptimizers(Peer):
             averaged(p.grad, state, "momentum_buffer", group["momentum"], group["nesterov"]), self.quintics
         )
         return self.scale(*p.shape) * o
+
+
+class PlainMuon(Peer):
+    """What dmuon, muonium, gram-newton-schulz, heavyball and optax do to a matrix.
+
+    Args:
+        scale: Length of a step by shape.
+        kept: `averaged` or `summed`.
+        scaled_decay: Whether decay is times the length, too.
+    """
+
+    def __init__(self, groups, scale, kept, scaled_decay=False, **options):
+        super().__init__(groups, **options)
+        self.scale, self.kept, self.scaled_decay = scale, kept, scaled_decay
+
+    def decay(self, p, group):
+        return group["weight_decay"] * (self.scale(*p.shape) if self.scaled_decay else 1)
+
+    def update(self, p, state, group):
+        m = self.kept(p.grad, state, "momentum_buffer", group["momentum"], group["nesterov"])
+        return self.scale(*p.shape) * orthogonalized(m, self.quintics)
+
+
+def original(m, n):
+    return max(1, m / n) ** 0.5
+
+
+def match_rms(m, n):
+    return 0.2 * max(m, n) ** 0.5

@@ -1,7 +1,7 @@
 """The command line.
 
-    steepest race | sweep | work | report | pack | unpack | train | data | plan | verify | theory | critical-batch |
-             bench
+    steepest race | sweep | work | report | pack | unpack | train | data | plan | verify | translate | theory |
+             critical-batch | bench
 
 Exit codes: 0 done, 1 a run, a file or a database failed, 2 wrong usage, 130 interrupted.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 import steepest
-from steepest.lab.cli import bench, critical_batch, data, plan, runs, studies, theory, verify
+from steepest.lab.cli import bench, critical_batch, data, plan, runs, studies, theory, translate, verify
 from steepest.lab.cli.command import Command, add_commands, made
 from steepest.lab.cli.outcome import INTERRUPTED, USAGE, failed
 from steepest.lab.cli.parser import Parser
@@ -31,6 +31,7 @@ COMMANDS = {
     "data": data.GROUP,
     "plan": plan.Plan,
     "verify": verify.COMMAND,
+    "translate": translate.Translate,
     "theory": theory.GROUP,
     "critical-batch": critical_batch.GROUP,
     "bench": bench.GROUP,
