@@ -7,13 +7,14 @@ that the weights of that moment give, then the weights, then the moments of laye
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import steepest
 from steepest.integrations.transformers import MomoTrainer, from_model
+from steepest.integrations.wrapped import unwrapped
 from tests.cases import cases
 from tests.integrations.plain import Watched, as_rank, assert_alike, train, true_losses, windows
-from tests.integrations.tiny import BATCH, MOMO, batches, by_tokens, llama, loss_of, texts
+from tests.integrations.tiny import BATCH, MOMO, WORDS, batches, by_tokens, llama, loss_of, texts
 
 pytestmark = [
     pytest.mark.hosts,
@@ -165,3 +166,177 @@ def test_two_ranks_train_as_one_process(tmp_path, pair, accumulation, options, w
     assert both[1].losses == found.losses
     for one, other in zip(found.weights, both[1].weights, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Interrupted(Exception):  # noqa: N818 - no error of ours
+    """A run that is killed."""
+
+
+def shuffled(folder, made, *, kill=None, resume=False):
+    """Weights and state at the end of two epochs of six steps in all, with a checkpoint after the second."""
+    kind = Trainer if made[1].get("step_size") is None else MomoTrainer
+    saving = {"save_strategy": "steps", "save_steps": 2, "train_sampling_strategy": "random", "max_grad_norm": 1.0}
+    options = arguments(folder, gradient_accumulation_steps=3, **{**saving, "lr_scheduler_type": "linear"})
+    host = kind(llama(), options, train_dataset=texts(), optimizer_cls_and_kwargs=made)
+    if kill is not None:
+        host.add_callback(Killer(kill))
+        with pytest.raises(Interrupted):
+            host.train()
+        return None
+    host.train(resume_from_checkpoint=resume)
+    optimizer = unwrapped(host.optimizer)
+    states = [optimizer.state[p] for p in host.model.parameters()]
+    return [dict(host.model.named_parameters()), *states], optimizer.param_groups
+
+
+class Killer(TrainerCallback):
+    """Ends a run in the middle of a window."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise Interrupted
+
+
+def resumed(folder, made):
+    """What a run comes to that nobody stops, and one that is killed in an epoch and goes on from its checkpoint."""
+    whole = shuffled(folder / "whole", made)
+    shuffled(folder / "killed", made, kill=3)
+    return whole, shuffled(folder / "killed", made, resume=True)
+
+
+def assert_equal(whole, found):
+    (tensors, groups), (others, their_groups) = whole, found
+    for one, other in zip(tensors, others, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    for group, other in zip(groups, their_groups, strict=True):
+        assert {**group, "params": None} == {**other, "params": None}
+
+
+@pytest.mark.slow
+@cases("made", [(from_model(steepest.Muon), {"lr": 0.02, "weight_decay": 0.1}), MADE], ids=["Muon", "all there is"])
+def test_a_killed_run_goes_on_from_a_checkpoint_within_an_epoch_bit_for_bit(tmp_path, made):
+    assert_equal(*resumed(tmp_path, made))
+
+
+def resumed_on_rank(folder):
+    as_rank()
+    return resumed(folder, MADE)
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_from_a_checkpoint_bit_for_bit(tmp_path, pair):
+    for whole, found in pair.run(resumed_on_rank, tmp_path):
+        assert_equal(whole, found)
+
+
+def test_the_best_model_is_loaded_into_the_weights_that_the_optimizer_has(tmp_path):
+    model = llama()
+    saving = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    options = arguments(tmp_path, load_best_model_at_end=True, metric_for_best_model="loss", **saving)
+    host = MomoTrainer(
+        model,
+        options,
+        train_dataset=texts(),
+        eval_dataset=texts()[:4],
+        optimizer_cls_and_kwargs=MADE,
+    )
+    host.train()
+    best = min((entry["eval_loss"], entry["step"]) for entry in host.state.log_history if "eval_loss" in entry)
+    assert host.state.best_model_checkpoint.endswith(f"-{best[1]}")
+    assert host.evaluate()["eval_loss"] == pytest.approx(best[0], rel=1e-6)
+    members = {id(p) for group in unwrapped(host.optimizer).param_groups for p in group["params"]}
+    assert members == set(map(id, model.parameters()))
+
+
+class Scaled(MomoTrainer):
+    """As on a GPU with fp16; the gradient of the first micro-batch overflows."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu")
+        self.overflows = [True]
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.overflows:
+            self.overflows.pop()
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss
+
+
+def test_under_a_grad_scaler_the_loss_is_unscaled_and_that_of_a_step_passed_over_is_forgotten(tmp_path):
+    found = trained(tmp_path, kind=Scaled, gradient_accumulation_steps=3)
+    assert_alike(found, expected(found, two_epochs(3)[1:]))
+
+
+def roles(optimizer):
+    return {row.name: (row.role, row.view, row.norm) for row in optimizer.plan}
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+
+
+def test_row_trainer_with_from_model_has_roles_names_and_views_as_from_the_model(tmp_path):
+    model = gpt2()
+    made = (from_model(steepest.Muon), {"lr": 0.03, "weight_decay": 0.2})
+    host = Trainer(model, arguments(tmp_path, weight_decay=0.7, learning_rate=7.0), optimizer_cls_and_kwargs=made)
+    optimizer = host.create_optimizer()
+    assert roles(optimizer) == roles(steepest.Muon(model, lr=0.03, weight_decay=0.2))
+    optimizer.plan.assert_counts(matrix=8, embedding=2, vector=18)
+    assert optimizer.plan.row("transformer.h.0.attn.c_attn.weight").blocks() != ()
+    rates = {group["role"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {"matrix": 0.03, "embedding": 0.003, "vector": 0.003}, "options of TrainingArguments are not ours"
+
+
+def test_schedules_scale_the_rate_of_each_role(tmp_path):
+    made = (from_model(steepest.Muon), {"lr": 0.02})
+    rates = []
+
+    class Noting(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer, **_):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    options = arguments(tmp_path, lr_scheduler_type="linear", num_train_epochs=1)
+    Trainer(llama(), options, train_dataset=texts(), optimizer_cls_and_kwargs=made, callbacks=[Noting()]).train()
+    for step, found in enumerate(rates, 1):
+        left = 1 - step / len(rates)
+        assert found == pytest.approx([0.02 * left] + [0.002 * left] * (len(found) - 1))
+
+
+def test_row_bare_recipe_in_trainer_warns_and_names_the_one_line_remedy(tmp_path):
+    host = Trainer(gpt2(), arguments(tmp_path), optimizer_cls_and_kwargs=(steepest.Muon, {"lr": 0.02}))
+    with pytest.warns(UserWarning, match=r"groups with and without weight decay.*") as caught:
+        host.create_optimizer()
+    assert 'optimizer_cls_and_kwargs=(from_model(steepest.Muon), {"lr": ...})' in str(caught[0].message)
+
+
+def test_row_momo_in_a_bare_trainer_is_refused_and_the_remedy_is_named(tmp_path):
+    host = Trainer(llama(), arguments(tmp_path), train_dataset=texts(), optimizer_cls_and_kwargs=MADE)
+    with pytest.raises(ValueError, match="MomoTrainer for transformers' Trainer"):
+        host.train()
+
+
+def test_a_finished_optimizer_may_be_handed_to_a_momo_trainer(tmp_path):
+    model = llama()
+    optimizer = steepest.NewtonMuonMax(model, **MOMO)
+    with Watched() as watched:
+        MomoTrainer(model, arguments(tmp_path), train_dataset=texts(), optimizers=(optimizer, None)).train()
+    found = watched.trained(model)
+    assert_alike(found, expected(found, two_epochs(1)))
+
+
+def test_what_from_model_and_momo_trainer_cannot_use_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"recipe must be a class such as steepest\.Muon, got <class 'torch"):
+        from_model(torch.optim.AdamW)
+    with pytest.raises(TypeError, match=r"recipe must be a class such as steepest\.Muon, got 'muon'"):
+        from_model("muon")
+    with pytest.raises(ValueError, match=r"Muon was given no lr, and TrainingArguments\(learning_rate=\.\.\.\) does"):
+        from_model(steepest.Muon)()(llama())
+    host = MomoTrainer(llama(), arguments(tmp_path), train_dataset=texts())
+    with pytest.raises(TypeError, match="no optimizer of steepest inside of AcceleratedOptimizer around AdamW"):
+        host.train()

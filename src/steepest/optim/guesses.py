@@ -60,9 +60,10 @@ def doubt(guessed: Named, *, host: bool) -> str | None:
             return (
                 f"Without the model, parameters with two or more dimensions are taken for matrices, {why}: {examples}"
                 f"{more}. The embeddings and the output head among them get spectral steps, fused weights are not "
-                "taken apart. Pass the model or steepest.route(model) instead; where a host makes the groups, hand it "
-                "the finished optimizer, as in Trainer(optimizers=(steepest.Muon(model), None)), or give each group a "
-                "role=."
+                "taken apart. Pass the model or steepest.route(model) instead. Where a host makes the groups: in "
+                'transformers\' Trainer write optimizer_cls_and_kwargs=(from_model(steepest.Muon), {"lr": ...}), with '
+                "from_model of steepest.integrations.transformers; elsewhere hand it the finished optimizer, "
+                "steepest.Muon(model), or give each group a role=."
             )
     return None
 

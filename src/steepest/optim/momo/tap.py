@@ -19,7 +19,9 @@ TOLERANCE = 1e-4  # of the sum of weights: a ninth of nine micro-batches, in flo
 MISSING = (
     "Momo needs the loss whose gradient is present. Pass it in one of three ways: optimizer.step(loss=loss); "
     "optimizer.record_loss(loss, weight=1 / micro_batches) after each forward pass, then optimizer.step(); or "
-    "optimizer.step(closure) with a closure that returns the loss. For the method without Momo use step_size=Fixed()."
+    "optimizer.step(closure) with a closure that returns the loss. For loops of other libraries, steepest.integrations "
+    "has what tells it: MomoTrainer for transformers' Trainer, record_loss for accelerate, a callback for Lightning. "
+    "For the method without Momo use step_size=Fixed()."
 )
 
 
