@@ -7,7 +7,7 @@ OUT ?= out/demo
 TORCH := 2.13.0
 OLDEST_TORCH := 2.9.1
 
-.PHONY: setup race test quick oldest lint types speed clean
+.PHONY: setup race test quick oldest lint types docs speed clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,10 @@ oldest: $(VENV)-oldest/.installed
 
 $(VENV)-oldest/.installed: requirements.txt pyproject.toml
 	$(call install,$(VENV)-oldest,$(OLDEST_TORCH))
+
+# The documentation site; build/docs/index.html is its first page. A warning is an error.
+docs: setup
+	$(BIN)/python -m sphinx -W -n -q --keep-going -c docs . build/docs
 
 # Every measurement of results/speed. Leave the machine alone meanwhile: about fifteen minutes on two cores.
 SPEED ?= results/speed

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a seeded generator and one thread, so that a failure repeats; signals as usual."""
+"""Fixtures shared by all tests: a seeded generator and one thread, so that a failure repeats; signals; a browser."""
 
 import signal
 
@@ -15,6 +15,16 @@ def _deterministic():
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(20260101)
+
+
+@pytest.fixture(scope="session")
+def chrome(tmp_path_factory):
+    """A real browser, for tests that are marked so."""
+    from tests.browser import started
+
+    driver = started(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -269,6 +269,7 @@ NORM_LAWS: tuple[Callable[[Norm, float], None], ...] = (
     a_bad_matrix_spoils_itself_only,
     polar_factors_have_one_singular_value,
 )
+"""What `check_norm` holds a norm to."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -445,6 +446,7 @@ STAGE_LAWS: tuple[Callable[[Stage], None], ...] = (
     no_direction_stays_none,
     a_load_is_its_parameters,
 )
+"""What `check_stage` holds a stage to."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -767,3 +769,4 @@ RECIPE_LAWS: tuple[Callable[[Make], None], ...] = (
     momo_bounds_the_step,
     wrong_options_are_refused,
 )
+"""What `check_recipe` holds a recipe to."""

@@ -15,7 +15,11 @@ from steepest.names import near_miss
 from steepest.ranks import Team
 
 Role = Literal["matrix", "embedding", "head", "vector"]
+"""What a parameter is."""
+
 ROLES: tuple[Role, ...] = get_args(Role)
+"""All roles."""
+
 UNKNOWN = "unknown:"
 
 

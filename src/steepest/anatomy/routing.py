@@ -39,6 +39,7 @@ class Rule:
 
 
 Override = Role | View | Rule
+"""What a parameter is in place of what routing finds; a view makes it a matrix."""
 
 
 def route(

@@ -79,6 +79,8 @@ __all__ = [
 
 
 Kind = Literal["point", "at most", "at least", "between", "refused"]
+"""What an `Answer` is: a number, a range that is open on one side or on none, or nothing."""
+
 Reach = tuple[float, float]
 
 
@@ -457,6 +459,7 @@ def _clause(name: str, answer: Answer, unit: str) -> str:
 
 FINENESS = 4001  # places between the smallest and the largest batch size
 StepTime = Callable[[Array], Array]
+"""Seconds of a step at each of some batch sizes."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Literal
 from steepest.batch_size.curve_fit import Point
 
 CrossingStatus = Literal["reached", "stopped", "diverged", "at the start"]
+"""Whether a run came to its target."""
+
 FINE = 0.02  # evaluations this much closer than K leave less than the seeds' noise
 
 

@@ -284,3 +284,4 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
+"""Forms that K(b) may have, by their letter."""

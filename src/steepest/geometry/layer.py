@@ -249,6 +249,7 @@ class ColNorm(Printed):
 NORMS: dict[str, type[Norm]] = {
     kind.name: kind for kind in (Spectral, Frobenius, Sign, RowNorm, ColNorm, AdaInf, Ada2, Nuclear, Schatten)
 }
+"""Norms of one layer, by the name that `norms=` takes."""
 
 
 # Classes that a norm's text may name; `scaled` adds its own.

@@ -233,6 +233,7 @@ class Hybrid(Euclid):
 
 
 PRODUCTS: dict[str, type[Product]] = {kind.name: kind for kind in (Max, Sum, Euclid, Hybrid)}
+"""Norms of all layers, by the name that `product=` takes."""
 
 
 def get_product(product: str | Product) -> Product:

@@ -8,6 +8,7 @@ from steepest.checks import choice
 __all__ = ["ScaleRule", "scale_factor"]
 
 ScaleRule = Literal["original", "match_rms_adamw", "spectral", "none"]
+"""How long the spectral step of an m x n matrix is: see `scale_factor`."""
 
 
 def scale_factor(rule: ScaleRule, fan_out: int, fan_in: int) -> float:

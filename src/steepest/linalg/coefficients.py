@@ -22,6 +22,8 @@ from steepest.linalg.odd_polynomial import Step, divided, image, smallest_gain
 # What a matrix is divided by: ‖X‖_F, or its Schatten 8-norm (Σ s⁸)^(1/8) = ‖(X Xᵀ)²‖_F^(1/4), which costs nothing more
 # where (X Xᵀ)² is computed anyway, is also at least the largest singular value, and seldom far above it.
 Normaliser = Literal["frobenius", "schatten8"]
+"""The norm that a matrix is divided by before the first step."""
+
 TERMS = (3, 5)  # of a quintic, and of a polynomial of degree nine
 
 # Either norm puts the largest singular value at 1 for a rank-one matrix. Rounding the normalised matrix to bfloat16
@@ -262,6 +264,7 @@ COEFFICIENTS: dict[str, Coefficients] = {
         Coefficients("cubic12", (_CUBIC,) * 12, "modded-nanogpt, optimizer benchmark (track 3)"),
     )
 }
+"""The sets that have a name, by that name."""
 
 
 def get_coefficients(

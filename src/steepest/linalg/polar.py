@@ -17,9 +17,11 @@ from steepest.linalg.products import full_precision
 from steepest.names import unknown_name
 
 PolarMethod = Literal["auto", "newton-schulz", "gram", "svd"]
+"""How a polar factor is computed; "auto" takes the cheaper of the two polynomial ways for each shape."""
 
-# One chunk of a batch keeps its temporaries below this; larger batches are worked on chunk by chunk.
 MEMORY_CAP = 256 * 2**20
+"""Bytes that the temporaries of one chunk of a batch stay below; larger batches are worked on chunk by chunk."""
+
 SVD_COPIES = 7  # of a matrix in float64, at the same time, about
 
 

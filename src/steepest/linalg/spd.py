@@ -14,6 +14,8 @@ from torch import Tensor
 from steepest.names import unknown_name
 
 RidgeUnit = Literal["trace", "frobenius", "spectral"]
+"""What a ridge is relative to: the mean, the root mean square or the largest of the eigenvalues."""
+
 ATTEMPTS = 6  # a ridge up to 1e5 times the one that was asked for
 # Eigenvalues up to this many eps ‖K + γ I‖_F drown in rounding. Cholesky factors often exist far below that, and their
 # inverses are then wrong by any factor; above it they were within 3 %, and powers by eigenvalues within 40 %.

@@ -13,6 +13,8 @@ from steepest.optim.replay import kept
 from steepest.ranks import local
 
 OnNonFinite = Literal["skip", "raise"]
+"""What a gradient or loss that is not finite does to a step: it is passed over, or raises."""
+
 REMEDY = (
     "Look for an overflow, a division by zero or a too large learning rate, or build the optimizer with "
     "on_nonfinite='skip' to pass over such steps."

@@ -49,6 +49,7 @@ CASES: Mapping[str, Case] = {
     "few-tokens": Case(1024, 0.3, 64.0),
     "no-spike": Case(8192, 0.3, 1.0),
 }
+"""The problems of `steepest theory scores`, by name."""
 
 
 def simulate(case: str | Case, *, simulations: int, seed: int = 0, size: int = 512) -> dict[Direction, Tensor]:

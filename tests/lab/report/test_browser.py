@@ -10,7 +10,7 @@ import pytest
 from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.lab.browser import BROWSER, requests, show
+from tests.browser import BROWSER, requests, show
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(BROWSER is None, reason="no chromium on the PATH")]
 

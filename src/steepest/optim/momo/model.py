@@ -91,6 +91,7 @@ class Momo:
 
 
 StepSize = Fixed | Momo
+"""How much of a step is taken."""
 
 
 def check_step_size(step_size: object) -> StepSize:

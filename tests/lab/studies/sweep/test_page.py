@@ -10,8 +10,8 @@ import pytest
 from selenium.webdriver import Chrome
 
 from steepest.lab.studies.report import write_report
+from tests.browser import BROWSER, requests, show
 from tests.cases import cases
-from tests.lab.browser import BROWSER, requests, show
 from tests.lab.report.test_page import Page
 from tests.lab.synthetic import HOSTILE, SWEEPS, Valley, write_sweep
 
