@@ -16,6 +16,7 @@ from bs4 import BeautifulSoup
 from sphinx.util.inventory import InventoryFile
 
 import steepest
+from steepest import integrations
 from tests.browser import BROWSER, requests, visit
 from tests.cases import cases
 
@@ -152,26 +153,16 @@ def test_a_page_with_a_fault_is_not_built(tmp_path):
     assert "'nowhere.md'" in done.stderr
 
 
-def modules(package):
-    """A package's modules, itself left out, all the way down."""
-    found = [f"{package.__name__}.{name}" for _, name, _ in iter_modules(package.__path__) if not name.startswith("_")]
-    return [module for name in found for module in (name, *submodules(name))]
-
-
-def submodules(name):
-    module = import_module(name)
-    return modules(module) if hasattr(module, "__path__") and not hasattr(module, "__all__") else []
-
-
 def names(module):
-    own = [name for name, thing in vars(module).items() if getattr(thing, "__module__", None) == module.__name__]
-    return [name for name in getattr(module, "__all__", own) if not name.startswith("_")]
+    """All that a module says is public; else all that is made in it, or in its folder and imported there."""
+    own = [name for name, thing in vars(module).items() if getattr(thing, "__module__", "").startswith(module.__name__)]
+    return getattr(module, "__all__", [name for name in own if not name.startswith("_")])
 
 
 def public():
     """Every name that users may import, but those of the lab and of what ranks say to each other."""
     rooms = [import_module(f"steepest.{room}") for room in ROOMS]
-    rooms += [import_module(name) for name in modules(steepest.integrations)]
+    rooms += [import_module(f"steepest.integrations.{name}") for _, name, _ in iter_modules(integrations.__path__)]
     return sorted({f"steepest.{name}" for name in steepest.__all__} | {written(r, n) for r in rooms for n in names(r)})
 
 
@@ -220,12 +211,11 @@ def test_every_reason_to_choose_has_its_figures_from_a_record():
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on the PATH")
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_no_page_is_wider_than_a_phone(chrome, site, theme):
+def test_no_page_is_wider_than_a_phone(chrome, site):
     widest = "[document.documentElement, ...document.querySelectorAll('.page, .main, .content, article')]"
     wide = {}
     for name, page in site.pages.items():
-        visit(chrome, page.path, width=390, height=844, theme=theme)
+        visit(chrome, page.path, width=390, height=844)
         width = chrome.execute_script(f"return Math.max(...{widest}.map(e => e.scrollWidth))")
         if width > 390:
             wide[name] = width

@@ -40,10 +40,8 @@ SHORT = 100  # a constant's value that is shown
 def names_of(module: str) -> dict[str, str]:
     """What users write for each public name: of `steepest` itself where it is there, else of its room."""
     found = import_module(module)
-    own = [
-        name for name, thing in vars(found).items() if getattr(thing, "__module__", None) == module and name[0] != "_"
-    ]
-    names = getattr(found, "__all__", own)
+    own = [name for name, thing in vars(found).items() if getattr(thing, "__module__", "").startswith(module)]
+    names = getattr(found, "__all__", [name for name in own if not name.startswith("_")])
     return {name: f"{'steepest' if name in steepest.__all__ else module}.{name}" for name in names}
 
 
