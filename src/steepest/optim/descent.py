@@ -85,7 +85,7 @@ IN_BACKWARD = (
 )
 METHOD_WORDS = {False: "constrained descent", True: "regularized descent"}
 # What stays this optimizer's when a state is loaded.
-OWN = ("norm", "view", "name", "decay_kind", METHOD)
+OWN = ("norm", "view", "name", "param_names", "decay_kind", METHOD)
 
 
 @dataclass
@@ -966,17 +966,16 @@ class SteepestDescent(Optimizer):
             stage.save(self.state)
         members = set(self._parameters())
         aside = {p: self.state.pop(p) for p in [*self.state] if p not in members}
+        hook = self.register_state_dict_post_hook(_make_state_plain, prepend=True)  # those of users may change it all
         try:
-            packed = super().state_dict()
+            return super().state_dict()
         finally:
+            hook.remove()
             self.state.update(aside)
-        for index, state in packed["state"].items():
-            packed["state"][index] = {k: plain(v, f"state[{index}]: {k}") for k, v in state.items()}
-        return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state. Norms and views stay those of this optimizer.
+        """Continue from a saved state. Norms, views and names stay those of this optimizer.
 
         Args:
             state_dict: What `state_dict` returned, from this or another world.
@@ -1143,6 +1142,11 @@ def check_stages(row: PlanRow, stages: Sequence[Stage]) -> None:
 
 def _cell(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _make_state_plain(_: Optimizer, packed: dict[str, Any]) -> None:
+    for index, state in packed["state"].items():
+        packed["state"][index] = {k: plain(v, f"state[{index}]: {k}") for k, v in state.items()}
 
 
 def _with_keys(stage: Stage, groups: Sequence[Group]) -> list[Group]:

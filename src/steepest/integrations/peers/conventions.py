@@ -120,7 +120,8 @@ class Sheet:
     notes: list[str] = field(default_factory=list[str])
 
     def put(self, theirs: str, value: Any, ours: str, new: Any, remark: str = "") -> None:
-        """An option that has a counterpart."""
+        """An option that has a counterpart; products of rates are rounded to twelve digits, for people."""
+        new = float(f"{new:.12g}") if isinstance(new, float) else new
         self.options[ours] = new
         self.rows.append(TranslatedOption(theirs, value, f"{ours}={new!r}", remark))
 
