@@ -41,7 +41,7 @@ NUMBERS = ("momo_value", "momo_bound", "momo_steps", "momo_intercept", "skipped_
 
 
 def fingerprint(tensor):
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def kept(laid, layout):

@@ -170,7 +170,10 @@ METHODS = {
     "frobenius": lambda model, **o: SteepestDescent(model, norms={"matrix": Frobenius()}, product="sum", **o),
     "rows": lambda model, **o: SteepestDescent(model, norms={"matrix": RowNorm()}, nesterov=True, **o),
     "nuclear": lambda model, **o: SteepestDescent(model, norms={"matrix": Nuclear()}, **o),
+    "kept": lambda model, **o: Muon(model, 0.02, weight_decay=0.1, rounding="kept", momentum_dtype=torch.bfloat16, **o),
+    "stochastic": lambda model, **o: MuonMax(model, 0.01, step_size=Momo(2.4), rounding="stochastic", **o),
 }
+HALVES = ("kept", "stochastic")  # of bfloat16 weights
 NEWTON = ("newton_muon", "everything")
 
 
@@ -392,7 +395,7 @@ def give(laid, layout, step):
             continue
         if "experts" in name:
             whole[-1] = 0
-        own = whole.flatten()[shown[name]]
+        own = whole.flatten()[shown[name]].to(parameter.dtype)
         if isinstance(parameter, DTensor):
             own = like(parameter, own)
         parameter.grad = own
@@ -413,7 +416,7 @@ def show_inputs(laid, optimizer, step):
 
 
 def built(method, layout, **options):
-    laid = ALL[layout](network())
+    laid = ALL[layout](network().bfloat16() if method in HALVES else network())
     return laid, METHODS[method](laid.model, **laid.options, **options)
 
 

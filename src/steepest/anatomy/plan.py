@@ -43,6 +43,7 @@ class PlanRow:
         inputs: What an optimizer keeps of its layer's inputs, in words; None: nothing.
         moment_bytes: Memory of the moment of the inputs; 0 where another row of the plan counts it.
         inverse_bytes: Memory of the moment's inverse or powers, likewise.
+        state_bytes: Memory of what else an optimizer keeps of it, averages most of all, once there is one.
     """
 
     name: str
@@ -60,6 +61,7 @@ class PlanRow:
     inputs: str | None = None
     moment_bytes: int = 0
     inverse_bytes: int = 0
+    state_bytes: int = 0
 
     @property
     def numel(self) -> int:
@@ -200,9 +202,14 @@ class Plan(Sequence[PlanRow]):
 
     def _memory(self) -> list[str]:
         moments, inverses = sum(row.moment_bytes for row in self), sum(row.inverse_bytes for row in self)
+        state, numbers = sum(row.state_bytes for row in self), sum(row.numel for row in self if row.state_bytes)
+        lines = ["", f"averages and counts: {state:,} bytes, {state / numbers:.1f} for each number"] if state else []
         if not moments:
-            return []
-        return ["", f"moments of layer inputs: {moments:,} bytes, their inverses or powers: {inverses:,} bytes"]
+            return lines
+        return [
+            *(lines or [""]),
+            f"moments of layer inputs: {moments:,} bytes, their inverses or powers: {inverses:,} bytes",
+        ]
 
     def to_json(self) -> str:
         """The plan as a JSON list of rows, views as text; for `--json` and for keeping next to a run."""
@@ -219,6 +226,7 @@ class Plan(Sequence[PlanRow]):
                     "inputs": row.inputs,
                     "moment_bytes": row.moment_bytes,
                     "inverse_bytes": row.inverse_bytes,
+                    "state_bytes": row.state_bytes,
                     "numel": row.numel,
                     "trainable": row.trainable,
                     "reason": row.reason,

@@ -20,6 +20,7 @@ from steepest.optim.decay import Decay
 from steepest.optim.momentum import debias
 from steepest.optim.state import MOMENTUM, STEP
 from steepest.ranks import whole
+from steepest.stages.stage import state_dtype
 
 ITERATIONS = 32
 STARTS = 4  # vectors; one alone may be all but orthogonal to the singular vector that is looked for
@@ -95,8 +96,9 @@ def weight_numbers(
             if radius is not None:
                 numbers[f"{prefix}/ball_radius"] = max(lengths) * radius
             if decay and (radius is not None or not rate) and (state := states.get(parameter)) and int(state[STEP]):
-                mass = debias(group["momentum"], state[STEP].to(state[MOMENTUM].dtype))
-                averages = bucket.matrices([whole(state[MOMENTUM]) / torch.where(mass == 0, 1.0, mass)])
+                average = whole(state[MOMENTUM]).to(state_dtype(parameter))
+                mass = debias(group["momentum"], state[STEP].to(average.dtype))
+                averages = bucket.matrices([average / torch.where(mass == 0, 1.0, mass)])
                 pulls = [1 / (length * radius) if radius else 0.0 for length in lengths]
                 gaps = [_gap(m, w, pull) for m, w, pull in zip(averages, weights, pulls, strict=True)]
                 numbers[f"{prefix}/frank_wolfe_gap"] = sum(gaps)

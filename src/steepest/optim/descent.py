@@ -70,6 +70,7 @@ from steepest.optim.state import (
     restored,
     schema,
 )
+from steepest.optim.storage import Rounding, Storage
 from steepest.ranks import decide, is_sharded, laid_out, listeners, local
 from steepest.stages import KNOWN, InputMoment, Stage
 from steepest.stages.inputs import InputMoments
@@ -156,6 +157,10 @@ class SteepestDescent(Optimizer):
             it; "stale" uses the last step's dual norms of the matrices.
         on_nonfinite: "skip" passes over a step whose gradient or loss is not finite, with all parameters and state
             untouched, counts it and warns once; "raise" raises `NonFiniteError`.
+        rounding: Of the float32 result of a step to a bfloat16 weight: "nearest", which leaves a gain of 1 where it is
+            if it is to move by less than 0.002; "stochastic", right on average; or "kept": what does not fit into the
+            weight is kept beside it, 2 bytes for each, so that weight and state are the float32 weight.
+        momentum_dtype: torch.bfloat16 keeps averages of gradients in 16 bits; None: in float32.
         process_group: Ranks that keep copies of the parameters that are plain tensors, and step together. None: those
             of `DistributedDataParallel`, if the model is or contains such a module; else each is this process' own.
             Parameters that are DTensors say themselves who keeps what.
@@ -191,6 +196,8 @@ class SteepestDescent(Optimizer):
         stages: Sequence[Stage] = (),
         dual: DualMode = "cached",
         on_nonfinite: OnNonFinite = "skip",
+        rounding: Rounding = "nearest",
+        momentum_dtype: torch.dtype | None = None,
         process_group: Any = None,
         exchange_dtype: torch.dtype | None = None,
         memory_cap: int | None = None,
@@ -204,6 +211,7 @@ class SteepestDescent(Optimizer):
             "norm": {**DEFAULT_NORMS, **check_norms(norms)},
         }
         self._guard = Guard(on_nonfinite)
+        self._storage = Storage(rounding, momentum_dtype)
         self._record = StepRecord()
         self._steps = 0
         self._losses = Losses(step_size)
@@ -269,7 +277,9 @@ class SteepestDescent(Optimizer):
         self._share()
         owners = self._sharing.summary.owners if self._sharing.team.size > 1 else {}
         rows = [
-            complete_row(self._rows[parameter], group, self.norm_of(group), owners)
+            complete_row(
+                self._rows[parameter], group, self.norm_of(group), self._schema(parameter, group).values(), owners
+            )
             for group in self.param_groups
             for parameter in cast(list[Tensor], group["params"])
         ]
@@ -336,7 +346,8 @@ class SteepestDescent(Optimizer):
             make_plain(group, where, strict=False)
             check_group(group, where=where)
             self._combine.label(group)
-            for _, parameter in group["params"]:
+            for name, parameter in group["params"]:
+                self._storage.check(name, parameter)
                 check_view(rows[parameter], group["norm"])
                 if self._staged(group):
                     check_stages(rows[parameter], self._stages)
@@ -410,6 +421,7 @@ class SteepestDescent(Optimizer):
                     continue
                 norm = self._norms.of(group)
                 for row in members:
+                    self._storage.check(row.name, row.parameter)
                     check_view(row, norm)
                     if self._staged(group):
                         check_stages(row, self._stages)
@@ -755,10 +767,10 @@ class SteepestDescent(Optimizer):
         """Everything that may be wrong with a parameter, before the first is written to."""
         for group, members in present:
             for parameter in members:
-                adapts = self._norms.of(group).adapts
+                adapts, entries = self._norms.of(group).adapts, self._schema(parameter, group)
                 if parameter in self.state:
-                    forget_untouched(self.state[parameter], parameter, self._schema(parameter, group))
-                check_state(self.state.get(parameter, {}), parameter, adapts=adapts, row=self._rows[parameter])
+                    forget_untouched(self.state[parameter], parameter, entries)
+                check_state(self.state.get(parameter, {}), parameter, entries, adapts=adapts, row=self._rows[parameter])
 
     @contextmanager
     def _told(self, moves: Sequence[Move]) -> Generator[None]:
@@ -784,7 +796,7 @@ class SteepestDescent(Optimizer):
 
     def _entries(self, row: PlanRow, group: Group) -> Schema:
         stages = self._stages if self._staged(group) else ()
-        return schema(row, adapts=self._norms.of(group).adapts, stages=stages)
+        return schema(row, adapts=self._norms.of(group).adapts, stages=stages, storage=self._storage)
 
     def _schema(self, parameter: Tensor, group: Group) -> Schema:
         """What may be kept of a parameter."""
@@ -821,6 +833,8 @@ class SteepestDescent(Optimizer):
                 accept=accept,
                 record=self._record,
                 decay=self._decays.of(group),
+                storage=self._storage,
+                names=self._names_of(portion.load.parameters),
                 stages=around,
                 memory_cap=cap,
                 forgets=self._steps % FORGET_EVERY == 0 or recording(),  # a replay does not count steps
@@ -1083,7 +1097,17 @@ class SteepestDescent(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; torch's own keeps only what its optimizers have."""
-        own = ["_defaults_per_role", "_guard", "_record", "_rows", "_steps", "_norms", "_members", "_decays"]
+        own = [
+            "_storage",
+            "_defaults_per_role",
+            "_guard",
+            "_record",
+            "_rows",
+            "_steps",
+            "_norms",
+            "_members",
+            "_decays",
+        ]
         own += ["_losses", "_combine", "_packing", "_sharing", "_rates", "_stages", "_warned_of_ball", "_built"]
         alone = {"_schemas": {}, "_warm": False, "_model": None, "_stray": set[str]()}  # a copy is of no model
         return {**super().__getstate__(), **alone, **{name: getattr(self, name) for name in own}}
@@ -1137,7 +1161,7 @@ def check_stages(row: PlanRow, stages: Sequence[Stage]) -> None:
     Raises:
         ValueError: If a stage keeps something of it under a name that is not its own.
     """
-    schema(row, adapts=False, stages=stages)
+    schema(row, adapts=False, stages=stages, storage=Storage())
 
 
 def _cell(value: object) -> str:

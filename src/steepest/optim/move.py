@@ -17,8 +17,9 @@ from steepest.optim.momentum import average_, debias, forget_, look_ahead
 from steepest.optim.packing import SHARES
 from steepest.optim.replay import kept
 from steepest.optim.sharing import Portion
-from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP
-from steepest.ranks import Pending, local, scalar_type
+from steepest.optim.state import DUAL, LOW, MOMENTUM, SECOND, STEP
+from steepest.optim.storage import Storage, divided, drawn, joined, noise_of
+from steepest.ranks import Pending, local, own_box, scalar_type
 from steepest.stages import Stage
 from steepest.stages.stage import state_dtype
 
@@ -60,6 +61,8 @@ class Move:
         accept: A 0-d boolean by which every write is masked; None means True.
         record: Takes note.
         decay: What is taken away from the weights.
+        storage: What is kept in 16 bits.
+        names: Of the parameters.
         stages: Around the search for directions, the outermost first.
         memory_cap: Bytes that temporaries may take; None for no bound.
         forgets: Whether averages that nothing but rounding is left of are set to zero in this step.
@@ -77,6 +80,8 @@ class Move:
         accept: Tensor | None,
         record: StepRecord,
         decay: Decay,
+        storage: Storage,
+        names: Sequence[str],
         stages: Sequence[Stage] = (),
         memory_cap: int | None = None,
         forgets: bool = False,
@@ -93,6 +98,7 @@ class Move:
         self._states = states
         self._stages = stages
         self._decay = decay
+        self._storage, self._names = storage, names
         self._kept: list[Tensor] = []  # directions, where decay needs them
         self._record = record
         self._sample: Sequence[tuple[Tensor, float]] = ()
@@ -126,9 +132,12 @@ class Move:
             torch._foreach_add_(self._of(STEP), 1)
         else:  # alpha chooses the overload that does not read the tensor
             torch._foreach_add_(self._of(STEP), accept.to(torch.int64), alpha=1)
-        average_(self._of(MOMENTUM), gradients, self.group["momentum"], accept=accept)
+        averages = self._averages()
+        average_(averages, gradients, self.group["momentum"], accept=accept)
         if self._forgets:
-            forget_(self._of(MOMENTUM), gradients, self.group["momentum"], accept=accept)
+            forget_(averages, gradients, self.group["momentum"], accept=accept)
+        if self._storage.momentum_dtype is not None:
+            torch._foreach_copy_(self._of(MOMENTUM), averages)
         if self.norm.adapts:
             torch._foreach_mul_(gradients, gradients)
             average_(self._of(SECOND), gradients, self.group["beta2"], accept=accept)
@@ -139,7 +148,7 @@ class Move:
             return
         # A direction is that of the average times any number above 0, unless the norm adapts: what the weights of an
         # average sum to is divided out of numbers, not of tensors.
-        beta, second, averages = self.group["momentum"], None, self._of(MOMENTUM)
+        beta, second, averages = self.group["momentum"], None, self._averages()
         if self.ahead:
             needed, gradients = self.portion.needed, self._gradients()
             found = look_ahead([averages[p] for p in needed], [gradients[p] for p in needed], beta) if needed else []
@@ -186,7 +195,7 @@ class Move:
             if slopes:
                 plain = batches
                 if self.ahead:
-                    plain = work.matrices(cast(list[Tensor], self.portion.gather(self._of(MOMENTUM)).wait()))
+                    plain = work.matrices(cast(list[Tensor], self.portion.gather(self._averages()).wait()))
                 aim.slopes = self._gains(plain, found, debias(beta, count)) if self.ahead else aim.duals
         self.aimed = aim
         return aim
@@ -242,13 +251,13 @@ class Move:
         removed = self._decay.removed(weights, self._directions)
         count = self._counts()
         beta = self.group["momentum"]
-        momenta = _divided(self._of(MOMENTUM), debias(beta, count))
+        momenta = _divided(self._averages(), debias(beta, count))
         plain = lost = lost_ahead = self._products(momenta, weights)
         if removed is not weights:
             lost = lost_ahead = self._products(momenta, removed)
         del momenta
         if self.ahead:
-            averages = look_ahead(self._of(MOMENTUM), self._gradients(), beta)
+            averages = look_ahead(self._averages(), self._gradients(), beta)
             lost_ahead = self._products(_divided(averages, debias(beta, count + 1)), removed)
         own = self._products(self._gradients(), weights) if gradients else torch.zeros_like(plain)
         return plain, own, lost, lost_ahead
@@ -258,7 +267,7 @@ class Move:
 
     def _kept_parts(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Of directions, what this rank keeps: shaped like the parameters."""
-        pending = self.portion.scatter(self.work.parameter_shaped(batches), self._of(MOMENTUM))
+        pending = self.portion.scatter(self.work.parameter_shaped(batches), self._averages())
         return cast(list[Tensor], pending.wait())
 
     def prepare(self, length: float | Tensor, factors: Tensor | None) -> None:
@@ -278,7 +287,7 @@ class Move:
             parts = factors.split([len(batch) for batch in found])
             found = tuple(batch * own.view(-1, 1, 1) for batch, own in zip(found, parts, strict=True))
         size = self.portion.size(found, self.device)
-        arriving = self.portion.scatter(self.work.parameter_shaped(found), self._of(MOMENTUM))
+        arriving = self.portion.scatter(self.work.parameter_shaped(found), self._averages())
         self._length, self._relative = length, length / radius
         self._leaving = size, arriving
         self.aimed = self._taken = None
@@ -316,8 +325,10 @@ class Move:
         if accept is not None:
             moves = [torch.where(accept, move, 0.0) for move in moves]
         pull = self._radius != 1
+        rounds = self._storage.rounds(self.parameters[0])
+        weights = self._joined() if rounds else self.parameters
         self._decay.apply_(
-            self.parameters,
+            weights,
             moves,
             directions=kept,
             length=self._length,
@@ -325,6 +336,25 @@ class Move:
             accept=accept,
             pull=pull,
         )
+        if rounds:
+            self._round(weights)
+
+    def _joined(self) -> list[Tensor]:
+        """The weights in float32, with the bits that are kept beside them."""
+        kept = self._of(LOW) if self._storage.keeps(self.parameters[0]) else [None] * len(self.parameters)
+        return [joined(weight, low) for weight, low in zip(self.parameters, kept, strict=True)]
+
+    def _round(self, weights: Sequence[Tensor]) -> None:
+        """Write float32 weights back as bfloat16 ones."""
+        if self._storage.keeps(self.parameters[0]):
+            pairs = [divided(weight) for weight in weights]
+            torch._foreach_copy_(self._of(LOW), [low for _, low in pairs])
+            torch._foreach_copy_(self.parameters, [weight for weight, _ in pairs])
+            return
+        counts = self._of(STEP)
+        for place, (parameter, weight) in enumerate(zip(self.load.parameters, weights, strict=True)):
+            noise = noise_of(self._names[place], counts[place], own_box(parameter), parameter.shape)
+            self.parameters[place].copy_(drawn(weight, noise))
 
     @property
     def _shrinkage(self) -> float | Tensor:
@@ -416,6 +446,11 @@ class Move:
     def _counts(self) -> Tensor:
         """Gradients averaged so far, one number per parameter, in the type of the averages."""
         return torch.stack(self._of(STEP)).to(self._dtype)
+
+    def _averages(self) -> list[Tensor]:
+        """The averages of gradients, in the type of the step: copies, if they are kept in another."""
+        found = self._of(MOMENTUM)
+        return found if self._storage.momentum_dtype is None else [average.to(self._dtype) for average in found]
 
     def _of(self, key: str) -> list[Tensor]:
         return local([state[key] for state in self._states])

@@ -17,6 +17,7 @@ from steepest.geometry.layer import check_norm
 from steepest.optim.decay import Decay
 from steepest.optim.groups import plain
 from steepest.optim.momo.model import MODEL_KEYS, Momo, StepSize
+from steepest.optim.storage import ROUNDING, check_momentum_dtype
 from steepest.stages import KNOWN
 
 # What users may write into a group. Everything the optimizer keeps per group is declared here and at construction,
@@ -138,6 +139,8 @@ def check_wire(name: str, value: object) -> torch.dtype | None:
 OPTIONS: Mapping[str, Check] = {
     "process_group": check_group_of_ranks,
     "exchange_dtype": check_wire,
+    "rounding": choice(ROUNDING),
+    "momentum_dtype": check_momentum_dtype,
     "lr": check_rate,
     "adam_lr": check_rate,
     "other_lr": check_rate,

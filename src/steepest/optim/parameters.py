@@ -14,6 +14,8 @@ from steepest.notices import warn
 from steepest.optim.groups import Group, view_of
 from steepest.optim.guesses import doubt, guessed_role
 from steepest.optim.options import DTYPES, NORM_OPTIONS, check_parameter, check_rate, check_role, has_option
+from steepest.stages import Entry
+from steepest.stages.stage import state_dtype
 
 Parameters = nn.Module | Plan | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 Rows = dict[Tensor, PlanRow]
@@ -91,11 +93,19 @@ def name_groups(groups: Sequence[Group], taken: Iterable[str]) -> None:
             names.add(group["name"])
 
 
-def complete_row(row: PlanRow, group: Group, norm: Norm, owners: Mapping[str, tuple[int, ...] | None]) -> PlanRow:
-    """The row with the norm and learning rate of its group, and the ranks that work on it, if these share the work."""
+def complete_row(
+    row: PlanRow, group: Group, norm: Norm, entries: Iterable[Entry], owners: Mapping[str, tuple[int, ...] | None]
+) -> PlanRow:
+    """The row with the norm and learning rate of its group, what its state takes, and the ranks that share its work."""
+    kept = [entry for entry in entries if entry.eager and row.trainable]
+    size = sum(
+        (row.numel if entry.shape is None else entry.shape.numel())
+        * (entry.dtype or state_dtype(row.parameter)).itemsize
+        for entry in kept
+    )
     own = owners.get(row.name)
     owner = None if row.name not in owners else "each" if own is None else ", ".join(map(str, own))
-    return replace(row, norm=str(norm), lr=float(group["lr"]), owner=owner)
+    return replace(row, norm=str(norm), lr=float(group["lr"]), owner=owner, state_bytes=size)
 
 
 def _from_plan(plan: Plan) -> tuple[Rows, list[Group]]:

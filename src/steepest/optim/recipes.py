@@ -24,6 +24,7 @@ from steepest.optim.guard import OnNonFinite
 from steepest.optim.momo.model import StepSize
 from steepest.optim.options import per_role
 from steepest.optim.parameters import Parameters
+from steepest.optim.storage import Rounding
 from steepest.stages import InputMoment, Stage
 
 __all__ = [
@@ -74,6 +75,11 @@ class Options(TypedDict, total=False):
     """Of averages and directions on their way between ranks, such as torch.bfloat16; None: as they are."""
     on_nonfinite: OnNonFinite
     """"skip" or "raise": what a gradient or loss that is not finite does to a step."""
+    rounding: Rounding
+    """Of a step's float32 result to a bfloat16 weight: "nearest"; "stochastic", right on average; or "kept", what does
+    not fit into the weight is kept beside it, in 2 bytes."""
+    momentum_dtype: torch.dtype | None
+    """torch.bfloat16 keeps averages of gradients in 16 bits; None: in float32."""
 
 
 class DecayedOptions(Options, total=False):

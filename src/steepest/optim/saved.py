@@ -319,7 +319,9 @@ def _nowhere(value: Tensor, parameter: Tensor, what: str) -> bool:
 
 def _check_tensor(value: Any, parameter: Tensor, what: str, entry: Entry) -> None:
     real = isinstance(value, Tensor) and value.is_floating_point()
-    if not isinstance(value, Tensor) or not (real if entry.dtype is None else value.dtype == entry.dtype):
+    if not isinstance(value, Tensor) or not (
+        real if entry.dtype is None or entry.dtype.is_floating_point else value.dtype == entry.dtype
+    ):
         kind = value.dtype if isinstance(value, Tensor) else _short(value)
         needed = "real floating point" if entry.dtype is None else entry.dtype
         raise TypeError(f"{what} is {kind}, but a tensor of {needed} is needed. {DAMAGED}")

@@ -4,6 +4,7 @@ step              number of gradients averaged so far: float32 would stop at 2^2
 momentum_buffer   average of gradients
 second_moment     average of squared gradients, for norms that adapt
 dual_norm         of the last step, one number per matrix, where duals are stale
+weight_low_bits   of the float32 weight, what does not fit into the bfloat16 one, where it is kept
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,22 +15,25 @@ from torch import Tensor
 
 from steepest.anatomy import PlanRow
 from steepest.notices import warn
+from steepest.optim.storage import Storage
 from steepest.ranks import is_sharded, laid_out, local
 from steepest.stages import KNOWN, Entry, Stage
 from steepest.stages.stage import state_dtype
 
 STEP, MOMENTUM, SECOND, DUAL = "step", "momentum_buffer", "second_moment", "dual_norm"
+LOW = "weight_low_bits"
 
 Schema = Mapping[str, Entry]
 
 
-def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage]) -> Schema:
+def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage], storage: Storage) -> Schema:
     """What may be kept of a parameter, by key.
 
     Args:
         row: Of the plan.
         adapts: Whether the group's norm needs the second moment.
         stages: That work on the group.
+        storage: What is kept in 16 bits.
 
     Raises:
         ValueError: If a stage declares an entry under a name that is not its own.
@@ -37,11 +41,13 @@ def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage]) -> Schema:
     matrices = sum(count for count, _, _ in row.blocks()) or 1
     own = (
         Entry(STEP, torch.Size(()), dtype=torch.int64, least=0.0, divided=False),
-        Entry(MOMENTUM),
+        Entry(MOMENTUM, dtype=storage.momentum_dtype),
         Entry(SECOND, least=0.0, infinite=True, eager=adapts),
         Entry(DUAL, torch.Size((matrices,)), least=0.0, eager=False, divided=False),
     )
     found = {entry.key: entry for entry in own}
+    if storage.keeps(row.parameter):
+        found[LOW] = Entry(LOW, dtype=torch.int16)
     for stage in stages:
         for entry in stage.entries(row):
             if not stage.prefix or not entry.key.startswith(stage.prefix) or entry.key in found:
@@ -82,18 +88,20 @@ def forget_untouched(state: dict[str, Tensor], parameter: Tensor, entries: Schem
     momentum, count = state.get(MOMENTUM), state.get(STEP)
     if momentum is None or not isinstance(count, Tensor) or count.is_meta:
         return
+    dtype = entries[MOMENTUM].dtype or state_dtype(parameter)
     here = (momentum.shape, momentum.device, momentum.dtype, SECOND in state or not entries[SECOND].eager)
-    if here != (parameter.shape, parameter.device, state_dtype(parameter), True) and int(count) == 0:
+    if here != (parameter.shape, parameter.device, dtype, True) and int(count) == 0:
         for key in entries:
             state.pop(key, None)
 
 
-def check_state(state: Mapping[str, Tensor], parameter: Tensor, *, adapts: bool, row: PlanRow) -> None:
+def check_state(state: Mapping[str, Tensor], parameter: Tensor, entries: Schema, *, adapts: bool, row: PlanRow) -> None:
     """Refuse a parameter that is not what it was when its state was made, or, before that, when it was routed.
 
     Args:
         state: Of the parameter.
         parameter: Any shape.
+        entries: Of the parameter.
         adapts: Whether the group's norm needs the second moment.
         row: Of the plan.
 
@@ -108,7 +116,7 @@ def check_state(state: Mapping[str, Tensor], parameter: Tensor, *, adapts: bool,
                 f"{tuple(parameter.shape)} now; build the optimizer after the model has its final shape."
             )
         return
-    if momentum.dtype != state_dtype(parameter):
+    if momentum.dtype != (entries[MOMENTUM].dtype or state_dtype(parameter)):
         raise ValueError(
             f"{row.name!r} of shape {tuple(parameter.shape)} became {parameter.dtype} after its state was made. "
             "Convert the model first, then build the optimizer and load its state dict."
@@ -189,6 +197,12 @@ def drop_unknown(states: Sequence[tuple[dict[str, Tensor], Schema]], stages: Seq
         states: Of the parameters, as loaded, and what may be kept of each; written to.
         stages: The optimizer's.
     """
+    lost = [state.pop(LOW) for state, entries in states if LOW in state and LOW not in entries]
+    if lost:
+        warn(
+            "The state holds the lower bits of bfloat16 weights, which this optimizer does not keep: they are dropped. "
+            "Build it with rounding='kept' to go on with them."
+        )
     running = {stage.prefix for stage in stages}
     for kind in KNOWN:
         dropped = False

@@ -2,7 +2,19 @@
 
 from steepest.ranks.agree import decide, exchange_device, listeners, scalar_type, summed, unanimous, world_size
 from steepest.ranks.assign import assign
-from steepest.ranks.boxes import Box, Layout, boxes, is_sharded, kept_like, laid_out, local, sharded, volume, whole
+from steepest.ranks.boxes import (
+    Box,
+    Layout,
+    boxes,
+    is_sharded,
+    kept_like,
+    laid_out,
+    local,
+    own_box,
+    sharded,
+    volume,
+    whole,
+)
 from steepest.ranks.duties import Duties
 from steepest.ranks.exchange import Exchange, Pending, Route
 from steepest.ranks.team import Team
@@ -24,6 +36,7 @@ __all__ = [
     "laid_out",
     "listeners",
     "local",
+    "own_box",
     "scalar_type",
     "sharded",
     "summed",

@@ -111,6 +111,22 @@ def _ranges(size: int, order: Sequence[int], mesh_shape: Sequence[int]) -> dict[
     return found
 
 
+def own_box(tensor: Any) -> Box:
+    """The box of a tensor that this rank keeps; empty where it is not on the tensor's mesh.
+
+    Args:
+        tensor: Plain, or sharded by placements that are known here.
+    """
+    if not is_sharded(tensor):
+        return full(tensor.shape)
+    place = tensor.device_mesh.get_coordinate()
+    if place is None:
+        return tuple((0, 0) for _ in tensor.shape)
+    shape = tuple(tensor.device_mesh.shape)
+    number = sum(own * math.prod(shape[axis + 1 :]) for axis, own in enumerate(place))
+    return boxes(tuple(tensor.shape), shape, tensor.placements)[number]
+
+
 def sizes(box: Box) -> tuple[int, ...]:
     """The shape of what is in a box."""
     return tuple(stop - start for start, stop in box)

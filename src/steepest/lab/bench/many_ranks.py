@@ -579,7 +579,10 @@ class _Ranks:
         for member in self.members.values():
             if not member.row.trainable:
                 continue
-            for entry in schema(member.row, adapts=member.norm.adapts, stages=member.stages).values():
+            entries = schema(
+                member.row, adapts=member.norm.adapts, stages=member.stages, storage=self.optimizer._storage
+            )
+            for entry in entries.values():
                 if entry.eager:
                     dtype = entry.dtype or state_dtype(member.row.parameter)
                     parts.append((self.kept_entry(member, entry), dtype.itemsize))
