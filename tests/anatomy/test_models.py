@@ -100,6 +100,38 @@ def mamba():
     return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
 
 
+def mamba2():
+    config = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "expand": 2, "state_size": 6, "n_groups": 2}
+    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**config, num_heads=8, head_dim=8, chunk_size=8))
+
+
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+
+def qwen3_next():
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = transformers.Qwen3NextConfig(**SMALL, **GROUPED, **DELTA, **moe, shared_expert_intermediate_size=16)
+    return transformers.Qwen3NextForCausalLM(config)
+
+
+def qwen3_5():
+    return transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**SMALL, **GROUPED, **DELTA))
+
+
+def whisper():
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "num_mel_bins": 8, "vocab_size": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    config = transformers.WhisperConfig(**sizes, **heads, **tokens, max_source_positions=16, max_target_positions=16)
+    return transformers.WhisperForConditionalGeneration(config)
+
+
 def vit():
     config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     return transformers.ViTForImageClassification(
@@ -196,6 +228,59 @@ EXPECTED = {
         "backbone.layers.*.bias": ("vector", None),
         "backbone.*norm*.weight": ("vector", None),
     },
+    mamba2: {
+        "backbone.embeddings.weight": ("embedding", "transposed"),
+        "backbone.layers.*.mixer.conv1d.weight": ("vector", None),
+        "backbone.layers.*.mixer.in_proj.weight": ("matrix", "split=64+64+12+12+8"),
+        "backbone.layers.*.mixer.out_proj.weight": ("matrix", "linear"),
+        "backbone.layers.*.mixer.A_log": ("vector", None),
+        "backbone.layers.*.mixer.D": ("vector", None),
+        "backbone.layers.*bias": ("vector", None),
+        "backbone.*norm*.weight": ("vector", None),
+        "lm_head.weight": ("head", "linear"),
+    },
+    qwen3_next: {
+        **ENDS,
+        **QK_NORM,
+        "model.layers.*.linear_attn.in_proj_qkvz.weight": ("matrix", "split=16+16+24+24 interleave=2"),
+        "model.layers.*.linear_attn.in_proj_ba.weight": ("matrix", "split=4+4 interleave=2"),
+        "model.layers.*.linear_attn.out_proj.weight": ("matrix", "linear"),
+        "model.layers.*.linear_attn.conv1d.weight": ("vector", None),
+        "model.layers.*.linear_attn.A_log": ("vector", None),
+        "model.layers.*.linear_attn.dt_bias": ("vector", None),
+        "model.layers.*.linear_attn.norm.weight": ("vector", None),
+        "model.layers.*.self_attn.q_proj.weight": ("matrix", "split=32+32 interleave=4"),
+        "model.layers.*.self_attn.[kvo]_proj.weight": ("matrix", "linear"),
+        "model.layers.*.mlp.gate.weight": ("vector", None),
+        "model.layers.*.mlp.experts.gate_up_proj": ("matrix", "experts split=16+16"),
+        "model.layers.*.mlp.experts.down_proj": ("matrix", "experts"),
+        "model.layers.*.mlp.shared_expert.*_proj.weight": ("matrix", "linear"),
+        "model.layers.*.mlp.shared_expert_gate.weight": ("vector", None),
+    },
+    qwen3_5: {
+        **ENDS,
+        **MLP,
+        **QK_NORM,
+        "model.layers.*.linear_attn.in_proj_qkv.weight": ("matrix", "split=16+16+24"),
+        "model.layers.*.linear_attn.in_proj_[zba].weight": ("matrix", "linear"),
+        "model.layers.*.linear_attn.out_proj.weight": ("matrix", "linear"),
+        "model.layers.*.linear_attn.conv1d.weight": ("vector", None),
+        "model.layers.*.linear_attn.A_log": ("vector", None),
+        "model.layers.*.linear_attn.dt_bias": ("vector", None),
+        "model.layers.*.linear_attn.norm.weight": ("vector", None),
+        "model.layers.*.self_attn.q_proj.weight": ("matrix", "split=32+32 interleave=4"),
+        "model.layers.*.self_attn.[kvo]_proj.weight": ("matrix", "linear"),
+    },
+    whisper: {
+        "model.encoder.conv?.weight": ("matrix", "linear"),
+        "model.encoder.embed_positions.weight": ("embedding", "transposed"),
+        "model.decoder.embed_positions.weight": ("embedding", "transposed"),
+        "model.decoder.embed_tokens.weight": ("embedding", "transposed"),
+        "model.*coder.layers.*_proj.weight": ("matrix", "linear"),
+        "model.*coder.layers.*.fc?.weight": ("matrix", "linear"),
+        "model.*norm.weight": ("vector", None),
+        "*.bias": ("vector", None),
+    },
     vit: {
         "vit.embeddings.cls_token": ("vector", None),
         "vit.embeddings.position_embeddings": ("embedding", None),
@@ -206,6 +291,21 @@ EXPECTED = {
         "*.bias": ("vector", None),
         "classifier.weight": ("head", "linear"),
     },
+}
+
+
+# Tensors of each role, two layers each.
+COUNTS = {
+    gpt2: {"matrix": 8, "embedding": 2, "head": 0, "vector": 18},
+    llama: {"matrix": 14, "embedding": 1, "head": 1, "vector": 5},
+    phi3: {"matrix": 8, "embedding": 1, "head": 1, "vector": 5},
+    qwen3_moe: {"matrix": 12, "embedding": 1, "head": 1, "vector": 11},
+    mixtral: {"matrix": 12, "embedding": 1, "head": 1, "vector": 7},
+    gpt_oss: {"matrix": 12, "embedding": 1, "head": 1, "vector": 23},
+    vit: {"matrix": 13, "embedding": 1, "head": 1, "vector": 25},
+    t5: {"matrix": 32, "embedding": 3, "head": 0, "vector": 12},
+    whisper: {"matrix": 34, "embedding": 3, "head": 0, "vector": 52},
+    mamba2: {"matrix": 4, "embedding": 1, "head": 1, "vector": 15},
 }
 
 
@@ -231,6 +331,12 @@ def test_every_parameter_has_the_role_and_view_written_here(make):
     assert [row.name for row in plan] == [name for name, _ in build(make).named_parameters()]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make", COUNTS, ids=lambda make: make.__name__)
+def test_as_many_tensors_have_each_role_as_are_counted_here(make):
+    route(build(make)).assert_counts(**COUNTS[make])
+
+
 @pytest.mark.parametrize(
     ("make", "name", "blocks"),
     [
@@ -250,7 +356,7 @@ def test_blocks_of_fused_and_stacked_weights(make, name, blocks):
     assert route(build(make)).row(name).blocks() == blocks
 
 
-@pytest.mark.parametrize("make", [gpt2, phi3, neox, mixtral, gpt_oss])
+@pytest.mark.parametrize("make", [gpt2, phi3, neox, mixtral, gpt_oss, mamba2, qwen3_next])
 def test_without_splitting_a_fused_weight_is_one_matrix(make):
     views = {row.view for row in route(build(make), split_fused=False) if row.role == "matrix"}
     assert views <= {View(), View(transposed=True), View(experts=True), View(experts=True, transposed=True)}
@@ -272,6 +378,66 @@ def test_split_rows_are_the_rows_of_q_k_and_v(make, rng):
         expected = [part.flatten(1) for part in fused.unflatten(1, (4, 24)).chunk(3, dim=-1)]
     for got, want in zip((q, k, v), expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_rows_of_a_gated_delta_rule_are_those_that_it_takes_apart():
+    """The module itself says which rows of its fused projections are whose."""
+    model = qwen3_next()
+    name = "model.layers.0.linear_attn"
+    mixer, plan = model.get_submodule(name), route(model)
+    rows = [
+        torch.arange(n, dtype=torch.float32) for n in (mixer.in_proj_qkvz.out_features, mixer.in_proj_ba.out_features)
+    ]
+    expected = [part.flatten() for part in mixer.fix_query_key_value_ordering(*(own.view(1, 1, -1) for own in rows))]
+    found = [
+        part.flatten()
+        for leaf, own in zip(("in_proj_qkvz", "in_proj_ba"), rows, strict=True)
+        for part in plan.row(f"{name}.{leaf}.weight").view.split_tensor(own.view(-1, 1))
+    ]
+    assert [part.tolist() for part in found] == [part.tolist() for part in expected]
+
+
+@pytest.mark.parametrize("make", [qwen3_next, qwen3_5], ids=lambda make: make.__name__)
+def test_rows_of_a_gated_query_are_the_queries_and_the_gates(make):
+    name = "model.layers.1.self_attn"
+    model = make()
+    attention = model.get_submodule(name)
+    rows = torch.arange(attention.q_proj.out_features, dtype=torch.float32)
+    query, gate = rows.view(-1, attention.head_dim * 2).chunk(2, dim=-1)  # as in its forward
+    found = route(model).row(f"{name}.q_proj.weight").view.split_tensor(rows.view(-1, 1))
+    assert [part.flatten().tolist() for part in found] == [query.flatten().tolist(), gate.flatten().tolist()]
+
+
+STATE_SPACES = {
+    "Mamba2": {"num_heads": 8, "head_dim": 8, "chunk_size": 8, "expand": 2, "state_size": 6, "n_groups": 2},
+    "Bamba": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 6,
+        "mamba_n_groups": 2,
+        "attn_layer_indices": [1],
+    },
+    "FalconH1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 6, "mamba_n_groups": 2, "mamba_d_ssm": 64},
+    "Zamba2": {"n_mamba_heads": 8, "mamba_d_state": 6, "mamba_ngroups": 2, "layers_block_type": ["mamba", "hybrid"]},
+}
+
+
+@pytest.mark.parametrize("name", STATE_SPACES)
+def test_what_a_state_space_reads_is_five_maps(name):
+    """Sizes are those by which its forward takes the projection apart: gate, conv_dim (inputs, B, C), a step a head."""
+    common = {k: v for k, v in SMALL.items() if k != "tie_word_embeddings"}
+    config = getattr(transformers, f"{name}Config")(**{**common, **STATE_SPACES[name]})
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}Model")(config)
+    found = 0
+    for path, module in model.named_modules():
+        if hasattr(module, "conv_dim") and hasattr(module, "in_proj"):
+            gate, x, b, c, dt = route(model).row(f"{path}.in_proj.weight").view.split
+            state = module.n_groups * module.ssm_state_size
+            assert [gate, x + b + c, dt] == [module.intermediate_size, module.conv_dim, module.num_heads]
+            assert [x, b, c] == [module.intermediate_size, state, state]
+            found += 1
+    assert found
 
 
 @pytest.mark.parametrize("make", [mixtral, gpt_oss, llama4], ids=lambda make: make.__name__)

@@ -5,6 +5,7 @@ of its class. Elsewhere it stays one matrix, which is a valid choice, and the re
 """
 
 from collections.abc import Set
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -28,6 +29,18 @@ _PARTS_FIRST = frozenset({
 # The same for rows (head, part, head_dim): q, k and v of the first head, then of the second, ...
 _HEADS_FIRST = frozenset({
     "BloomAttention", "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "MiniMaxLightningAttention", "PersimmonAttention",
+})  # fmt: skip
+# Mixers of state spaces, whose in_proj makes a gate, the inputs, B, C and one time step for each head, in that order.
+_STATE_SPACES = frozenset({
+    "BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "Mamba2Mixer", "NemotronHMamba2Mixer",
+    "Zamba2MambaMixer",
+})  # fmt: skip
+# Gated delta rules: all of q, then k, then v; or rows (key head, part), the parts being q, k, v and a gate, or b and a.
+_DELTA_RULES = frozenset({"Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet", "Qwen4ExpTextGatedDeltaNet"})
+_DELTA_RULES_BY_HEAD = frozenset({"Qwen3NextGatedDeltaNet"})
+# Attention whose q_proj has rows (head, part, head_dim): the query of a head, then its gate.
+_GATED_QUERIES = frozenset({
+    "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpTextAttention",
 })  # fmt: skip
 _QKV = ("qkv", "qkv_proj", "Wqkv", "query_key_value", "in_proj_qkv", "c_attn")
 _GATE_UP = ("gate_up_proj",)
@@ -66,10 +79,36 @@ def fused_linear(site: Site) -> tuple[View, str]:
         if fan_out % 2 or not any(_is_of_transformers(kind) for kind in type(site.owner).__mro__):
             return LINEAR, ", fused gate, up of unknown order kept whole"
         return View(split=(fan_out // 2,) * 2), ", gate, up fused"
+    if (found := _recurrent(site) or _gated_query(site)) is not None:
+        view, parts = found
+        return (view, f", {parts} fused") if sum(view.split) == fan_out else (LINEAR, f", fused {parts} kept whole")
     if site.attribute in _QKV:
         view = _fused_qkv(site)
         return (view, ", q, k, v fused") if view else (LINEAR, ", fused q, k, v of unknown order kept whole")
     return LINEAR, ""
+
+
+def _recurrent(site: Site) -> tuple[View, str] | None:
+    """Parts of what a state space or a gated delta rule reads, by the sizes that the module states."""
+    owner: Any = site.owner
+    if _is_one_of(_STATE_SPACES, owner) and site.attribute == "in_proj":
+        inner, state, heads = owner.intermediate_size, owner.n_groups * owner.ssm_state_size, owner.num_heads
+        return View(split=(inner, inner, state, state, heads)), "gate, x, B, C, dt"
+    if _is_one_of(_DELTA_RULES, owner) and site.attribute == "in_proj_qkv":
+        return View(split=(owner.key_dim, owner.key_dim, owner.value_dim)), "q, k, v"
+    if _is_one_of(_DELTA_RULES_BY_HEAD, owner) and site.attribute == "in_proj_qkvz":
+        split = (owner.key_dim, owner.key_dim, owner.value_dim, owner.value_dim)
+        return View(split=split, interleave=owner.num_k_heads), "q, k, v, gate"
+    if _is_one_of(_DELTA_RULES_BY_HEAD, owner) and site.attribute == "in_proj_ba":
+        return View(split=(owner.num_v_heads,) * 2, interleave=owner.num_k_heads), "b, a"
+    return None
+
+
+def _gated_query(site: Site) -> tuple[View, str] | None:
+    if not _is_one_of(_GATED_QUERIES, site.owner) or site.attribute != "q_proj":
+        return None
+    half = site.shape[0] // 2
+    return View(split=(half, half), interleave=half // cast(Any, site.owner).head_dim), "q, gate"
 
 
 def _fused_qkv(site: Site) -> View | None:
