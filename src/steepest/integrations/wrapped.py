@@ -17,14 +17,18 @@ def unwrapped(optimizer: Any) -> SteepestDescent:
     Raises:
         TypeError: If there is none inside.
     """
-    found, seen = optimizer, list[Any]()
-    while not isinstance(found, SteepestDescent):
-        seen.append(found)
-        found = getattr(found, "optimizer", None) or getattr(found, "_optimizer", None)
-        if found is None or any(found is one for one in seen):
-            chain = " around ".join(type(one).__name__ for one in seen)
-            raise TypeError(
-                f"optimizer: there is no optimizer of steepest inside of {chain}, got {shown(optimizer)}. Pass what "
-                "the host wraps a steepest.SteepestDescent, such as steepest.Muon, in."
-            )
-    return found
+    chain = [optimizer]
+    # Lightning's and Fabric's wrappers pretend to be of the class that they wrap, so all are opened.
+    while (inner := _inside(chain[-1])) is not None and not any(inner is one for one in chain):
+        chain.append(inner)
+    if not isinstance(chain[-1], SteepestDescent):
+        kinds = " around ".join(type(one).__name__ for one in chain)
+        raise TypeError(
+            f"optimizer: there is no optimizer of steepest inside of {kinds}, got {shown(optimizer)}. Pass what "
+            "the host wraps a steepest.SteepestDescent, such as steepest.Muon, in."
+        )
+    return chain[-1]
+
+
+def _inside(wrapper: Any) -> Any:
+    return getattr(wrapper, "optimizer", None) or getattr(wrapper, "_optimizer", None)
