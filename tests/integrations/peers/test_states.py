@@ -530,3 +530,30 @@ def test_half_precision_is_widened_and_the_given_tensors_stay_as_they_are():
     train(small, [optimizer], range(2))
     assert optimizer.state[small[0].weight]["momentum_buffer"].dtype == torch.float32
     assert torch.equal(half["state"][0]["exp_avg"], kept["state"][0]["exp_avg"])
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+def test_averages_of_sixteen_bits_and_kept_bits_of_weights(taken):
+    _, saved, names = adamw_state()
+    model = made(torch.bfloat16)
+    optimizer = steepest.Adam(model, rounding="kept", momentum_dtype=torch.bfloat16)
+    train(model, [optimizer], range(taken))
+    low = {p: optimizer.state[p]["weight_low_bits"].clone() for p in model.parameters() if taken}
+    import_state(optimizer, saved, "torch.optim.AdamW", names)
+    for parameter, state in zip(model.parameters(), saved["state"].values(), strict=True):
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], state["exp_avg"].bfloat16())
+        if taken:  # they are of the weights, not of the averages
+            assert torch.equal(optimizer.state[parameter]["weight_low_bits"], low[parameter])
+    train(model, [optimizer], range(2))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_dual_norms_of_the_averages_before_are_forgotten():
+    model = made()
+    old = keller_jordan(model)
+    train(model, [old], range(2))
+    optimizer = steepest.MuonMax(model, lr=0.01, dual="stale")
+    train(model, [optimizer], range(1))
+    assert "dual_norm" in optimizer.state[model[0].weight]
+    import_state(optimizer, old.state_dict(), "KellerJordan", [REST, MATRICES], steps=2)
+    assert "dual_norm" not in optimizer.state[model[0].weight]

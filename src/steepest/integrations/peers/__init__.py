@@ -4,6 +4,7 @@ Needs none of these libraries: a state is the dictionary that their `state_dict(
 """
 
 from steepest.integrations.peers.conventions import PEERS as PEERS
+from steepest.integrations.peers.conventions import TranslatedOption as TranslatedOption
 from steepest.integrations.peers.conventions import Translation as Translation
 from steepest.integrations.peers.conventions import translate as translate
 from steepest.integrations.peers.sources import SOURCES as SOURCES

@@ -25,7 +25,7 @@ from steepest.integrations.peers.reading import Found, Names, Told, check_steps,
 from steepest.integrations.peers.sources import SOURCES
 from steepest.names import near_miss
 from steepest.optim import SteepestDescent
-from steepest.optim.state import MOMENTUM, SECOND, STEP
+from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP
 from steepest.stages import RowScaling
 from steepest.stages.rows import ROW_MOMENT
 from steepest.stages.stage import state_dtype
@@ -152,8 +152,9 @@ def import_state(
             continue
         state, line = _converted(found.get(row.name), row, group, optimizer, told)
         report.append(line)
-        if state:
-            states[index] = state
+        if state:  # other entries stay, but dual norms are of other averages
+            kept = {key: value for key, value in states.get(index, {}).items() if key != DUAL}
+            states[index] = {**kept, **state}
     done = Report(tuple(report), tuple(told.unused.items()), tuple(told.notes))
     if not done.taken:
         raise ValueError(f"Nothing could be taken.\n{done}")
