@@ -22,8 +22,20 @@ import steepest
 from tests.cases import cases
 
 pytest.importorskip("expecttest", reason="torch's descriptions of its optimizers need it")
-from torch.testing._internal.common_optimizers import OptimizerInfo, OptimizerInput, optim_db
 
+
+def described():
+    """torch's descriptions; importing them closes flags and changes how scripts are called, for all other tests."""
+    calls = [(kind, kind.__call__) for kind in (torch._C.ScriptFunction, torch._C.ScriptMethod)]
+    from torch.testing._internal import common_optimizers
+
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+    for kind, call in calls:
+        kind.__call__ = call
+    return common_optimizers.OptimizerInfo, common_optimizers.OptimizerInput, common_optimizers.optim_db
+
+
+OptimizerInfo, OptimizerInput, optim_db = described()
 pytestmark = pytest.mark.slow  # torch's descriptions take seconds to import
 
 
