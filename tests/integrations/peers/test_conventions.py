@@ -22,19 +22,19 @@ EXPRESS = {
 }
 
 
-def parameters():
+def parameters(dtype=torch.float64):
     torch.manual_seed(5)
     shapes = ((8, 3), (3, 8), (5, 5), (4, 6))  # the last is a head
-    return [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
 
 
-def compare(translation, make, *, head=True, shapes=slice(0, 3), tolerance=1e-10, **others):
+def compare(translation, make, *, head=True, shapes=slice(0, 3), tolerance=1e-10, dtype=torch.float64, options=None):
     """Five steps of both, from the same weights with the same gradients; those of decay and rates are large."""
-    theirs, ours = parameters(), parameters()
+    theirs, ours = parameters(dtype), parameters(dtype)
     optimizers = [make(theirs[shapes], theirs[3:] if head else [])]
     groups = [{"params": [(f"w{i}", p) for i, p in enumerate(ours[shapes])], "role": "matrix"}]
     groups += [{"params": [("head", ours[3])], "role": "head"}] if head else []
-    optimizers.append(translation.build(groups, **others))
+    optimizers.append(translation.build(groups, **(options or {})))
     chosen = [*zip(theirs[shapes], ours[shapes], strict=True), *([(theirs[3], ours[3])] if head else [])]
     before = [p.detach().clone() for p, _ in chosen]
     for _ in range(5):
@@ -66,7 +66,7 @@ def test_torch_muon(options, monkeypatch):
 def test_torch_muon_as_it_is():
     """The real one, in its bfloat16, for which there is an option."""
     translation = translate("torch.optim.Muon", lr=0.1)
-    half = {"tolerance": 0.05, "dtype": torch.bfloat16}
+    half = {"tolerance": 0.05, "dtype": torch.float32, "options": {"dtype": torch.bfloat16}}
     compare(translation, lambda p, _: torch.optim.Muon(p, lr=0.1), head=False, **half)
 
 
@@ -152,6 +152,7 @@ def test_dion(options, quintics):
             None,
         ),
         ({"scale_mode": "shape_scaling", "coefficient_type": "simple", "num_ns_steps": 3}, JORDAN * 3, None),
+        ({"num_ns_steps": 10}, QUINTIC * 2, None),
         ({"lr": 0.1, "weight_decay": 0.05, "weight_decay_method": "independent"}, QUINTIC, 0.05),
         ({"lr": 0.1, "weight_decay": 0.5, "weight_decay_method": "palm"}, QUINTIC, 0.005),
     ],
@@ -169,23 +170,70 @@ def test_emerging_optimizers(options, quintics, per_step):
 @cases(
     "source, scale, kept, quintics, options",
     [
-        ("dmuon", peers.match_rms, peers.summed, EXPRESS[1.05], {"lr": 0.1, "weight_decay": 0.3}),
         ("gram_newton_schulz", peers.match_rms, peers.summed, EXPRESS[1.05], {"lr": 0.1, "nesterov": False}),
-        ("muonium", peers.original, peers.summed, EXPRESS[1.02], {"lr": 0.1}),
-        ("heavyball", peers.original, peers.averaged, QUINTIC, {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.3}),
-        ("heavyball", peers.original, peers.averaged, QUINTIC, {}),
-        ("heavyball", peers.original, peers.summed, QUINTIC, {"heavyball_momentum": True}),
+        ("muonium", peers.original, peers.summed, EXPRESS[1.02], {"lr": 0.1, "weight_decay": 0.0}),
+        ("optax", peers.original, peers.averaged, JORDAN * 5, {"lr": 0.1, "nesterov": False, "weight_decay": 0.3}),
     ],
 )
 def test_others(source, scale, kept, quintics, options):
     def make(matrices, _):
-        own = {"lr": 0.0025, "momentum": options.get("betas", (0.9 if source == "heavyball" else 0.95,))[0]}
-        own |= {name: value for name, value in options.items() if name in ("lr", "weight_decay", "nesterov")}
-        return peers.PlainMuon(
-            matrices, scale, kept, quintics=quintics, **{"nesterov": True, "weight_decay": 0.0, **own}
-        )
+        own = {"momentum": 0.95, "nesterov": True, "weight_decay": 0.1, **options}
+        return peers.PlainMuon(matrices, scale, kept, quintics=quintics, **own)
 
-    compare(translate(source, **options), make, head=False)
+    given = {"learning_rate" if (source, name) == ("optax", "lr") else name: value for name, value in options.items()}
+    compare(translate(source, **given), make, head=False)
+
+
+def test_gram_newton_schulz_by_name_of_its_set_and_with_one_of_its_own():
+    for given, quintics in (
+        ({"ns_coefficients_preset": "YOU_COEFFICIENTS", "adjust_lr": "spectral_norm"}, QUINTIC),
+        ({"ns_coefficients": [[2.0, -1.5, 0.5]] * 6, "adjust_lr": "spectral_norm"}, [(2.0, -1.5, 0.5)] * 6),
+        ({"ns_algorithm": "standard_newton_schulz", "adjust_lr": "spectral_norm"}, EXPRESS[1.05]),
+    ):
+        own = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}
+
+        def make(matrices, _, quintics=quintics, own=own):
+            return peers.PlainMuon(matrices, peers.Dion.SCALES["spectral_norm"], peers.summed, quintics=quintics, **own)
+
+        compare(translate("gram_newton_schulz", **own, **given), make, head=False)
+
+
+@cases("options", [{}, {"lr": 0.1, "weight_decay": 0.3, "adamw_lr": 0.2, "adamw_betas": (0.5, 0.9), "ns_steps": 3}])
+def test_dmuon(options):
+    """Its AdamW is that of dion's reference, and all rates are its own."""
+
+    class Both:
+        def __init__(self, matrices, head):
+            own = {"lr": options.get("lr", 0.02), "weight_decay": options.get("weight_decay", 0.0)}
+            own |= {"momentum": 0.95, "nesterov": True, "quintics": EXPRESS[1.05][: options.get("ns_steps", 5)]}
+            self.muon = peers.PlainMuon(matrices, peers.match_rms, peers.summed, **own)
+            rates = {"lr": options.get("adamw_lr", 1e-3), "betas": options.get("adamw_betas", (0.9, 0.999))}
+            self.adamw = torch.optim.AdamW(head, weight_decay=0.01, **rates)
+
+        def step(self):
+            self.muon.step()
+            self.adamw.step()
+
+    compare(translate("dmuon", **options), Both)
+
+
+@pytest.mark.slow
+@cases(
+    "options",
+    [
+        {"lr": 0.1, "nesterov": False, "betas": (0.8, 0.99), "weight_decay": 0.3},
+        {"lr": 0.1, "heavyball_momentum": True},
+        {"lr": 0.1, "heavyball_momentum": True, "nesterov": False},
+    ],
+)
+def test_heavyball(options, monkeypatch):
+    """The real one, in its bfloat16."""
+    import heavyball
+
+    monkeypatch.setattr(heavyball.utils, "compile_mode", None)
+    make = lambda p, _: heavyball.Muon(p, compile_step=False, **options)  # noqa: E731
+    half = {"tolerance": 0.05, "dtype": torch.float32, "options": {"dtype": torch.bfloat16}}
+    compare(translate("heavyball", **options), make, head=False, **half)
 
 
 @cases("shape, which", [((8, 3), 0), ((3, 8), 1)])
@@ -200,21 +248,9 @@ def test_muonium_decays_by_the_length_of_the_step(shape, which):
     assert [row.theirs for row in without.lost] == ["weight_decay", "cautious"]
 
 
-def test_optax_but_for_the_bias_correction_of_its_nesterov():
-    def make(matrices, _):
-        return peers.PlainMuon(
-            matrices,
-            peers.original,
-            peers.averaged,
-            lr=0.1,
-            momentum=0.9,
-            nesterov=False,
-            weight_decay=0.3,
-            quintics=JORDAN * 5,
-        )
-
-    compare(translate("optax", learning_rate=0.1, beta=0.9, nesterov=False, weight_decay=0.3), make, head=False)
+def test_optax_says_what_its_nesterov_does():
     assert any("bias correction" in note for note in translate("optax", learning_rate=0.1).notes)
+    assert translate("optax", learning_rate=0.1).options["adam_lr"] == 0.1
 
 
 def test_every_peer_was_tried():
@@ -248,8 +284,13 @@ def test_the_call_is_what_is_built_and_the_length_of_a_step_is_told(source):
         ("emerging_optimizers", {"weight_decay_method": "l2"}, ["weight_decay, weight_decay_method"]),
         ("emerging_optimizers", {"coefficient_type": "aol"}, ["coefficient_type, num_ns_steps"]),
         ("emerging_optimizers", {"num_ns_steps": 6}, ["coefficient_type, num_ns_steps"]),
-        ("heavyball", {"caution": True, "warmup_steps": 9}, ["eps", "caution", "warmup_steps"]),
-        ("optax", {"learning_rate": 0.1, "adaptive": True}, ["eps", "adaptive"]),
+        (
+            "emerging_optimizers",
+            {"coefficient_type": "polar_express", "num_ns_steps": 10},
+            ["coefficient_type, num_ns_steps"],
+        ),
+        ("heavyball", {"caution": True, "warmup_steps": 9}, ["nesterov", "eps", "caution", "warmup_steps"]),
+        ("optax", {"learning_rate": 0.1, "adaptive": True}, ["adaptive"]),
         ("pytorch_optimizer", {"weight_decouple": False, "maximize": True}, ["weight_decouple", "maximize"]),
     ],
 )
@@ -266,7 +307,8 @@ def test_what_has_no_counterpart_is_said(source, options, lost):
         ("dion", {"lr": -1.0}, ValueError, "dion: lr must be finite and at least 0"),
         ("dion", {"nesterov": 1}, TypeError, "dion: nesterov must be True or False"),
         ("dion", {"adjust_lr": "rms"}, ValueError, "dion: Unknown adjust_lr 'rms'. Valid: None, rms_norm"),
-        ("dmuon", {}, TypeError, "dmuon: give lr=, which has no default"),
+        ("muonium", {}, TypeError, "muonium: give lr=, which has no default"),
+        ("dmuon", {"ns_steps": 6}, ValueError, "at most 5"),
         ("torch.optim.Muon", {"ns_coefficients": (1.0, 2.0)}, TypeError, "three finite numbers"),
         ("torch.optim.Muon", {"ns_coefficients": (4.0, -7.1, 2.5)}, ValueError, "unsafe"),
         ("torch.optim.Muon", {"ns_steps": 0}, ValueError, "has no steps"),

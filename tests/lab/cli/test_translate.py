@@ -54,7 +54,7 @@ def test_it_prints_what_the_library_says(capsys, words, options):
         ("dionn", "did you mean 'dion'"),
         ("dion --set momentum=0.9", "dion has no option 'momentum'"),
         ("dion --lr -1", "lr must be finite and at least 0"),
-        ("dmuon", "give lr=, which has no default"),
+        ("muonium", "give lr=, which has no default"),
         ("dion --shape 8", "shape must be two whole numbers"),
         ("dion --set nesterov=1", "nesterov must be True or False"),
     ],

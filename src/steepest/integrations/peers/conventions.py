@@ -21,6 +21,7 @@ from steepest.optim.parameters import Parameters
 
 Shape = tuple[int, int]
 JORDAN: Step = (3.4445, -4.7750, 2.0315)
+DION_RULES: Mapping[str, ScaleRule] = {"spectral_norm": "spectral", "rms_norm": "match_rms_adamw", "None": "none"}
 NO_EPS = "not needed: a matrix is brought to size one before it is divided by its norm"
 _SWITCH = "leave it out: parameters are stepped together wherever that is faster"
 _PRODUCTS = "write dtype= for another type of the matrix products; by default bfloat16 on CUDA and float32 elsewhere"
@@ -30,6 +31,10 @@ _NO_REST = (
 _VECTORS = "Vectors (gains, biases) do not decay here; to let them, write weight_decay into their group."
 _CONSTANT = (
     "holds while the learning rate is constant: here decay follows a schedule, there it does not in the same way"
+)
+_PLUS_AVERAGE = (
+    "steps there follow gradient + average, in which the gradient weighs momentum / (1 - momentum) times as much as in "
+    "Nesterov's, which is the nearest here; with heavyball_momentum=True, it is Nesterov's there, too"
 )
 ROLES_OF_REST = ("embedding", "head")
 
@@ -329,9 +334,7 @@ def _dion(
     adamw_lr: float | None = None,
     adamw_weight_decay: float | None = None,
 ) -> None:
-    rule = _word(
-        "dion: adjust_lr", str(adjust_lr), {"spectral_norm": "spectral", "rms_norm": "match_rms_adamw", "None": "none"}
-    )
+    rule = _word("dion: adjust_lr", str(adjust_lr), DION_RULES)
     to.length("lr", lr, rule)
     to.decay("weight_decay", weight_decay, weight_decay)
     to.put("adjust_lr", adjust_lr, "scale", rule)
@@ -407,11 +410,12 @@ def _emerging_polynomial(to: Sheet, kind: str, count: int) -> None:
         to.polynomial(told, (kind, count), [JORDAN] * count)
     elif kind == "aol":
         to.lose(told, (kind, count), "unsafe: it turns the sign of large singular values; the default is used")
-    elif count != len(COEFFICIENTS[kind].steps):
-        to.lose(told, (kind, count), f"{count} steps of a set of {len(COEFFICIENTS[kind].steps)}: write them as a list")
+    elif count % len(COEFFICIENTS[kind].steps) or (kind == "polar_express" and count > 5):
+        to.lose(told, (kind, count), "a longer set than ours of that name, which is used; write all steps as a list")
     else:
         slack = "divided by 1.01, as the set has no slack for rounding" if kind == "cans" else ""
-        to.polynomial(told, (kind, count), COEFFICIENTS[kind].steps, slack)
+        slack = "there rounded to four digits" if kind == "polar_express" else slack
+        to.polynomial(told, (kind, count), COEFFICIENTS[kind].steps * (count // len(COEFFICIENTS[kind].steps)), slack)
 
 
 def _heavyball(
@@ -432,9 +436,12 @@ def _heavyball(
     to.length("lr", lr, "original")
     to.decay("weight_decay", weight_decay, weight_decay)
     to.put("betas", betas, "momentum", betas[0], "the first; the second is not used by its Muon")
-    to.put("nesterov", nesterov, "nesterov", nesterov)
-    if heavyball_momentum:
-        to.put("heavyball_momentum", True, "momentum", betas[0], "a sum there: the same direction")
+    if heavyball_momentum or not nesterov:
+        to.put("nesterov", nesterov, "nesterov", nesterov)
+        to.lose_unless(False, "heavyball_momentum", heavyball_momentum, "not needed: a sum there, the same direction")
+    else:
+        to.options["nesterov"] = True
+        to.lose("nesterov", True, _PLUS_AVERAGE)
     to.put("(orthogonalization)", "quintic", "coefficients", "quintic")
     to.lose("eps", eps, NO_EPS)
     to.lose_unless(False, "cautious_weight_decay", cautious_weight_decay, "decay here does not look at signs of steps")
@@ -451,17 +458,32 @@ def _dmuon(
     to: Sheet,
     shape: Shape | None,
     *,
-    lr: float,
+    lr: float = 0.02,
     momentum: float = 0.95,
-    nesterov: bool = True,
     weight_decay: float = 0.0,
+    ns_steps: int = 5,
+    adamw_lr: float = 1e-3,
+    adamw_betas: tuple[float, float] = (0.9, 0.999),
+    adamw_weight_decay: float = 0.01,
+    adamw_eps: float = 1e-8,
+    ns_backend: str = "gram",
+    nesterov: bool = True,
 ) -> None:
     to.length("lr", lr, "match_rms_adamw")
     to.decay("weight_decay", weight_decay, weight_decay)
     to.average("momentum", momentum, nesterov, summed=True)
-    to.put("(orthogonalization)", "Gram, PolarExpress 1.05", "coefficients", "polar_express_1.05")
+    to.polynomial("ns_steps", ns_steps, COEFFICIENTS["polar_express_1.05"].steps[:ns_steps], "Polar Express 1.05 there")
+    if ns_steps > len(COEFFICIENTS["polar_express_1.05"].steps):
+        raise ValueError(refusal("dmuon: ns_steps", "at most 5, the steps of its set", ns_steps))
+    words = {"gram": "gram", "direct": "newton-schulz"}
+    to.put("ns_backend", ns_backend, "polar", _word("dmuon: ns_backend", ns_backend, words))
+    to.adam(
+        ("adamw_lr", adamw_lr),
+        ("adamw_betas", adamw_betas),
+        ("adamw_eps", adamw_eps),
+        ("adamw_weight_decay", adamw_weight_decay),
+    )
     to.notes.append("Products there are float16's; " + _PRODUCTS + ".")
-    to.alone()
 
 
 def _muonium(
@@ -494,40 +516,71 @@ def _optax(
     shape: Shape | None,
     *,
     learning_rate: float,
-    beta: float = 0.95,
-    nesterov: bool = True,
-    weight_decay: float = 0.0,
     ns_coeffs: Any = JORDAN,
     ns_steps: int = 5,
+    beta: float = 0.95,
     eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    nesterov: bool = True,
     adaptive: bool = False,
+    adam_b1: float = 0.9,
+    adam_b2: float = 0.999,
+    adam_weight_decay: float = 0.0,
 ) -> None:
     to.length("learning_rate", learning_rate, "original")
     to.decay("weight_decay", weight_decay, weight_decay)
     to.average("beta", beta, nesterov)
-    to.polynomial("ns_coeffs, ns_steps", (ns_coeffs, ns_steps), [_step(ns_coeffs)] * ns_steps)
-    to.lose("eps", eps, NO_EPS)
+    steps = [_step(ns_coeffs)] * ns_steps if _is_step(ns_coeffs) else [_step(one) for one in ns_coeffs]
+    to.polynomial("ns_coeffs, ns_steps", (ns_coeffs, ns_steps), steps)
+    to.adam(
+        ("learning_rate", learning_rate),
+        ("adam_b1, adam_b2", (adam_b1, adam_b2)),
+        ("eps", eps),
+        ("adam_weight_decay", adam_weight_decay),
+    )
     to.lose_unless(False, "adaptive", adaptive, "regularised steps here are PolarGrad and MuonMax")
     to.notes.append("Matrices there are (in, out): shapes here are turned round, and the length of a step with them.")
+    to.notes.append(
+        "All tensors with two dimensions are matrices there, embeddings and head too; here the model decides."
+    )
     if nesterov:
         to.notes.append(
             "Its bias correction weighs the newest gradient a little more in the first steps: both parts of Nesterov's "
-            "average are divided by numbers of their own, where all others divide by one."
+            "average are divided by numbers of their own, where all others divide by one. Adam looks ahead there, too."
         )
-    to.alone()
 
 
 def _gram_newton_schulz(
     to: Sheet,
     shape: Shape | None,
     *,
-    lr: float,
+    lr: float = 1e-3,
+    weight_decay: float = 0.1,
     momentum: float = 0.95,
     nesterov: bool = True,
-    weight_decay: float = 0.0,
+    adjust_lr: str | None = "rms_norm",
+    ns_coefficients: Any = None,
+    ns_coefficients_preset: str | None = None,
+    ns_algorithm: str = "gram_newton_schulz",
+    ns_epsilon: float = 1e-7,
 ) -> None:
-    _dmuon(to, shape, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
-    to.put("(orthogonalization)", "Gram", "polar", "gram")
+    rule = _word("gram_newton_schulz: adjust_lr", str(adjust_lr), DION_RULES)
+    to.length("lr", lr, rule)
+    to.decay("weight_decay", weight_decay, weight_decay)
+    to.put("adjust_lr", adjust_lr, "scale", rule)
+    to.average("momentum", momentum, nesterov, summed=True)
+    if ns_coefficients is not None and ns_coefficients_preset is None:
+        to.polynomial("ns_coefficients", ns_coefficients, [_step(one) for one in ns_coefficients])
+    else:
+        sets = {"POLAR_EXPRESS_COEFFICIENTS": "polar_express_1.05", "YOU_COEFFICIENTS": "quintic"}
+        preset = ns_coefficients_preset or "POLAR_EXPRESS_COEFFICIENTS"
+        name = _word("gram_newton_schulz: ns_coefficients_preset", preset, sets)
+        to.put("ns_coefficients_preset", ns_coefficients_preset, "coefficients", name)
+    words = {"gram_newton_schulz": "gram", "standard_newton_schulz": "newton-schulz"}
+    to.put("ns_algorithm", ns_algorithm, "polar", _word("gram_newton_schulz: ns_algorithm", ns_algorithm, words))
+    to.lose("ns_epsilon", ns_epsilon, NO_EPS)
+    to.notes.append("Products there are float16's; " + _PRODUCTS + ".")
+    to.alone()
 
 
 PEERS: Mapping[str, Rule] = {
