@@ -4,8 +4,9 @@ from unittest import mock
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import steepest
@@ -13,6 +14,7 @@ from steepest.integrations.accelerate import record_loss, unwrapped
 from tests.cases import cases
 from tests.integrations.plain import Watched, as_rank, assert_alike, train, true_losses, windows
 from tests.integrations.tiny import BATCH, MOMO, batches, by_tokens, llama, loss_of, texts, tokens
+from tests.processes import RanksFailed
 
 pytestmark = [
     pytest.mark.hosts,
@@ -229,3 +231,37 @@ def test_what_record_loss_cannot_use_is_refused():
     other = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(TypeError, match="no optimizer of steepest inside of AcceleratedOptimizer around SGD"):
         record_loss(other, loss, accelerator)
+
+
+def sharded_on_rank(recipe, options):
+    """Accelerate's FSDP2, which puts sharded parameters into the groups of an optimizer that it is given.
+
+    On processors accelerate offers none, so it is told here that this is a GPU's way to run.
+    """
+    as_rank()
+    fresh()
+    accelerator = Accelerator(cpu=True)
+    wrap = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"]}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, **wrap)
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    model = llama().train()
+    model, optimizer = accelerator.prepare(model, recipe(model, **options))
+    assert all(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    loader = accelerator.prepare_data_loader(DataLoader(texts(), batch_size=BATCH))
+    with Watched() as watched:
+        epoch(accelerator, model, optimizer, loader)
+    assert unwrapped(optimizer).sharing.ranks == 2
+    return watched.trained(model)
+
+
+@pytest.mark.slow
+def test_row_parameters_that_accelerate_swaps_for_sharded_ones_are_right_or_refused(pair):
+    options = {name: value for name, value in MOMO.items() if name != "precondition"}
+    found = pair.run(sharded_on_rank, steepest.MuonMax, options)[0]
+    model, cut = llama().train(), windows(batches(texts()), 2)
+    torch.testing.assert_close(found.losses, true_losses(model, found, cut, loss_of), rtol=1e-6, atol=0)
+    assert_alike(found, train(model, steepest.MuonMax(model, **options), cut, loss_of))
+    with pytest.raises(
+        RanksFailed, match="is preconditioned by what its layer reads, but in parameter group 0 a param"
+    ):
+        pair.run(sharded_on_rank, steepest.NewtonMuonMax, MOMO)
