@@ -171,6 +171,16 @@ def test_parameters_of_the_model_that_are_not_in_the_optimizer_are_told_of_at_th
     steps(model, optimizer, 4)  # once
 
 
+def test_parameters_that_are_not_in_the_optimizer_are_told_of_where_it_has_no_gradient_at_all():
+    """As where adapters come later, and all else is frozen for them."""
+    model = nn.ModuleList([nn.Linear(8, 8)])
+    optimizer = Muon(model)
+    model.requires_grad_(False).append(nn.Linear(8, 8))
+    model[1](torch.ones(8)).sum().backward()
+    with pytest.warns(UserWarning, match=r"not in the optimizer will never be trained: '1\.weight'"):
+        optimizer.step()
+
+
 def test_parameters_that_come_in_the_middle_of_a_training_are_told_of():
     torch.manual_seed(0)
     model = Growing(1)
