@@ -20,6 +20,7 @@ from steepest import (
     AdaInf,
     Adam,
     Frobenius,
+    InputMoment,
     Max,
     Momo,
     Muon,
@@ -936,3 +937,25 @@ def test_norms_of_groups_can_be_asked_for():
     optimizer = Muon(network(), scale="none")
     norms = [optimizer.norm_of(group) for group in optimizer.param_groups]
     assert norms == [Spectral(scale="none"), AdaInf(), AdaInf()]
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of .* is not finite:RuntimeWarning")
+def test_numbers_in_groups_are_those_of_now():
+    """Who reads groups between checkpoints finds what a checkpoint would hold, but for the sum over all weights."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    options = {"precondition": InputMoment(structure="full"), "step_size": Momo()}
+    optimizer = NewtonMuon(model, **options)
+    for spoil in (False, False, True):
+        optimizer.zero_grad()
+        loss = model(torch.randn(3, 6)).square().mean()
+        loss.backward()
+        if spoil:
+            model[0].weight.grad[0, 0] = torch.nan
+        optimizer.step(loss=loss)
+        read = [
+            {k: v for k, v in group.items() if k not in ("params", "momo_weights")} for group in optimizer.param_groups
+        ]
+        saved = [{k: v for k, v in group.items() if k in read[0]} for group in optimizer.state_dict()["param_groups"]]
+        assert read == saved
+    assert (read[0]["steps_taken"], read[0]["skipped_steps"], read[0]["momo_steps"]) == (2, 1, 2.0)
+    assert read[0]["input_steps"] == 3

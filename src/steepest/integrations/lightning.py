@@ -12,6 +12,7 @@ except ImportError as error:
 
 from torch import Tensor
 
+from steepest.integrations import loggers
 from steepest.optim import SteepestDescent
 
 
@@ -46,3 +47,47 @@ class RecordLoss(Callback):
             if isinstance(optimizer, SteepestDescent):
                 weight = 1 / trainer.accumulate_grad_batches
                 optimizer.record_loss(loss, weight, already_divided=True, scale=scale)
+
+
+class LogDiagnostics(Callback):
+    """Writes the optimizers' `diagnostics()` to the trainer's loggers: `Trainer(callbacks=[LogDiagnostics()])`.
+
+    Names begin with "steepest/", and for further optimizers of this library with "steepest-1/" and so on. Numbers stand
+    at the same step as what `self.log` writes for the batch.
+
+    Args:
+        every: Steps of an optimizer from one reading to the next.
+        weights: Also look at the weights, see `diagnostics(weights=True)`.
+    """
+
+    def __init__(self, every: int = 50, *, weights: bool = False) -> None:
+        self.every, self.weights = every, weights
+        self._logs: list[loggers.LogDiagnostics] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called by Lightning.
+
+        Raises:
+            TypeError: If there is no optimizer of this library.
+            ValueError: If there is no logger, or `every` is not a whole number of at least 1.
+        """
+        if not trainer.loggers:
+            raise ValueError(
+                "LogDiagnostics writes to the trainer's loggers, and it has none: set Trainer(logger=...)."
+            )
+
+        def write(numbers: dict[str, float], step: int) -> None:
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+        found = [one for one in trainer.optimizers if isinstance(one, SteepestDescent)]
+        for place, optimizer in enumerate(found or trainer.optimizers):
+            name = f"steepest-{place}" if place else "steepest"
+            log = loggers.LogDiagnostics(optimizer, write, every=self.every, weights=self.weights, prefix=name)
+            self._logs.append(log)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called by Lightning, also after an error."""
+        for log in self._logs:
+            log.close()
+        self._logs = []

@@ -10,12 +10,13 @@ from typing import Any, cast
 from torch import Tensor
 
 from steepest.checks import shown
+from steepest.integrations import loggers
 from steepest.integrations.wrapped import unwrapped
 from steepest.optim import SteepestDescent
 from steepest.ranks import scalar_type
 
 try:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise ImportError(
         "steepest.integrations.transformers needs transformers and accelerate: pip install 'steepest[transformers]'"
@@ -82,3 +83,45 @@ class MomoTrainer(Trainer):
         if self._ended:
             optimizer.record_loss(self._told)
         return loss
+
+
+class LogDiagnostics(TrainerCallback):
+    """Writes the optimizer's `diagnostics()` through `Trainer.log`: `trainer.add_callback(LogDiagnostics(trainer))`.
+
+    Whatever `report_to` names gets them, and `state.log_history`, on the first process. Names begin with "steepest/".
+
+    Args:
+        trainer: Whose `log` is called.
+        every: Steps of the optimizer from one reading to the next.
+        weights: Also look at the weights, see `diagnostics(weights=True)`.
+    """
+
+    def __init__(self, trainer: Trainer, every: int = 50, *, weights: bool = False) -> None:
+        self.trainer, self.every, self.weights = trainer, every, weights
+        self._read: dict[str, float] = {}
+        self._log: loggers.LogDiagnostics | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by Trainer.
+
+        Raises:
+            TypeError: If the optimizer is none of this library.
+            ValueError: If `every` is not a whole number of at least 1.
+        """
+        self.on_train_end(args, state, control)
+        optimizer = kwargs["optimizer"]
+        self._log = loggers.LogDiagnostics(optimizer, self._keep, every=self.every, weights=self.weights)
+
+    def _keep(self, numbers: dict[str, float], step: int) -> None:
+        self._read = numbers
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by Trainer, when it has counted the step."""
+        read, self._read = self._read, {}
+        if read:
+            self.trainer.log(read)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by Trainer."""
+        if self._log is not None:
+            self._log.close()

@@ -643,6 +643,11 @@ class SteepestDescent(Optimizer):
         for stage in self._stages:
             stage.passed(skipped=ready.admitted is False, idle=lambda: ready.idle(self._still))
         self._losses.stepped()
+        live = {STEPS_TAKEN: self._steps, **self._losses.live()}
+        for stage in self._stages:
+            live.update(stage.numbers)
+        for group in self.param_groups:  # who reads groups between checkpoints finds no old numbers
+            group.update(live)
 
     def _take(self, ready: Ready, accept: Tensor | None) -> None:
         """Make the step that all ranks admitted, where `accept` does."""

@@ -374,6 +374,13 @@ class Losses:
                 "record_loss(loss, weight=1 / micro_batches) with each loss before it is divided, or step(loss=mean)."
             )
 
+    def live(self) -> dict[str, float]:
+        """Of what `saved` returns, the numbers that are known without waiting for a device or a pass over weights."""
+        if self.momo is None or self.model is None:
+            return {}
+        waits = self.model.bound.device.type != "cpu"
+        return {"momo_calls": float(self.model.calls)} if waits else self.model.numbers()
+
     def saved(self, parameters: Sequence[Tensor]) -> dict[str, float]:
         """What a checkpoint must hold, as plain numbers; nothing without Momo.
 
