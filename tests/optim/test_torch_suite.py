@@ -529,6 +529,32 @@ def test_names_go_with_groups_and_states_go_between_named_and_not(info, there, h
 
 
 @every
+def test_a_state_of_other_groups_is_refused(info):
+    weight, bias, closure = problem()
+    optimizer = info.optim_cls([{"params": [weight]}, {"params": [bias]}])
+    run(optimizer, closure, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for groups in ([{"params": [weight]}], [{"params": [weight]}, {"params": [bias, Parameter(torch.ones(2))]}]):
+        other = info.optim_cls(groups)
+        with pytest.raises(ValueError, match=r"different number|match the size"):
+            other.load_state_dict(saved)
+    same(optimizer.state_dict(), saved)
+
+
+@every
+def test_loading_copies_the_state(info):
+    weight, bias, closure = problem()
+    optimizer, other = info.optim_cls([weight, bias], lr=0.01), info.optim_cls([weight, bias], lr=0.01)
+    run(optimizer, closure, 2)
+    saved = optimizer.state_dict()
+    other.load_state_dict(saved)
+    before = copy.deepcopy(saved)
+    run(other, closure, 2)
+    same(saved["param_groups"], before["param_groups"])
+    assert other.state[weight] is not optimizer.state[weight]
+
+
+@every
 def test_parameters_may_come_as_any_iterable(info):
     weight, bias, closure = problem()
     plain = [[weight, bias], (weight, bias), iter([weight, bias]), {0: weight, 1: bias}.values()]
