@@ -206,8 +206,10 @@ def test_one_rank_of_many_may_not_say_whose_average_it_has():
     saved["state"] = {1: {"momentum_buffer": torch.ones(5, 5)}}
     with pytest.raises(ValueError, match=r"may be '1\.weight' or '0\.weight'.*Pass the states of all ranks"):
         import_state(optimizer, saved, "KellerJordan", names, steps=1)
-    saved["state"] = {0: {"momentum_buffer": torch.ones(9, 5)}}  # it did sort
-    assert import_state(optimizer, saved, "KellerJordan", names, steps=1).taken == ("2.weight",)
+    other = {**saved, "state": {0: {"momentum_buffer": torch.ones(9, 5)}}}  # it did sort
+    assert import_state(optimizer, other, "KellerJordan", names, steps=1).taken == ("2.weight",)
+    taken = import_state(optimizer, [saved, other], "KellerJordan", [names, names], steps=1).taken
+    assert taken == ("0.weight", "2.weight")
 
 
 @cases("nesterov, scale", [(False, "spectral_norm"), (True, "rms_norm"), (True, None)])

@@ -1,6 +1,8 @@
 """What the state dict of another library's optimizer holds of each parameter, by name. Nothing of it is trusted."""
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -73,6 +75,7 @@ class Told:
 
 def read(
     saved: Any,
+    ranks: Sequence[Any],
     source: Source,
     names: Names | None,
     rows: Mapping[str, PlanRow],
@@ -84,6 +87,7 @@ def read(
 
     Args:
         saved: The state dict.
+        ranks: Those of all ranks of the same optimizer, it among them.
         source: Whose it is.
         names: Of its parameters; None: those that it has.
         rows: Of the optimizer that goes on, by name.
@@ -98,7 +102,8 @@ def read(
     groups, states = _parts(saved, source)
     shapes = {
         index: tuple(value.shape)
-        for index, state in states.items()
+        for rank in ranks
+        for index, state in (states if rank is saved else _parts(rank, source)[1]).items()
         for kind in source.kinds
         if isinstance(value := state.get(kind.first), Tensor)
     }
@@ -129,15 +134,17 @@ def _parts(saved: Any, source: Source) -> tuple[list[dict[str, Any]], dict[Any, 
         if not isinstance(group, dict) or not isinstance(cast(dict[str, Any], group).get("params"), list):
             raise TypeError(refusal(f"{who}: a parameter group", "a dictionary with a list 'params'", group))
         listed += group["params"]
+    known: set[int | str] = set()
     for index in listed:
-        if isinstance(index, bool) or not isinstance(index, int | str) or listed.count(index) > 1:
+        if isinstance(index, bool) or not isinstance(index, int | str) or index in known:
             raise ValueError(f"{who} calls a parameter {shown(index)}, which is no name of one alone.")
+        known.add(index)
     for index, state in cast(dict[Any, Any], states).items():
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in cast(dict[Any, Any], state)):
             raise TypeError(
                 refusal(f"{who}: that of parameter {shown(index)}", "a dictionary with named entries", state)
             )
-        if index not in listed:
+        if index not in known:
             raise ValueError(f"{who} has an entry for {shown(index)}, which is in no parameter group.")
     return groups, states
 
@@ -152,9 +159,9 @@ def _called(
 ) -> dict[Any, str]:
     """Each parameter's name here, by what its state dict calls it."""
     lists = [_stripped(part, rows) for part in _named(groups, names, source)]
-    repeated = [name for part in lists for name in part if sum(other.count(name) for other in lists) > 1]
-    if repeated:
-        raise ValueError(f"names: {repeated[0]!r} stands there twice; each parameter has a name of its own.")
+    twice = next((name for name, count in Counter(itertools.chain(*lists)).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"names: {twice!r} stands there twice; each parameter has a name of its own.")
     orders = [lists]
     if source.sorts and names is not None and all(name in rows for part in lists for name in part):
         orders.append(

@@ -134,8 +134,10 @@ def import_state(
     found: dict[str, Found] = {}
     told = Told()
     joined = set(_joined(fused))
-    for one, whose, called in _each(saved, source, names):
-        for name, state in read(one, SOURCES[whose], called, rows, joined, steps, told).items():
+    each = _each(saved, source, names)
+    for one, whose, called in each:
+        ranks = [other for other, *what in each if what == [whose, called]] if SOURCES[whose].sorts else [one]
+        for name, state in read(one, ranks, SOURCES[whose], called, rows, joined, steps, told).items():
             if name in found and not found[name].same(state):
                 raise ValueError(
                     f"Two of the states have different averages of {name!r}. Leave out all but the one to go on with."
