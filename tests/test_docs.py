@@ -49,6 +49,7 @@ def _registries_as_before():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own
 @pytest.mark.usefixtures("_registries_as_before")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_python_example_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ that the weights of that moment give, then the weights, then the moments of laye
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -166,6 +167,25 @@ def test_two_ranks_train_as_one_process(tmp_path, pair, accumulation, options, w
     assert both[1].losses == found.losses
     for one, other in zip(found.weights, both[1].weights, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def shared_on_rank(folder):
+    as_rank()
+    made = (from_model(steepest.Muon), {"lr": 0.02, "polar": "svd", "process_group": dist.group.WORLD})
+    with Watched() as watched:
+        Trainer(llama(), arguments(folder), train_dataset=texts(), optimizer_cls_and_kwargs=made).train()
+    return watched.optimizer.sharing.ranks, watched.weights
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_work_where_they_are_told_that_they_have_copies(tmp_path, pair):
+    (ranks, weights), _ = pair.run(shared_on_rank, tmp_path)
+    assert ranks == 2
+    model = llama().train()
+    found = train(model, steepest.Muon(model, lr=0.02, polar="svd"), two_epochs(2), loss_of)
+    for one, other in zip(weights, found.weights, strict=True):
+        for name in other:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
 
 
 class Interrupted(Exception):  # noqa: N818 - no error of ours
