@@ -54,7 +54,7 @@ def reference(cut, *, clip=None, method="newton-momo"):
 
 
 @pytest.mark.parametrize("route", ["bare", "wrapped"])
-@pytest.mark.parametrize("way", ["plain", "checkpointed", "compiled"])
+@pytest.mark.parametrize("way", ["plain", "checkpointed", "reentrant", "compiled"])
 @pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_fabric_trains_as_a_plain_loop(accumulation, clip, way, route):

@@ -87,7 +87,7 @@ def means(losses, accumulation):
 
 
 @CLIPPED
-@pytest.mark.parametrize("way", ["plain", "checkpointed", "compiled"])
+@pytest.mark.parametrize("way", ["plain", "checkpointed", "reentrant", "compiled"])
 @pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_momo_uses_the_mean_loss_of_each_window_and_trains_as_a_plain_loop(tmp_path, accumulation, clip, way):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import steepest
 from steepest import Momo, Muon, MuonAdam, MuonMax
@@ -556,3 +557,31 @@ def test_a_scale_is_a_positive_number():
         LossTap().record(1.0, scale=0.0)
     with pytest.raises(TypeError, match=r"takes a number as scale, such as scaler\.get_scale\(\), got None"):
         LossTap().record(1.0, scale=None)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_backward_passes_inside_of_one_are_parts_of_it(stopped):
+    """A reentrant checkpoint has a pass of its own, and one that was stopped by an error leaves nothing behind."""
+    model, optimizer = build()
+    x, y = batch(0, torch.float32)
+
+    def passes_of(model):
+        hidden = model[0](x)
+        loss = nn.functional.cross_entropy(checkpoint(model[1:], hidden, use_reentrant=True), y)
+        optimizer.record_loss(loss, weight=1 / 3)
+        return loss, hidden
+
+    if stopped:
+        loss, hidden = passes_of(model)
+        hidden.register_hook(lambda gradient: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            (loss / 3).backward()
+        optimizer.zero_grad()
+    (passes_of(model)[0] / 3).backward()
+    optimizer.step()
+    assert optimizer.diagnostics()["t"] > 0
+    loss, _ = passes_of(model)
+    (loss / 3).backward()
+    (nn.functional.cross_entropy(model(x), y) / 3).backward()  # which nobody recorded
+    with pytest.raises(ValueError, match="1 recorded losses have weights that sum"):
+        optimizer.step()

@@ -25,6 +25,16 @@ STACKED = (
     "backward pass."
 )
 
+_began: list[int] = []  # the backward pass that is on its way from a recorded loss
+
+
+def begins() -> None:
+    """A backward pass begins, at a recorded loss: those inside of it, as of reentrant checkpoints, are parts of it."""
+    task = torch._C._current_graph_task_id()
+    if task != -1 and task not in _began:
+        _began[:] = [task]
+        _queue(lambda: _began.remove(task) if task in _began else None)
+
 
 class Arrivals:
     """Watches one parameter of each group, in every backward pass; of a sharded one, what this rank keeps."""
@@ -32,7 +42,7 @@ class Arrivals:
     def __init__(self) -> None:
         self.watched: list[Tensor] = []
         self.seen: list[Tensor | None] = []  # entries of the watched gradients as the last pass left them
-        self._task = -1
+        self._task = self._pass = -1  # which gradients came in, and of which that is a part
         self.passes = 0  # backward passes since gradients were new
         self._total = 0
         self._zeroed = False  # and nothing arrived since
@@ -71,6 +81,7 @@ class Arrivals:
 
     def zeroed(self) -> None:
         """Gradients were cleared."""
+        _began.clear()  # it did not end, if it was stopped by an error
         self.passes, self._zeroed = 0, True
 
     def stepped(self) -> None:
@@ -129,9 +140,11 @@ class Arrivals:
             return self.passed()
         if task == self._task:
             return None
-        self._task, self._zeroed = task, False
-        self.passes = 1 + self.passes * any(map(self._is_old, range(len(self.watched))))
-        self._total += 1
+        whole = next(iter(_began), task)
+        if whole != self._pass:
+            self.passes = 1 + self.passes * any(map(self._is_old, range(len(self.watched))))
+            self._total += 1
+        self._task, self._pass, self._zeroed = task, whole, False
         own: weakref.ref[Arrivals] = weakref.ref(cast(Arrivals, self))
         # Twice: what averages gradients over ranks may have asked later to be called, so it comes in between.
         _queue(lambda: _queue(partial(_passed, own)))

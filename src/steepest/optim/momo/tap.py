@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from steepest.checks import refusal
+from steepest.optim.momo.arrivals import begins
 from steepest.ranks import is_sharded, local
 
 Loss = Tensor | float
@@ -200,6 +201,7 @@ def _unequal(entries: list[Entry], total: float) -> str:
 
 
 def _receive(received: list[Tensor], factor: Tensor) -> None:
+    begins()
     received.append(local([factor])[0].detach().sum())
 
 
