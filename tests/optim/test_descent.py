@@ -395,6 +395,12 @@ def test_an_optimizer_for_each_parameter_in_backward_is_right_or_refused(method)
     assert_same(list(model.parameters()), list(twin.parameters()))
 
 
+def test_groups_that_an_optimizer_refuses_are_printed_all_the_same():
+    optimizer = Muon(network())
+    optimizer.param_groups.append({"params": [nn.Parameter(torch.zeros(3))]})
+    assert repr(optimizer).splitlines()[-2].split() == ["None", "1", "3", "None", "None", "-", "-", "None", "None"]
+
+
 def test_an_optimizer_prints_as_a_page_about_its_groups():
     model = network()
     optimizer = MuonMax(model, lr=0.5, weight_decay=0.1, step_size=Momo(lower_bound=1.5))

@@ -181,6 +181,59 @@ def test_a_step_that_is_passed_over_rounds_nothing():
     assert_same(before, list(model.parameters()))
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_weights_that_somebody_sets_to_zero_go_on_from_there(zero):
+    """Bits of the old number may be negative, and no number is below zero in that way."""
+    model = network(torch.bfloat16)
+    optimizer = Muon(model, rounding="kept")
+    train(model, optimizer, range(3), torch.bfloat16)
+    weight = next(model.parameters())
+    assert bool((optimizer.state[weight]["weight_low_bits"] < 0).any())
+    with torch.no_grad():
+        weight.fill_(zero)
+    train(model, optimizer, range(2), torch.bfloat16)
+    assert bool((weight != 0).all())
+    assert bool(joined(weight, optimizer.state[weight]["weight_low_bits"]).isfinite().all())
+
+
+@pytest.mark.parametrize("rounding", ["kept", "stochastic"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_model_may_become_bfloat16_after_its_optimizer_was_built(rounding, steps):
+    model = network()
+    optimizer = Muon(model, rounding=rounding)
+    assert optimizer.plan  # asks what is kept
+    train(model, optimizer, range(steps))
+    model.to(torch.bfloat16)
+    train(model, optimizer, range(2), torch.bfloat16)
+    assert all(("weight_low_bits" in state) == (rounding == "kept") for state in optimizer.state.values())
+
+
+def test_a_model_may_not_become_float16_after_its_optimizer_was_built():
+    model = network()
+    optimizer = Muon(model, rounding="stochastic")
+    model.to(torch.float16)
+    with pytest.raises(ValueError, match=r"rounding='stochastic' is for bfloat16 weights, and '.*float16"):
+        train(model, optimizer, [0], torch.float16)
+    assert not optimizer.state
+
+
+def test_state_dicts_hold_bits_in_a_type_that_ranks_can_exchange():
+    model = network(torch.bfloat16)
+    optimizer = Muon(model, rounding="kept")
+    train(model, optimizer, range(2), torch.bfloat16)
+    state = optimizer.state_dict()
+    first, held = optimizer.state[next(model.parameters())]["weight_low_bits"], state["state"][0]
+    assert held["weight_low_bits"].dtype == torch.int32
+    again = Muon(model, rounding="kept")
+    again.load_state_dict(state)
+    loaded = again.state[next(model.parameters())]["weight_low_bits"]
+    assert loaded.dtype == torch.int16
+    assert torch.equal(loaded, first)
+    held["weight_low_bits"] = held["weight_low_bits"] + 2**16
+    with pytest.raises(ValueError, match=r"'weight_low_bits' of .* but numbers of 16 bits are needed"):
+        again.load_state_dict(state)
+
+
 def test_float32_weights_have_no_use_for_it():
     model, twin = network(), network()
     for rounding in ("kept", "stochastic"):

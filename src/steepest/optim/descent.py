@@ -66,6 +66,7 @@ from steepest.optim.state import (
     check_fits,
     check_state,
     drop_unknown,
+    exchangeable,
     forget_untouched,
     restored,
     schema,
@@ -224,7 +225,7 @@ class SteepestDescent(Optimizer):
         self._warned_of_ball = self._built = False
         self._warm = False  # whether a step was taken with the state of now
         self._stages: list[Stage] = []
-        self._schemas: dict[Tensor, tuple[PlanRow, str, Schema]] = {}
+        self._schemas: dict[Tensor, tuple[PlanRow, tuple[str, torch.dtype], Schema]] = {}
         self._members: list[list[Tensor]] = []  # of each group, when they were last looked at
         self._model = weakref.ref(params) if isinstance(params, nn.Module) else None
         self._stray: set[str] = set()  # parameters of the model that are not here, and were told of
@@ -478,11 +479,12 @@ class SteepestDescent(Optimizer):
         columns = ("name", "tensors", "numbers", "lr", "momentum", "nesterov", "beta2", "weight_decay", "norm")
         lines: list[tuple[str, ...]] = [columns]
         for group in self.param_groups:
-            adapts = isinstance(group["norm"], str) and group["norm"] in self._norms and self._norms.of(group).adapts
+            adapts = group.get("norm") in self._norms and self._norms.of(group).adapts
             numbers = sum(self._rows[p].numel if p in self._rows else p.numel() for p in group["params"])
-            shown_here = {**group, "beta2": group["beta2"] if adapts else "-", "nesterov": group["nesterov"] or "-"}
+            unused = {} if adapts else {"beta2": "-"}
+            shown_here = {**group, **unused, "nesterov": group.get("nesterov") or "-"}
             cells = [_cell(shown_here.get(key)) for key in columns[3:]]
-            lines.append((str(group["name"]), str(len(group["params"])), f"{numbers:,}", *cells))
+            lines.append((str(group.get("name")), str(len(group["params"])), f"{numbers:,}", *cells))
         about = [repr(self._losses.step_size)] if self._losses.momo else []
         about += [repr(getattr(stage, "options", stage)) for stage in self._stages]
         head = ", ".join([f"{type(self).__name__}: {METHOD_WORDS[self._combine.regularized]}", *about])
@@ -772,6 +774,7 @@ class SteepestDescent(Optimizer):
         """Everything that may be wrong with a parameter, before the first is written to."""
         for group, members in present:
             for parameter in members:
+                self._storage.check(self._rows[parameter].name, parameter)  # may have become float16
                 adapts, entries = self._norms.of(group).adapts, self._schema(parameter, group)
                 if parameter in self.state:
                     forget_untouched(self.state[parameter], parameter, entries)
@@ -805,10 +808,10 @@ class SteepestDescent(Optimizer):
 
     def _schema(self, parameter: Tensor, group: Group) -> Schema:
         """What may be kept of a parameter."""
-        row, norm, known = self._rows[parameter], group["norm"], self._schemas.get(parameter)
-        if known is None or known[0] is not row or known[1] != norm:
+        row, kind, known = self._rows[parameter], (group["norm"], parameter.dtype), self._schemas.get(parameter)
+        if known is None or known[0] is not row or known[1] != kind:
             entries = self._entries(row, group)
-            known = self._schemas[parameter] = row, norm, entries
+            known = self._schemas[parameter] = row, kind, entries
         return known[2]
 
     def _allocate(self) -> None:
@@ -1175,7 +1178,8 @@ def _cell(value: object) -> str:
 
 def _make_state_plain(_: Optimizer, packed: dict[str, Any]) -> None:
     for index, state in packed["state"].items():
-        packed["state"][index] = {k: plain(v, f"state[{index}]: {k}") for k, v in state.items()}
+        plain_state = {k: plain(v, f"state[{index}]: {k}") for k, v in state.items()}
+        packed["state"][index] = {k: exchangeable(k, v) for k, v in plain_state.items()}
 
 
 def _with_keys(stage: Stage, groups: Sequence[Group]) -> list[Group]:

@@ -319,9 +319,9 @@ def _nowhere(value: Tensor, parameter: Tensor, what: str) -> bool:
 
 def _check_tensor(value: Any, parameter: Tensor, what: str, entry: Entry) -> None:
     real = isinstance(value, Tensor) and value.is_floating_point()
-    if not isinstance(value, Tensor) or not (
-        real if entry.dtype is None or entry.dtype.is_floating_point else value.dtype == entry.dtype
-    ):
+    whole = entry.dtype is not None and not entry.dtype.is_floating_point
+    stored = (entry.dtype, *([torch.int32] if entry.dtype is torch.int16 else []))  # see `exchangeable`
+    if not isinstance(value, Tensor) or not (value.dtype in stored if whole else real):
         kind = value.dtype if isinstance(value, Tensor) else _short(value)
         needed = "real floating point" if entry.dtype is None else entry.dtype
         raise TypeError(f"{what} is {kind}, but a tensor of {needed} is needed. {DAMAGED}")
@@ -341,6 +341,8 @@ def _check_tensor(value: Any, parameter: Tensor, what: str, entry: Entry) -> Non
         return  # a gradient whose square is out of range
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{what} holds numbers that are not finite. {DAMAGED}")
+    if entry.dtype is torch.int16 and not -(2**15) <= low <= high < 2**15:
+        raise ValueError(f"{what} holds {low:g} to {high:g}, but numbers of 16 bits are needed. {DAMAGED}")
     if entry.least is not None and low < entry.least:
         raise ValueError(f"{what} holds {low:g}, but it cannot be below {entry.least:g}. {DAMAGED}")
 

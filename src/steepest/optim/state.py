@@ -162,6 +162,16 @@ def check_fits(state: dict[str, Tensor], parameter: Tensor, name: str, entries: 
         state[STEP] = torch.as_tensor(state[STEP], dtype=torch.int64, device=parameter.device)
 
 
+def exchangeable(key: str, value: Any) -> Any:
+    """An entry as state dicts hold it: neither gloo nor NCCL sends int16, as torch does to make one state of parts.
+
+    Args:
+        key: Of the entry.
+        value: The entry.
+    """
+    return value.to(torch.int32) if key == LOW and isinstance(value, Tensor) else value
+
+
 def restored(saved: Mapping[str, Any], parameter: Tensor, entries: Schema) -> dict[str, Any]:
     """State of one parameter as it was saved, in its own precision on the parameter's device.
 

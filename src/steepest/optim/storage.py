@@ -86,6 +86,9 @@ class Storage:
 def joined(weight: Tensor, low: Tensor | None) -> Tensor:
     """The float32 number that a bfloat16 weight and its kept bits are.
 
+    Bits of a weight that somebody else has set to zero since may be below those of zero, which are of no number: they
+    count as zeros.
+
     Args:
         weight: bfloat16.
         low: int16, the lower half of the bits as a signed number; None: zeros.
@@ -99,7 +102,11 @@ def joined(weight: Tensor, low: Tensor | None) -> Tensor:
         (tensor([ 1., -2.], dtype=torch.bfloat16), tensor([ 1.0010, -2.0000]))
     """
     wide = weight.detach().float()
-    return wide if low is None else (wide.view(torch.int32) + low.to(torch.int32)).view(torch.float32)
+    if low is None:
+        return wide
+    bits = low.to(torch.int32)
+    bits.masked_fill_((wide == 0) & (bits < 0), 0)
+    return bits.add_(wide.view(torch.int32)).view(torch.float32)
 
 
 def divided(wide: Tensor) -> tuple[Tensor, Tensor]:

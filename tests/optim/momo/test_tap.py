@@ -542,6 +542,19 @@ def test_a_short_window_whose_step_was_passed_over_is_forgotten_with_its_gradien
     assert tap.take() == (0.75, 1.0)
 
 
+@pytest.mark.parametrize("weight", [None, 0.5])
+def test_gradients_may_be_cleared_between_the_first_loss_and_its_backward(weight):
+    tap, parameter = LossTap(), torch.ones((), requires_grad=True)
+    for _ in range(2):  # the first window's step is passed over, and its losses go with their gradients
+        for place, number in enumerate((0.25, 0.5)):
+            loss = parameter * number
+            tap.record(loss, weight, already_divided=True)
+            if place == 0:
+                tap.gradients_cleared()
+            loss.backward()
+    assert tap.take() == (0.75, 1.0)
+
+
 def test_a_loss_that_was_scaled_is_held_to_what_backward_was_called_on():
     model, optimizer = build()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

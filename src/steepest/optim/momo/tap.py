@@ -36,6 +36,7 @@ class Entry:
         expected: What backward is to multiply the recorded loss by, its scale not counted.
         scale: What it was multiplied by already, against underflow.
         received: What each pass multiplied it by, where it has a graph.
+        lost: Whether gradients were cleared since backward ran for it.
     """
 
     part: Loss
@@ -43,6 +44,7 @@ class Entry:
     expected: float
     scale: float = 1.0
     received: list[Tensor] = field(default_factory=list[Tensor])
+    lost: bool = False
 
 
 class LossTap:
@@ -83,8 +85,10 @@ class LossTap:
         if not 0 < scale < math.inf:
             raise ValueError(f"record_loss takes a finite scale above 0, got {scale}.")
         given = check_loss("record_loss", loss) / scale
-        if self._cleared and self._gone():
-            self.clear()
+        if self._cleared:
+            self._entries = [entry for entry in self._entries if not entry.lost]
+            if self._whole():
+                self.clear()
         self._cleared = False
         if self._entries and (self._entries[-1].weight is None) != (weight is None):
             raise ValueError(
@@ -101,12 +105,13 @@ class LossTap:
     def gradients_cleared(self) -> None:
         """What was recorded so far may belong to gradients that are gone; the next record decides."""
         self._cleared = True
+        for entry in self._entries:  # else its backward comes after this
+            entry.lost = bool(entry.received)
 
-    def _gone(self) -> bool:
-        """Whether gradients made of these losses were thrown away, as where loss scaling passed over a step."""
+    def _whole(self) -> bool:
+        """Whether a batch is complete, whose step was passed over, as loss scaling does, if another loss comes."""
         weights = [entry.weight for entry in self._entries]
-        whole = None not in weights and math.fsum(weight or 0.0 for weight in weights) > 1 - TOLERANCE
-        return whole or all(entry.received for entry in self._entries)
+        return None not in weights and math.fsum(weight or 0.0 for weight in weights) > 1 - TOLERANCE
 
     def clear(self) -> None:
         """Forget everything."""
@@ -123,7 +128,8 @@ class LossTap:
         Raises:
             ValueError: If the weights sum to more than 1. What was recorded is forgotten then, too.
         """
-        entries = self._taken = self._entries
+        kept = [entry for entry in self._entries if not entry.lost]
+        entries = self._taken = kept or self._entries  # a penalty on gradients runs backward before these are cleared
         self.clear()
         if not entries:
             return None, 1.0
