@@ -4,6 +4,8 @@ Every training is compared with a plain loop over the same micro-batches: the lo
 that the weights of that moment give, then the weights, then the moments of layers' inputs.
 """
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -61,7 +63,7 @@ def two_epochs(accumulation, weigh=by_tokens):
 
 @cases("clip", [0.0, 0.5], ids=["", "clipped"])
 @cases("accumulation", [1, 3])
-def test_the_loss_is_that_of_all_tokens_also_of_a_short_last_window_and_of_clipped_gradients(
+def test_row_trainer_with_momo_takes_the_mean_loss_of_a_window_also_a_short_one_and_clipped(
     tmp_path, accumulation, clip
 ):
     found = trained(tmp_path, gradient_accumulation_steps=accumulation, max_grad_norm=clip)
@@ -142,7 +144,11 @@ def test_checkpointing_compilers_and_bf16_change_neither_losses_nor_moments(tmp_
 
 def on_rank(folder, accumulation, options):
     as_rank()
-    return trained(folder, gradient_accumulation_steps=accumulation, ddp_find_unused_parameters=False, **options)
+    fixed = {"gradient_accumulation_steps": accumulation, "ddp_find_unused_parameters": False}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = trained(folder, **fixed, **options)
+    return found, [str(entry.message) for entry in caught if "as by clipping" in str(entry.message)]
 
 
 def by_ranks(windows):
@@ -158,15 +164,15 @@ def by_ranks(windows):
     [({}, by_tokens), ({"average_tokens_across_devices": False}, by_ranks), ({"max_grad_norm": 0.5}, by_tokens)],
     ids=["tokens of all ranks", "tokens of each rank", "clipped"],
 )
-def test_two_ranks_train_as_one_process(tmp_path, pair, accumulation, options, weigh):
+def test_row_momo_and_clipping_on_two_ranks_that_train_as_one_process(tmp_path, pair, accumulation, options, weigh):
     """Each takes every second micro-batch; the last window is short."""
-    both = pair.run(on_rank, tmp_path, accumulation, options)
+    (found, told), (other, also_told) = pair.run(on_rank, tmp_path, accumulation, options)
+    assert len(told) == len(also_told) == ("max_grad_norm" in options), "of clipping each rank warns, once"
     cut = two_epochs(2 * accumulation, weigh)
-    found = both[0]
     assert_alike(found, expected(found, cut, clip=options.get("max_grad_norm")))
-    assert both[1].losses == found.losses
-    for one, other in zip(found.weights, both[1].weights, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert other.losses == found.losses
+    for one, two in zip(found.weights, other.weights, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def shared_on_rank(folder):

@@ -1,5 +1,7 @@
 """The optimizer is found in whatever wraps it."""
 
+import importlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -24,3 +26,13 @@ def test_what_holds_none_of_ours_is_refused():
     loop.optimizer = loop
     with pytest.raises(TypeError, match=r"inside of SimpleNamespace, got"):
         unwrapped(loop)
+
+
+@pytest.mark.parametrize("host", ["transformers", "accelerate", "lightning", "peft"])
+def test_a_host_that_is_not_installed_is_named_with_the_extra_that_has_it(host, monkeypatch):
+    monkeypatch.setitem(sys.modules, host, None)
+    for name in [name for name in sys.modules if name.startswith(f"{host}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"steepest.integrations.{host}", raising=False)
+    with pytest.raises(ImportError, match=rf"steepest\.integrations\.{host} needs .*pip install 'steepest\[{host}\]'"):
+        importlib.import_module(f"steepest.integrations.{host}")
