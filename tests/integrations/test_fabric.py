@@ -110,8 +110,8 @@ def test_the_wrapper_takes_no_loss_and_unwrapped_finds_what_does():
     assert 0 < inner.diagnostics()["t"] <= 1
 
 
-def trained_on_ranks(accumulation, clip, route):
-    """A rank's part of a training in Fabric; its batches are every second one."""
+def fabric_of_ranks():
+    """One that knows that this process is a rank."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}", "GROUP_RANK": "0"}
     warnings.filterwarnings("ignore", "Gradients were changed between backward and step")
@@ -122,29 +122,51 @@ def trained_on_ranks(accumulation, clip, route):
         plugins=[TorchElasticEnvironment()],
     )
     fabric.launch()
-    net, model, optimizer = set_up(fabric, "newton-momo", route=route)
+    return fabric
+
+
+def trained_on_ranks(accumulation, clip, route, way):
+    """A rank's part of a training in Fabric; its batches are every second one."""
+    fabric = fabric_of_ranks()
+    net, model, optimizer = set_up(fabric, "newton-momo", way, route=route)
+    cut = windows(batches(14)[fabric.global_rank :: 2], accumulation, divisor=accumulation)
     with Watched() as watched:
-        loop(fabric, model, optimizer, windows(batches(14)[rank::world], accumulation, divisor=accumulation), clip=clip)
+        loop(fabric, model, optimizer, cut, clip=clip)
     return short_names(watched.trained(net))
 
 
 @pytest.mark.parametrize("route", ["bare", "wrapped"])
-@pytest.mark.parametrize(("accumulation", "clip"), [(1, None), (3, None), (3, 0.2)])
-def test_two_ranks_train_as_one_process(pair, accumulation, clip, route):
+@pytest.mark.parametrize(
+    ("accumulation", "clip", "way"),
+    [(1, None, "plain"), (3, None, "plain"), (3, 0.2, "plain"), (3, None, "checkpointed"), (3, 0.2, "compiled")],
+)
+def test_two_ranks_train_as_one_process(pair, accumulation, clip, way, route):
     cut = windows(batches(14), 2 * accumulation, divisor=2 * accumulation)
-    for found in pair.run(trained_on_ranks, accumulation, clip, route):
+    for found in pair.run(trained_on_ranks, accumulation, clip, route, way):
         assert_alike(found, reference(cut, clip=clip))
+
+
+def resumes_exactly(fabric, folder, method, route="bare"):
+    cut = windows(batches(14)[fabric.global_rank :: 2], 2)
+    net, model, optimizer = set_up(fabric, method, route=route)
+    loop(fabric, model, optimizer, cut[:2])
+    fabric.save(f"{folder}/saved.ckpt", {"model": model, "optimizer": optimizer})
+    loop(fabric, model, optimizer, cut[2:])
+    other, model, optimizer = set_up(fabric, method, route=route)
+    fabric.load(f"{folder}/saved.ckpt", {"model": model, "optimizer": optimizer}, weights_only=True)
+    loop(fabric, model, optimizer, cut[2:])
+    return all(map(torch.equal, net.parameters(), other.parameters()))
 
 
 @pytest.mark.parametrize("method", ["muon", "newton", "muonmax-momo", "newton-momo"])
 def test_what_fabric_saves_resumes_exactly(tmp_path, method):
-    cut = windows(batches(), 2)
-    fabric = lightning.Fabric(**ONE)
-    net, model, optimizer = set_up(fabric, method)
-    loop(fabric, model, optimizer, cut[:2])
-    fabric.save(tmp_path / "saved.ckpt", {"model": model, "optimizer": optimizer})
-    loop(fabric, model, optimizer, cut[2:])
-    other, model, optimizer = set_up(fabric, method)
-    fabric.load(tmp_path / "saved.ckpt", {"model": model, "optimizer": optimizer}, weights_only=True)
-    loop(fabric, model, optimizer, cut[2:])
-    assert all(map(torch.equal, net.parameters(), other.parameters()))
+    assert resumes_exactly(lightning.Fabric(**ONE), tmp_path, method)
+
+
+def resumed_on_ranks(folder, route):
+    return resumes_exactly(fabric_of_ranks(), folder, "newton-momo", route)
+
+
+@pytest.mark.parametrize("route", ["bare", "wrapped"])
+def test_what_two_ranks_save_resumes_exactly(tmp_path, pair, route):
+    assert pair.run(resumed_on_ranks, str(tmp_path), route) == [True, True]

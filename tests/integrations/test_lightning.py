@@ -24,7 +24,6 @@ from lightning.pytorch.callbacks import (  # noqa: E402 - needs the host
 )
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment  # noqa: E402
-from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
 
 from steepest.integrations.lightning import RecordLoss  # noqa: E402
 
@@ -171,33 +170,34 @@ def test_momo_uses_the_mean_loss_in_mixed_precision(tmp_path, accumulation, prec
     assert found.losses == pytest.approx(means(module.seen, accumulation), rel=1e-6 if plugin else 1e-2)
 
 
-def trained_on_ranks(folder, method, accumulation, clip, route):
-    """A rank's part of a training in Lightning; its batches are every second one."""
+def ranks_options():
+    """How Lightning is told that this process is a rank."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}", "GROUP_RANK": "0"}
     warnings.filterwarnings("ignore", "Gradients were changed between backward and step")
-    make = METHODS[method]
-    module = Module((lambda net: make(module.trainer.strategy.model)) if route == "wrapped" else method)
-    trained = fit(
-        module,
-        folder,
-        data=batches(14)[rank::world],
-        devices=world,
-        strategy=DDPStrategy(process_group_backend="gloo"),
-        plugins=[TorchElasticEnvironment()],
-        use_distributed_sampler=False,
-        accumulate_grad_batches=accumulation,
-        gradient_clip_val=clip,
-    )
-    return trained
+    plugins = [TorchElasticEnvironment()]
+    return {"devices": world, "strategy": "ddp", "plugins": plugins, "use_distributed_sampler": False}
+
+
+def trained_on_ranks(folder, accumulation, clip, route, way):
+    """A rank's part of a training in Lightning; its batches are every second one."""
+    options = {**ranks_options(), "data": batches(14)[torch.distributed.get_rank() :: 2]}
+    if route == "manual":
+        return fit(Manual("recorded", accumulation, clip=clip, way=way), folder, pl.Callback(), **options)
+    make = METHODS["newton-momo"]
+    module = Module((lambda net: make(module.trainer.strategy.model)) if route == "wrapped" else make, way)
+    return fit(module, folder, accumulate_grad_batches=accumulation, gradient_clip_val=clip, **options)
 
 
 @CLIPPED
-@pytest.mark.parametrize("route", ["bare", "wrapped"])
-@pytest.mark.parametrize(("accumulation", "clip"), [(1, None), (3, None), (3, 0.2)])
-def test_two_ranks_train_as_one_process(tmp_path, pair, accumulation, clip, route):
-    ranks = pair.run(trained_on_ranks, str(tmp_path), "newton-momo", accumulation, clip, route)
-    cut = windows(batches(14), 2 * accumulation, divisor=2 * accumulation)
+@pytest.mark.parametrize("route", ["bare", "wrapped", "manual"])
+@pytest.mark.parametrize(
+    ("accumulation", "clip", "way"),
+    [(1, None, "plain"), (3, None, "plain"), (3, 0.2, "plain"), (3, None, "checkpointed"), (3, 0.2, "compiled")],
+)
+def test_two_ranks_train_as_one_process(tmp_path, pair, accumulation, clip, way, route):
+    ranks = pair.run(trained_on_ranks, str(tmp_path), accumulation, clip, route, way)
+    cut = windows(batches(14), 2 * accumulation, divisor=None if route == "manual" else 2 * accumulation)
     expected = reference(cut=cut, clip=clip)
     for found in ranks:
         found.weights = [{name.split("net.")[-1]: w for name, w in one.items()} for one in found.weights]
@@ -245,11 +245,11 @@ def test_another_librarys_optimizer_is_let_be(tmp_path):
 class Manual(pl.LightningModule):
     """Manual optimization, with one optimizer for matrices and torch's AdamW for the rest, if `two`."""
 
-    def __init__(self, tell, accumulation=1, method="newton-momo", *, two=False):
+    def __init__(self, tell, accumulation=1, method="newton-momo", *, clip=None, way="plain", two=False):
         super().__init__()
         self.automatic_optimization = False
-        self.net, self.make = Network(), METHODS[method]
-        self.tell, self.accumulation, self.two = tell, accumulation, two
+        self.net, self.make = Network(way), METHODS[method]
+        self.tell, self.accumulation, self.clip, self.two = tell, accumulation, clip, two
         self.losses = []
 
     def configure_optimizers(self):
@@ -270,6 +270,8 @@ class Manual(pl.LightningModule):
         self.manual_backward(loss / window)
         if last:
             mean, self.losses = math.fsum(self.losses), []
+            if self.clip is not None:
+                self.clip_gradients(every[0], gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
             every[0].step(**({"loss": mean} if self.tell == "passed" else {}))
             for optimizer in every[1:]:
                 optimizer.step()
@@ -277,13 +279,21 @@ class Manual(pl.LightningModule):
                 optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("tell", ["passed", "recorded"])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_manual_optimization_passes_or_records_the_loss(tmp_path, accumulation, tell, scaled):
-    options = {"plugins": [Scaled()]} if scaled else {}
-    found = fit(Manual(tell, accumulation), tmp_path, pl.Callback(), **options)
+def test_manual_optimization_passes_or_records_a_scaled_loss(tmp_path, accumulation, tell):
+    found = fit(Manual(tell, accumulation), tmp_path, pl.Callback(), plugins=[Scaled()])
     assert_alike(found, reference(cut=windows(batches(), accumulation)))
+
+
+@CLIPPED
+@pytest.mark.parametrize("way", ["plain", "checkpointed", "compiled"])
+@pytest.mark.parametrize("clip", [None, 0.2])
+@pytest.mark.parametrize("tell", ["passed", "recorded"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_manual_optimization_passes_or_records_the_loss(tmp_path, accumulation, tell, clip, way):
+    found = fit(Manual(tell, accumulation, clip=clip, way=way), tmp_path, pl.Callback())
+    assert_alike(found, reference(cut=windows(batches(), accumulation), clip=clip))
 
 
 @pytest.mark.parametrize("tell", ["passed", "recorded"])
@@ -355,23 +365,59 @@ class Stateful(DataLoader):
         self.done = state["done"]
 
 
+def exact_steps(folder, make, *callbacks, **options):
+    """At which steps a training of two epochs was stopped and gone on with, to the same bits.
+
+    Args:
+        folder: For checkpoints.
+        make: A new module.
+    """
+
+    def run(resumed=None):
+        module, rank = make(), int(os.environ.get("RANK", "0")) if "strategy" in options else 0
+        saving = ModelCheckpoint(f"{folder}/saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        trainer = trainer_of(folder, saving, *callbacks, enable_checkpointing=True, max_epochs=2, **options)
+        data = batches(14, dtype=torch.float32)[rank::2]
+        trainer.fit(module, Stateful(data), ckpt_path=resumed, weights_only=True)
+        return list(module.parameters())
+
+    whole = run()
+    resumed = {step: run(f"{folder}/saved/step={step}.ckpt") for step in (2, 3, 4)}
+    return [step for step, found in resumed.items() if all(map(torch.equal, found, whole))]
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("method", ["muon", "newton", "muonmax-momo", "newton-momo"])
 def test_a_checkpoint_in_the_middle_of_an_epoch_resumes_exactly(tmp_path, method, accumulation):
-    def run(resumed=None):
-        module = Module(method, dtype=torch.float32)
-        saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
-        options = {"enable_checkpointing": True, "accumulate_grad_batches": accumulation, "max_epochs": 2}
-        trainer = trainer_of(tmp_path, RecordLoss(), saving, **options)
-        trainer.fit(module, Stateful(batches(dtype=torch.float32)), ckpt_path=resumed, weights_only=True)
-        return list(module.parameters()), len(module.seen)
+    def make():
+        return Module(method, dtype=torch.float32)
 
-    whole, passes = run()
-    for step in (2, 3, 4):
-        resumed, left = run(str(tmp_path / "saved" / f"step={step}.ckpt"))
-        assert left < passes
-        assert all(map(torch.equal, resumed, whole)), step
+    assert exact_steps(tmp_path, make, RecordLoss(), accumulate_grad_batches=accumulation) == [2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+def test_manual_optimization_resumes_exactly(tmp_path):
+    assert exact_steps(tmp_path, lambda: Manual("recorded").float()) == [2, 3, 4]
+
+
+def resumed_on_ranks(folder, route):
+    options = ranks_options()
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+    make = METHODS["newton-momo"]
+
+    def module():
+        made = Module(make, dtype=torch.float32)
+        made.make = (lambda net: make(made.trainer.strategy.model)) if route == "wrapped" else make
+        return made
+
+    return exact_steps(folder, module, RecordLoss(), accumulate_grad_batches=3, **options)
+
+
+@pytest.mark.parametrize("route", ["bare", "wrapped"])
+def test_two_ranks_resume_exactly(tmp_path, pair, route):
+    assert pair.run(resumed_on_ranks, str(tmp_path), route) == [[2, 3, 4]] * 2
 
 
 class Validated(Module):
