@@ -6,9 +6,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import steepest
 from steepest.integrations.transformers import MomoTrainer, from_model
@@ -32,11 +33,16 @@ class Finetuning(MomoTrainer, SFTTrainer):
     """As a user writes it."""
 
 
+def tokenizer():
+    words = {f"w{number}": number for number in range(WORDS - 2)} | {"<pad>": WORDS - 2, "<eos>": WORDS - 1}
+    made = Tokenizer(WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+
+
 def host(folder, *, model=None, **options):
     own = {name: options.pop(name, None) for name in ("optimizer_cls_and_kwargs", "peft_config", "compute_loss_func")}
     own["optimizers"] = options.pop("optimizers", (None, None))
-    words = {f"w{number}": number for number in range(WORDS - 2)} | {"<pad>": WORDS - 2, "<eos>": WORDS - 1}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
     size = {"per_device_train_batch_size": BATCH, "num_train_epochs": 2, "max_length": None}
     order = {"train_sampling_strategy": "sequential", "lr_scheduler_type": "constant"}
@@ -45,7 +51,7 @@ def host(folder, *, model=None, **options):
         model or llama(),
         SFTConfig(output_dir=str(folder), **{**quiet, **size, **order, **plain, **options}),
         train_dataset=Dataset.from_list([{name: row.tolist() for name, row in text.items()} for text in texts()]),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
+        processing_class=tokenizer(),
         **own,
     )
 
@@ -133,3 +139,27 @@ def test_row_adapters_that_trl_makes_are_trained_and_told_of_where_they_come_aft
     trainer = host(tmp_path, model=model, peft_config=LORA, optimizers=(steepest.MuonMax(model, **options), None))
     with pytest.warns(UserWarning, match=r"not in the optimizer will never be trained: 'model\.layers\.0\.self_attn"):
         trainer.train()
+
+
+class Preferring(MomoTrainer, DPOTrainer):
+    """Of a trainer that takes no optimizer_cls_and_kwargs."""
+
+
+def test_a_trainer_without_the_argument_gets_it_afterwards_and_the_loss_is_the_one_that_it_logs(tmp_path):
+    pairs = [{"prompt": f"w{n} w{n + 1}", "chosen": f" w{n + 2} w{n + 3}", "rejected": f" w{n + 5}"} for n in range(16)]
+    quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    settings = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 3, "num_train_epochs": 2}
+    trainer = Preferring(
+        llama(),
+        args=DPOConfig(str(tmp_path), logging_steps=1, activation_checkpointing=False, **quiet, **settings),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer(),
+        peft_config=LORA,
+    )
+    options = {"lr": 0.1, "step_size": steepest.Momo(0.1)}
+    trainer.optimizer_cls_and_kwargs = (from_model(steepest.MuonMax), options)
+    with Watched() as watched:
+        trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    torch.testing.assert_close(watched.losses, logged, rtol=1e-6, atol=0)
+    assert len(set(logged)) == 6
