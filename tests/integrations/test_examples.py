@@ -17,6 +17,9 @@ LIMIT = 240  # seconds, on a machine that does other things besides; alone each 
 SAYS = {
     "trainer_gpt2": (r"loss (\S+) -> (\S+)", lambda first, last: last < first - 1),
     "lora": (r"before: loss (\S+)\nafter: loss (\S+)", lambda before, after: after < before / 10),
+    "lightning_images": (r"accuracy (\S+)%", lambda accuracy: accuracy > 95),
+    "fsdp2_loop": (r"loss (\S+) -> (\S+); from the checkpoint (\S+)$", lambda a, b, c: b == c < a - 2),
+    "choose_batch_size": (r"^ +8 +(\d+) +\d+\n(?:.*\n)* +512 +(\d+) +\d+$", lambda few, many: few > 1.5 * many),
     "lr_free_muonmax_momo": (r"10 +(\S+) +(\S+)$", lambda without, momo: momo < 0.5),
 }
 
@@ -43,6 +46,25 @@ def test_an_example_runs_and_says_what_it_should(path, tmp_path):
         assert found, done.stdout
         assert holds(*map(float, found.groups())), found[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.hosts
+def test_the_sharded_loop_runs_under_torchrun(tmp_path):
+    """Standalone: the launcher finds a free port."""
+    source = str(Path(steepest.__file__).parents[1])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "examples" / "fsdp2_loop.py"), "--steps", "4"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": source, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr
+    _, end, again = map(float, re.search(SAYS["fsdp2_loop"][0], done.stdout, flags=re.MULTILINE).groups())
+    assert end == again
 
 
 def test_what_examples_say_is_of_examples_that_are_there():

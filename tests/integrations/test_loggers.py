@@ -152,6 +152,7 @@ def test_wandb_beside_numbers_of_ones_own(tmp_path):
         LogDiagnostics(optimizer, to_wandb(run), every=2)
         run.log({"loss": 1.0}, step=100)
         after = train(net, optimizer)
+    wandb.teardown()  # waits for what is still to be written
     rows, defined = [], {}
     (file,) = tmp_path.rglob("*.wandb")
     for data in leveldb_records(file.read_bytes()[7:]):
@@ -256,6 +257,8 @@ def test_lightning_logs_at_the_step_of_its_own_numbers(tmp_path):
 @pytest.mark.slow
 def test_trainer_logs_it_with_all_else(tmp_path):
     transformers = pytest.importorskip("transformers")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     from steepest.integrations.transformers import LogDiagnostics, MomoTrainer, from_model
     from tests.integrations.tiny import llama, texts
 
@@ -269,7 +272,7 @@ def test_trainer_logs_it_with_all_else(tmp_path):
         output_dir=str(tmp_path),
         per_device_train_batch_size=2,
         max_steps=4,
-        report_to=[],
+        report_to=["tensorboard"],
         logging_steps=1,
         save_strategy="no",
         use_cpu=True,
@@ -287,6 +290,9 @@ def test_trainer_logs_it_with_all_else(tmp_path):
     assert list(rows) == [2, 4]
     for step, row in rows.items():
         assert {f"steepest/{name}": number for name, number in after[step - 1].items()}.items() <= row.items()
+    (events,) = tmp_path.rglob("events.out.*")
+    read = EventAccumulator(str(events)).Reload().Scalars("train/steepest/t")
+    assert {event.step: event.value for event in read} == {step: pytest.approx(after[step - 1]["t"]) for step in (2, 4)}
 
 
 def logged_by_ranks(weights):
