@@ -76,7 +76,8 @@ class MomoTrainer(Trainer):
         optimizer = unwrapped(self.optimizer)
         if self._ended:
             self._told = 0.0
-            optimizer.zero_grad()  # Trainer clears the model's; this forgets the loss of a step that was passed over
+            if self.accelerator.optimizer_step_was_skipped:  # and its gradients are cleared; here its loss is, too
+                optimizer.zero_grad()
         loss = super().training_step(*args, **kwargs)
         self._told = self._told + loss.detach().to(scalar_type(loss.device))
         self._ended = self.accelerator.sync_gradients
