@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -113,6 +114,21 @@ def test_batches_that_are_left_out_leave_a_smaller_window(tmp_path, accumulation
     pairs = itertools.pairwise([{}, *found.weights])  # a step without gradients leaves the weights
     found.weights = [new for old, new in pairs if not old or any(not torch.equal(old[name], new[name]) for name in new)]
     assert_alike(found, reference(cut=kept))
+
+
+def test_the_older_packages_trainer_takes_the_callback(tmp_path):
+    older = pytest.importorskip("pytorch_lightning")
+
+    class Older(older.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.seen = Network(), []
+
+        training_step, configure_optimizers = Module.training_step, Module.configure_optimizers
+        make, returns = staticmethod(METHODS["newton-momo"]), staticmethod(lambda loss, index: loss)
+
+    with mock.patch.object(pl, "Trainer", older.Trainer):
+        assert_alike(fit(Older(), tmp_path, accumulate_grad_batches=3), reference(accumulation=3))
 
 
 def test_a_training_step_may_return_a_dict(tmp_path):

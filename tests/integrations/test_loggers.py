@@ -61,15 +61,18 @@ def test_every_so_many_steps_are_written_and_none_that_was_passed_over():
     assert len(every) == 5
 
 
+@pytest.mark.filterwarnings("ignore:the gradient of 'first.weight' is not finite:RuntimeWarning")
 def test_steps_go_on_from_a_checkpoint():
     net, optimizer = made()
     train(net, optimizer)
     other = METHODS["newton-momo"](net)
     other.load_state_dict(optimizer.state_dict())
-    written = Written()
-    LogDiagnostics(other, written, every=4)
-    train(net, other, batches(2))
-    assert list(written) == [8]
+    fourth, seventh = Written(), Written()
+    LogDiagnostics(other, fourth, every=4)
+    LogDiagnostics(other, seventh, every=7)
+    train(net, other, batches(2), spoiled={0})  # which does not make the seventh step come again
+    assert list(fourth) == [8]
+    assert not seventh
 
 
 def test_weights_are_looked_at_if_asked_for():

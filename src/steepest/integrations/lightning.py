@@ -1,6 +1,6 @@
 """Lightning: Momo hears the loss of every step of automatic optimization, whatever Lightning makes of it before.
 
-For `lightning.pytorch`; classes of the older package `pytorch_lightning` are others, and are not supported.
+For `lightning.pytorch`; the Trainer of the older package `pytorch_lightning` takes these callbacks as well.
 """
 
 try:
