@@ -233,7 +233,7 @@ def test_what_record_loss_cannot_use_is_refused():
         record_loss(other, loss, accelerator)
 
 
-def sharded_on_rank(recipe, options):
+def sharded_on_rank(recipe, options, after):
     """Accelerate's FSDP2, which puts sharded parameters into the groups of an optimizer that it is given.
 
     On processors accelerate offers none, so it is told here that this is a GPU's way to run.
@@ -245,7 +245,10 @@ def sharded_on_rank(recipe, options):
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False, **wrap)
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     model = llama().train()
-    model, optimizer = accelerator.prepare(model, recipe(model, **options))
+    first = torch.optim.SGD(model.parameters(), lr=1.0) if after else recipe(model, **options)
+    model, optimizer = accelerator.prepare(model, first)
+    if after:
+        optimizer = accelerator.prepare_optimizer(recipe(model, **options))
     assert all(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     loader = accelerator.prepare_data_loader(DataLoader(texts(), batch_size=BATCH))
     with Watched() as watched:
@@ -256,12 +259,11 @@ def sharded_on_rank(recipe, options):
 
 @pytest.mark.slow
 def test_row_parameters_that_accelerate_swaps_for_sharded_ones_are_right_or_refused(pair):
+    cut = windows(batches(texts()), 2)
     options = {name: value for name, value in MOMO.items() if name != "precondition"}
-    found = pair.run(sharded_on_rank, steepest.MuonMax, options)[0]
-    model, cut = llama().train(), windows(batches(texts()), 2)
-    torch.testing.assert_close(found.losses, true_losses(model, found, cut, loss_of), rtol=1e-6, atol=0)
-    assert_alike(found, train(model, steepest.MuonMax(model, **options), cut, loss_of))
-    with pytest.raises(
-        RanksFailed, match="is preconditioned by what its layer reads, but in parameter group 0 a param"
-    ):
-        pair.run(sharded_on_rank, steepest.NewtonMuonMax, MOMO)
+    for recipe, chosen, after in ((steepest.MuonMax, options, False), (steepest.NewtonMuonMax, MOMO, True)):
+        found, model = pair.run(sharded_on_rank, recipe, chosen, after)[0], llama().train()
+        torch.testing.assert_close(found.losses, true_losses(model, found, cut, loss_of), rtol=1e-6, atol=0)
+        assert_alike(found, train(model, recipe(model, **chosen), cut, loss_of))
+    with pytest.raises(RanksFailed, match="what its layer reads, but in parameter group 0 a parameter of"):
+        pair.run(sharded_on_rank, steepest.NewtonMuonMax, MOMO, False)
