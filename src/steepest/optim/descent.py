@@ -225,7 +225,7 @@ class SteepestDescent(Optimizer):
         self._warned_of_ball = self._built = False
         self._warm = False  # whether a step was taken with the state of now
         self._stages: list[Stage] = []
-        self._schemas: dict[Tensor, tuple[PlanRow, tuple[str, torch.dtype], Schema]] = {}
+        self._schemas: dict[Tensor, tuple[PlanRow, str, torch.dtype, Schema]] = {}
         self._members: list[list[Tensor]] = []  # of each group, when they were last looked at
         self._model = weakref.ref(params) if isinstance(params, nn.Module) else None
         self._stray: set[str] = set()  # parameters of the model that are not here, and were told of
@@ -774,7 +774,6 @@ class SteepestDescent(Optimizer):
         """Everything that may be wrong with a parameter, before the first is written to."""
         for group, members in present:
             for parameter in members:
-                self._storage.check(self._rows[parameter].name, parameter)  # may have become float16
                 adapts, entries = self._norms.of(group).adapts, self._schema(parameter, group)
                 if parameter in self.state:
                     forget_untouched(self.state[parameter], parameter, entries)
@@ -808,11 +807,12 @@ class SteepestDescent(Optimizer):
 
     def _schema(self, parameter: Tensor, group: Group) -> Schema:
         """What may be kept of a parameter."""
-        row, kind, known = self._rows[parameter], (group["norm"], parameter.dtype), self._schemas.get(parameter)
-        if known is None or known[0] is not row or known[1] != kind:
-            entries = self._entries(row, group)
-            known = self._schemas[parameter] = row, kind, entries
-        return known[2]
+        row, norm, dtype = self._rows[parameter], group["norm"], parameter.dtype
+        known = self._schemas.get(parameter)
+        if known is None or known[0] is not row or known[1] != norm or known[2] is not dtype:
+            self._storage.check(row.name, parameter)  # of another type than when it was added, maybe
+            known = self._schemas[parameter] = row, norm, dtype, self._entries(row, group)
+        return known[3]
 
     def _allocate(self) -> None:
         """Make the state of all parameters, alike on all ranks: also of those without a gradient."""
@@ -842,7 +842,7 @@ class SteepestDescent(Optimizer):
                 record=self._record,
                 decay=self._decays.of(group),
                 storage=self._storage,
-                names=self._names_of(portion.load.parameters),
+                names=partial(self._names_of, portion.load.parameters),
                 stages=around,
                 memory_cap=cap,
                 forgets=self._steps % FORGET_EVERY == 0 or recording(),  # a replay does not count steps

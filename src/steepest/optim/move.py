@@ -62,7 +62,7 @@ class Move:
         record: Takes note.
         decay: What is taken away from the weights.
         storage: What is kept in 16 bits.
-        names: Of the parameters.
+        names: Tells those of the parameters.
         stages: Around the search for directions, the outermost first.
         memory_cap: Bytes that temporaries may take; None for no bound.
         forgets: Whether averages that nothing but rounding is left of are set to zero in this step.
@@ -81,7 +81,7 @@ class Move:
         record: StepRecord,
         decay: Decay,
         storage: Storage,
-        names: Sequence[str],
+        names: Callable[[], Sequence[str]],
         stages: Sequence[Stage] = (),
         memory_cap: int | None = None,
         forgets: bool = False,
@@ -351,9 +351,9 @@ class Move:
             torch._foreach_copy_(self._of(LOW), [low for _, low in pairs])
             torch._foreach_copy_(self.parameters, [weight for weight, _ in pairs])
             return
-        counts = self._of(STEP)
+        counts, names = self._of(STEP), self._names()
         for place, (parameter, weight) in enumerate(zip(self.load.parameters, weights, strict=True)):
-            noise = noise_of(self._names[place], counts[place], own_box(parameter), parameter.shape)
+            noise = noise_of(names[place], counts[place], own_box(parameter), parameter.shape)
             self.parameters[place].copy_(drawn(weight, noise))
 
     @property
