@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import steepest
-from steepest import Adam, InputMoment, Momo, Muon, MuonMax, NewtonMuon, View
+from steepest import Adam, InputMoment, Momo, Muon, MuonMax, NewtonMuon, Stage, View
 from tests.optim.training import powers_of
 
 
@@ -108,6 +108,41 @@ def test_a_saved_state_goes_on_where_layers_are_added_in_the_same_order():
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for a, b in zip(steps(model, optimizer, 2), steps(twin, other, 2), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_saved_state_goes_on_in_a_model_that_has_its_layers_in_another_order(name):
+    """Without the order of names, weights of one shape would take each other's averages."""
+    model, optimizer = grown(MAKERS[name], later=True)
+    steps(model, optimizer, 3)
+    twin, other = grown(MAKERS[name], later=False)
+    orders = [[n for group in own.param_groups for n in group["param_names"]] for own in (optimizer, other)]
+    assert orders[0] != orders[1]
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    names = dict(twin.named_parameters())
+    for key, parameter in model.named_parameters():
+        kept, loaded = optimizer.state[parameter], other.state[names[key]]
+        assert torch.equal(kept["momentum_buffer"], loaded["momentum_buffer"])
+    assert [n for group in other.param_groups for n in group["param_names"]] == orders[1]
+
+
+class Refusing(Stage):
+    """Takes no more layers."""
+
+    prefix = "refusing_"
+
+    def added(self, rows):
+        raise ValueError(f"no more than {len(rows)}")
+
+
+def test_layers_that_one_stage_refuses_are_looked_at_by_no_other():
+    torch.manual_seed(0)
+    model = Growing(1)
+    optimizer = NewtonMuon(model, precondition=InputMoment(structure="full"), stages=[Refusing()])
+    readers = len(optimizer.stages[0].readers)
+    with pytest.raises(ValueError, match="no more than 1"):
+        optimizer.add_module(nn.Linear(8, 8))
+    assert len(optimizer.stages[0].readers) == readers
 
 
 @pytest.mark.parametrize("scheduler", [torch.optim.lr_scheduler.CosineAnnealingLR, torch.optim.lr_scheduler.StepLR])

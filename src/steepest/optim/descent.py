@@ -430,7 +430,7 @@ class SteepestDescent(Optimizer):
                 group["params"] = [*group["params"], *(row.parameter for row in members)]
                 group["param_names"] = [*names, *(row.name for row in members)]
             staged = [row for row in rows if row.role == "matrix" and row.trainable]
-            for stage in self._stages if staged else ():
+            for stage in reversed(self._stages) if staged else ():  # those of users first: they may refuse
                 stage.added(staged)
         except BaseException:
             del self.param_groups[len(kept) :], self._members[len(kept) :]
@@ -998,6 +998,9 @@ class SteepestDescent(Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state. Norms, views and names stay those of this optimizer.
+
+        Parameters of a group go by their order, or by their names if the group has the same in another order, as after
+        `add_module`.
 
         Args:
             state_dict: What `state_dict` returned, from this or another world.
