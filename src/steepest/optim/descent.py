@@ -679,13 +679,14 @@ class SteepestDescent(Optimizer):
         heard = ready.heard
         self._losses.hear(heard, explicit, returned)
         ready.parameters = parameters = [parameter for _, members in ready.present for parameter in members]
-        self._tell_of_strays()  # which may be all that has gradients
         if not parameters and alone:
+            self._tell_of_strays()  # which may be all that has gradients
             heard.changed = self._losses.changed()
             return
         if not self._packing.fits(ready.present):
             self._meet(moving=True)
             self._share()
+        self._tell_of_strays()
         names = partial(self._names_of, parameters)
         ready.gradients = self._local_gradients(parameters, names)
         self._losses.check_told(heard.loss, lambda: ready.idle(self._still))
