@@ -110,22 +110,6 @@ def test_a_saved_state_goes_on_where_layers_are_added_in_the_same_order():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_a_saved_state_goes_on_in_a_model_that_has_its_layers_in_another_order(name):
-    """Without the order of names, weights of one shape would take each other's averages."""
-    model, optimizer = grown(MAKERS[name], later=True)
-    steps(model, optimizer, 3)
-    twin, other = grown(MAKERS[name], later=False)
-    orders = [[n for group in own.param_groups for n in group["param_names"]] for own in (optimizer, other)]
-    assert orders[0] != orders[1]
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    names = dict(twin.named_parameters())
-    for key, parameter in model.named_parameters():
-        kept, loaded = optimizer.state[parameter], other.state[names[key]]
-        assert torch.equal(kept["momentum_buffer"], loaded["momentum_buffer"])
-    assert [n for group in other.param_groups for n in group["param_names"]] == orders[1]
-
-
 class Refusing(Stage):
     """Takes no more layers."""
 

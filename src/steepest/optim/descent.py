@@ -374,6 +374,9 @@ class SteepestDescent(Optimizer):
     ) -> Plan:
         """Add the layers of a module that came later, between two steps: each parameter to the group of its role.
 
+        Like those of any optimizer, states go by the order of parameters within groups: load one where the same layers
+        were added in the same order, or by torch.distributed.checkpoint.state_dict, which goes by names.
+
         Args:
             module: What of it is here already, or frozen for good, is left out. A part of the model that the optimizer
                 was built with is routed within that, so that its last layer is no output head by mistake.
@@ -999,9 +1002,6 @@ class SteepestDescent(Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state. Norms, views and names stay those of this optimizer.
-
-        Parameters of a group go by their order, or by their names if the group has the same in another order, as after
-        `add_module`.
 
         Args:
             state_dict: What `state_dict` returned, from this or another world.

@@ -77,13 +77,9 @@ def check_saved(
     indices = _indices(given, groups)
     _refuse_foreign(given, states)
     taken: list[Group] = []
-    own = iter(names)
     for place, (old, group, norm) in enumerate(zip(given, groups, norms, strict=True)):
         _check_kind(place, old, group, norm)
-        taken.append(
-            {**old, **_checked_options(place, old, group), **_by_name(old, [next(own) for _ in old["params"]])}
-        )
-    indices = _indices(taken, groups)
+        taken.append({**old, **_checked_options(place, old, group)})
     if strange := [index for index in states if index not in set(indices)]:
         raise ValueError(f"The state has an entry for {strange[0]!r}, which is in no parameter group. {DAMAGED}")
     members = [parameter for group in groups for parameter in group["params"]]
@@ -189,15 +185,6 @@ def _check_kind(place: int, old: Group, group: Group, norm: Norm) -> None:
             "its averages alone, under the options of this one, load "
             "{**state, 'param_groups': optimizer.state_dict()['param_groups']}."
         )
-
-
-def _by_name(old: Group, names: list[str]) -> Group:
-    """The parameters of a saved group in the order of these names, if it has the same in another order."""
-    told = cast(Sequence[str], old.get("param_names") or ())
-    places = dict(zip(told, old["params"], strict=False))
-    if places.keys() != set(names) or len(places) != len(names):
-        return {}
-    return {"params": [places[name] for name in names], "param_names": names}
 
 
 def kind_of(text: str) -> str:
