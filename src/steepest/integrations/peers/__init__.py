@@ -3,11 +3,17 @@
 Needs none of these libraries: a state is the dictionary that their `state_dict()` returned.
 """
 
-from steepest.integrations.peers.conventions import PEERS as PEERS
-from steepest.integrations.peers.conventions import TranslatedOption as TranslatedOption
-from steepest.integrations.peers.conventions import Translation as Translation
-from steepest.integrations.peers.conventions import translate as translate
-from steepest.integrations.peers.sources import SOURCES as SOURCES
-from steepest.integrations.peers.states import Report as Report
-from steepest.integrations.peers.states import ReportRow as ReportRow
-from steepest.integrations.peers.states import import_state as import_state
+from steepest.integrations.peers.conventions import PEERS, TranslatedOption, Translation, translate
+from steepest.integrations.peers.sources import SOURCES
+from steepest.integrations.peers.states import Report, ReportRow, import_state
+
+__all__ = [
+    "PEERS",
+    "SOURCES",
+    "Report",
+    "ReportRow",
+    "TranslatedOption",
+    "Translation",
+    "import_state",
+    "translate",
+]

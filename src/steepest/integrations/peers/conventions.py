@@ -596,6 +596,7 @@ PEERS: Mapping[str, Rule] = {
     "torch.optim.AdamW": _torch_adamw,
     "torch.optim.Muon": _torch_muon,
 }
+"""Libraries whose options `translate` knows."""
 
 
 def options_of(source: str) -> Mapping[str, Any]:

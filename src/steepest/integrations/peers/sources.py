@@ -76,5 +76,7 @@ SOURCES: Mapping[str, Source] = {
     ),
     "timm": Source("Muon of timm", (_ADAM, _MUON)),
 }
+"""What `import_state` reads, by the name that its `source=` takes."""
+
 # Entries that say nothing that would be missed.
 SILENT = ("step", "use_muon")
