@@ -1,11 +1,21 @@
 """The optimizer, and the recipes that choose its pieces."""
 
 from steepest.optim import recipes
-from steepest.optim.decay import Decay, Decoupled
+from steepest.optim.decay import Cautious, Decay, Decoupled
 from steepest.optim.descent import SteepestDescent
 from steepest.optim.guard import NonFiniteError, OnNonFinite
 from steepest.optim.momo import Fixed, Momo, StepSize
 from steepest.optim.recipes import *  # noqa: F403 - each recipe
 
-__all__ = ["Decay", "Decoupled", "Fixed", "Momo", "NonFiniteError", "OnNonFinite", "SteepestDescent", "StepSize"]
+__all__ = [
+    "Cautious",
+    "Decay",
+    "Decoupled",
+    "Fixed",
+    "Momo",
+    "NonFiniteError",
+    "OnNonFinite",
+    "SteepestDescent",
+    "StepSize",
+]
 __all__ += recipes.__all__

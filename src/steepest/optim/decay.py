@@ -177,6 +177,81 @@ class Decoupled:
         return torch.stack(finite).all()
 
 
+@dataclass(frozen=True)
+class Cautious:
+    """W <- W - lr · weight_decay · W∘[W∘D < 0] + length · D: only weights shrink that the step makes smaller, too.
+
+    Decay never works against the direction, and no ball keeps the weights.
+
+    Args:
+        rate: The weight decay.
+
+    Raises:
+        ValueError: If the rate is negative or not finite.
+        TypeError: If it is no number.
+
+    Source:
+        Chen et al., Cautious Weight Decay, arXiv:2510.12402.
+    """
+
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"rate": number()})
+
+    @property
+    def needs_directions(self) -> bool:
+        """Yes."""
+        return True
+
+    def radius(self, rate: float) -> None:
+        """There is no ball."""
+        del rate
+
+    def removed(self, weights: Sequence[Tensor], directions: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """The weights whose signs are not those of their directions; zeros for the others."""
+        return [_against(weight, own) for weight, own in zip(weights, directions(), strict=True)]
+
+    def apply_(
+        self,
+        parameters: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        *,
+        directions: Sequence[Tensor] = (),
+        length: float | Tensor,
+        decay: float | Tensor,
+        accept: Tensor | None = None,
+        pull: bool = False,
+    ) -> None:
+        """Decay and move the weights, rounded once."""
+        del pull  # which is asked of those with a ball
+        length = masked(length, accept)
+        part = decay if accept is None else torch.where(accept, decay, 0.0)
+        for parameter, move, own in zip(parameters, moves, directions, strict=True):
+            wide = parameter.to(move.dtype)
+            parameter.copy_(wide - part * _against(wide, own) + move * length)
+
+    def stay_finite(
+        self,
+        parameters: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        *,
+        length: float | Tensor,
+        decay: float | Tensor,
+        pull: bool,
+    ) -> Tensor:
+        """Whether decay of all weights, and decay of none, would leave only finite ones: of each, one is done."""
+        all_or_none = [
+            Decoupled().stay_finite(parameters, moves, length=length, decay=d, pull=pull) for d in (decay, 0.0)
+        ]
+        return torch.stack(all_or_none).all()
+
+
+def _against(weight: Tensor, direction: Tensor) -> Tensor:
+    """Weights that a direction makes smaller, zeros for the others."""
+    return torch.where(weight.sign() * direction.sign() < 0, weight, 0.0)
+
+
 class Decays:
     """The kinds of decay of one optimizer, by the texts that stand for them in its groups."""
 
