@@ -277,6 +277,35 @@ def test_the_best_model_is_loaded_into_the_weights_that_the_optimizer_has(tmp_pa
     assert members == set(map(id, model.parameters()))
 
 
+class Stopped(MomoTrainer):
+    """Ends with an error in the second micro-batch of its life, or, after that was told the optimizer, in the third."""
+
+    calls, last = 0, 2
+
+    def training_step(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.last == 2:
+            raise KeyboardInterrupt
+        loss = super().training_step(*args, **kwargs)
+        if self.calls == self.last:
+            raise KeyboardInterrupt
+        return loss
+
+
+@cases("last", [2, 3], ids=["within a window", "between a window and its step"])
+def test_losses_of_an_interrupted_training_are_not_those_of_the_next_one(tmp_path, last):
+    model = llama()
+    options = arguments(tmp_path, gradient_accumulation_steps=3)
+    host = Stopped(model, options, train_dataset=texts(), optimizer_cls_and_kwargs=MADE)
+    host.last = last
+    with pytest.raises(KeyboardInterrupt):
+        host.train()
+    with Watched() as watched:
+        host.train()
+    found = watched.trained(model)
+    expected(found, two_epochs(3))
+
+
 class Scaled(MomoTrainer):
     """As on a GPU with fp16; the gradient of the first micro-batch overflows."""
 

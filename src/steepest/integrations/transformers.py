@@ -74,10 +74,12 @@ class MomoTrainer(Trainer):
             TypeError: If the optimizer is none of this library.
         """
         optimizer = unwrapped(self.optimizer)
-        if self._ended:
+        # Also where a training was interrupted within a window, or Trainer begins anew with smaller batches.
+        fresh = not any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        if fresh or (self._ended and self.accelerator.optimizer_step_was_skipped):
+            optimizer.zero_grad()  # forgets losses, too, of gradients that are gone
+        if fresh or self._ended:
             self._told = 0.0
-            if self.accelerator.optimizer_step_was_skipped:  # and its gradients are cleared; here its loss is, too
-                optimizer.zero_grad()
         loss = super().training_step(*args, **kwargs)
         self._told = self._told + loss.detach().to(scalar_type(loss.device))
         self._ended = self.accelerator.sync_gradients
