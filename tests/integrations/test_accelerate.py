@@ -167,6 +167,24 @@ def test_losses_that_count_tokens_add_up():
     assert_alike(found, expected(found, by_tokens(two_epochs(3))))
 
 
+def test_losses_that_add_up_are_forgotten_with_gradients_that_are_thrown_away():
+    accelerator, model, optimizer, loader = prepared(2)
+    batches = list(loader)[:3]
+    with Watched() as watched:
+        for batch in batches:
+            loss = loss_of(model, batch)
+            accelerator.gradient_state._set_sync_gradients(batch is batches[-1])
+            record_loss(optimizer, loss, accelerator, adds_up=True)
+            accelerator.backward(loss)
+            if batch is batches[0]:
+                optimizer.optimizer.zero_grad()
+        optimizer.step()
+    found = watched.trained(model)
+    twin = llama().train()
+    mean = sum(loss_of(twin, batch).item() for batch in batches[1:]) / 2
+    assert found.losses == pytest.approx([mean], rel=1e-6)
+
+
 def test_a_state_that_accelerate_saves_goes_on_bit_for_bit(tmp_path):
     accelerator, *objects = prepared(3)
     epoch(accelerator, *objects)

@@ -43,6 +43,7 @@ def record_loss(optimizer: Any, loss: Tensor, accelerator: Accelerator, *, adds_
         raise TypeError(refusal("loss", "the tensor that accelerator.backward() is about to be called on", loss))
     steps = accelerator.gradient_accumulation_steps
     if adds_up:
-        unwrapped(optimizer).record_loss(loss.detach() / steps, already_divided=True)
+        # as it is, and not a part of it: that backward runs through it tells whether its gradient is there
+        unwrapped(optimizer).record_loss(loss, already_divided=True, scale=steps)
     else:
         unwrapped(optimizer).record_loss(loss, weight=1 / steps)

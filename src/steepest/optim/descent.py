@@ -907,7 +907,8 @@ class SteepestDescent(Optimizer):
                 last window with fewer micro-batches than the losses were divided by, which leaves a smaller gradient
                 of the mean loss, is known if losses are recorded as tensors, before their backward pass.
             already_divided: Whether `loss` is what backward is called on, already multiplied by its weight, as hosts
-                hand it out. Without `weight`, losses between two steps then add up to the mean loss of the batch.
+                hand it out. Without `weight`, losses between two steps then add up to the mean loss of the batch;
+                record tensors with their graphs, so that those of gradients that are thrown away are forgotten.
             scale: What a GradScaler has multiplied `loss` with already, for hosts that show it afterwards only.
 
         Raises:

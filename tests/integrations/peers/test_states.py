@@ -495,6 +495,14 @@ def test_what_does_not_fit_is_refused(source, names, options, error, told):
         import_state(steepest.Adam(model), saved, source, names, **options)
 
 
+def test_a_whole_without_rows_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    entry = {"step": 1, "exp_avg": torch.tensor(1.0), "exp_avg_sq": torch.tensor(1.0)}
+    saved = {"state": {0: entry}, "param_groups": [{"params": [0], "betas": (0.9, 0.95)}]}
+    with pytest.raises(ValueError, match=r"fused: 'whole' has the shape \(\), which is not that of 0\.weight"):
+        import_state(steepest.Adam(model), saved, "torch.optim.AdamW", ["whole"], fused={"whole": ["0.weight"]})
+
+
 def test_states_that_contradict_each_other_are_refused():
     model, saved, names = adamw_state()
     optimizer = steepest.Adam(model)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import steepest.optim
+from steepest.anatomy import aligned
 from steepest.checks import Check, check_keywords, choice, flag, number, pair, refusal, whole
 from steepest.geometry.scale import ScaleRule, scale_factor
 from steepest.linalg import COEFFICIENTS, get_coefficients
@@ -23,6 +24,7 @@ Shape = tuple[int, int]
 JORDAN: Step = (3.4445, -4.7750, 2.0315)
 DION_RULES: Mapping[str, ScaleRule] = {"spectral_norm": "spectral", "rms_norm": "match_rms_adamw", "None": "none"}
 NO_EPS = "not needed: a matrix is brought to size one before it is divided by its norm"
+CAUTIOUS = "write weight_decay=steepest.Cautious(rate) with the rate here: only weights decay that a step makes smaller"
 _SWITCH = "leave it out: parameters are stepped together wherever that is faster"
 _PRODUCTS = "write dtype= for another type of the matrix products; by default bfloat16 on CUDA and float32 elsewhere"
 _NO_REST = (
@@ -109,9 +111,7 @@ class Translation:
     def __str__(self) -> str:
         lines = [("there", "here", "")]
         lines += [(f"{row.theirs}={row.value!r}", row.ours or "-", row.remark) for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        padded = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        return "\n".join([self.call, "", *(line.rstrip() for line in padded), "", *self.notes]).rstrip()
+        return "\n".join([self.call, "", *aligned(lines), "", *self.notes]).rstrip()
 
 
 @dataclass
@@ -350,7 +350,7 @@ def _dion(
         ("epsilon", epsilon),
         ("adamw_weight_decay", weight_decay if adamw_weight_decay is None else adamw_weight_decay),
     )
-    to.lose_unless(False, "cautious_wd", cautious_wd, "decay here does not look at signs of steps")
+    to.lose_unless(False, "cautious_wd", cautious_wd, CAUTIOUS)
     to.lose_unless(
         False, "use_triton", use_triton, "leave it out: symmetric products are used where they are installed"
     )
@@ -444,7 +444,7 @@ def _heavyball(
         to.lose("nesterov", True, _PLUS_AVERAGE)
     to.put("(orthogonalization)", "quintic", "coefficients", "quintic")
     to.lose("eps", eps, NO_EPS)
-    to.lose_unless(False, "cautious_weight_decay", cautious_weight_decay, "decay here does not look at signs of steps")
+    to.lose_unless(False, "cautious_weight_decay", cautious_weight_decay, CAUTIOUS)
     to.lose_unless(False, "caution", caution, "no entry of a step is masked here")
     to.lose_unless(False, "mars", mars, "gradients are averaged as they are")
     to.lose_unless(0, "warmup_steps", warmup_steps, "write a scheduler, such as LinearLR")
@@ -505,7 +505,7 @@ def _muonium(
         remark = f"there times the length of the step by shape, {shape}" if weight_decay else ""
         to.decay("weight_decay", weight_decay, here, remark)
     if weight_decay and cautious:
-        to.lose("cautious", True, "decay here does not look at signs of steps")
+        to.lose("cautious", True, CAUTIOUS)
     to.average("momentum", momentum, nesterov, summed=True)
     to.put("(orthogonalization)", "PolarExpress 1.02", "coefficients", "polar_express_1.02")
     to.alone()

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from steepest.anatomy import PlanRow
+from steepest.anatomy import PlanRow, aligned
 from steepest.checks import choice, instance, refusal
 from steepest.integrations.peers.reading import Found, Names, Told, check_steps, read
 from steepest.integrations.peers.sources import SOURCES
@@ -77,11 +77,9 @@ class Report:
     def __str__(self) -> str:
         lines = [("parameter", "taken", "steps", "how, or why not")]
         lines += [(row.name, ", ".join(row.taken) or "-", str(row.steps), row.reason) for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        padded = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         told = [f"not taken: {what}: {why}" for what, why in self.unused] + [f"note: {note}" for note in self.notes]
         total = f"taken for {len(self.taken)} of {len(self.rows)} parameters"
-        return "\n".join([*(line.rstrip() for line in padded), "", total, *told])
+        return "\n".join([*aligned(lines), "", total, *told])
 
 
 @torch.no_grad()
@@ -214,7 +212,7 @@ def _join(found: dict[str, Found], rows: Mapping[str, PlanRow], fused: Mapping[s
             taken, shapes = found.pop(one), [rows[piece].shape for piece in pieces]
             sizes = [shape[0] if shape else 1 for shape in shapes]
             shape = tuple(taken.first.shape)
-            if sum(sizes) != shape[:1][0] or any(own[1:] != shape[1:] for own in shapes):
+            if not shape or sum(sizes) != shape[0] or any(own[1:] != shape[1:] for own in shapes):
                 raise ValueError(
                     f"fused: {one!r} has the shape {shape}, which is not that of "
                     f"{', '.join(f'{piece} {rows[piece].shape}' for piece in pieces)} one below the other."
