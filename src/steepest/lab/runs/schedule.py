@@ -34,9 +34,10 @@ class Trapezoid:
 
 
 cooldown = Trapezoid(cool_down=0.7)
-# The first two are the lab's own. The others are those of published training scripts: docs/tracks.md.
+# The first three are the lab's own. The others are those of published training scripts: docs/tracks.md.
 SCHEDULES: Mapping[Schedule, Trapezoid] = {
     "cooldown": cooldown,
+    "warmup-long-cooldown": Trapezoid(warm_up=0.05, cool_down=0.7),
     "constant": Trapezoid(),
     "late-cooldown": Trapezoid(cool_down=1800 / 6200),
     "warmup-cooldown": Trapezoid(warm_up=0.05, cool_down=0.5),

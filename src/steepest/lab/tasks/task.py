@@ -11,7 +11,9 @@ from steepest.lab.disk.fields import Count, Sha256, Text
 from steepest.lab.tasks.held_out import Evaluation, Part
 
 PresetName = str  # "demo", "tiny", "small", or a track of the task
-Schedule = Literal["cooldown", "constant", "late-cooldown", "warmup-cooldown", "cooldown-to-tenth"]
+Schedule = Literal[
+    "cooldown", "warmup-long-cooldown", "constant", "late-cooldown", "warmup-cooldown", "cooldown-to-tenth"
+]
 Precision = Literal["fp32", "bf16"]
 Batch = tuple[Tensor, Tensor]  # inputs and targets, first dimension: examples
 
