@@ -259,7 +259,8 @@ def main() -> None:
     options = parser.parse_args()
     contestants = CONTESTANTS.get((options.task, options.preset))
     if contestants is None or not {*(options.only or ())} <= {*contestants}:
-        parser.error(f"walks are {', '.join(f'{t} {p}: {" ".join(own)}' for (t, p), own in CONTESTANTS.items())}")
+        known = "; ".join(f"{task} {preset}: {' '.join(own)}" for (task, preset), own in CONTESTANTS.items())
+        parser.error(f"walks are, by task and preset, {known}")
     task = make_task(options.task, options.preset)
     pool = Pool(default_workers(), threads=1, data=None, stop=threading.Event())
     with ThreadPoolExecutor(pool.workers) as threads:
@@ -284,8 +285,17 @@ def write_rows(task: Task, found: Mapping[str, list[tuple[RunConfig, Tried]]], o
         print(f"{label}: {dict(best.options)} {best.loss:.4f}, at the edge: {', '.join(edge) or 'none'}")  # noqa: T201
         for number, (config, one) in enumerate(walk, start=1):
             keys = (*RATES, "momentum", "beta1", "beta2", "weight_decay", "coefficients")
-            row = {"task": task.name, "preset": config.preset, "label": label, "method": config.method, "number": number}
-            row |= {key: config.options.get(key, "") for key in keys} | {"schedule": config.schedule, "seed": config.seed}
+            row = {
+                "task": task.name,
+                "preset": config.preset,
+                "label": label,
+                "method": config.method,
+                "number": number,
+            }
+            row |= {key: config.options.get(key, "") for key in keys} | {
+                "schedule": config.schedule,
+                "seed": config.seed,
+            }
             row |= {"tuning_loss": one.loss, "best": one is best, "edge": " ".join(edge) if one is best else ""}
             run = run_directory(out, config).name
             rows.append(row | {"run": run, "code": config.code, "data": config.data.sha256[:12]})
