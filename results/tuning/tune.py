@@ -254,7 +254,6 @@ def main() -> None:
     )
     parser.add_argument("--task", default="text", choices=sorted({task for task, _ in CONTESTANTS}))
     parser.add_argument("--preset", default="demo", choices=sorted({preset for _, preset in CONTESTANTS}))
-    options = parser.parse_args()
     parser.add_argument("--only", nargs="+", help="walks to train; tables are written where all have ended")
     options = parser.parse_args()
     contestants = CONTESTANTS.get((options.task, options.preset))
