@@ -96,6 +96,11 @@ RIGHT = {
     "first": COUNT | {"zero"},
     "batch_size": COUNT,
     "seed": COUNT | {"zero"},
+    "start": {"three", "zero"},
+    "end": {"three"},
+    "parts": POSITIVE,
+    "beta": PART,
+    "mix": POSITIVE - {"three"},
     "censored": FLAG,
     "overshoot": {"three"},
     "rate": {"zero"},
@@ -150,6 +155,10 @@ def noise_scale(**options):
     NoiseScale(watched, torch.optim.SGD(watched.parameters()), **options).close()
 
 
+def tail_average(start=0, end=None, parts=1.0, beta=None, mix=1.0):
+    return steepest.TailAverage(nn.Linear(2, 2), start=start, end=end, parts=parts, beta=beta, mix=mix)
+
+
 RECIPES = ["SteepestDescent", *recipes.RECIPES]
 BASES = {
     "Momo": (steepest.Momo, {}),
@@ -166,6 +175,7 @@ BASES = {
     "Problem": (Problem, dict.fromkeys(("smoothness", "noise", "gap", "gradient"), 1.0)),
     "Bound": (Bound, {"X": 1.0, "Y": 1.0, "Z": 1.0}),
     "Point": (Point, {"batch_size": 8, "seed": 0, "steps": 9.0}),
+    "TailAverage": (tail_average, {}),
     "Coefficients": (Coefficients, {"name": "x", "source": "y", "steps": COEFFICIENTS["jordan"].steps}),
 }
 CALLS = {

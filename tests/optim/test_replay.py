@@ -20,6 +20,7 @@ from steepest import (
     Scion,
     Sign,
     SteepestDescent,
+    TailAverage,
 )
 from steepest.optim import groups, replay
 from steepest.optim.momentum import FORGET_EVERY
@@ -174,6 +175,41 @@ def test_replays_are_steps(method, device, monkeypatch):
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert told == other_told
     assert told["skipped_steps"] == 1
+
+
+FOLLOWERS = {
+    "mean": lambda params: TailAverage(params, start=1),
+    "mixture": lambda params: TailAverage(params, start=2, end=8, parts=2.0, mix=0.6),
+    "exponential": lambda params: TailAverage(params, beta=0.9),
+}
+
+
+@cases("kind", FOLLOWERS)
+def test_averages_of_weights_wait_for_nothing_and_are_replayed(kind, device, monkeypatch):
+    eager, recorded = Run(device, Muon), Run(device, Muon)
+    averages = [FOLLOWERS[kind](run.every) for run in (eager, recorded)]
+    for run, average in zip((eager, recorded), averages, strict=True):
+        average.follow(run.optimizer)
+    for step in range(STEPS):
+        eager.feed(step)
+        eager.step()
+    for step in range(WARM):
+        recorded.feed(step)
+        recorded.step()
+    recorded.feed(WARM)
+    with monkeypatch.context() as patch, device.taped() as tape:
+        for module in ("descent", "momo.clipping", "averaging"):
+            patch.setattr(f"steepest.optim.{module}.recording", lambda: True)
+        recorded.step()
+    with torch.no_grad():
+        for step in range(WARM + 1, STEPS):
+            recorded.feed(step)
+            play(tape)
+    device.unguarded = True
+    one, other = (average.state_dict() for average in averages)
+    assert one["steps"] == other["steps"] == STEPS - 1
+    for name, average in one["averages"].items():
+        assert torch.equal(average.here, other["averages"][name].here)
 
 
 def test_weights_that_somebody_else_writes_to_are_seen_in_replays(device, monkeypatch):

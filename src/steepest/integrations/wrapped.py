@@ -4,6 +4,7 @@ from typing import Any
 
 from steepest.checks import shown
 from steepest.optim import SteepestDescent
+from steepest.optim.follow import opened
 
 
 def unwrapped(optimizer: Any) -> SteepestDescent:
@@ -17,10 +18,7 @@ def unwrapped(optimizer: Any) -> SteepestDescent:
     Raises:
         TypeError: If there is none inside.
     """
-    chain = [optimizer]
-    # Lightning's and Fabric's wrappers pretend to be of the class that they wrap, so all are opened.
-    while (inner := _inside(chain[-1])) is not None and not any(inner is one for one in chain):
-        chain.append(inner)
+    chain = opened(optimizer)
     if not isinstance(chain[-1], SteepestDescent):
         kinds = " around ".join(type(one).__name__ for one in chain)
         raise TypeError(
@@ -28,7 +26,3 @@ def unwrapped(optimizer: Any) -> SteepestDescent:
             "the host wraps a steepest.SteepestDescent, such as steepest.Muon, in."
         )
     return chain[-1]
-
-
-def _inside(wrapper: Any) -> Any:
-    return getattr(wrapper, "optimizer", None) or getattr(wrapper, "_optimizer", None)

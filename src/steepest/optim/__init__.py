@@ -1,6 +1,7 @@
 """The optimizer, and the recipes that choose its pieces."""
 
 from steepest.optim import recipes
+from steepest.optim.averaging import TailAverage
 from steepest.optim.decay import Cautious, Decay, Decoupled
 from steepest.optim.descent import SteepestDescent
 from steepest.optim.guard import NonFiniteError, OnNonFinite
@@ -17,5 +18,6 @@ __all__ = [
     "OnNonFinite",
     "SteepestDescent",
     "StepSize",
+    "TailAverage",
 ]
 __all__ += recipes.__all__

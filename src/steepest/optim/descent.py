@@ -299,6 +299,11 @@ class SteepestDescent(Optimizer):
         return self._sharing.summary
 
     @property
+    def skipped_steps(self) -> int | Tensor:
+        """Number of steps that were not taken; a 0-d tensor that nobody waits for, where that is on a device."""
+        return self._guard.skipped
+
+    @property
     def memory_cap(self) -> int | None:
         """Bytes that a step's temporaries may take, see the constructor; may be set at any time."""
         return self._packing.memory_cap

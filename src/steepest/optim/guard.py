@@ -187,6 +187,11 @@ class Guard:
         known = self._skipped if isinstance(self._skipped, Tensor) else None
         self._skipped = kept(known, total) if isinstance(total, Tensor) else total
 
+    @property
+    def skipped(self) -> int | Tensor:
+        """Number of steps that were not taken, written in place where it is on a device; nothing is waited for."""
+        return self._skipped
+
     def skipped_steps(self) -> int:
         """Number of steps that were not taken; waits for the device, and warns if it was the first to know."""
         count = int(self._skipped)

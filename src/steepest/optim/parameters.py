@@ -199,6 +199,20 @@ def _rows_of(group: Group, known: Mapping[Tensor, PlanRow], where: str, *, matri
     return rows
 
 
+def named(members: object, where: str = "params") -> list[tuple[str, Tensor]]:
+    """Parameters with names, in the order in which they came; those without are called after their place.
+
+    Args:
+        members: Parameters, or pairs of name and parameter.
+        where: What they are called, for messages and names.
+
+    Raises:
+        TypeError: If it is no list of these, or a parameter is not of real floating point.
+        ValueError: If a parameter cannot be optimised.
+    """
+    return _named(_listed(members, where), where)
+
+
 def _listed(members: object, where: str) -> list[object]:
     """Parameters or groups as a list, in the order in which they came."""
     if isinstance(members, Tensor):
