@@ -10,12 +10,10 @@ trained twice; `TASK.csv` and `environment.json` are written here.
 
 import argparse
 import csv
-import itertools
 import json
 import math
-import random
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from steepest.lab.disk.fields import read_text
 from steepest.lab.disk.files import write_whole
 from steepest.lab.engine.pool import Pool, last_words
 from steepest.lab.engine.study import default_workers
+from steepest.lab.engine.walk import Tried, at_edge, best_of, search
 from steepest.lab.runs.config import RunConfig, configure
 from steepest.lab.runs.records import read_result
 from steepest.lab.studies.study import run_directory, write_configs
@@ -38,7 +37,6 @@ SECOND_BETAS = (0.7, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
 DECAYS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
 RATES = ("lr", "other_lr", "table_lr")
 SCHEDULES = ("cooldown", "warmup-long-cooldown")
-STRIDES = (2, 1)  # rungs from one tried value of an option to the next: coarse first
 
 
 @dataclass(frozen=True)
@@ -70,33 +68,6 @@ CONTESTANTS = {
         "muon-jordan": _muon(coefficients="jordan"),
         "muon-nonic": _muon(coefficients="nonic"),
     },
-    # from where the searches at demo ended, as far as longer runs want longer averages
-    ("text", "tiny"): {
-        "muon": Contestant(
-            "muon",
-            {
-                "momentum": 0.85,
-                "lr": 0.0565685,
-                "other_lr": 0.02,
-                "beta2": 0.975,
-                "table_lr": 0.02,
-                "weight_decay": 0.0,
-                "beta1": 0.85,
-            },
-        ),
-        "adamw": Contestant(
-            "adamw",
-            {
-                "beta1": 0.75,
-                "lr": 0.004,
-                "other_lr": 0.0226274,
-                "beta2": 0.9,
-                "schedule": 0,
-                "table_lr": 0.0226274,
-                "weight_decay": 0.01,
-            },
-        ),
-    },
     ("digits", "demo"): {
         "adamw": Contestant("adamw", {"beta1": 0.9, "lr": 0.01, "other_lr": 0.02, "beta2": 0.95}),
         "muon": Contestant("muon", {"momentum": 0.95, "lr": 0.04, "other_lr": 0.01, "beta2": 0.95, "beta1": 0.9}),
@@ -111,107 +82,6 @@ def ladder(name: str, start: float) -> tuple[float, ...]:
         return tuple(float(f"{start * 2 ** (rung / 2):.6g}") for rung in range(-10, 11))
     fixed = {"beta2": SECOND_BETAS, "weight_decay": DECAYS, "schedule": tuple(map(float, range(len(SCHEDULES))))}
     return fixed.get(name, BETAS)
-
-
-@dataclass(frozen=True)
-class Tried:
-    """One setting of a search.
-
-    Args:
-        options: Value by name of the option.
-        loss: What it came to; infinite for a run that diverged.
-    """
-
-    options: Mapping[str, float]
-    loss: float
-
-
-def search(
-    ladders: Mapping[str, tuple[float, ...]], start: Mapping[str, float], *, budget: int
-) -> Generator[dict[str, float], float, list[Tried]]:
-    """Walk downhill, one option after the other, until as many settings were tried as may be.
-
-    An option goes up its ladder as long as that helps, else down; after all of them, again, with smaller strides. If
-    no neighbour is better before the budget is spent, settings beside the best in several options are tried, drawn at
-    random, the same ones each time.
-
-    Args:
-        ladders: For each option the values that it may have, rising; options are tried in this order.
-        start: A value of each ladder.
-        budget: Number of settings, at least 1.
-
-    Yields:
-        A setting that was not tried before; send its loss.
-
-    Returns:
-        All settings in the order in which they were tried.
-
-    Raises:
-        ValueError: If a start is not on its ladder, a ladder does not rise, or there are fewer settings than `budget`.
-    """
-    places = _places(ladders, start, budget)
-    losses: dict[tuple[int, ...], float] = {}
-
-    def named(rungs: tuple[int, ...]) -> dict[str, float]:
-        return {name: values[rung] for (name, values), rung in zip(ladders.items(), rungs, strict=True)}
-
-    def inside(rungs: tuple[int, ...]) -> bool:
-        return all(0 <= rung < len(values) for rung, values in zip(rungs, ladders.values(), strict=True))
-
-    def ask(rungs: tuple[int, ...]) -> Generator[dict[str, float], float, bool]:
-        """Whether there was room to try it, if it was not tried before."""
-        if rungs not in losses:
-            if len(losses) == budget:
-                return False
-            loss = yield named(rungs)
-            losses[rungs] = loss if math.isfinite(loss) else math.inf
-        return True
-
-    best = places
-    room = yield from ask(best)
-    strides = itertools.chain(STRIDES, itertools.repeat(STRIDES[-1]))
-    generator = random.Random(0)
-    while room and len(losses) < budget:
-        stride, before = next(strides), len(losses)
-        for place in range(len(best)):
-            for step in (stride, -stride):
-                moved = False
-                while inside(other := (*best[:place], best[place] + step, *best[place + 1 :])):
-                    room = yield from ask(other)
-                    if not room or losses[other] >= losses[best]:
-                        break
-                    best, moved = other, True
-                if moved:
-                    break
-        if len(losses) == before and stride == STRIDES[-1]:
-            beside = [rung + generator.choice((-1, 0, 1)) for rung in best]
-            if inside(other := tuple(beside)):
-                room = yield from ask(other)
-                best = min(losses, key=losses.__getitem__)
-    return [Tried(named(rungs), loss) for rungs, loss in losses.items()]
-
-
-def best_of(tried: list[Tried]) -> Tried:
-    """The setting with the lowest loss; the first on a tie."""
-    return min(tried, key=lambda one: one.loss)
-
-
-def at_edge(tried: list[Tried]) -> tuple[str, ...]:
-    """Options of which the best setting has the lowest or the highest value that was tried."""
-    best = best_of(tried).options
-    values = {name: {one.options[name] for one in tried} for name in best}
-    return tuple(name for name, own in values.items() if best[name] in (min(own), max(own)))
-
-
-def _places(ladders: Mapping[str, tuple[float, ...]], start: Mapping[str, float], budget: int) -> tuple[int, ...]:
-    for name, values in ladders.items():
-        if list(values) != sorted(set(values)):
-            raise ValueError(f"The ladder of {name!r} must rise, got {values}.")
-        if start.get(name) not in values:
-            raise ValueError(f"The start of {name!r} must be one of {values}, got {start.get(name)}.")
-    if not 1 <= budget <= (most := math.prod(map(len, ladders.values()))):
-        raise ValueError(f"budget must be between 1 and the {most} settings that there are, got {budget}.")
-    return tuple(values.index(start[name]) for name, values in ladders.items())
 
 
 def tune(task: Task, contestant: Contestant, out: Path, pool: Pool, budget: int) -> list[tuple[RunConfig, Tried]]:
