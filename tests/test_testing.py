@@ -15,6 +15,7 @@ from steepest import (
     Ada2,
     AdaInf,
     ColNorm,
+    DiagonalMetric,
     Frobenius,
     InputMoment,
     Muon,
@@ -85,6 +86,7 @@ def test_recipes_keep_the_law(name, law):
         InputMoment(every=1, first=0, structure="full", exponents=(0.5, 0.5)),
         InputMoment(every=1, first=0, structure="full", on="gradient"),
         InputMoment(every=1, first=0, structure="diagonal"),
+        DiagonalMetric(source="gradients", sides="rows", beta2=0.0, keep_size=False),
     ],
     ids=repr,
 )
@@ -107,6 +109,23 @@ def counting(self, load, directions, states, accept):
     return directions
 
 
+def looking(self, load, gradients, averages, states, accept):
+    for state in states:
+        state["faulty_count"] += 1
+
+
+def squaring(self, load, gradients, averages, states, accept):
+    for state, gradient in zip(states, load.parameter_shaped(gradients), strict=True):
+        new = state["faulty_count"] + gradient.square().mean()
+        state["faulty_count"].copy_(new if accept is None else torch.where(accept, new, state["faulty_count"]))
+
+
+def mixing(self, load, gradients, averages, states, accept):
+    for state in states:
+        new = state["faulty_count"] + gradients[-1].sign().mean()
+        state["faulty_count"].copy_(new if accept is None else torch.where(accept, new, state["faulty_count"]))
+
+
 def waking(self, states, present, accept):
     for state in states.values():
         if "faulty_count" in state:
@@ -122,7 +141,11 @@ def sharing(self, load, directions, states, accept):
     [
         ("entries", lambda self, row: (Entry("count", torch.Size([1])),), "must begin with the stage's prefix"),
         ("after", lambda self, load, d, states, accept: tuple(one.mul_(2) for one in d), "arguments are only read"),
-        ("before", lambda self, load, batches: tuple(one.mul_(2) for one in batches), "arguments are only read"),
+        (
+            "before",
+            lambda self, load, batches, states: tuple(one.mul_(2) for one in batches),
+            "arguments are only read",
+        ),
         ("linear", True, "after(c D) = c after(D)"),
         ("keeps_ball", True, "keeps_ball"),
         ("refresh", waking, "a step that is not taken changes no entry"),
@@ -132,6 +155,10 @@ def sharing(self, load, directions, states, accept):
         ("after", counting, "a step that is not taken changes no entry"),
         ("after", lambda self, load, d, states, accept: tuple(one + (one == 0) for one in d), "after(0) = 0"),
         ("after", sharing, "a load is its parameters"),
+        ("observe", looking, "a step that is not taken changes no entry"),
+        ("observe", squaring, "gradients of any size leave finite entries"),
+        ("observe", mixing, "a load is its parameters"),
+        ("observe", lambda self, load, gradients, *rest: gradients[0].mul_(2), "arguments are only read"),
     ],
 )
 def test_a_stage_with_a_fault_is_found_out(name, fault, message, monkeypatch):
@@ -139,6 +166,9 @@ def test_a_stage_with_a_fault_is_found_out(name, fault, message, monkeypatch):
     if name in ("linear", "keeps_ball"):
         squared = lambda self, load, d, states, accept: tuple(one * 9 * one.abs() for one in d)  # noqa: E731
         monkeypatch.setattr(Faulty, "after", squared)
+    if fault is mixing:  # which shows where the number is used
+        counted = lambda self, load, d, states, accept: tuple((1 + states[0]["faulty_count"]).abs() * one for one in d)  # noqa: E731
+        monkeypatch.setattr(Faulty, "after", counted)
     with pytest.raises(AssertionError, match=re.escape(message)):
         check_stage(Faulty())
 

@@ -15,7 +15,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, TypeAlias, cast
@@ -309,6 +309,16 @@ class _Staged:
         """Directions in the spectral norm."""
         return tuple(polar(-own, method="svd") for own in self.random(seed))
 
+    def before(self, averages: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What directions are sought for; the state stays as it was."""
+        return self.stage.before(self.load, averages, copy.deepcopy(self.states))
+
+    def observed(self, gradients: tuple[Tensor, ...], accept: Tensor | None = None) -> "_Staged":
+        """The same, after a look at gradients, which are the averages too; the state here stays as it was."""
+        own = replace(self, states=copy.deepcopy(self.states))
+        self.stage.observe(own.load, gradients, tuple(0.5 * one for one in gradients), own.states, accept)
+        return own
+
     def after(self, directions: tuple[Tensor, ...], accept: Tensor | None = None) -> tuple[Tensor, ...]:
         """What becomes of directions; the state stays as it was."""
         return self.stage.after(self.load, directions, copy.deepcopy(self.states), accept)
@@ -336,7 +346,7 @@ def entries_are_what_is_declared(stage: Stage) -> None:
 
 
 def batches_are_only_read(stage: Stage) -> None:
-    """`gradient`, `before` and `after` write to nothing that they are given, and keep shapes and types."""
+    """`gradient`, `observe`, `before` and `after` write to no batch that they are given, and keep shapes and types."""
     own = _Staged.of(stage)
     law, remedy = (
         "arguments are only read, and shapes kept",
@@ -345,7 +355,8 @@ def batches_are_only_read(stage: Stage) -> None:
     given = own.random(0)
     before = [batch.clone() for batch in given]
     tensors = own.load.parameter_shaped(given)
-    made = [own.stage.before(own.load, given), own.after(given), own.stage.gradient(own.load, tensors)]
+    own.stage.observe(own.load, given, given, copy.deepcopy(own.states), None)
+    made = [own.before(given), own.after(given), own.stage.gradient(own.load, tensors)]
     for batch, as_it_was in zip(given, before, strict=True):
         _same(batch, as_it_was, 0.0, stage, law, remedy)
     for result, like in zip(made, (given, given, tensors), strict=True):
@@ -364,15 +375,16 @@ def gradients_are_averaged_or_it_is_said(stage: Stage) -> None:
 
 
 def directions_go_down(stage: Stage) -> None:
-    """For an average M and what becomes of the direction for it, -<M, D> is at least 0."""
+    """For an average M and what becomes of the direction for it, -<M, D> is at least 0, unless it `may_climb`."""
     own = _Staged.of(stage)
-    for seed in range(5):
+    for seed in range(0 if own.stage.may_climb else 5):
         m = own.random(seed)
-        d = tuple(polar(-one, method="svd") for one in own.stage.before(own.load, m))
+        d = tuple(polar(-one, method="svd") for one in own.before(m))
         for one, found in zip(m, own.after(d), strict=True):
             least = float(-(one * found).sum(MATRIX).max())
             fine = least >= -1e-4 * float(one.abs().sum())
-            _hold(fine, stage, "-<M, D> is at least 0", f"it is {least:.3g}", "Turn no direction round.")
+            remedy = "Turn no direction round, or say that it may_climb."
+            _hold(fine, stage, "-<M, D> is at least 0", f"it is {least:.3g}", remedy)
 
 
 def a_linear_stage_is_linear(stage: Stage) -> None:
@@ -396,12 +408,14 @@ def the_ball_is_kept_where_that_is_said(stage: Stage) -> None:
 
 
 def a_step_that_is_not_taken_changes_no_entry(stage: Stage) -> None:
-    """Where `accept` is False, `after` and `refresh` leave the state as it is."""
+    """Where `accept` is False, `observe`, `after` and `refresh` leave the state as it is."""
     own = _Staged.of(stage)
     never = torch.tensor(False, device="cpu")
     backward(own.model, 9)
     before = own.kept()
     own.stage.refresh(own.optimizer.state, [p for p in own.model.parameters() if p.grad is not None], never)
+    given = own.random(2)
+    own.stage.observe(own.load, tuple(torch.zeros_like(one) for one in given), given, own.states, never)
     own.stage.after(own.load, own.factors(2), own.states, never)
     law = "a step that is not taken changes no entry"
     for one, other in zip(own.kept(), before, strict=True):
@@ -419,17 +433,31 @@ def no_direction_stays_none(stage: Stage) -> None:
         _hold(one.isfinite().all(), stage, "directions stay finite", "those of rank one do not", remedy)
 
 
+def gradients_of_any_size_leave_finite_entries(stage: Stage) -> None:
+    """After `observe` of gradients whose squares are infinite, or zero, entries and directions are finite."""
+    own = _Staged.of(stage)
+    law = "gradients of any size leave finite entries"
+    remedy = "Bound what is squared, and divide by 1 where a size is 0."
+    for size in (1e30, 1e-30, 0.0):
+        seen = own.observed(tuple(size * one for one in own.random(4)))
+        for one in (*seen.kept(), *seen.before(own.random(5)), *seen.after(own.factors(5))):
+            _hold(one.isfinite().all(), stage, law, f"those of gradients of size {size:g} do not", remedy)
+
+
 def a_load_is_its_parameters(stage: Stage) -> None:
     """What becomes of a parameter does not depend on those that share its load."""
     own = _Staged.of(stage)
     m = own.random(3)
+    seen = own.observed(own.random(4))
     place = 0
     for number, bucket in enumerate(own.load.buckets):
         alone = Load([bucket])
         part = slice(place, place + alone.batches)
-        together = [*own.stage.before(own.load, m)[part], *own.after(m)[part]]
-        state = copy.deepcopy(own.states[number : number + 1])
-        single = [*own.stage.before(alone, m[part]), *own.stage.after(alone, m[part], state, None)]
+        together = [*seen.before(m)[part], *seen.after(m)[part]]
+        row = slice(number, number + 1)
+        by_itself = replace(own, load=alone, states=own.states[row], rows=own.rows[row])
+        by_itself = by_itself.observed(own.random(4)[part])
+        single = [*by_itself.before(m[part]), *by_itself.after(m[part])]
         for one, other in zip(single, together, strict=True):
             _same(one, other, 1e-6, stage, "a load is its parameters", "Use what is kept of each parameter alone.")
         place = part.stop
@@ -444,6 +472,7 @@ STAGE_LAWS: tuple[Callable[[Stage], None], ...] = (
     the_ball_is_kept_where_that_is_said,
     a_step_that_is_not_taken_changes_no_entry,
     no_direction_stays_none,
+    gradients_of_any_size_leave_finite_entries,
     a_load_is_its_parameters,
 )
 """What `check_stage` holds a stage to."""

@@ -116,6 +116,9 @@ RIGHT = {
     "betas": {"None"},
     "structure": {"empty mapping"},
     "exponents": set(),
+    "exponent": NON_NEGATIVE,
+    **{option: set() for option in ("sides", "bounds")},
+    "keep_size": FLAG,
     "anneal": set(),
     "blend": {"zero"} | PART,
     "lower_bound": NON_NEGATIVE | {"negative", "negative fraction", "-inf", "class"},
@@ -163,6 +166,7 @@ RECIPES = ["SteepestDescent", *recipes.RECIPES]
 BASES = {
     "Momo": (steepest.Momo, {}),
     "InputMoment": (InputMoment, {"bias_correction": False}),
+    "DiagonalMetric": (steepest.DiagonalMetric, {}),
     "Spectral": (Spectral, {}),
     "AdaInf": (steepest.AdaInf, {}),
     "Ada2": (steepest.Ada2, {}),

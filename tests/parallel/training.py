@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steepest import (
     Adam,
+    DiagonalMetric,
     Frobenius,
     InputMoment,
     Momo,
@@ -155,6 +156,9 @@ METHODS = {
     "muon": lambda model, **o: Muon(model, 0.02, weight_decay=0.1, **o),
     "newton_muon": lambda model, hooks=True, **o: NewtonMuon(model, 0.02, precondition=moments(hooks=hooks), **o),
     "nor_muon": lambda model, **o: Muon(model, 0.01, scale="match_rms_adamw", stages=[RowScaling()], **o),
+    "iso_muon": lambda model, **o: MuonMax(
+        model, 0.01, step_size=Momo(2.4), stages=[DiagonalMetric(), RowScaling()], **o
+    ),
     "muon_max": lambda model, **o: MuonMax(model, 0.005, weight_decay=0.1, **o),
     "muon_max_stale": lambda model, **o: MuonMax(model, 0.005, dual="stale", **o),
     "muon_max_momo": lambda model, **o: MuonMax(model, 0.01, weight_decay=0.1, step_size=Momo("auto"), **o),

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 Array = np.ndarray
+# Of one block, gradients of all steps so far and the averages that its directions were sought for, (t, m, n) each: what
+# is done to the average before the direction is found, and to the direction after.
+Around = Callable[[Array, Array], tuple[Callable[[Array], Array], Callable[[Array], Array]]]
 Oracle = Callable[[list[Array], int], tuple[float, list[Array]]]  # weights of all blocks, step -> loss, gradients
 
 
@@ -23,6 +26,7 @@ class Block:
     nesterov: bool = False
     scale: float = 1.0  # of the spectral norm
     eps: float = 1e-8  # of the norms that adapt
+    around: Around | None = None
 
     @property
     def adapts(self) -> bool:
@@ -64,6 +68,16 @@ def steepest(block: Block, n: Array, v: Array) -> Array:
         return np.sign(n)
     d = n if block.norm == "frobenius" else n / (np.sqrt(v) + block.eps)
     return d if block.norm == "ada_inf" else d / np.sqrt((n * d).sum())
+
+
+def direction(block: Block, gradients: Array, averages: Array, v: Array) -> Array:
+    """The D that is applied: none where the way around the norm leads up."""
+    n = averages[-1]
+    if block.around is None:
+        return steepest(block, n, v)
+    before, after = block.around(gradients, averages)
+    d = after(steepest(block, before(n), v))
+    return d if (n * d).sum() >= 0 else 0 * d
 
 
 def combine(tree: tuple, labels: Sequence[str], duals: Sequence[float]) -> tuple[float, Array]:
@@ -116,6 +130,7 @@ def descend(blocks: Sequence[Block], oracle: Oracle, steps: int, method: Method)
     history, bound, duals, trajectory = History(blocks, steps), 0.0, None, []
     weights = [block.start for block in blocks]
     ahead = [block.nesterov and not block.adapts for block in blocks]
+    sought: list[list[Array]] = [[] for _ in blocks]
     s = np.array([block.lr**0.5 if method.regularized else block.lr for block in blocks])
     decay = [block.lr * block.weight_decay for block in blocks]
     for t in range(1, steps + 1):
@@ -123,7 +138,12 @@ def descend(blocks: Sequence[Block], oracle: Oracle, steps: int, method: Method)
         history.add(loss, weights, gradients)
         squares = average_weights(t, method.beta2, False)
         n = [history.average(i, average_weights(t, method.beta, ahead[i])) for i in range(len(blocks))]
-        d = [steepest(block, n[i], history.average(i, squares, 2)) for i, block in enumerate(blocks)]
+        for past, latest in zip(sought, n, strict=True):
+            past.append(latest)
+        d = [
+            direction(block, history.gradients[i][:t], np.array(sought[i]), history.average(i, squares, 2))
+            for i, block in enumerate(blocks)
+        ]
         earlier, duals = duals, [_inner(a, b) for a, b in zip(n, d, strict=True)]
         late = method.stale and earlier is not None
         used = [earlier[i] if late and block.norm == "spectral" else duals[i] for i, block in enumerate(blocks)]

@@ -1,7 +1,8 @@
 """Parameters worked on together, as batches of matrices, and what belongs to matrices, rows and parameters."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -176,9 +177,21 @@ class Load:
 
     def rows_of_batches(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The inverse of `rows_of_parameters`."""
-        shapes = [(b, m) for bucket in self.buckets for b, m, _ in bucket.blocks]
-        flat = self._of_batches(vectors, shapes)
-        return [own.view(-1, m) for own, (_, m) in zip(flat, shapes, strict=True)]
+        return self.parts_of_batches(vectors, lambda m, n: (m,))
+
+    def parts_of_batches(self, vectors: Sequence[Tensor], shape: Callable[[int, int], tuple[int, ...]]) -> list[Tensor]:
+        """Likewise for what has another shape, which `rows_of_parameters` makes vectors of just as well.
+
+        Args:
+            vectors: One per parameter, matrix after matrix, block after block.
+            shape: Of what belongs to a matrix m x n.
+
+        Returns:
+            (B, *shape) for each batch of `matrices`.
+        """
+        shapes = [(b, shape(m, n)) for bucket in self.buckets for b, m, n in bucket.blocks]
+        flat = self._of_batches(vectors, [(b, math.prod(own)) for b, own in shapes])
+        return [vector.view(count, *own) for vector, count, (_, own) in zip(flat, self.counts, shapes, strict=True)]
 
     def _of_batches(self, vectors: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Vectors of parameters as one vector for each batch, of whose part in each parameter the size is known."""

@@ -951,7 +951,9 @@ class SteepestDescent(Optimizer):
             "ROLE/orthogonality_error": for the spectral norm, and of several ranks only of what this one worked on, the
             largest ‖Q Qᵀ Q - Q‖_F / ‖Q‖_F over one polar factor
             Q of each shape; 0 for an exact one, whatever its rank. Where layers are looked at together: "dual_norm",
-            N; with Momo, "t", the part of the step that was taken, "gap" and "lower_bound". With `precondition`,
+            N; with Momo, "t", the part of the step that was taken, "gap" and "lower_bound". With stages that
+            `may_climb`: "climbing_directions", how many matrices, of several ranks only of what this one worked on, did
+            not move because their directions went up. With `precondition`,
             counts of matrices and layers: "input_ridge_raised", "input_kept_powers" (not finite, so the old ones serve
             on), "input_missing", "input_partial" (parts of the gradient came from inputs that were not seen),
             "input_parted" (layers that ceased to read what another reads); and "input_moment_age", steps since the

@@ -25,12 +25,14 @@ class StepRecord:
 
     entries: list[_Entry] = field(default_factory=list[_Entry])
     scalars: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    counts: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
     _seen: set[tuple[str, int, torch.Size]] = field(default_factory=set[tuple[str, int, torch.Size]])
 
     def clear(self) -> None:
         """Forget the step before."""
         self.entries.clear()
         self.scalars.clear()
+        self.counts.clear()
         self._seen.clear()
 
     def sample(self, role: Role, norm: Norm, batches: Sequence[Tensor], radius: float) -> list[tuple[Tensor, float]]:
@@ -81,9 +83,20 @@ class StepRecord:
         """Note numbers of the whole step, 0-d each."""
         self.scalars.update(scalars)
 
+    def count(self, name: str, number: Tensor, accept: Tensor | None) -> None:
+        """Note how many matrices of a load something happened to.
+
+        Args:
+            name: Of what.
+            number: 0-d.
+            accept: A 0-d boolean; where it is False, nothing happened. None means True.
+        """
+        self.counts.setdefault(name, []).append(number if accept is None else torch.where(accept, number, 0))
+
     def read(self) -> dict[str, float]:
         """The step's numbers; per role "ROLE/update_rms" and, for spectral norms, "ROLE/orthogonality_error"."""
         result = {name: float(number) for name, number in self.scalars.items()}
+        result |= {name: float(sum(map(int, numbers))) for name, numbers in self.counts.items()}
         for role in dict.fromkeys(entry.role for entry in self.entries):
             of_role = [entry for entry in self.entries if entry.role == role]
             squares = sum(float(entry.size) * (float(entry.length) * float(entry.length)) for entry in of_role)

@@ -113,7 +113,7 @@ class Move:
         self.lr: float | Tensor = float(lr) if elsewhere else lr.to(self.device) if isinstance(lr, Tensor) else lr
         self.aimed: Aim | None = None
         self.averaged = self.moved = False
-        self._coming: tuple[Pending, Pending | None] | None = None
+        self._coming: tuple[Pending, Pending | None, Pending | None] | None = None
         self._leaving: Leaving | None = None
         self._relative: float | Tensor = 0.0
         self._moves: list[Tensor] = []
@@ -158,7 +158,12 @@ class Move:
             count = self._counts()
             averages = _divided(averages, debias(beta, count))
             second = self.portion.gather(_divided(self._of(SECOND), debias(self.group["beta2"], count)))
-        self._coming = self.portion.gather(averages), second
+        observed = any(stage.observes for stage in self._stages)
+        self._coming = (
+            self.portion.gather(averages),
+            second,
+            self.portion.gather(self._gradients()) if observed else None,
+        )
 
     def aim(self, *, duals: bool, slopes: bool = False) -> Aim:
         """Find the steepest directions of what this rank works on.
@@ -169,29 +174,36 @@ class Move:
         """
         self.depart()
         beta, adapts, work = self.group["momentum"], self.norm.adapts, self.work
-        coming, self._coming = cast(tuple[Pending, Pending | None], self._coming), None
-        averages, second = (None if one is None else cast(list[Tensor], one.wait()) for one in coming)
+        coming, self._coming = cast(tuple[Pending, Pending | None, Pending | None], self._coming), None
+        averages, second, seen = (None if one is None else cast(list[Tensor], one.wait()) for one in coming)
         count = self.portion.chosen(self._counts()) if duals or slopes else None
         moments = (None,) * work.batches if second is None else work.matrices(second)
         batches = followed = work.matrices(cast(list[Tensor], averages))
         del averages, coming  # they are in the batches
         self._radius = self._ball() if count is None and not adapts else 1.0
         found: tuple[Tensor, ...] = ()
+        states = self.portion.states(self._states) if self._stages else []
         if batches:  # a rank may have nothing to work on
+            if seen is not None:
+                self._show(work.matrices(seen), batches, states)
             for stage in self._stages:
-                followed = stage.before(work, followed)
+                followed = stage.before(work, followed, states)
             company = {} if self.portion.company is None else {"company": self.portion.company}
             found = tuple(self.norm.lmos(followed, moments, memory_cap=self._cap, radius=self._radius, **company))
         self._sample = self._record.sample(self.group["role"], self.norm, found, self._radius)
         if self._stages:
-            states = self.portion.states(self._states)
             for stage in reversed(self._stages) if found else ():
                 found = stage.after(work, found, states, self._accept)
             self.portion.keep(self._states, states)
+        climbs = any(stage.may_climb for stage in self._stages)
+        if climbs and found:
+            found = self._without_climbing(batches, found)
         aim = Aim(found, None, None)
         if count is not None and (duals or slopes):
             later = count + 1 if self.ahead else count
             aim.duals = self._gains(batches, found, None if adapts else debias(beta, later))
+            if climbs:  # what is just about 0 may be below in another type
+                aim.duals = aim.duals.clamp(min=0.0)
             if slopes:
                 plain = batches
                 if self.ahead:
@@ -199,6 +211,24 @@ class Move:
                 aim.slopes = self._gains(plain, found, debias(beta, count)) if self.ahead else aim.duals
         self.aimed = aim
         return aim
+
+    def _show(
+        self, gradients: tuple[Tensor, ...], batches: tuple[Tensor, ...], states: Sequence[dict[str, Tensor]]
+    ) -> None:
+        """Let stages look at the gradients."""
+        count = self.portion.chosen(self._counts())
+        mass = debias(self.group["momentum"], count + 1 if self.ahead else count)
+        masses = self.work.per_matrix(torch.where(mass == 0, 1.0, mass)).split(self.work.counts)
+        averages = tuple(batch / own.view(-1, 1, 1) for batch, own in zip(batches, masses, strict=True))
+        for stage in self._stages:
+            if stage.observes:
+                stage.observe(self.work, gradients, averages, states, self._accept)
+
+    def _without_climbing(self, batches: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Directions, zero for each matrix whose direction would go up; the device is not waited for."""
+        up = [own < 0 for own in gains(batches, found, wide=True).split(self.work.counts)]
+        self._record.count("climbing_directions", torch.cat(up).sum(), self._accept)
+        return tuple(torch.where(own.view(-1, 1, 1), 0.0, d) for own, d in zip(up, found, strict=True))
 
     def numbers(self) -> list[Tensor]:
         """Of the directions, by the matrices of all ranks, to be added up over these: dual norms and slopes."""

@@ -1,8 +1,8 @@
 """What may stand around the search for a direction, and what that keeps: the protocol of a stage.
 
-    gradient -> [gradient] -> average -> as matrices -> [before] -> lmo -> [after] -> dual norms, step size, move
+    gradient -> [gradient] -> average -> as matrices -> [observe] -> [before] -> lmo -> [after] -> dual norms, move
 
-The first stage of a list is the outermost: `before` runs in the order of the list, `after` in the reverse.
+The first stage of a list is the outermost: `observe` and `before` run in the order of the list, `after` in the reverse.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +37,8 @@ class Entry:
         read: Whether its numbers are looked at when a state is loaded.
         divided: Whether the ranks that keep parts of the parameter keep parts of it, if it has a shape of its own; else
             each has a copy.
-        travels: Whether it goes to the rank that works on the matrices and back, for `after`; else the stage sees to it
-            itself.
+        travels: Whether it goes to the rank that works on the matrices and back, for `observe`, `before` and `after`;
+            else the stage sees to it itself.
     """
 
     key: str
@@ -115,9 +115,22 @@ class Stage:
         return None
 
     @property
+    def may_climb(self) -> bool:
+        """Whether -<M, D> may be below 0 for the directions that come of it; such a matrix does not move in that step.
+
+        The optimizer sees to that, and counts it in `diagnostics`. A stage that says no is taken at its word.
+        """
+        return False
+
+    @property
     def changes_gradients(self) -> bool:
         """Whether `gradient` does something."""
         return type(self).gradient is not Stage.gradient
+
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` does something: then the gradients go to those who work on the matrices, too."""
+        return type(self).observe is not Stage.observe
 
     def attach(self, rows: Sequence[PlanRow]) -> "Stage":
         """Begin to work for one optimizer; `entries` is also asked of matrices that are added later.
@@ -154,17 +167,40 @@ class Stage:
         del row
         return ()
 
-    def before(self, load: Load, batches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def observe(
+        self,
+        load: Load,
+        gradients: tuple[Tensor, ...],
+        averages: tuple[Tensor, ...],
+        states: Sequence[dict[str, Tensor]],
+        accept: Tensor | None,
+    ) -> None:
+        """Look at the gradients of the step, before `before`. Called once in a step, where `observes` says so.
+
+        Args:
+            load: Whose gradients these are.
+            gradients: (B, m, n) each, as they were averaged, in the type of the averages; not to be written to. Finite,
+                but not their squares; zeros where `accept` is False.
+            averages: Likewise, what directions are sought for, each with weights that sum to one, this gradient's
+                among them; with Nesterov's look ahead, if there is one.
+            states: Of the load's parameters, with the declared entries; written to.
+            accept: A 0-d boolean; where it is False, no entry may change. None means True.
+        """
+
+    def before(
+        self, load: Load, batches: tuple[Tensor, ...], states: Sequence[dict[str, Tensor]]
+    ) -> tuple[Tensor, ...]:
         """Change what a direction is sought for.
 
         Args:
             load: Whose averages these are.
-            batches: (B, m, n) each, not to be written to.
+            batches: (B, m, n) each, up to a factor above 0, not to be written to.
+            states: Of the load's parameters, with the declared entries; only read.
 
         Returns:
             Likewise.
         """
-        del load
+        del load, states
         return batches
 
     def after(
@@ -174,7 +210,7 @@ class Stage:
         states: Sequence[dict[str, Tensor]],
         accept: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """Change directions, which must still go down: -<M, D> is at least 0. Called once in a step.
+        """Change directions, which must still go down: -<M, D> is at least 0, or `may_climb`. Called once in a step.
 
         Args:
             load: Whose directions these are.

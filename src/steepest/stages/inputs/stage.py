@@ -283,8 +283,11 @@ class InputMoments(Stage):
             return gradients
         return self._applied.times(load.parameters, gradients, 0)
 
-    def before(self, load: Load, batches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def before(
+        self, load: Load, batches: tuple[Tensor, ...], states: Sequence[dict[str, Tensor]]
+    ) -> tuple[Tensor, ...]:
         """M P_a, with on="momentum"."""
+        del states
         return batches if self.options.on == "gradient" else self._times(load, batches, 0)
 
     def after(
