@@ -19,6 +19,7 @@ from steepest import (
     RowNorm,
     Scion,
     Sign,
+    Sphere,
     SteepestDescent,
     TailAverage,
 )
@@ -44,6 +45,8 @@ METHODS = {
     "muon with momo, auto": partial(Muon, step_size=Momo("auto")),
     "muon adam with momo, direct": partial(MuonAdam, step_size=Momo(bookkeeping="direct")),
     "nor muon": partial(Muon, stages=[RowScaling()]),
+    "muon on spheres": partial(Muon, weight_decay=Sphere(relative=True)),
+    "muon max on spheres, with momo": partial(MuonMax, weight_decay=Sphere(), step_size=Momo(0.5)),
     "own norms": partial(SteepestDescent, norms=NORMS),
 }
 WARM, STEPS = 3, 9

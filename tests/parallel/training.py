@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steepest import (
     Adam,
+    Cautious,
     DiagonalMetric,
     Frobenius,
     InputMoment,
@@ -32,6 +33,7 @@ from steepest import (
     RowNorm,
     RowScaling,
     Scion,
+    Sphere,
     SteepestDescent,
 )
 
@@ -171,13 +173,21 @@ METHODS = {
     "scion": lambda model, **o: Scion(model, 0.02, **o),
     "polar_grad": lambda model, **o: PolarGrad(model, 0.05, **o),
     "adam": lambda model, **o: Adam(model, 1e-2, weight_decay=0.1, **o),
+    "cautious_stale": lambda model, **o: MuonMax(
+        model, 0.01, weight_decay=Cautious(0.1), step_size=Momo(2.2), dual="stale", **o
+    ),
+    "sphere": lambda model, **o: Muon(model, 0.02, weight_decay=Sphere(relative=True), **o),
+    "sphere_momo": lambda model, **o: MuonMax(model, 0.01, weight_decay=Sphere(), step_size=Momo(2.4), **o),
+    "sphere_stale": lambda model, **o: MuonMax(
+        model, 0.01, weight_decay=Sphere(relative=True), step_size=Momo(2.4), dual="stale", rounding="kept", **o
+    ),
     "frobenius": lambda model, **o: SteepestDescent(model, norms={"matrix": Frobenius()}, product="sum", **o),
     "rows": lambda model, **o: SteepestDescent(model, norms={"matrix": RowNorm()}, nesterov=True, **o),
     "nuclear": lambda model, **o: SteepestDescent(model, norms={"matrix": Nuclear()}, **o),
     "kept": lambda model, **o: Muon(model, 0.02, weight_decay=0.1, rounding="kept", momentum_dtype=torch.bfloat16, **o),
     "stochastic": lambda model, **o: MuonMax(model, 0.01, step_size=Momo(2.4), rounding="stochastic", **o),
 }
-HALVES = ("kept", "stochastic")  # of bfloat16 weights
+HALVES = ("kept", "stochastic", "sphere_stale")  # of bfloat16 weights
 NEWTON = ("newton_muon", "everything")
 
 

@@ -27,6 +27,7 @@ class Block:
     scale: float = 1.0  # of the spectral norm
     eps: float = 1e-8  # of the norms that adapt
     around: Around | None = None
+    sphere: str = ""  # "kept" or "relative": the weight stays as long as it was at the start
 
     @property
     def adapts(self) -> bool:
@@ -144,24 +145,34 @@ def descend(blocks: Sequence[Block], oracle: Oracle, steps: int, method: Method)
             direction(block, history.gradients[i][:t], np.array(sought[i]), history.average(i, squares, 2))
             for i, block in enumerate(blocks)
         ]
+        d = [a * radius(b) / np.linalg.norm(a) if b.sphere == "relative" else a for a, b in zip(d, blocks, strict=True)]
         earlier, duals = duals, [_inner(a, b) for a, b in zip(n, d, strict=True)]
         late = method.stale and earlier is not None
         used = [earlier[i] if late and block.norm == "spectral" else duals[i] for i, block in enumerate(blocks)]
         total, c = combine(method.tree, [block.label for block in blocks], s * used)
         value = history.model(average_weights(t, method.beta, any(ahead)), weights)
         decayed = value - sum(rate * _inner(a, w) for rate, a, w in zip(decay, n, weights, strict=True))
-        length, bound = _length(method, decayed, total, bound, t - 1)
-        reach = length * s * c * (total if method.regularized else 1.0)
+        whole = s * c * (total if method.regularized else 1.0)
+        outward = [_inner(a, w) / _inner(w, w) if b.sphere else 0.0 for a, w, b in zip(d, weights, blocks, strict=True)]
+        q = total**2 if method.regularized else total
+        q -= sum(own * x * _inner(a, w) for own, x, a, w in zip(whole, outward, n, weights, strict=True))
+        length, bound = _length(method, decayed, q, bound, t - 1)
+        reach = length * whole
         weights = [(1 - decay[i]) * w - reach[i] * d[i] for i, w in enumerate(weights)]
+        weights = [w * radius(b) / np.linalg.norm(w) if b.sphere else w for w, b in zip(weights, blocks, strict=True)]
         trajectory.append(Step(weights, length, total, value, bound))
     return trajectory
+
+
+def radius(block: Block) -> float:
+    return float(np.linalg.norm(block.start))
 
 
 def _inner(a: Array, b: Array) -> float:
     return float((a * b).sum())
 
 
-def _length(method: Method, value: float, total: float, bound: float, step: int) -> tuple[float, float]:
+def _length(method: Method, value: float, q: float, bound: float, step: int) -> tuple[float, float]:
     """t, and the lower bound that goes on to the next step; `value` is V less what decay takes off it."""
     if method.lower_bound is None:
         return 1.0, bound
@@ -171,7 +182,6 @@ def _length(method: Method, value: float, total: float, bound: float, step: int)
         bound = method.lower_bound
     elif value < bound:
         bound = max(value / 2, 0.0)
-    q = total**2 if method.regularized else total
     gap = max(value - bound, 0.0)
-    length = min(gap / q, 1.0) if q > 0 else float(gap > 0)
+    length = min(gap / q, 1.0) if q > 0 else float(gap > 0 and q == 0)
     return length, max(value - length * q / 2, 0.0) if method.lower_bound == "auto" else bound

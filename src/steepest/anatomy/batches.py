@@ -121,17 +121,25 @@ class Load:
         """Matrices of each batch."""
         return [len(bucket.parameters) * block[0] for bucket in self.buckets for block in bucket.blocks]
 
-    def blocks_of(self, place: int) -> tuple[tuple[int, int, int], ...]:
-        """Shapes (B, m, n) of one parameter's batches.
+    def bucket_of(self, place: int) -> Bucket:
+        """The bucket that holds a parameter.
 
         Args:
             place: Of the parameter.
         """
         for bucket in self.buckets:
             if place < len(bucket.parameters):
-                return bucket.blocks
+                return bucket
             place -= len(bucket.parameters)
         raise IndexError(place)
+
+    def blocks_of(self, place: int) -> tuple[tuple[int, int, int], ...]:
+        """Shapes (B, m, n) of one parameter's batches.
+
+        Args:
+            place: Of the parameter.
+        """
+        return self.bucket_of(place).blocks
 
     def per_matrix(self, numbers: Tensor) -> Tensor:
         """Repeat the number of a parameter for each of its matrices.

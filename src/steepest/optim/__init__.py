@@ -2,7 +2,7 @@
 
 from steepest.optim import recipes
 from steepest.optim.averaging import TailAverage
-from steepest.optim.decay import Cautious, Decay, Decoupled
+from steepest.optim.decay import Cautious, Decay, Decoupled, Sphere
 from steepest.optim.descent import SteepestDescent
 from steepest.optim.guard import NonFiniteError, OnNonFinite
 from steepest.optim.momo import Fixed, Momo, StepSize
@@ -16,6 +16,7 @@ __all__ = [
     "Momo",
     "NonFiniteError",
     "OnNonFinite",
+    "Sphere",
     "SteepestDescent",
     "StepSize",
     "TailAverage",

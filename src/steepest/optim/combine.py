@@ -123,7 +123,10 @@ class Combine:
         factors, total = self._factors(moves, duals)
         record.note(dual_norm=total)
         decrease = total.square() if self.regularized else total
-        decision = self._losses.decide(heard, moves, total, decrease=decrease, record=record)
+        pull: Tensor | None = None
+        if slopes and any(move.bends for move in moves):
+            decrease, pull = self._along_arcs(moves, duals, factors, decrease)
+        decision = self._losses.decide(heard, moves, total, decrease=decrease, pull=pull, record=record)
         gained = torch.zeros_like(total)
         if decision:
             t = decision.chosen.t
@@ -179,12 +182,17 @@ class Combine:
         for move, factor in zip(moves, factors, strict=True):
             if move.aimed is None:
                 move.aim(duals=True, slopes=slopes)
+            if not move.told:
                 _share([move])
             aim = cast(Aim, move.aimed)
             part = None
             flags = [solid]
             if aim.slopes is not None:
-                part = (_wide(aim.slopes) * self._scale(move)).to(gained.device).mul(factor).sum()
+                if move.arc is not None:
+                    lengths = factor.to(move.arc.squares) * self._scale(move)
+                    part = move.arc.gained(lengths, _wide(aim.slopes)).sum().to(gained.device)
+                else:
+                    part = (_wide(aim.slopes) * self._scale(move)).to(gained.device).mul(factor).sum()
                 flags.append(part.isfinite() if isinstance(solid, Tensor) else math.isfinite(float(part)))
             parts.append(part)
             move.prepare(self._scale(move), factor)
@@ -202,6 +210,32 @@ class Combine:
             if part is not None:
                 gained += _where(own, part)
         return fine
+
+    def _along_arcs(
+        self, moves: Sequence[Move], duals: Sequence[Tensor], factors: Sequence[Tensor], decrease: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the whole step is predicted to gain at its start where weights stay on spheres; what their return does.
+
+        Args:
+            moves: Of this step.
+            duals: Of each.
+            factors: Of each, t left out.
+            decrease: What the step would gain along straight lines.
+        """
+        bent = [move for move in moves if move.bends]
+        parts = [move.along_arc() for move in bent]
+        shared = [own for move, part in zip(bent, parts, strict=True) if move.portion.shared for own in part]
+        added = iter(summed(shared, bent[0].portion.team))
+        for move, part in zip(bent, parts, strict=True):
+            move.take_arc([next(added) for _ in part] if move.portion.shared else part)
+        pull = torch.zeros_like(decrease)
+        for move, own, factor in zip(moves, duals, factors, strict=True):
+            if move.arc is not None:
+                gains = _wide(own)
+                radial = (gains - move.arc.slopes(gains)) * self._scale(move)
+                decrease = decrease - radial.to(decrease.device).mul(factor).sum()
+                pull += move.arc.pull().to(pull.device)
+        return decrease, pull
 
     def _solid(self, decrease: Tensor, decision: Decision | None, *, read: bool) -> bool | Tensor:
         """Whether the numbers of the whole step are finite; the device is not waited for."""

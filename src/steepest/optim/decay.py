@@ -11,9 +11,11 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from steepest.checks import check_fields, number, refusal, shown
+from steepest.checks import check_fields, flag, number, refusal, shown
 from steepest.geometry.text import text_of
 from steepest.optim.groups import Group
+
+NOTHING_TO_DECAY = "weights that keep their radius do not decay"
 
 
 @runtime_checkable
@@ -247,6 +249,79 @@ class Cautious:
         return torch.stack(all_or_none).all()
 
 
+@dataclass(frozen=True)
+class Sphere:
+    """W <- r (W + length · D) / ‖W + length · D‖_F: each matrix keeps the Frobenius norm r that it had at first.
+
+    What is one matrix is what is one for the norm: each head, expert or fused part by itself; for norms of entries,
+    such as Adam's, the whole parameter. A matrix that is zero in its first step has no radius: it moves freely. The
+    radii are in the optimizer's state as "radius".
+
+    Args:
+        relative: Make each direction as long as r before, so that lr is the step relative to the weight, in radians
+            while it is small; directions without a radius stay as they are.
+        rate: 0: there is nothing left to decay.
+
+    Raises:
+        ValueError: If the rate is not 0.
+        TypeError: If an option is of the wrong type.
+
+    Source:
+        Wen, Dang, Lyu, Ma and Liang, Hyperball Optimization, 2025,
+        https://whenwen.github.io/blog/2025/weight-decay-hyperball-part-1/, where steps are relative.
+    """
+
+    relative: bool = False
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"relative": flag, "rate": number()})
+        if self.rate != 0:
+            raise ValueError(refusal("Sphere: rate", f"0, as {NOTHING_TO_DECAY}", self.rate))
+
+    @property
+    def needs_directions(self) -> bool:
+        """No."""
+        return False
+
+    def radius(self, rate: float) -> None:
+        """There is no ball of the norm, but a sphere."""
+        del rate
+
+    def removed(self, weights: Sequence[Tensor], directions: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Per unit of a rate that is 0."""
+        del directions
+        return weights
+
+    def apply_(
+        self,
+        parameters: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        *,
+        directions: Sequence[Tensor] = (),
+        length: float | Tensor,
+        decay: float | Tensor,
+        accept: Tensor | None = None,
+        pull: bool = False,
+    ) -> None:
+        """Move the weights; the optimizer, which knows what other ranks keep of a matrix, brings them back then."""
+        del decay, pull
+        Decoupled().apply_(parameters, moves, directions=directions, length=length, decay=0.0, accept=accept)
+
+    def stay_finite(
+        self,
+        parameters: Sequence[Tensor],
+        moves: Sequence[Tensor],
+        *,
+        length: float | Tensor,
+        decay: float | Tensor,
+        pull: bool,
+    ) -> Tensor:
+        """Whether `apply_` would leave only finite weights."""
+        del decay, pull
+        return Decoupled().stay_finite(parameters, moves, length=length, decay=0.0, pull=False)
+
+
 def _against(weight: Tensor, direction: Tensor) -> Tensor:
     """Weights that a direction makes smaller, zeros for the others."""
     return torch.where(weight.sign() * direction.sign() < 0, weight, 0.0)
@@ -301,6 +376,12 @@ class Decays:
             raise ValueError(
                 f"{where}: decay_kind is {shown(text)}, which stands for no kind of weight decay that this optimizer "
                 f"knows ({', '.join(self._known)}). Write the kind itself: weight_decay=Decoupled(0.1)."
+            )
+        rate = group["weight_decay"]
+        if isinstance(self.of(group), Sphere) and (isinstance(rate, Tensor) or rate != 0):
+            raise ValueError(
+                f"{where}: weight_decay is {shown(rate)}, and its kind is {group['decay_kind']}: {NOTHING_TO_DECAY}. "
+                "Write 0, or another kind, such as Decoupled(0.1)."
             )
 
     def of(self, group: Mapping[str, Any]) -> Decay:

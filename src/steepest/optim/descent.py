@@ -26,7 +26,7 @@ from steepest.notices import warn
 from steepest.optim.arguments import checked_options
 from steepest.optim.ball import beyond_ball, weight_numbers
 from steepest.optim.combine import Combine, DualMode
-from steepest.optim.decay import Decay, Decays
+from steepest.optim.decay import Decay, Decays, Sphere
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.groups import Group, Norms, Rates, make_plain, plain, view_of, view_text
 from steepest.optim.guard import Guard, NonFiniteError, OnNonFinite, dense_gradients
@@ -141,7 +141,7 @@ class SteepestDescent(Optimizer):
             for schedulers, "momentum" is this weight for every norm.
         nesterov: Look ahead by one gradient; for norms that do not adapt.
         weight_decay: A number, of decoupled decay, or a kind of decay such as `Decoupled(0.1)`; the rate per step is lr
-            times the number, with the scheduled lr.
+            times the number, with the scheduled lr. `Sphere()` keeps the norm of each matrix instead.
         betas: Weights of the old averages of gradients and of their squares, for norms that adapt (`AdaInf`). None:
             (0.9, 0.95), or (momentum, 0.95) with Momo.
         norms: Norm of each role, by object or name; roles left out keep Spectral() for matrices, AdaInf() otherwise.
@@ -225,7 +225,7 @@ class SteepestDescent(Optimizer):
         self._warned_of_ball = self._built = False
         self._warm = False  # whether a step was taken with the state of now
         self._stages: list[Stage] = []
-        self._schemas: dict[Tensor, tuple[PlanRow, str, torch.dtype, Schema]] = {}
+        self._schemas: dict[Tensor, tuple[PlanRow, tuple[str, str], torch.dtype, Schema]] = {}
         self._members: list[list[Tensor]] = []  # of each group, when they were last looked at
         self._model = weakref.ref(params) if isinstance(params, nn.Module) else None
         self._stray: set[str] = set()  # parameters of the model that are not here, and were told of
@@ -812,11 +812,15 @@ class SteepestDescent(Optimizer):
 
     def _entries(self, row: PlanRow, group: Group) -> Schema:
         stages = self._stages if self._staged(group) else ()
-        return schema(row, adapts=self._norms.of(group).adapts, stages=stages, storage=self._storage)
+        norm = self._norms.of(group)
+        radii = 0
+        if isinstance(self._decays.of(group), Sphere):
+            radii = sum(count for count, _, _ in row.blocks()) if norm.matrix and row.view is not None else 1
+        return schema(row, adapts=norm.adapts, stages=stages, storage=self._storage, radii=radii)
 
     def _schema(self, parameter: Tensor, group: Group) -> Schema:
         """What may be kept of a parameter."""
-        row, norm, dtype = self._rows[parameter], group["norm"], parameter.dtype
+        row, norm, dtype = self._rows[parameter], (group["norm"], group["decay_kind"]), parameter.dtype
         known = self._schemas.get(parameter)
         if known is None or known[0] is not row or known[1] != norm or known[2] is not dtype:
             self._storage.check(row.name, parameter)  # of another type than when it was added, maybe
@@ -1078,6 +1082,8 @@ class SteepestDescent(Optimizer):
             for key in MODEL_KEYS:
                 if key not in old:
                     group.pop(key, None)
+            if isinstance(self._decays.of(group), Sphere):  # the rate of another kind, as decay_kind stays this one's
+                group["weight_decay"] = 0.0
             make_plain(group, f"parameter group {index}")
         self.state.update(states)
         self._rates.restart(self.param_groups)

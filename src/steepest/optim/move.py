@@ -11,15 +11,16 @@ from torch import Tensor
 from steepest.anatomy.batches import gains
 from steepest.geometry import Norm
 from steepest.geometry.norm import completed
-from steepest.optim.decay import Decay
+from steepest.optim.decay import Decay, Sphere
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.momentum import average_, debias, forget_, look_ahead
 from steepest.optim.packing import SHARES
 from steepest.optim.replay import kept
 from steepest.optim.sharing import Portion
-from steepest.optim.state import DUAL, LOW, MOMENTUM, SECOND, STEP
+from steepest.optim.sphere import Arc, lengthening, radii, returning
+from steepest.optim.state import DUAL, LOW, MOMENTUM, RADIUS, SECOND, STEP
 from steepest.optim.storage import Storage, divided, drawn, joined, noise_of
-from steepest.ranks import Pending, local, own_box, scalar_type
+from steepest.ranks import Pending, local, own_box, scalar_type, summed
 from steepest.stages import Stage
 from steepest.stages.stage import state_dtype
 
@@ -98,6 +99,9 @@ class Move:
         self._states = states
         self._stages = stages
         self._decay = decay
+        self._sphere = decay if isinstance(decay, Sphere) else None
+        self._squares: Tensor | None = None  # of the weights before they move, matrix by matrix, where that is known
+        self.arc: Arc | None = None
         self._storage, self._names = storage, names
         self._kept: list[Tensor] = []  # directions, where decay needs them
         self._record = record
@@ -112,7 +116,7 @@ class Move:
         elsewhere = isinstance(lr, Tensor) and lr.device.type == "cpu" != self.device.type
         self.lr: float | Tensor = float(lr) if elsewhere else lr.to(self.device) if isinstance(lr, Tensor) else lr
         self.aimed: Aim | None = None
-        self.averaged = self.moved = False
+        self.averaged = self.moved = self.told = False
         self._coming: tuple[Pending, Pending | None, Pending | None] | None = None
         self._leaving: Leaving | None = None
         self._relative: float | Tensor = 0.0
@@ -198,6 +202,8 @@ class Move:
         climbs = any(stage.may_climb for stage in self._stages)
         if climbs and found:
             found = self._without_climbing(batches, found)
+        if self._sphere is not None and self._sphere.relative:
+            found = self._as_long_as_radii(found)
         aim = Aim(found, None, None)
         if count is not None and (duals or slopes):
             later = count + 1 if self.ahead else count
@@ -242,6 +248,7 @@ class Move:
         Args:
             summed: As `numbers` told them, added up.
         """
+        self.told = True
         aim = cast(Aim, self.aimed)
         alike = aim.slopes is aim.duals
         aim.duals, *slopes = summed
@@ -291,6 +298,65 @@ class Move:
             lost_ahead = self._products(_divided(averages, debias(beta, count + 1)), removed)
         own = self._products(self._gradients(), weights) if gradients else torch.zeros_like(plain)
         return plain, own, lost, lost_ahead
+
+    @property
+    def bends(self) -> bool:
+        """Whether weights stay on a sphere, so that a step is no straight line."""
+        return self._sphere is not None
+
+    def along_arc(self) -> list[Tensor]:
+        """What must be known of all ranks' weights and directions before a step on a sphere is measured."""
+        weights, directions = self._joined(), self._directions()
+        count, beta = self._counts(), self.group["momentum"]
+        pairs = [(weights, weights), (weights, directions), (directions, directions)]
+        pairs.append((_divided(self._averages(), debias(beta, count)), weights))
+        if self.ahead:
+            averages = look_ahead(self._averages(), self._gradients(), beta)
+            pairs.append((_divided(averages, debias(beta, count + 1)), weights))
+        return [self.portion.products(one, other) for one, other in pairs]
+
+    def take_arc(self, summed: Sequence[Tensor]) -> None:
+        """Go on with what `along_arc` tells for all ranks.
+
+        Args:
+            summed: As it was told, added up.
+        """
+        squares, across, lengths, average, *ahead = map(self.portion.own_products, summed)
+        self._squares = squares
+        self.arc = Arc(self._radii(squares), squares, across, lengths, average, ahead[0] if ahead else average)
+
+    def _radii(self, squares: Tensor) -> Tensor:
+        """That weights are kept at in this step, one per matrix.
+
+        Args:
+            squares: Of the norms that weights have before it.
+        """
+        return radii(self.load.numbers_of_batches([state[RADIUS] for state in self._states]), squares)
+
+    def _as_long_as_radii(self, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Directions with the norms at which weights are kept."""
+        if self._squares is None:
+            weights = self._joined()
+            (self._squares,) = self._of_all(self.portion.products(weights, weights))
+        radius = self._radii(self._squares)
+        if self.norm.elementwise and self.portion.shared:  # of what is divided nobody has whole matrices
+            parts = self._kept_parts(found)
+            (lengths,) = self._of_all(self.portion.products(parts, parts))
+            factors = self.portion.own(lengthening(radius, lengths))
+        elif found:
+            wide = scalar_type(self.device)
+            lengths = torch.cat([batch.square().sum((-2, -1), dtype=wide) for batch in found])
+            factors = lengthening(self.portion.own(radius), lengths)
+        else:
+            return found
+        parts = factors.to(self._dtype).split([len(batch) for batch in found])
+        return tuple(batch * own.view(-1, 1, 1) for batch, own in zip(found, parts, strict=True))
+
+    def _of_all(self, *products: Tensor) -> list[Tensor]:
+        """Inner products of matrices, added up over the ranks that keep parts of them."""
+        if self.portion.shared:
+            products = tuple(summed(products, self.portion.team))
+        return list(map(self.portion.own_products, products))
 
     def _directions(self) -> list[Tensor]:
         return self._kept_parts((self.aimed or self.aim(duals=True, slopes=True)).directions)
@@ -356,7 +422,10 @@ class Move:
             moves = [torch.where(accept, move, 0.0) for move in moves]
         pull = self._radius != 1
         rounds = self._storage.rounds(self.parameters[0])
-        weights = self._joined() if rounds else self.parameters
+        narrow = self._sphere is not None and self.parameters[0].dtype is not self._dtype
+        weights = self._joined() if rounds or narrow else self.parameters
+        returns = self._sphere is not None
+        before = self.portion.products(weights, weights) if returns and self._squares is None else None
         self._decay.apply_(
             weights,
             moves,
@@ -366,11 +435,37 @@ class Move:
             accept=accept,
             pull=pull,
         )
+        if returns:
+            self._return(weights, before, accept)
         if rounds:
             self._round(weights)
+        elif narrow:
+            torch._foreach_copy_(self.parameters, weights)
+
+    def _return(self, weights: Sequence[Tensor], before: Tensor | None, accept: Tensor | None) -> None:
+        """Bring weights that have moved back to their radii.
+
+        Args:
+            weights: Written to.
+            before: Squares of their norms before they moved, as far as this rank keeps them; None: those are known.
+            accept: Where they moved at all.
+        """
+        after = self.portion.products(weights, weights)
+        if before is None:
+            (after,) = self._of_all(after)
+        else:
+            self._squares, after = self._of_all(before, after)
+        squares = cast(Tensor, self._squares)
+        radius = self._radii(squares)
+        factors = returning(radius, squares, after)
+        self.portion.stretch_(weights, factors if accept is None else torch.where(accept, factors, 1.0))
+        for state, new in zip(self._states, self.load.numbers_of_parameters(radius), strict=True):
+            state[RADIUS].copy_(new if accept is None else torch.where(accept, new, state[RADIUS]))
 
     def _joined(self) -> list[Tensor]:
-        """The weights in float32, with the bits that are kept beside them."""
+        """The weights in float32 or wider, with the bits that are kept beside them; may be the weights themselves."""
+        if self.parameters[0].dtype is self._dtype:
+            return [parameter.detach() for parameter in self.parameters]
         kept = self._of(LOW) if self._storage.keeps(self.parameters[0]) else [None] * len(self.parameters)
         return [joined(weight, low) for weight, low in zip(self.parameters, kept, strict=True)]
 

@@ -9,7 +9,7 @@ import inspect
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from steepest.ranks import (
     unanimous,
     volume,
 )
-from steepest.ranks.boxes import full, sizes
+from steepest.ranks.boxes import full, own_box, sizes
 from steepest.stages import Entry, Stage
 
 
@@ -683,6 +683,85 @@ class Portion:
             numbers: One per matrix of `load`, or 0-d.
         """
         return numbers if self._index is None or numbers.ndim == 0 else numbers[self._index]
+
+    def products(self, one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+        """Inner products, matrix by matrix, of what this rank keeps, to be added up over ranks.
+
+        Args:
+            one: Shaped like what this rank keeps of the parameters of `load`.
+            other: Likewise.
+
+        Returns:
+            One per matrix of `load`, in float64 where the device has it. Where parameters are not of all ranks, as
+            many rows: each set of ranks has one of its own.
+        """
+        dtype = scalar_type(one[0].device)
+        found = [self._of_matrices(place, a * b, dtype) for place, (a, b) in enumerate(zip(one, other, strict=True))]
+        if self.shared:
+            found = [own * self._first(p) for own, p in zip(found, self.load.parameters, strict=True)]
+        numbers = self.load.numbers_of_batches(found)
+        if self._row is None:
+            return numbers
+        return numbers.new_zeros(self.team.size, len(numbers)).index_put(self._row, numbers)
+
+    def own_products(self, summed: Tensor) -> Tensor:
+        """Of what `products` told, added up, the numbers of this rank's parameters.
+
+        Args:
+            summed: Over all ranks.
+        """
+        return summed if self._row is None else summed[self._row]
+
+    def stretch_(self, tensors: Sequence[Tensor], factors: Tensor) -> None:
+        """Multiply matrices.
+
+        Args:
+            tensors: What this rank keeps of the parameters of `load`; written to.
+            factors: One per matrix of `load`.
+        """
+        numbers = self.load.numbers_of_parameters(factors)
+        for place, (tensor, own) in enumerate(zip(tensors, numbers, strict=True)):
+            own = own.to(tensor.dtype)
+            if own.numel() == 1:
+                tensor.mul_(own[0])
+                continue
+            bucket, whole = self.load.bucket_of(place), self.load.parameters[place].shape
+            parts = own.split([count for count, _, _ in bucket.blocks])
+            filled = [part.view(-1, 1, 1).expand(b) for part, b in zip(parts, bucket.blocks, strict=True)]
+            merged = cast(View, bucket.view).merge(filled, whole)
+            tensor.mul_(merged if tensor.shape == whole else merged[self._box(place)])
+
+    def _of_matrices(self, place: int, entries: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sums over the entries of each matrix, as far as this rank keeps them."""
+        bucket = self.load.bucket_of(place)
+        if sum(count for count, _, _ in bucket.blocks) == 1:
+            return entries.sum(dtype=dtype).view(1)
+        whole = self.load.parameters[place].shape
+        if entries.shape != whole:
+            part, entries = entries, torch.zeros(whole, dtype=entries.dtype, device=entries.device)
+            entries[self._box(place)] = part
+        return torch.cat([part.sum((-2, -1), dtype=dtype) for part in cast(View, bucket.view).split_tensor(entries)])
+
+    def _box(self, place: int) -> tuple[slice, ...]:
+        """Where what this rank keeps of a parameter lies in it."""
+        return tuple(slice(start, stop) for start, stop in own_box(self.load.parameters[place]))
+
+    def _first(self, parameter: Tensor) -> float:
+        """1 on one of the ranks that keep the same part, 0 on the others."""
+        if not self.duties.shares(parameter):
+            return 1.0
+        return self.duties.weight(parameter) / self.duties.part(parameter)
+
+    @functools.cached_property
+    def _row(self) -> tuple[Tensor, Tensor] | None:
+        """Where the numbers of each matrix stand among those of other ranks' parameters; None: all keep the same."""
+        parameters = self.load.parameters
+        if not self.shared or all(map(self.duties.everyone, parameters)):
+            return None
+        device = local(parameters[:1])[0].device
+        own = [self.duties.layouts[p].members[0] if self.duties.shares(p) else self.team.own for p in parameters]
+        rows = self.load.per_matrix(torch.tensor(own, dtype=torch.int64, device=device))
+        return rows, torch.arange(len(rows), device=device)
 
     @property
     def travels(self) -> bool:

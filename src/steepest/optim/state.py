@@ -4,6 +4,7 @@ step              number of gradients averaged so far: float32 would stop at 2^2
 momentum_buffer   average of gradients
 second_moment     average of squared gradients, for norms that adapt
 dual_norm         of the last step, one number per matrix, where duals are stale
+radius            Frobenius norm of each matrix in its first step, where it is kept; infinity: of one that was zero
 weight_low_bits   of the float32 weight, what does not fit into the bfloat16 one, where it is kept
 """
 
@@ -21,12 +22,12 @@ from steepest.stages import KNOWN, Entry, Stage
 from steepest.stages.stage import state_dtype
 
 STEP, MOMENTUM, SECOND, DUAL = "step", "momentum_buffer", "second_moment", "dual_norm"
-LOW = "weight_low_bits"
+LOW, RADIUS = "weight_low_bits", "radius"
 
 Schema = Mapping[str, Entry]
 
 
-def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage], storage: Storage) -> Schema:
+def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage], storage: Storage, radii: int = 0) -> Schema:
     """What may be kept of a parameter, by key.
 
     Args:
@@ -34,6 +35,7 @@ def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage], storage: Stor
         adapts: Whether the group's norm needs the second moment.
         stages: That work on the group.
         storage: What is kept in 16 bits.
+        radii: Of how many matrices the radius is kept.
 
     Raises:
         ValueError: If a stage declares an entry under a name that is not its own.
@@ -48,6 +50,8 @@ def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage], storage: Stor
     found = {entry.key: entry for entry in own}
     if storage.keeps(row.parameter):
         found[LOW] = Entry(LOW, dtype=torch.int16)
+    if radii:
+        found[RADIUS] = Entry(RADIUS, torch.Size((radii,)), least=0.0, infinite=True, divided=False)
     for stage in stages:
         for entry in stage.entries(row):
             if not stage.prefix or not entry.key.startswith(stage.prefix) or entry.key in found:
@@ -212,6 +216,11 @@ def drop_unknown(states: Sequence[tuple[dict[str, Tensor], Schema]], stages: Seq
         warn(
             "The state holds the lower bits of bfloat16 weights, which this optimizer does not keep: they are dropped. "
             "Build it with rounding='kept' to go on with them."
+        )
+    if [state.pop(RADIUS) for state, entries in states if RADIUS in state and RADIUS not in entries]:
+        warn(
+            "The state holds radii that weights are kept at, which they are not here: they are dropped. Build the "
+            "optimizer with weight_decay=Sphere() to go on with them."
         )
     running = {stage.prefix for stage in stages}
     for kind in KNOWN:

@@ -6,7 +6,7 @@ stops the step; with Momo it owns the model of the loss, the witness of clipping
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -265,7 +265,14 @@ class Losses:
         return self.momo is not None and self._changes.here()
 
     def decide(
-        self, heard: Heard, moves: Sequence[Move], total: Tensor, *, decrease: Tensor, record: StepRecord
+        self,
+        heard: Heard,
+        moves: Sequence[Move],
+        total: Tensor,
+        *,
+        decrease: Tensor,
+        record: StepRecord,
+        pull: Tensor | None = None,
     ) -> Decision | None:
         """Average the loss into its model and say how much of the step to take; nothing is written to the model.
 
@@ -275,6 +282,7 @@ class Losses:
             total: 0-d; for the device and type of numbers of the whole step.
             decrease: 0-d, what the whole step is predicted to gain, weight decay not counted.
             record: Takes note.
+            pull: 0-d, what weights gain that go back to their radii before the step; None: none is kept.
 
         Returns:
             The decision; None without Momo or a loss: the whole step.
@@ -284,6 +292,8 @@ class Losses:
             return None
         model = self.model or LossModel.new(moves[0].device)
         inner = _inner(moves, momo, total)
+        if pull is not None:
+            inner = replace(inner, decay_ahead=inner.decay_ahead + pull)
         own = torch.as_tensor(loss, dtype=total.dtype, device=total.device)
         for factor in (heard.part, heard.clipping):
             if factor is not None:

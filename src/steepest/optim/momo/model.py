@@ -110,13 +110,13 @@ def truncated(gap: Tensor, decrease: Tensor) -> Tensor:
 
     Args:
         gap: 0-d, the model's value over the bound.
-        decrease: 0-d, at least 0: what the whole step is predicted to gain.
+        decrease: 0-d, what the whole step is predicted to gain.
 
     Returns:
-        0-d; 0 for 0/0.
+        0-d; 0 for 0/0, and where the step is predicted to lose.
     """
     part = gap / decrease.abs()  # -0.0 would turn the sign
-    return torch.where((gap <= 0) | part.isnan(), 0.0, part).clamp(0.0, 1.0)
+    return torch.where((gap <= 0) | (decrease < 0) | part.isnan(), 0.0, part).clamp(0.0, 1.0)
 
 
 def clipped(loss: Tensor, factor: Tensor | float, bound: Tensor | float) -> Tensor:
