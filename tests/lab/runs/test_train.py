@@ -1,5 +1,6 @@
 """Runs are short runs of `digits`: what matters here is that nothing is lost, doubled or changed."""
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -20,6 +21,7 @@ from steepest.lab.methods import METHODS
 from steepest.lab.runs import train
 from steepest.lab.runs.checkpoint import CheckpointError
 from steepest.lab.runs.config import RunConfig, configure
+from steepest.lab.runs.recorder import Recorder
 from steepest.lab.runs.records import read_run
 from steepest.lab.runs.schedule import cooldown
 from steepest.lab.runs.train import Interrupted, RunMismatchError, Training, train_run
@@ -132,6 +134,38 @@ def test_an_interruption_at_every_step_changes_nothing_and_times_go_on(tmp_path)
     times = [row.train_s for row in read_run(RunFiles(tmp_path / "parts")).train]
     assert times == sorted(times)
     assert result.train_s == times[-1]
+
+
+def test_what_is_evaluated_of_a_run_with_a_tail_is_the_mean_of_its_last_weights(tmp_path):
+    """By hand: the same run without a tail passes by the same weights, of which the last six are averaged here."""
+    config = dataclasses.replace(short("muon", steps=12), tail=0.5)
+    result = train_run(config, tmp_path / "tail")
+    training = Training(dataclasses.replace(config, tail=0.0), make_task("digits"))
+    sums: dict[str, torch.Tensor] = {}
+    with Recorder(None, step=0) as recorder:
+        for step in range(1, 13):
+            training.train_step(recorder)
+            for name, weight in training.module.named_parameters() if step > 6 else ():
+                sums[name] = sums.get(name, 0.0) + weight.detach().double() / 6
+    training.module.eval()
+    own = training.task.evaluate(training.module, "report", whole=True).loss
+    training.module.load_state_dict({name: total.float() for name, total in sums.items()}, strict=False)
+    mean = training.task.evaluate(training.module, "report", whole=True).loss
+    assert result.final_loss == pytest.approx(mean, rel=1e-5)
+    assert abs(mean - own) > 1e-3 * mean
+    rates = [row for row in rows(tmp_path / "tail") if row["kind"] == "train"]
+    train_run(dataclasses.replace(config, tail=0.0), tmp_path / "plain")
+    assert [row for row in rows(tmp_path / "plain") if row["kind"] == "train"] == rates
+
+
+def test_an_interruption_at_every_step_changes_nothing_of_an_average_of_weights(tmp_path):
+    config = dataclasses.replace(short("muon", steps=8), tail=0.7, tail_parts=3.0, tail_mix=0.6)
+    train_run(config, tmp_path / "whole")
+    for _ in range(7):
+        with pytest.raises(Interrupted):
+            train_run(config, tmp_path / "parts", stop=lambda: True)
+    train_run(config, tmp_path / "parts")
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
 def train_in_child(config: RunConfig, run_dir: Path) -> None:

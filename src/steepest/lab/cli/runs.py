@@ -51,6 +51,9 @@ class Train(Command, OnTask, OnThreads, AsJson):
     steps: Annotated[Count | None, Arg("instead of the preset's number", "N")] = None
     batch_size: Annotated[Count | None, Arg("examples of a step, on all ranks together, likewise", "N")] = None
     schedule: Annotated[str | None, Arg("of the learning rate, such as constant; default: the preset's")] = None
+    tail: Annotated[float, Arg("part of the run, at its end, whose weights are averaged for evaluations; 0: none")] = (
+        0.0
+    )
     precision: Annotated[
         Literal["fp32", "bf16"] | None,
         Arg("bf16: training's forward passes under autocast, weights in float32; default: the preset's"),
@@ -171,6 +174,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
                 batch_size=self.batch_size,
                 schedule=cast("Schedule | None", self.schedule),
                 precision=self.precision,
+                tail=self.tail,
             )
             crew = crew.dividing(
                 config.batch_size,

@@ -60,6 +60,10 @@ class RunConfig:
         watch_from: Validation loss below which it is evaluated most often; None: from the start. With a target only.
         part: Of what is held out: "tuning" for a run that serves to choose options, which never looks at the other.
         precision: "bf16": forward passes of training under autocast; weights, gradients and state are float32.
+        tail: Part of the run, at its end, whose weights are averaged, in [0, 1]; evaluated is then `tail_mix` of the
+            average and the rest of the weights themselves. 0: no average.
+        tail_parts: Into how many the tail is divided: about one of them the average looks back; see `TailAverage`.
+        tail_mix: In (0, 1].
 
     Raises:
         ValueError: If a number is out of range, or the schedule or the precision is unknown.
@@ -81,6 +85,9 @@ class RunConfig:
     watch_from: float | None = None
     part: Part = "report"
     precision: Precision = "fp32"
+    tail: float = 0.0
+    tail_parts: float = 1.0
+    tail_mix: float = 1.0
 
     def __post_init__(self) -> None:
         for name, kind in (("schedule", Schedule), ("part", Part), ("precision", Precision)):
@@ -92,6 +99,11 @@ class RunConfig:
         for name, least in (("seed", 0), ("steps", 1), ("batch_size", 1), ("eval_every", 1)):
             if not least <= (value := getattr(self, name)) < LARGEST:
                 raise ValueError(f"{name} must be a whole number of at least {least} and below 2^63, got {value}.")
+        if not 0 <= self.tail <= 1:
+            raise ValueError(f"tail must be between 0 and 1, a part of the run, got {self.tail}.")
+        if not (0 < self.tail_parts < math.inf and 0 < self.tail_mix <= 1):
+            given = f"got {self.tail_parts} and {self.tail_mix}"
+            raise ValueError(f"tail_parts must be finite and above 0, and tail_mix in (0, 1], {given}.")
         for name, value in self.options.items():
             if isinstance(value, int) and not -LARGEST < value < LARGEST:
                 raise wrong(f"options.{name}", "a number between -2^63 and 2^63", value)
@@ -157,6 +169,9 @@ def configure(
     watch_from: float | None = None,
     part: Part = "report",
     precision: Precision | None = None,
+    tail: float = 0.0,
+    tail_parts: float = 1.0,
+    tail_mix: float = 1.0,
 ) -> RunConfig:
     """The config of one run: what is not given comes from the task's preset and the method's defaults for it.
 
@@ -175,6 +190,9 @@ def configure(
         watch_from: As in the config.
         part: As in the config.
         precision: None for the preset's; the tuning record applies to no other.
+        tail: As in the config; the tuning record applies to no run whose weights are averaged.
+        tail_parts: As in the config.
+        tail_mix: As in the config.
 
     Raises:
         ValueError: If a name is unknown or a number out of range.
@@ -185,8 +203,8 @@ def configure(
     schedule, precision = schedule or budget.schedule, precision or budget.precision
     usual = (budget.steps, budget.eval_every) if budget.at_batch_size is None else budget.at_batch_size(batch_size)
     steps = usual[0] if steps is None else steps
-    known = (budget.steps, budget.batch_size, budget.schedule, budget.precision, None)
-    whole = (steps, batch_size, schedule, precision, target) == known
+    known = (budget.steps, budget.batch_size, budget.schedule, budget.precision, None, 0)
+    whole = (steps, batch_size, schedule, precision, target, tail) == known
     return RunConfig(
         task=task.name,
         preset=task.preset,
@@ -204,6 +222,9 @@ def configure(
         watch_from=watch_from,
         part=part,
         precision=precision,
+        tail=tail,
+        tail_parts=tail_parts,
+        tail_mix=tail_mix,
     )
 
 

@@ -52,7 +52,7 @@ from steepest.lab.tasks.images import ImageTask
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
 from steepest.lab.tasks.task import Task
 from steepest.lab.tasks.windows import WindowTask
-from steepest.optim import SteepestDescent
+from steepest.optim import SteepestDescent, TailAverage
 
 
 class Training:
@@ -84,6 +84,20 @@ class Training:
         self.optimizer = build_optimizer(config.method, self.model, config.options)
         self.scheduler = LambdaLR(self.optimizer, self._rate_factor)
         self.order = ExampleOrder(task.train_size, seed=config.seed)
+        self.average = self._average()
+
+    def _average(self) -> TailAverage | None:
+        """Of the weights of the tail, if the run has one."""
+        config = self.config
+        if not config.tail:
+            return None
+        if self.crew.layout is not None:
+            raise ValueError(
+                f"tail is {config.tail}, and averages of weights are kept by one process only, not by ranks. Train the "
+                "run on one process, or leave tail out."
+            )
+        start = config.steps - round(config.tail * config.steps)
+        return TailAverage(self.module, start=start, parts=config.tail_parts, mix=config.tail_mix)
 
     @property
     def step(self) -> int:
@@ -130,6 +144,8 @@ class Training:
                 self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
+            if self.average is not None:
+                self.average.update()
         watch.mark()
         forward_backward_s, optimizer_s = watch.seconds()
         self.counters.step += 1
@@ -190,7 +206,8 @@ class Training:
         """Of the whole model, or of its shards; ranks share the examples."""
         self.model.eval()
         if self.crew.size == 1:
-            found = self.task.evaluate(self.module, part, whole=whole)
+            with contextlib.nullcontext() if self.average is None else self.average.averaged():
+                found = self.task.evaluate(self.module, part, whole=whole)
         else:
             found = cast("WindowTask | ImageTask", self.task).evaluate(
                 self.module, part, whole=whole, share=self.crew.share
@@ -240,7 +257,7 @@ class Training:
         heavy: dict[str, Any] = {}  # of the first rank, which alone reads the file
 
         def read() -> dict[str, Any]:
-            state = load_checkpoint(path, keys=_KEYS)
+            state = load_checkpoint(path, keys=_KEYS if self.average is None else {*_KEYS, "average"})
             if state["run"] not in names_of(self.config):
                 raise CheckpointError(path, f"it is of the run {state['run']}, this is {run_hash(self.config)}")
             with _fitting(path):
@@ -260,6 +277,8 @@ class Training:
                 parted(self.model, self.optimizer, heavy)
             self.scheduler.load_state_dict(state["scheduler"])
             self.order.load_state_dict(state["order"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             self.counters, self.losses = saved.counters, saved.losses
             self.diverged, self.last_evaluation, self.final = saved.diverged, saved.evaluation, saved.final
             torch.set_rng_state(state["random"])
@@ -277,6 +296,8 @@ class Training:
             heavy = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         else:
             heavy = gathered(self.model, self.optimizer)
+        if self.average is not None:
+            heavy["average"] = self.average.state_dict()
         evaluation, final = self.last_evaluation, self.final
         return {
             **heavy,
