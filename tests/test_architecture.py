@@ -157,7 +157,7 @@ ELSEWHERE = {
         "optim/combine optim/diagnostics optim/move",
         "parts of the step, which the step shows",
     ),
-    "optim/test_averaging.py": ("optim/follow", "what calls it after each step"),
+    "optim/test_averaging.py": ("optim/beside optim/follow", "what lends it weights, and calls it after each step"),
     "optim/test_options.py": ("optim/arguments", "every option of every constructor"),
     "optim/test_groups.py": ("optim/guesses", "groups without a model, of which guesses are made"),
     "optim/test_ranks_alike.py": ("ranks/agree ranks/boxes", "they need several ranks"),

@@ -285,7 +285,7 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing():
         "the model has no parameter 'x'": {"averages": {**state["averages"], "x": torch.ones(3)}},
         "steps must be at least 0": {"steps": -1},
         "averages must be a mapping": {"averages": 3},
-        "has no option 'weights'": {"weights": 3},
+        "a state has steps, averages, got steps, averages, weights": {"weights": 3},
     }
     for text, change in broken.items():
         with pytest.raises((ValueError, TypeError)) as refused:

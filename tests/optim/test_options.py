@@ -99,6 +99,7 @@ RIGHT = {
     "start": {"three", "zero"},
     "end": {"three"},
     "parts": POSITIVE,
+    "strength": NON_NEGATIVE,
     "beta": PART,
     "mix": POSITIVE - {"three"},
     "censored": FLAG,
@@ -162,6 +163,11 @@ def tail_average(start=0, end=None, parts=1.0, beta=None, mix=1.0):
     return steepest.TailAverage(nn.Linear(2, 2), start=start, end=end, parts=parts, beta=beta, mix=mix)
 
 
+def outer_nesterov(strength=0.6, decay=0.99, start=0, end=None):
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters())
+    return steepest.OuterNesterov(optimizer, strength=strength, decay=decay, start=start, end=end)
+
+
 RECIPES = ["SteepestDescent", *recipes.RECIPES]
 BASES = {
     "Momo": (steepest.Momo, {}),
@@ -180,6 +186,7 @@ BASES = {
     "Bound": (Bound, {"X": 1.0, "Y": 1.0, "Z": 1.0}),
     "Point": (Point, {"batch_size": 8, "seed": 0, "steps": 9.0}),
     "TailAverage": (tail_average, {}),
+    "OuterNesterov": (outer_nesterov, {}),
     "Coefficients": (Coefficients, {"name": "x", "source": "y", "steps": COEFFICIENTS["jordan"].steps}),
 }
 CALLS = {

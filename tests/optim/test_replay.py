@@ -14,6 +14,7 @@ from steepest import (
     Muon,
     MuonAdam,
     MuonMax,
+    OuterNesterov,
     PethickScion,
     PolarGrad,
     RowNorm,
@@ -211,6 +212,40 @@ def test_averages_of_weights_wait_for_nothing_and_are_replayed(kind, device, mon
     device.unguarded = True
     one, other = (average.state_dict() for average in averages)
     assert one["steps"] == other["steps"] == STEPS - 1
+    for name, average in one["averages"].items():
+        assert torch.equal(average.here, other["averages"][name].here)
+
+
+@cases("method", ["muon", "muon max with momo", "muon adam with momo, direct"])
+@cases("window", [(0, None), (1, 7)])
+def test_a_look_ahead_waits_for_nothing_and_is_replayed(method, window, device, monkeypatch):
+    runs = [Run(device, METHODS[method]) for _ in range(2)]
+    outers = [OuterNesterov(run.optimizer, decay=0.8, start=window[0], end=window[1]) for run in runs]
+    eager, recorded = runs
+    for step in range(STEPS):
+        eager.feed(step)
+        before = [param.here.clone() for param in eager.every]
+        eager.step()
+        stays = all(torch.equal(one, param.here) for one, param in zip(before, eager.every, strict=True))
+        assert stays is (step == BROKEN or RATES[step] == 0)  # with the rate, the look-ahead is 0, too
+    for step in range(WARM):
+        recorded.feed(step)
+        recorded.step()
+    recorded.feed(WARM)
+    with monkeypatch.context() as patch, device.taped() as tape:
+        for module in ("descent", "momo.clipping"):
+            patch.setattr(f"steepest.optim.{module}.recording", lambda: True)
+        recorded.step()
+    with torch.no_grad():
+        for step in range(WARM + 1, STEPS):
+            recorded.feed(step)
+            play(tape)
+    for one, other in zip(eager.numbers()[0], recorded.numbers()[0], strict=True):
+        assert torch.equal(one, other)
+    device.unguarded = True
+    one, other = (outer.state_dict() for outer in outers)
+    assert one["steps"] == other["steps"] == STEPS - 1
+    assert [one[key] for key in ("peaks", "ahead")] == [other[key] for key in ("peaks", "ahead")]
     for name, average in one["averages"].items():
         assert torch.equal(average.here, other["averages"][name].here)
 

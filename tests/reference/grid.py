@@ -126,8 +126,17 @@ class History:
         return rho @ values
 
 
-def descend(blocks: Sequence[Block], oracle: Oracle, steps: int, method: Method) -> list[Step]:
-    """Each step's weights and what led to them. Step numbers of the oracle and the lower bound count from 0."""
+def descend(
+    blocks: Sequence[Block],
+    oracle: Oracle,
+    steps: int,
+    method: Method,
+    after: Callable[[list[Array]], list[Array]] = list,
+) -> list[Step]:
+    """Each step's weights and what led to them. Step numbers of the oracle and the lower bound count from 0.
+
+    `after` says where somebody else moves the weights after each step.
+    """
     history, bound, duals, trajectory = History(blocks, steps), 0.0, None, []
     weights = [block.start for block in blocks]
     ahead = [block.nesterov and not block.adapts for block in blocks]
@@ -160,6 +169,7 @@ def descend(blocks: Sequence[Block], oracle: Oracle, steps: int, method: Method)
         reach = length * whole
         weights = [(1 - decay[i]) * w - reach[i] * d[i] for i, w in enumerate(weights)]
         weights = [w * radius(b) / np.linalg.norm(w) if b.sphere else w for w, b in zip(weights, blocks, strict=True)]
+        weights = after(weights)
         trajectory.append(Step(weights, length, total, value, bound))
     return trajectory
 

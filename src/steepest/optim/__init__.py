@@ -6,6 +6,7 @@ from steepest.optim.decay import Cautious, Decay, Decoupled, Sphere
 from steepest.optim.descent import SteepestDescent
 from steepest.optim.guard import NonFiniteError, OnNonFinite
 from steepest.optim.momo import Fixed, Momo, StepSize
+from steepest.optim.outer import OuterNesterov
 from steepest.optim.recipes import *  # noqa: F403 - each recipe
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Momo",
     "NonFiniteError",
     "OnNonFinite",
+    "OuterNesterov",
     "Sphere",
     "SteepestDescent",
     "StepSize",

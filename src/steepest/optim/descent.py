@@ -30,7 +30,7 @@ from steepest.optim.decay import Decay, Decays, Sphere
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.groups import Group, Norms, Rates, make_plain, plain, view_of, view_text
 from steepest.optim.guard import Guard, NonFiniteError, OnNonFinite, dense_gradients
-from steepest.optim.momentum import FORGET_EVERY
+from steepest.optim.momentum import FORGET_EVERY, debias
 from steepest.optim.momo import Heard, Loss, Losses, StepSize
 from steepest.optim.momo.model import MODEL_KEYS
 from steepest.optim.move import Move
@@ -61,6 +61,9 @@ from steepest.optim.saved import check_mapping, check_saved
 from steepest.optim.sharing import Sharing, Summary
 from steepest.optim.state import (
     DUAL,
+    LOW,
+    MOMENTUM,
+    STEP,
     Schema,
     allocate,
     check_fits,
@@ -71,8 +74,8 @@ from steepest.optim.state import (
     restored,
     schema,
 )
-from steepest.optim.storage import Rounding, Storage
-from steepest.ranks import decide, is_sharded, laid_out, listeners, local
+from steepest.optim.storage import Rounding, Storage, noise_of
+from steepest.ranks import decide, is_sharded, laid_out, listeners, local, own_box, scalar_type
 from steepest.stages import KNOWN, InputMoment, Stage
 from steepest.stages.inputs import InputMoments
 
@@ -297,6 +300,17 @@ class SteepestDescent(Optimizer):
     def sharing(self) -> Summary:
         """How ranks share the work, and what the last step sent."""
         return self._sharing.summary
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module that the optimizer was built with, while it is there."""
+        return self._model() if self._model else None
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """Names of the parameters."""
+        self._meet()
+        return {parameter: self._rows[parameter].name for parameter in self._parameters()}
 
     @property
     def skipped_steps(self) -> int | Tensor:
@@ -925,6 +939,63 @@ class SteepestDescent(Optimizer):
             TypeError: If one is of the wrong type.
         """
         self._losses.tap.record(loss, weight, already_divided=already_divided, scale=scale)
+
+    def exact(self, parameter: Tensor) -> Tensor:
+        """What this rank keeps of a weight, with the bits that are kept beside it: a copy.
+
+        Args:
+            parameter: Of this optimizer.
+        """
+        (own,) = local([parameter.detach()])
+        return self._storage.exact(own, self._kept_bits(parameter))
+
+    def _kept_bits(self, parameter: Tensor) -> Tensor | None:
+        low = self.state[parameter].get(LOW) if parameter in self.state else None
+        return None if low is None else local([low])[0]
+
+    @torch.no_grad()
+    def displace(self, moves: Sequence[tuple[Tensor, Tensor, float | Tensor]]) -> None:
+        """Move weights by what is no step, between two steps: for objects that stand beside the optimizer.
+
+        Momo's model of the loss is linear, so its value goes along, and nothing starts again; what anybody else has
+        written since the last step is still noticed. Kept bits are moved with their weights. With Momo and sharded
+        parameters, all ranks call it together.
+
+        Args:
+            moves: A parameter of this optimizer, a direction like it, and a number that it is multiplied by; 0-d if it
+                is on a device.
+        """
+        slopes = self._losses.momo is not None and self._losses.model is not None
+        change = self._change(moves) if slopes else None
+        with self._losses.displacing(change):
+            for parameter, direction, factor in moves:
+                own, add = local([parameter, direction])
+                self._storage.add_(own, add, factor, self._kept_bits(parameter), partial(self._noise, parameter))
+
+    def _noise(self, parameter: Tensor) -> Tensor:
+        """Bits for rounding what is no step: others than those of the step."""
+        count = (
+            self.state[parameter][STEP] if parameter in self.state else torch.zeros((), dtype=torch.int64, device="cpu")
+        )
+        name = f"{self._rows[parameter].name}, displaced"
+        return noise_of(name, count.to(local([parameter])[0].device), own_box(parameter), parameter.shape)
+
+    def _change(self, moves: Sequence[tuple[Tensor, Tensor, float | Tensor]]) -> Tensor:
+        """By what a displacement changes the value of the averaged model of the loss; 0-d."""
+        duties, groups = self._sharing.duties, {p: group for group in self.param_groups for p in group["params"]}
+        device = local(self._parameters()[:1])[0].device
+        total = torch.zeros((), dtype=scalar_type(device), device=device)
+        shared = any(duties.shares(parameter) for parameter in groups)
+        for parameter, direction, factor in moves:
+            state = self.state.get(parameter, {})
+            if MOMENTUM not in state:
+                continue
+            average, add, count = local([state[MOMENTUM], direction, state[STEP]])
+            weight = debias(float(groups[parameter]["momentum"]), count.to(total.dtype))
+            product = (average.to(add.dtype) * add).sum(dtype=total.dtype) * factor
+            product = product / torch.where(weight == 0, 1.0, weight)
+            total += (product * duties.weight(parameter) if shared else product).to(device)
+        return self._sharing.team.summed(total) if shared else total
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as in torch."""

@@ -14,7 +14,7 @@ sum up what rounding took away (Kahan); kept bits need no such sum, as nothing i
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -81,6 +81,38 @@ class Storage:
     def keeps(self, parameter: Tensor) -> bool:
         """Whether lower bits of a weight are kept."""
         return self.rounding == "kept" and parameter.dtype == torch.bfloat16
+
+    def exact(self, own: Tensor, low: Tensor | None) -> Tensor:
+        """A weight with the bits that are kept beside it: a copy.
+
+        Args:
+            own: What this rank keeps of it.
+            low: Its kept bits, if there are any.
+        """
+        return joined(own, low) if low is not None and self.keeps(own) else own.clone()
+
+    def add_(
+        self, own: Tensor, add: Tensor, factor: float | Tensor, low: Tensor | None, noise: Callable[[], Tensor]
+    ) -> None:
+        """Add to a weight outside of a step, rounded as steps are.
+
+        Args:
+            own: What this rank keeps of it; written to.
+            add: Like it, in the type of averages.
+            factor: What that is multiplied by.
+            low: Its kept bits, if there are any; written to.
+            noise: Draws, where rounding does.
+        """
+        wide = self.exact(own, low).to(add.dtype)
+        wide.add_(add * (factor.to(add.device, add.dtype) if isinstance(factor, Tensor) else factor))
+        if low is not None and self.keeps(own):
+            weight, bits = divided(wide)
+            low.copy_(bits)
+            own.copy_(weight)
+        elif self.rounding == "stochastic" and self.rounds(own):
+            own.copy_(drawn(wide, noise()))
+        else:
+            own.copy_(wide)
 
 
 def joined(weight: Tensor, low: Tensor | None) -> Tensor:

@@ -5,7 +5,8 @@ stops the step; with Momo it owns the model of the loss, the witness of clipping
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -337,6 +338,22 @@ class Losses:
         """
         if self.momo:
             self._changes.note(_parameters(moves))
+
+    @contextmanager
+    def displacing(self, change: Tensor | None) -> Generator[None]:
+        """Within it the optimizer itself moves weights by what is no step: nobody else should have written before.
+
+        Args:
+            change: 0-d, by what the value of the averaged model changes at the new weights; None: there is none yet.
+        """
+        alone = self.momo is None or self._changes.untouched()
+        yield
+        if self.momo is None:
+            return
+        if self.model is not None and change is not None:
+            self.model = self.model.kept(replace(self.model, value=self.model.value + change.to(self.model.value)))
+        if alone:
+            self._changes.renote()
 
     def stepped(self) -> None:
         """A step was made of the gradients, or passed over."""

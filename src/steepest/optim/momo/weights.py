@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,25 @@ class Changes:
         self._entries = _kept(self._entries, self._packed())
         self._sums = _kept(self._sums, _sizes(parameters)) if self._written else []
         self._expected = None
+
+    def untouched(self) -> bool:
+        """Whether weights are those that the last step left; waits for the device only if somebody wrote to them.
+
+        Ranks that keep parts ask together where only the sum of all weights is known, as after loading a state.
+        """
+        if self._expected is None:
+            return _versions(self._parameters) == self._versions or not bool(self._differs())
+        found = self._expected.found()
+        return _on_all_ranks(found, self._expected.parameters) if self._expected.shared else found
+
+    def renote(self) -> None:
+        """The optimizer moved weights outside of a step: they are what is expected now."""
+        if self._expected is None:
+            self.note(self._parameters)
+        elif self._expected.here:
+            self._expected = replace(self._expected, total=kept_size(self._expected.parameters))
+        else:
+            self._expected = replace(self._expected, total=total_size(self._expected.parameters))
 
     def replaced(self) -> None:
         """Others stand where parameters stood that the last step moved, which is a change of weights."""
