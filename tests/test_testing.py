@@ -20,6 +20,8 @@ from steepest import (
     InputMoment,
     Muon,
     NewtonMuon,
+    RadialBrake,
+    RowFloor,
     RowScaling,
     Scaled,
     Schatten,
@@ -87,6 +89,8 @@ def test_recipes_keep_the_law(name, law):
         InputMoment(every=1, first=0, structure="full", on="gradient"),
         InputMoment(every=1, first=0, structure="diagonal"),
         DiagonalMetric(source="gradients", sides="rows", beta2=0.0, keep_size=False),
+        RadialBrake(0.0),
+        RowFloor(3.0),
     ],
     ids=repr,
 )

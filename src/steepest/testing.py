@@ -302,8 +302,7 @@ class _Staged:
     def random(self, seed: int) -> tuple[Tensor, ...]:
         """Averages of gradients, as it were."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        like = self.load.matrices([parameter.detach() for parameter in self.load.parameters])
-        return tuple(torch.randn(own.shape, generator=generator, device="cpu") for own in like)
+        return tuple(torch.randn(own.shape, generator=generator, device="cpu") for own in self.weights())
 
     def factors(self, seed: int) -> tuple[Tensor, ...]:
         """Directions in the spectral norm."""
@@ -321,7 +320,12 @@ class _Staged:
 
     def after(self, directions: tuple[Tensor, ...], accept: Tensor | None = None) -> tuple[Tensor, ...]:
         """What becomes of directions; the state stays as it was."""
-        return self.stage.after(self.load, directions, copy.deepcopy(self.states), accept)
+        found = self.stage.after(self.load, directions, copy.deepcopy(self.states), accept)
+        return self.stage.beside(self.load, found, self.weights()) if self.stage.sees_weights else found
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weights as matrices."""
+        return self.load.matrices([parameter.detach() for parameter in self.load.parameters])
 
     def kept(self) -> Tensors:
         """What the stage keeps of the parameters."""
@@ -346,8 +350,9 @@ def entries_are_what_is_declared(stage: Stage) -> None:
 
 
 def batches_are_only_read(stage: Stage) -> None:
-    """`gradient`, `observe`, `before` and `after` write to no batch that they are given, and keep shapes and types."""
+    """No method of a stage writes to a batch that it is given, and all keep shapes and types."""
     own = _Staged.of(stage)
+    weights = [one.clone() for one in own.weights()]
     law, remedy = (
         "arguments are only read, and shapes kept",
         "Work on a copy; return what has the shape of the argument.",
@@ -357,7 +362,7 @@ def batches_are_only_read(stage: Stage) -> None:
     tensors = own.load.parameter_shaped(given)
     own.stage.observe(own.load, given, given, copy.deepcopy(own.states), None)
     made = [own.before(given), own.after(given), own.stage.gradient(own.load, tensors)]
-    for batch, as_it_was in zip(given, before, strict=True):
+    for batch, as_it_was in zip((*given, *own.weights()), (*before, *weights), strict=True):
         _same(batch, as_it_was, 0.0, stage, law, remedy)
     for result, like in zip(made, (given, given, tensors), strict=True):
         fine = [(one.shape, one.dtype) for one in result] == [(one.shape, one.dtype) for one in like]

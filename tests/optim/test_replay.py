@@ -26,7 +26,7 @@ from steepest import (
 )
 from steepest.optim import groups, replay
 from steepest.optim.momentum import FORGET_EVERY
-from steepest.stages import RowScaling, Stage
+from steepest.stages import RadialBrake, RowFloor, RowScaling, Stage
 from tests.accelerator import Accelerator, Away, WaitedError, play
 from tests.cases import cases
 
@@ -46,6 +46,7 @@ METHODS = {
     "muon with momo, auto": partial(Muon, step_size=Momo("auto")),
     "muon adam with momo, direct": partial(MuonAdam, step_size=Momo(bookkeeping="direct")),
     "nor muon": partial(Muon, stages=[RowScaling()]),
+    "muon with a brake and a floor": partial(Muon, stages=[RowFloor(), RadialBrake()]),
     "muon on spheres": partial(Muon, weight_decay=Sphere(relative=True)),
     "muon max on spheres, with momo": partial(MuonMax, weight_decay=Sphere(), step_size=Momo(0.5)),
     "own norms": partial(SteepestDescent, norms=NORMS),

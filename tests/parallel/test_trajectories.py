@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import steepest.geometry.layer
-from steepest import ColNorm, Momo, Sphere, SteepestDescent, View
+from steepest import ColNorm, Momo, RadialBrake, RowFloor, Sphere, SteepestDescent, View
 from tests.cases import cases
 from tests.parallel.training import (
     LAYOUTS,
@@ -253,6 +253,7 @@ RULES = {
     "columns": lambda groups: SteepestDescent(groups, lr=0.1, norms={"matrix": ColNorm()}),
     "sum of all": lambda groups: SteepestDescent(groups, lr=0.01, product="sum", regularized=True),
     "momo": lambda groups: SteepestDescent(groups, lr=0.1, step_size=Momo(1.5, bookkeeping="direct")),
+    "radial": lambda groups: SteepestDescent(groups, lr=0.1, stages=[RowFloor(0.9), RadialBrake()]),
     "sphere": lambda groups: SteepestDescent(groups, lr=0.1, weight_decay=Sphere(relative=True), step_size=Momo(1.5)),
 }
 
@@ -286,7 +287,7 @@ def test_any_view_in_any_placement_makes_the_same_step(world, size, dimensions, 
     expected = placed(rule, dimensions)
     names = list(itertools.product(map(str, LINES[dimensions]), VIEWS))
     # A dual norm is a sum in float32, whose order depends on how heads lie in memory.
-    tolerance = 1e-6 if rule in ("sum of all", "momo", "sphere") else 0
+    tolerance = 1e-6 if rule in ("sum of all", "momo", "sphere", "radial") else 0
     for found in world(size).run(placed, rule, dimensions):
         pairs = zip(names, map(torch.tensor, found), map(torch.tensor, expected), strict=True)
         assert [name for name, a, b in pairs if (a - b).norm() > tolerance * b.norm()] == []

@@ -30,6 +30,8 @@ from steepest import (
     NewtonMuonMax,
     Nuclear,
     PolarGrad,
+    RadialBrake,
+    RowFloor,
     RowNorm,
     RowScaling,
     Scion,
@@ -173,6 +175,7 @@ METHODS = {
     "scion": lambda model, **o: Scion(model, 0.02, **o),
     "polar_grad": lambda model, **o: PolarGrad(model, 0.05, **o),
     "adam": lambda model, **o: Adam(model, 1e-2, weight_decay=0.1, **o),
+    "radial": lambda model, **o: MuonMax(model, 0.01, step_size=Momo(2.4), stages=[RowFloor(0.9), RadialBrake()], **o),
     "cautious_stale": lambda model, **o: MuonMax(
         model, 0.01, weight_decay=Cautious(0.1), step_size=Momo(2.2), dual="stale", **o
     ),

@@ -27,6 +27,7 @@ class Block:
     scale: float = 1.0  # of the spectral norm
     eps: float = 1e-8  # of the norms that adapt
     around: Around | None = None
+    beside: Callable[[Array, Array], Array] | None = None  # what a weight makes of the D that is taken from it
     sphere: str = ""  # "kept" or "relative": the weight stays as long as it was at the start
 
     @property
@@ -71,13 +72,14 @@ def steepest(block: Block, n: Array, v: Array) -> Array:
     return d if block.norm == "ada_inf" else d / np.sqrt((n * d).sum())
 
 
-def direction(block: Block, gradients: Array, averages: Array, v: Array) -> Array:
+def direction(block: Block, gradients: Array, averages: Array, v: Array, weight: Array) -> Array:
     """The D that is applied: none where the way around the norm leads up."""
     n = averages[-1]
-    if block.around is None:
+    if block.around is None and block.beside is None:
         return steepest(block, n, v)
-    before, after = block.around(gradients, averages)
+    before, after = block.around(gradients, averages) if block.around else (lambda n: n, lambda d: d)
     d = after(steepest(block, before(n), v))
+    d = block.beside(d, weight) if block.beside else d
     return d if (n * d).sum() >= 0 else 0 * d
 
 
@@ -151,7 +153,7 @@ def descend(
         for past, latest in zip(sought, n, strict=True):
             past.append(latest)
         d = [
-            direction(block, history.gradients[i][:t], np.array(sought[i]), history.average(i, squares, 2))
+            direction(block, history.gradients[i][:t], np.array(sought[i]), history.average(i, squares, 2), weights[i])
             for i, block in enumerate(blocks)
         ]
         d = [a * radius(b) / np.linalg.norm(a) if b.sphere == "relative" else a for a, b in zip(d, blocks, strict=True)]

@@ -35,13 +35,14 @@ WAYS = {  # mode, Nesterov, decay, Momo's options, dual
 }
 
 
-def check_against_reference(stages, around: Callable[[int], grid.Around], way: str):
+def check_against_reference(stages, around: Callable[[int], grid.Around] | None, way: str, *, beside=None):
     """Fifty steps of all parameters equal those of the reference.
 
     Args:
         stages: Of the optimizer.
-        around: From the place of a matrix' parameter to the reference's stage.
+        around: From the place of a matrix' parameter to the reference's stage; None: nothing around the norm.
         way: One of `WAYS`.
+        beside: What weights make of directions.
 
     Returns:
         The optimizer, and the reference's steps.
@@ -68,7 +69,7 @@ def check_against_reference(stages, around: Callable[[int], grid.Around], way: s
         role: {"lr": LR[role], "weight_decay": decay, "nesterov": nesterov and role == "matrix"} for role in ROLES
     }
     staged = [
-        replace(block, around=around(PLACES[place])) if block.label == "matrix" else block
+        replace(block, around=around and around(PLACES[place]), beside=beside) if block.label == "matrix" else block
         for place, block in enumerate(blocks(norms, options))
     ]
     method = grid.Method(

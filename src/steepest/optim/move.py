@@ -117,7 +117,7 @@ class Move:
         self.lr: float | Tensor = float(lr) if elsewhere else lr.to(self.device) if isinstance(lr, Tensor) else lr
         self.aimed: Aim | None = None
         self.averaged = self.moved = self.told = False
-        self._coming: tuple[Pending, Pending | None, Pending | None] | None = None
+        self._coming: tuple[Pending, Pending | None, Pending | None, Pending | None] | None = None
         self._leaving: Leaving | None = None
         self._relative: float | Tensor = 0.0
         self._moves: list[Tensor] = []
@@ -167,6 +167,7 @@ class Move:
             self.portion.gather(averages),
             second,
             self.portion.gather(self._gradients()) if observed else None,
+            self.portion.gather(self._joined()) if any(stage.sees_weights for stage in self._stages) else None,
         )
 
     def aim(self, *, duals: bool, slopes: bool = False) -> Aim:
@@ -178,8 +179,8 @@ class Move:
         """
         self.depart()
         beta, adapts, work = self.group["momentum"], self.norm.adapts, self.work
-        coming, self._coming = cast(tuple[Pending, Pending | None, Pending | None], self._coming), None
-        averages, second, seen = (None if one is None else cast(list[Tensor], one.wait()) for one in coming)
+        coming, self._coming = cast(tuple[Pending, *tuple[Pending | None, ...]], self._coming), None
+        averages, second, seen, weighed = (None if one is None else cast(list[Tensor], one.wait()) for one in coming)
         count = self.portion.chosen(self._counts()) if duals or slopes else None
         moments = (None,) * work.batches if second is None else work.matrices(second)
         batches = followed = work.matrices(cast(list[Tensor], averages))
@@ -196,8 +197,12 @@ class Move:
             found = tuple(self.norm.lmos(followed, moments, memory_cap=self._cap, radius=self._radius, **company))
         self._sample = self._record.sample(self.group["role"], self.norm, found, self._radius)
         if self._stages:
+            weights = work.matrices(weighed) if weighed is not None and found else ()
             for stage in reversed(self._stages) if found else ():
                 found = stage.after(work, found, states, self._accept)
+                if stage.sees_weights:
+                    found = stage.beside(work, found, weights)
+            del weights, weighed
             self.portion.keep(self._states, states)
         climbs = any(stage.may_climb for stage in self._stages)
         if climbs and found:

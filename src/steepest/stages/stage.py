@@ -1,8 +1,9 @@
 """What may stand around the search for a direction, and what that keeps: the protocol of a stage.
 
-    gradient -> [gradient] -> average -> as matrices -> [observe] -> [before] -> lmo -> [after] -> dual norms, move
+    gradient -> [gradient] -> average -> as matrices -> [observe] -> [before] -> lmo -> [after, beside] -> duals, move
 
-The first stage of a list is the outermost: `observe` and `before` run in the order of the list, `after` in the reverse.
+The first stage of a list is the outermost: `observe` and `before` run in the order of the list, `after` in the reverse,
+each followed by its `beside`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -132,6 +133,11 @@ class Stage:
         """Whether `observe` does something: then the gradients go to those who work on the matrices, too."""
         return type(self).observe is not Stage.observe
 
+    @property
+    def sees_weights(self) -> bool:
+        """Whether `beside` does something: then the weights go to those who work on the matrices, too."""
+        return type(self).beside is not Stage.beside
+
     def attach(self, rows: Sequence[PlanRow]) -> "Stage":
         """Begin to work for one optimizer; `entries` is also asked of matrices that are added later.
 
@@ -222,6 +228,20 @@ class Stage:
             Likewise.
         """
         del load, states, accept
+        return directions
+
+    def beside(self, load: Load, directions: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Change directions by the weights that they are added to; called after `after`, where `sees_weights` says so.
+
+        Args:
+            load: Whose directions these are.
+            directions: (B, m, n) each, not to be written to.
+            weights: Likewise, in the type of the averages.
+
+        Returns:
+            Directions that go down, or `may_climb`.
+        """
+        del load, weights
         return directions
 
     def gradient(self, load: Load, gradients: list[Tensor]) -> list[Tensor]:
