@@ -327,3 +327,14 @@ def test_an_unknown_unit_is_refused():
     message = "Unknown ridge unit 'tracce': did you mean 'trace'? Valid: frobenius, spectral, trace."
     with pytest.raises(ValueError, match=re.escape(message)):
         ridge_unit(torch.eye(2).unsqueeze(0), "tracce")
+
+
+def test_wide_powers_do_not_depend_on_the_batch(rng):
+    moment = second_moments(13, 8, 40, rng, torch.float32)
+    ridge = 1e-3 * ridge_unit(moment)
+    together = damped_power(moment, ridge, 0.3, wide=True).power
+    for start, stop in ((0, 3), (1, 4), (2, 7), (12, 13)):
+        alone = damped_power(moment[start:stop].clone(), ridge[start:stop], 0.3, wide=True).power
+        assert torch.equal(alone, together[start:stop])
+    narrow = damped_power(moment, ridge, 0.3).power
+    torch.testing.assert_close(together, narrow, rtol=1e-5, atol=1e-5 * float(narrow.max()))

@@ -21,6 +21,7 @@ from steepest import (
     Adam,
     Cautious,
     DiagonalMetric,
+    Eigenbasis,
     Frobenius,
     InputMoment,
     Momo,
@@ -35,6 +36,7 @@ from steepest import (
     RowNorm,
     RowScaling,
     Scion,
+    ShampooPowers,
     Sphere,
     SteepestDescent,
 )
@@ -161,8 +163,12 @@ METHODS = {
     "newton_muon": lambda model, hooks=True, **o: NewtonMuon(model, 0.02, precondition=moments(hooks=hooks), **o),
     "nor_muon": lambda model, **o: Muon(model, 0.01, scale="match_rms_adamw", stages=[RowScaling()], **o),
     "iso_muon": lambda model, **o: MuonMax(
-        model, 0.01, step_size=Momo(2.4), stages=[DiagonalMetric(), RowScaling()], **o
+        model, 0.01, step_size=Momo(2.4), stages=[DiagonalMetric(exponent=0.4), RowScaling()], **o
     ),
+    "soap_muon": lambda model, **o: MuonMax(
+        model, 0.01, step_size=Momo(2.4), stages=[Eigenbasis(every=2), DiagonalMetric(sides="rows")], **o
+    ),
+    "p_muon": lambda model, **o: Muon(model, 0.02, stages=[ShampooPowers(every=2, largest=12)], **o),
     "muon_max": lambda model, **o: MuonMax(model, 0.005, weight_decay=0.1, **o),
     "muon_max_stale": lambda model, **o: MuonMax(model, 0.005, dual="stale", **o),
     "muon_max_momo": lambda model, **o: MuonMax(model, 0.01, weight_decay=0.1, step_size=Momo("auto"), **o),

@@ -1,5 +1,7 @@
 """What stages do around the norm, in float64 from all gradients so far: for `Block.around`."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from tests.reference.grid import Around, Array
@@ -48,5 +50,96 @@ def diagonal_metric(
             return scaled_like(d, found) if keep_size else d
 
         return lambda average: left @ average @ right, after
+
+    return around
+
+
+def descending(moment: Array) -> Array:
+    """Eigenvectors; in the null space those of fixed vectors, by Gram and Schmidt."""
+    values, vectors = np.linalg.eigh(moment)
+    k = len(values)
+    basis = [vectors[:, j] for j in range(k - 1, -1, -1) if values[j] > 1e-13 * values[-1]]
+    for j in range(len(basis) + 1, k + 1):
+        v = np.cos(np.pi * (3 - 5**0.5) * j * np.arange(1, k + 1))
+        for _ in range(2):
+            for q in basis:
+                v = v - (q @ v) * q
+        basis.append(v / np.linalg.norm(v))
+    return np.array(basis).T
+
+
+def kept_sides(products: Array, beta: float, every: int, place: int, renew: Callable[[Array, Array], Array]) -> list:
+    """After each step, what is made of the moving average of products: at first, and in the turns of a parameter."""
+    found = [renew(moving(products[:1], beta), None)]
+    for t in range(1, len(products)):
+        turn = (t + place) % every == 0
+        found.append(renew(moving(products[: t + 1], beta), found[-1]) if turn else found[-1])
+    return found
+
+
+def eigenbasis(
+    place: int,
+    *,
+    beta: float = 0.95,
+    beta2: float = 0.95,
+    every: int = 10,
+    method: str = "qr",
+    eps: float = 1e-8,
+    largest: int = 8192,
+    split: bool = False,
+) -> Around:
+    """SOAP's basis, with the lmo after it."""
+
+    def renew(moment, old):
+        if old is None or method == "eigh":
+            return descending(moment)
+        return np.linalg.qr((moment + 1e-4 * np.trace(moment) / len(moment) * np.eye(len(moment))) @ old)[0]
+
+    def bases(products):
+        if products.shape[1] > largest:
+            return [np.eye(products.shape[1])] * len(products)
+        return kept_sides(products, beta, every, place, renew)
+
+    def around(gradients, averages):
+        transposed = gradients.transpose(0, 2, 1)
+        left, right = bases(gradients @ transposed), bases(transposed @ gradients)
+        squares = np.array([(q.T @ g @ p) ** 2 for q, g, p in zip(left, gradients, right, strict=True)])
+        root = np.sqrt(moving(squares, beta2) / (1 - beta2 ** len(squares)))
+        power = np.where(root > 1e-13 * root.max(), (root + eps) ** (-0.5 if split else -1.0), 0.0)
+        q, p = left[-1], right[-1]
+
+        def half(m):
+            return q @ (q.T @ m @ p * power) @ p.T
+
+        return half, lambda found: scaled_like(half(found), found) if split else found
+
+    return around
+
+
+def shampoo_powers(
+    place: int,
+    *,
+    exponent: float = 0.3,
+    beta: float = 0.95,
+    every: int = 10,
+    ridge: float = 1e-3,
+    largest: int = 8192,
+) -> Around:
+    """PMuon's product of powers, with the lmo after it."""
+
+    def power(moment, old):
+        del old
+        values, vectors = np.linalg.eigh(moment + ridge * np.trace(moment) / len(moment) * np.eye(len(moment)))
+        return vectors @ np.diag(values**-exponent) @ vectors.T
+
+    def powers(products):
+        if products.shape[1] > largest:
+            return np.eye(products.shape[1])
+        return kept_sides(products, beta, every, place, power)[-1]
+
+    def around(gradients, averages):
+        transposed = gradients.transpose(0, 2, 1)
+        left, right = powers(gradients @ transposed), powers(transposed @ gradients)
+        return lambda average: left @ average @ right, lambda found: found
 
     return around

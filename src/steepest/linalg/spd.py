@@ -100,7 +100,9 @@ def damped_factor(moment: Tensor, ridge: Tensor, *, attempts: int = ATTEMPTS) ->
     return _escalating(moment, ridge, cholesky, attempts)
 
 
-def damped_power(moment: Tensor, ridge: Tensor, exponent: float, *, attempts: int = ATTEMPTS) -> Damped:
+def damped_power(
+    moment: Tensor, ridge: Tensor, exponent: float, *, attempts: int = ATTEMPTS, wide: bool = False
+) -> Damped:
     """(K + γ I)^-p by eigenvalues; for p = 1 `damped_inverse` is faster and at least as exact.
 
     Args:
@@ -108,6 +110,8 @@ def damped_power(moment: Tensor, ridge: Tensor, exponent: float, *, attempts: in
         ridge: As for `damped_inverse`.
         exponent: p, any real number.
         attempts: As for `damped_inverse`.
+        wide: Whether eigenvalues are raised to it in float64: a processor's vectors and what is left over of them round
+            float32 powers otherwise, so that a matrix' last bits depend on its place in the batch.
 
     Returns:
         The powers.
@@ -115,7 +119,8 @@ def damped_power(moment: Tensor, ridge: Tensor, exponent: float, *, attempts: in
 
     def power(damped: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(damped)
-        scaled = torch.where(values > 0, values, 1.0) ** -exponent
+        above = torch.where(values > 0, values, 1.0)
+        scaled = (above.double() ** -exponent).to(values.dtype) if wide else above**-exponent
         result = (vectors * scaled.unsqueeze(-2)) @ vectors.mT
         return (result + result.mT) / 2, values[..., 0]
 

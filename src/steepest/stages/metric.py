@@ -22,6 +22,7 @@ from torch import Tensor
 
 from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, choice, flag, number, pair, refusal
+from steepest.ranks import scalar_type
 from steepest.stages.bounded import bounded
 from steepest.stages.stage import Entry, Stage
 
@@ -50,7 +51,8 @@ def weights_of(average: Tensor, exponent: float, bounds: tuple[float, float]) ->
     """
     mean = average.mean(-1, keepdim=True)
     known = mean > 0
-    powers = (average / torch.where(known, mean, 1.0)).pow(exponent).clamp(*bounds)
+    ratios = (average / torch.where(known, mean, 1.0)).to(scalar_type(average.device))  # wide: the same in any batch
+    powers = ratios.pow(exponent).to(average.dtype).clamp(*bounds)
     powers = torch.where(known, powers, 1.0)
     return powers / powers.mean(-1, keepdim=True)
 

@@ -1,0 +1,74 @@
+"""PMuon: powers of Shampoo's factors before the polar factor."""
+
+import pytest
+import torch
+
+from steepest import Decoupled, Muon, ShampooPowers
+from steepest.testing import backward, network
+from tests.reference.around import shampoo_powers
+from tests.stages.around import WAYS, check_against_reference
+
+KINDS = {
+    "default": {"every": 4},
+    "square roots of short sides": {"exponent": 0.5, "beta": 0.8, "every": 3, "ridge": 0.1, "largest": 4},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The loss was below:UserWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fifty_steps_are_those_of_the_reference(kind, way):
+    options = KINDS[kind]
+    check_against_reference([ShampooPowers(**options)], lambda place: shampoo_powers(place, **options), way)
+
+
+def test_without_an_exponent_it_is_muon():
+    weights = [torch.nn.Parameter(torch.ones(4, 3, dtype=torch.float64)) for _ in range(2)]
+    optimizers = [Muon([weights[0]], stages=[ShampooPowers(exponent=0.0)]), Muon([weights[1]])]
+    for step in range(3):
+        gradient = torch.randn(4, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+def test_a_direction_that_goes_up_does_not_move_its_matrix():
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.nn.Parameter(torch.zeros(3, 3, dtype=torch.float64)) for _ in range(40)]
+    stage = ShampooPowers(exponent=1.0, beta=0.0, every=1, ridge=1e-6)
+    optimizer = Muon(weights, nesterov=False, polar="svd", stages=[stage])
+    still = climbing = 0
+    for _ in range(10):
+        before = [w.detach().clone() for w in weights]
+        for w in weights:
+            w.grad = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+        optimizer.step()
+        moved = [w.detach() - old for w, old in zip(weights, before, strict=True)]
+        assert all(float((optimizer.state[w]["momentum_buffer"] * d).sum()) <= 0 for w, d in zip(weights, moved))  # noqa: B905
+        still += sum(not d.any() for d in moved)
+        climbing += optimizer.diagnostics()["climbing_directions"]
+    assert still == climbing > 0
+
+
+def test_the_ball_is_promised():
+    model = network()
+    optimizer = Muon(model, weight_decay=Decoupled(0.1), stages=[ShampooPowers()])
+    backward(model, 0)
+    optimizer.step()
+    assert any(name.endswith("/ball_radius") for name in optimizer.diagnostics(weights=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"exponent": 1.5}, ValueError, "ShampooPowers: exponent"),
+        ({"beta": 1.0}, ValueError, "ShampooPowers: beta must"),
+        ({"every": 1.5}, TypeError, "ShampooPowers: every"),
+        ({"ridge": -1.0}, ValueError, "ShampooPowers: ridge"),
+        ({"largest": 0}, ValueError, "ShampooPowers: largest"),
+    ],
+)
+def test_options_are_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        ShampooPowers(**options)
