@@ -109,6 +109,7 @@ def test_json_holds_every_row_and_its_view_can_be_read_back(plan):
         "moment_bytes": 0,
         "inverse_bytes": 0,
         "state_bytes": 0,
+        "averages": None,
     }
     views = [View.parse(record["view"]) if record["view"] else None for record in records]
     assert views == [row.view for row in plan]

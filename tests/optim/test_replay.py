@@ -9,6 +9,7 @@ import torch
 
 from steepest import (
     Adam,
+    Averages,
     InputMoment,
     Momo,
     Muon,
@@ -47,6 +48,9 @@ METHODS = {
     "muon adam with momo, direct": partial(MuonAdam, step_size=Momo(bookkeeping="direct")),
     "nor muon": partial(Muon, stages=[RowScaling()]),
     "muon with a brake and a floor": partial(Muon, stages=[RowFloor(), RadialBrake()]),
+    "muon max of averages, with momo": partial(
+        MuonMax, momentum=Averages.two(0.8, 0.95, start=4), step_size=Momo(0.5), weight_decay=0.1
+    ),
     "muon on spheres": partial(Muon, weight_decay=Sphere(relative=True)),
     "muon max on spheres, with momo": partial(MuonMax, weight_decay=Sphere(), step_size=Momo(0.5)),
     "own norms": partial(SteepestDescent, norms=NORMS),

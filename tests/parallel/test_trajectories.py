@@ -33,11 +33,12 @@ pytestmark = [
 # What rounding alone does, measured on one process whose batch is cut into 2, 3 and 4 parts: up to 7e-6.
 TOLERANCE = 1e-5
 SHARED = [(size, name) for size in (2, 4) for name in LAYOUTS[size]]
-JUDGED = ("muon", "newton_muon", "nor_muon", "muon_max", "muon_max_momo", "scion", "adam")
+JUDGED = ("muon", "newton_muon", "nor_muon", "muon_max", "muon_max_momo", "averages", "scion", "adam")
 STAGED = ("newton_muon", "nor_muon", "iso_muon", "soap_muon", "p_muon", "everything")
 MATRICES = {f"block.{n}.weight" for n in ("up", "down", "narrow", "wide", "rare")}
 MATRICES |= {f"block.experts.{n}_proj" for n in ("gate_up", "down")}
 NUMBERS = ("momo_value", "momo_bound", "momo_steps", "momo_intercept", "skipped_steps")
+NUMBERS += ("momo_value_2", "momo_value_3", "momo_intercept_3")  # of several averages
 
 
 def fingerprint(tensor):

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steepest import (
     Adam,
+    Averages,
     Cautious,
     DiagonalMetric,
     Eigenbasis,
@@ -157,6 +158,7 @@ def moments(**options):
     return InputMoment(structure=structure, every=4, **options)
 
 
+FAMILY = Averages.maxwell(3, 2.0, 20.0, age=15.0, later_age=5.0, between=(5, 15))
 # Rates at which the network learns, and bounds at which Momo's t is now and then below one.
 METHODS = {
     "muon": lambda model, **o: Muon(model, 0.02, weight_decay=0.1, **o),
@@ -177,6 +179,12 @@ METHODS = {
     ),
     "everything": lambda model, hooks=True, **o: NewtonMuonMax(
         model, 0.01, step_size=Momo(2.4), precondition=moments(hooks=hooks), stages=[RowScaling()], **o
+    ),
+    "averages": lambda model, **o: Muon(
+        model, 0.05, momentum=Averages.two(0.8, 0.95, start=7), step_size=Momo(2.4), weight_decay=0.1, **o
+    ),
+    "averages_stale": lambda model, **o: MuonMax(
+        model, 0.01, momentum=FAMILY, step_size=Momo(2.4, bookkeeping="direct"), dual="stale", weight_decay=0.1, **o
     ),
     "scion": lambda model, **o: Scion(model, 0.02, **o),
     "polar_grad": lambda model, **o: PolarGrad(model, 0.05, **o),

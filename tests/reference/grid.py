@@ -26,6 +26,7 @@ class Block:
     nesterov: bool = False
     scale: float = 1.0  # of the spectral norm
     eps: float = 1e-8  # of the norms that adapt
+    cautious: bool = False  # whether only weights decay that the step makes smaller
     around: Around | None = None
     beside: Callable[[Array, Array], Array] | None = None  # what a weight makes of the D that is taken from it
     sphere: str = ""  # "kept" or "relative": the weight stays as long as it was at the start
@@ -36,10 +37,28 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Several averages, each debiased, with weights that go from the first row to the second."""
+
+    betas: tuple[float, ...]
+    weights: tuple[float, ...]
+    later: tuple[float, ...]
+    between: tuple[int, int]
+
+    def shares(self, t: int) -> Array:
+        begin, end = self.between
+        if t >= end:
+            return np.array(self.later)
+        if t <= begin:
+            return np.array(self.weights)
+        return ((end - t) * np.array(self.weights) + (t - begin) * np.array(self.later)) / (end - begin)
+
+
+@dataclass(frozen=True)
 class Method:
     tree: tuple  # ("max" | "sum" | "euclid", child, ...): a child is such a tree or a label
     regularized: bool = False
-    beta: float = 0.9
+    beta: float | Mixture = 0.9
     beta2: float = 0.95
     lower_bound: float | str | Callable[[int], float] | None = None  # None: not Momo
     stale: bool = False
@@ -54,8 +73,11 @@ class Step:
     lower_bound: float
 
 
-def average_weights(t: int, beta: float, nesterov: bool) -> Array:
+def average_weights(t: int, beta: float | Mixture, nesterov: bool) -> Array:
     """What each of the first t gradients weighs in the average, oldest first; the sum is one."""
+    if isinstance(beta, Mixture):
+        each = zip(beta.shares(t), beta.betas, strict=True)
+        return np.sum([share * average_weights(t, own, nesterov) for share, own in each], axis=0)
     weights = (1 - beta) * beta ** np.arange(t - 1, -1, -1) / (1 - beta**t)
     newest = np.arange(t) == t - 1
     return (beta * weights * (1 - beta**t) + (1 - beta) * newest) / (1 - beta ** (t + 1)) if nesterov else weights
@@ -162,14 +184,15 @@ def descend(
         used = [earlier[i] if late and block.norm == "spectral" else duals[i] for i, block in enumerate(blocks)]
         total, c = combine(method.tree, [block.label for block in blocks], s * used)
         value = history.model(average_weights(t, method.beta, any(ahead)), weights)
-        decayed = value - sum(rate * _inner(a, w) for rate, a, w in zip(decay, n, weights, strict=True))
+        lost = [w * (w * d[i] > 0) if blocks[i].cautious else w for i, w in enumerate(weights)]
+        decayed = value - sum(rate * _inner(a, w) for rate, a, w in zip(decay, n, lost, strict=True))
         whole = s * c * (total if method.regularized else 1.0)
         outward = [_inner(a, w) / _inner(w, w) if b.sphere else 0.0 for a, w, b in zip(d, weights, blocks, strict=True)]
         q = total**2 if method.regularized else total
         q -= sum(own * x * _inner(a, w) for own, x, a, w in zip(whole, outward, n, weights, strict=True))
         length, bound = _length(method, decayed, q, bound, t - 1)
         reach = length * whole
-        weights = [(1 - decay[i]) * w - reach[i] * d[i] for i, w in enumerate(weights)]
+        weights = [w - decay[i] * lost[i] - reach[i] * d[i] for i, w in enumerate(weights)]
         weights = [w * radius(b) / np.linalg.norm(w) if b.sphere else w for w, b in zip(weights, blocks, strict=True)]
         weights = after(weights)
         trajectory.append(Step(weights, length, total, value, bound))

@@ -44,6 +44,7 @@ class PlanRow:
         moment_bytes: Memory of the moment of the inputs; 0 where another row of the plan counts it.
         inverse_bytes: Memory of the moment's inverse or powers, likewise.
         state_bytes: Memory of what else an optimizer keeps of it, averages most of all, once there is one.
+        averages: What several averages of its gradients are, in words; None: there is one.
     """
 
     name: str
@@ -62,6 +63,7 @@ class PlanRow:
     moment_bytes: int = 0
     inverse_bytes: int = 0
     state_bytes: int = 0
+    averages: str | None = None
 
     @property
     def numel(self) -> int:
@@ -204,6 +206,11 @@ class Plan(Sequence[PlanRow]):
         moments, inverses = sum(row.moment_bytes for row in self), sum(row.inverse_bytes for row in self)
         state, numbers = sum(row.state_bytes for row in self), sum(row.numel for row in self if row.state_bytes)
         lines = ["", f"averages and counts: {state:,} bytes, {state / numbers:.1f} for each number"] if state else []
+        if any(row.averages for row in self):
+            kinds: dict[str, list[str]] = {}
+            for row in self:
+                kinds.setdefault(row.averages or "one average", []).append(row.role)
+            lines += [f"gradients of {', '.join(dict.fromkeys(own))}: {kind}" for kind, own in kinds.items()]
         if not moments:
             return lines
         return [
@@ -227,6 +234,7 @@ class Plan(Sequence[PlanRow]):
                     "moment_bytes": row.moment_bytes,
                     "inverse_bytes": row.inverse_bytes,
                     "state_bytes": row.state_bytes,
+                    "averages": row.averages,
                     "numel": row.numel,
                     "trainable": row.trainable,
                     "reason": row.reason,

@@ -17,8 +17,9 @@ from steepest.geometry import Norm
 from steepest.geometry.norm import completed
 from steepest.linalg import polar
 from steepest.optim.decay import Decay
-from steepest.optim.momentum import debias
-from steepest.optim.state import MOMENTUM, STEP
+from steepest.optim.groups import averages_of
+from steepest.optim.momentum import combined, debias
+from steepest.optim.state import MOMENTUM, STEP, momenta
 from steepest.ranks import whole
 from steepest.stages.stage import state_dtype
 
@@ -96,13 +97,22 @@ def weight_numbers(
             if radius is not None:
                 numbers[f"{prefix}/ball_radius"] = max(lengths) * radius
             if decay and (radius is not None or not rate) and (state := states.get(parameter)) and int(state[STEP]):
-                average = whole(state[MOMENTUM]).to(state_dtype(parameter))
-                mass = debias(group["momentum"], state[STEP].to(average.dtype))
-                averages = bucket.matrices([average / torch.where(mass == 0, 1.0, mass)])
+                averages = bucket.matrices([_mean(state, group, state_dtype(parameter))])
                 pulls = [1 / (length * radius) if radius else 0.0 for length in lengths]
                 gaps = [_gap(m, w, pull) for m, w, pull in zip(averages, weights, pulls, strict=True)]
                 numbers[f"{prefix}/frank_wolfe_gap"] = sum(gaps)
     return numbers
+
+
+def _mean(state: Mapping[str, Tensor], group: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+    """The averaged gradient of a parameter, whole; all ranks that keep a part take part."""
+    averages = averages_of(group)
+    if averages is not None:
+        buffers = [[whole(state[key]).to(dtype)] for key in momenta(len(averages))]
+        return combined(buffers, averages, group["momentum"], state[STEP].to(dtype).reshape(1))[0]
+    average = whole(state[MOMENTUM]).to(dtype)
+    mass = debias(group["momentum"], state[STEP].to(average.dtype))
+    return average / torch.where(mass == 0, 1.0, mass)
 
 
 def _gap(m: Tensor, w: Tensor, pull: float) -> float:

@@ -128,6 +128,8 @@ class Combine:
             decrease, pull = self._along_arcs(moves, duals, factors, decrease)
         decision = self._losses.decide(heard, moves, total, decrease=decrease, pull=pull, record=record)
         gained = torch.zeros_like(total)
+        if decision and decision.inner.decay.ndim:  # of each of several averages
+            gained = torch.zeros_like(decision.inner.decay)
         if decision:
             t = decision.chosen.t
             t = t if accept is None else torch.where(accept.to(total.device), t, 0.0)
@@ -177,6 +179,7 @@ class Combine:
     ) -> list[bool | Tensor]:
         """Move the weights, and add to `gained` what that is predicted to gain."""
         together = all(move.aimed for move in moves)
+        several = slopes and moves[0].averages is not None
         parts: list[Tensor | None] = []
         fine: list[bool | Tensor] = []
         for move, factor in zip(moves, factors, strict=True):
@@ -187,7 +190,12 @@ class Combine:
             aim = cast(Aim, move.aimed)
             part = None
             flags = [solid]
-            if aim.slopes is not None:
+            if several and move.arc is not None:
+                lengths = factor.to(move.arc.squares) * self._scale(move)
+                part = move.arc.gained(lengths, cast(Tensor, move.arc_gains)).sum(-1).to(gained.device)
+                finite = part.isfinite().all()
+                flags.append(finite if isinstance(solid, Tensor) else bool(finite))
+            elif aim.slopes is not None:
                 if move.arc is not None:
                     lengths = factor.to(move.arc.squares) * self._scale(move)
                     part = move.arc.gained(lengths, _wide(aim.slopes)).sum().to(gained.device)
@@ -197,11 +205,18 @@ class Combine:
             parts.append(part)
             move.prepare(self._scale(move), factor)
             fine.append(every([*flags, move.settle()]))
+            if several and move.arc is None:
+                parts[-1] = move.gained().to(gained)
+                if not together:  # a load that is written before the next is looked at
+                    last: list[Tensor | None] = [parts[-1]]
+                    fine[-1] = every([fine[-1], *_settled([move], last, solid)])
+                    parts[-1] = last[0]
             if self.dual == "stale" and move.norm.matrix and fine[-1] is not False:
                 move.remember_duals(cast(Tensor, aim.duals), fine[-1])
             if not together:
                 move.write(fine[-1])
         if together:
+            fine += _settled(moves, parts, solid) if several else []
             fine = [every(fine)] * len(moves)
             for move, own in zip(moves, fine, strict=True):
                 move.write(own)
@@ -289,6 +304,25 @@ def _share(moves: Sequence[Move]) -> None:
         found = iter(summed([own for part in parts for own in part], shared[0].portion.team))
         for move, part in zip(shared, parts, strict=True):
             move.take_numbers([next(found) for _ in part])
+
+
+def _settled(moves: Sequence[Move], parts: list[Tensor | None], solid: bool | Tensor) -> list[bool | Tensor]:
+    """Make what moves are predicted to gain, rank by rank, that of all ranks, in one exchange.
+
+    Args:
+        moves: Each with its part.
+        parts: Written to.
+        solid: A 0-d boolean where the device is not waited for.
+
+    Returns:
+        Whether each is finite.
+    """
+    shared = [place for place, move in enumerate(moves) if move.portion.shared and move.arc is None]
+    given = [cast(Tensor, parts[place]) for place in shared]
+    for place, own in zip(shared, summed(given, moves[0].portion.team) if shared else (), strict=True):
+        parts[place] = own
+    flags = [cast(Tensor, part).isfinite().all() for part in parts]
+    return list(flags) if isinstance(solid, Tensor) else [bool(flag) for flag in flags]
 
 
 def every(flags: Sequence[bool | Tensor]) -> bool | Tensor:

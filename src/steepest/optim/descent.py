@@ -28,11 +28,22 @@ from steepest.optim.ball import beyond_ball, weight_numbers
 from steepest.optim.combine import Combine, DualMode
 from steepest.optim.decay import Decay, Decays, Sphere
 from steepest.optim.diagnostics import StepRecord
-from steepest.optim.groups import Group, Norms, Rates, make_plain, plain, view_of, view_text
+from steepest.optim.groups import (
+    AVERAGES,
+    Group,
+    Norms,
+    Rates,
+    averages_of,
+    make_plain,
+    plain,
+    settle_averages,
+    view_of,
+    view_text,
+)
 from steepest.optim.guard import Guard, NonFiniteError, OnNonFinite, dense_gradients
-from steepest.optim.momentum import FORGET_EVERY, debias
+from steepest.optim.momentum import FORGET_EVERY, Averages, debias
 from steepest.optim.momo import Heard, Loss, Losses, StepSize
-from steepest.optim.momo.model import MODEL_KEYS
+from steepest.optim.momo.model import FURTHER_KEYS, MODEL_KEYS
 from steepest.optim.move import Move
 from steepest.optim.options import (
     DEFAULT_NORMS,
@@ -71,6 +82,7 @@ from steepest.optim.state import (
     drop_unknown,
     exchangeable,
     forget_untouched,
+    momenta,
     restored,
     schema,
 )
@@ -90,7 +102,7 @@ IN_BACKWARD = (
 )
 METHOD_WORDS = {False: "constrained descent", True: "regularized descent"}
 # What stays this optimizer's when a state is loaded.
-OWN = ("norm", "view", "name", "param_names", "decay_kind", METHOD)
+OWN = ("norm", "view", "name", "param_names", "decay_kind", AVERAGES, METHOD)
 
 
 @dataclass
@@ -140,13 +152,14 @@ class SteepestDescent(Optimizer):
             `name`; plain keys of others are kept. Without a role, parameters with two or more dimensions are matrices
             and the others vectors, in groups of their own.
         lr: Learning rate: the length of a step in the group's norm. A number or a 0-d tensor.
-        momentum: Weight of the old average of gradients, in [0, 1); for norms that do not adapt. In the groups, and so
-            for schedulers, "momentum" is this weight for every norm.
+        momentum: Weight of the old average of gradients, in [0, 1), or several averages, such as `Averages.two()`; for
+            norms that do not adapt. In the groups, and so for schedulers, "momentum" is this weight, or the first, for
+            every norm.
         nesterov: Look ahead by one gradient; for norms that do not adapt.
         weight_decay: A number, of decoupled decay, or a kind of decay such as `Decoupled(0.1)`; the rate per step is lr
             times the number, with the scheduled lr. `Sphere()` keeps the norm of each matrix instead.
-        betas: Weights of the old averages of gradients and of their squares, for norms that adapt (`AdaInf`). None:
-            (0.9, 0.95), or (momentum, 0.95) with Momo.
+        betas: Weights of the old averages of gradients and of their squares, for norms that adapt (`AdaInf`); the first
+            may be several averages, `Averages(...)`. None: (0.9, 0.95), or (momentum, 0.95) with Momo.
         norms: Norm of each role, by object or name; roles left out keep Spectral() for matrices, AdaInf() otherwise.
         product: Norm of all layers from the norms of each: `Max()`, `Sum()`, `Euclid()`, `Hybrid()` or a tree of them
             over roles and names of groups.
@@ -188,10 +201,10 @@ class SteepestDescent(Optimizer):
         params: Parameters,
         *,
         lr: float | Tensor | ByRole = 0.02,
-        momentum: float | ByRole = 0.95,
+        momentum: float | Averages | ByRole = 0.95,
         nesterov: bool | ByRole = False,
         weight_decay: float | Decay | ByRole = 0.0,
-        betas: tuple[float, float] | ByRole | None = None,
+        betas: tuple[float | Averages, float] | ByRole | None = None,
         norms: Mapping[Role, Norm | str] | None = None,
         product: Product | str = "max",
         regularized: bool = False,
@@ -228,7 +241,7 @@ class SteepestDescent(Optimizer):
         self._warned_of_ball = self._built = False
         self._warm = False  # whether a step was taken with the state of now
         self._stages: list[Stage] = []
-        self._schemas: dict[Tensor, tuple[PlanRow, tuple[str, str], torch.dtype, Schema]] = {}
+        self._schemas: dict[Tensor, tuple[PlanRow, object, torch.dtype, Schema]] = {}
         self._members: list[list[Tensor]] = []  # of each group, when they were last looked at
         self._model = weakref.ref(params) if isinstance(params, nn.Module) else None
         self._stray: set[str] = set()  # parameters of the model that are not here, and were told of
@@ -239,6 +252,8 @@ class SteepestDescent(Optimizer):
         defaults = {key: _any_role(self._defaults_per_role[key]) for key in ("lr", "momentum", "weight_decay")}
         if isinstance(defaults["weight_decay"], Decay):
             defaults["weight_decay"] = defaults["weight_decay"].rate
+        if isinstance(defaults["momentum"], Averages):
+            defaults["momentum"] = defaults["momentum"].betas[0]
         super().__init__(groups, defaults)
         self._combine.check_labels([group["name"] for group in self.param_groups])
         self._losses.watch([group["params"] for group in self.param_groups])
@@ -359,7 +374,7 @@ class SteepestDescent(Optimizer):
             make_plain(group, where, strict=False)
             complete_group(group, where, self._defaults_per_role, momo=self._losses.momo is not None)
             self._decays.settle(group, where)
-            group.update(self._losses.saved([]))
+            group.update(self._losses.saved([], averages_of(group)))
             group[METHOD] = self._combine.method
             for stage in (*KNOWN, *self._stages):
                 group.update(stage.group_keys)
@@ -505,9 +520,13 @@ class SteepestDescent(Optimizer):
             numbers = sum(self._rows[p].numel if p in self._rows else p.numel() for p in group["params"])
             unused = {} if adapts else {"beta2": "-"}
             shown_here = {**group, **unused, "nesterov": group.get("nesterov") or "-"}
+            averages = averages_of(group)
+            if averages is not None:
+                shown_here["momentum"] = ", ".join(map(_cell, averages.betas_from(group["momentum"])))
             cells = [_cell(shown_here.get(key)) for key in columns[3:]]
             lines.append((str(group.get("name")), str(len(group["params"])), f"{numbers:,}", *cells))
         about = [repr(self._losses.step_size)] if self._losses.momo else []
+        about += dict.fromkeys(group[AVERAGES] for group in self.param_groups if group.get(AVERAGES))
         about += [repr(getattr(stage, "options", stage)) for stage in self._stages]
         head = ", ".join([f"{type(self).__name__}: {METHOD_WORDS[self._combine.regularized]}", *about])
         return "\n".join([head, *aligned(lines), f"{self._steps} steps taken; see .plan for each parameter"])
@@ -544,6 +563,7 @@ class SteepestDescent(Optimizer):
                 group["params"] = [members] if isinstance(members, Tensor) else list(members)
             self._norms.settle(group, where)
             self._decays.settle(group, where)
+            settle_averages(group, where, made=True)
             if type(group.get("view")) not in (str, type(None)):
                 group["view"] = view_text(view_of(group, where))
             make_plain(group, where)
@@ -830,11 +850,14 @@ class SteepestDescent(Optimizer):
         radii = 0
         if isinstance(self._decays.of(group), Sphere):
             radii = sum(count for count, _, _ in row.blocks()) if norm.matrix and row.view is not None else 1
-        return schema(row, adapts=norm.adapts, stages=stages, storage=self._storage, radii=radii)
+        averages = averages_of(group)
+        count = 1 if averages is None else len(averages)
+        return schema(row, adapts=norm.adapts, stages=stages, storage=self._storage, averages=count, radii=radii)
 
     def _schema(self, parameter: Tensor, group: Group) -> Schema:
         """What may be kept of a parameter."""
-        row, norm, dtype = self._rows[parameter], (group["norm"], group["decay_kind"]), parameter.dtype
+        row, dtype = self._rows[parameter], parameter.dtype
+        norm = group["norm"], group["decay_kind"], group.get(AVERAGES)
         known = self._schemas.get(parameter)
         if known is None or known[0] is not row or known[1] != norm or known[2] is not dtype:
             self._storage.check(row.name, parameter)  # of another type than when it was added, maybe
@@ -981,19 +1004,26 @@ class SteepestDescent(Optimizer):
         return noise_of(name, count.to(local([parameter])[0].device), own_box(parameter), parameter.shape)
 
     def _change(self, moves: Sequence[tuple[Tensor, Tensor, float | Tensor]]) -> Tensor:
-        """By what a displacement changes the value of the averaged model of the loss; 0-d."""
+        """By what a displacement changes the value of the averaged model of the loss: 0-d, or one for each average."""
         duties, groups = self._sharing.duties, {p: group for group in self.param_groups for p in group["params"]}
         device = local(self._parameters()[:1])[0].device
-        total = torch.zeros((), dtype=scalar_type(device), device=device)
+        averages = averages_of(self.param_groups[0])  # under Momo the same in all groups
+        keys = momenta(1 if averages is None else len(averages))
+        total = torch.zeros(() if averages is None else len(keys), dtype=scalar_type(device), device=device)
         shared = any(duties.shares(parameter) for parameter in groups)
         for parameter, direction, factor in moves:
             state = self.state.get(parameter, {})
             if MOMENTUM not in state:
                 continue
-            average, add, count = local([state[MOMENTUM], direction, state[STEP]])
-            weight = debias(float(groups[parameter]["momentum"]), count.to(total.dtype))
-            product = (average.to(add.dtype) * add).sum(dtype=total.dtype) * factor
-            product = product / torch.where(weight == 0, 1.0, weight)
+            add, count, *buffers = local([direction, state[STEP], *(state[key] for key in keys)])
+            first = float(groups[parameter]["momentum"])
+            betas = (first,) if averages is None else averages.betas_from(first)
+            products: list[Tensor] = []
+            for average, beta in zip(buffers, betas, strict=True):
+                weight = debias(beta, count.to(total.dtype))
+                own = (average.to(add.dtype) * add).sum(dtype=total.dtype) * factor
+                products.append(own / torch.where(weight == 0, 1.0, weight))
+            product = products[0] if averages is None else torch.stack(products)
             total += (product * duties.weight(parameter) if shared else product).to(device)
         return self._sharing.team.summed(total) if shared else total
 
@@ -1067,7 +1097,7 @@ class SteepestDescent(Optimizer):
         self._meet()
         self._publish_skips()
         for group in self.param_groups:
-            group.update(self._losses.saved(self._parameters()))
+            group.update(self._losses.saved(self._parameters(), averages_of(group)))
             group[STEPS_TAKEN] = self._steps
             for stage in self._stages:
                 group.update(stage.numbers)
@@ -1150,7 +1180,7 @@ class SteepestDescent(Optimizer):
         states = {p: restored(state, p, schemas[p]) for p, state in found.items()}  # needs memory, so first
         for index, (group, old) in enumerate(zip(self.param_groups, kept, strict=True)):
             group.update({key: old[key] for key in old if key not in group or key in OWN})
-            for key in MODEL_KEYS:
+            for key in (*MODEL_KEYS, *FURTHER_KEYS):
                 if key not in old:
                     group.pop(key, None)
             if isinstance(self._decays.of(group), Sphere):  # the rate of another kind, as decay_kind stays this one's

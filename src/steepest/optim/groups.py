@@ -5,6 +5,7 @@ Norms and views stand there as the text that builds them; the objects are kept b
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import View
-from steepest.checks import refusal
+from steepest.checks import refusal, shown
 from steepest.geometry import Norm, get_norm
 from steepest.geometry.text import built, text_of
 from steepest.notices import warn
+from steepest.optim.momentum import Averages
 
 Group = dict[str, Any]
 # Types that torch.load(weights_only=True) reads back; of exactly these, as a subclass is refused there.
@@ -79,6 +81,60 @@ def _same(one: Norm, other: Norm) -> bool:
         return type(one) is type(other) and bool(one == other)
     except (TypeError, ValueError, RuntimeError):  # as of options that are tensors
         return False
+
+
+AVERAGES = "averages"  # key of the text of several averages; a group with one has none
+
+
+def averages_of(group: Mapping[str, Any]) -> Averages | None:
+    """The averages of a group's gradients; None: one, with the group's "momentum".
+
+    Args:
+        group: Whose text is settled.
+    """
+    text = group.get(AVERAGES)
+    return None if text is None else _averages(text)
+
+
+@lru_cache(maxsize=64)
+def _averages(text: str) -> Averages:
+    found = built(text, {"Averages": Averages})
+    if not isinstance(found, Averages) or len(found) == 1:
+        raise ValueError(f"{text!r} does not say what several averages are.")
+    return found
+
+
+def settle_averages(group: Group, where: str, *, made: bool) -> None:
+    """Turn averages that somebody wrote as a group's momentum into its first beta and a text of the rest.
+
+    Args:
+        group: Written to.
+        where: Which group, for the message.
+        made: Whether the group is one of an optimizer, whose state is of so many averages.
+
+    Raises:
+        ValueError: If the text is of none, or there were another number of averages before.
+        TypeError: If the text is no text.
+    """
+    given, text = group["momentum"], group.get(AVERAGES)
+    if text is not None and not isinstance(text, str):
+        raise TypeError(refusal(f"{where}: {AVERAGES}", "the text of Averages(...)", text))
+    try:
+        known = averages_of(group)
+    except (ValueError, TypeError) as problem:
+        raise ValueError(f"{where}: {AVERAGES} is {shown(text)}. Write momentum=Averages(...). {problem}") from problem
+    if not isinstance(given, Averages):
+        return
+    count = 1 if known is None else len(known)
+    if made and count != len(given):
+        raise ValueError(
+            f"{where}: momentum must be a number{f' or {count} averages' * (count > 1)}, as when the group was made, "
+            f"got {shown(given)}. Build a new optimizer to have another number of averages."
+        )
+    group["momentum"] = given.betas[0]
+    group.pop(AVERAGES, None)
+    if len(given) > 1:
+        group[AVERAGES] = text_of(given)
 
 
 def view_text(view: View | None) -> str | None:

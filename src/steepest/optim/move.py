@@ -13,12 +13,13 @@ from steepest.geometry import Norm
 from steepest.geometry.norm import completed
 from steepest.optim.decay import Decay, Sphere
 from steepest.optim.diagnostics import StepRecord
-from steepest.optim.momentum import average_, debias, forget_, look_ahead
+from steepest.optim.groups import averages_of
+from steepest.optim.momentum import average_, combined, debias, forget_, look_ahead
 from steepest.optim.packing import SHARES
 from steepest.optim.replay import kept
 from steepest.optim.sharing import Portion
 from steepest.optim.sphere import Arc, lengthening, radii, returning
-from steepest.optim.state import DUAL, LOW, MOMENTUM, RADIUS, SECOND, STEP
+from steepest.optim.state import DUAL, LOW, MOMENTUM, RADIUS, SECOND, STEP, momenta
 from steepest.optim.storage import Storage, divided, drawn, joined, noise_of
 from steepest.ranks import Pending, local, own_box, scalar_type, summed
 from steepest.stages import Stage
@@ -96,12 +97,14 @@ class Move:
         self.label = label
         self.norm = completed(norm)
         self.ahead = bool(group["nesterov"]) and not self.norm.adapts
+        self.averages = averages_of(group)
         self._states = states
         self._stages = stages
         self._decay = decay
         self._sphere = decay if isinstance(decay, Sphere) else None
         self._squares: Tensor | None = None  # of the weights before they move, matrix by matrix, where that is known
         self.arc: Arc | None = None
+        self.arc_gains: Tensor | None = None  # (averages, matrices), -<m_i, D> of several averages, along an arc
         self._storage, self._names = storage, names
         self._kept: list[Tensor] = []  # directions, where decay needs them
         self._record = record
@@ -136,12 +139,13 @@ class Move:
             torch._foreach_add_(self._of(STEP), 1)
         else:  # alpha chooses the overload that does not read the tensor
             torch._foreach_add_(self._of(STEP), accept.to(torch.int64), alpha=1)
-        averages = self._averages()
-        average_(averages, gradients, self.group["momentum"], accept=accept)
-        if self._forgets:
-            forget_(averages, gradients, self.group["momentum"], accept=accept)
-        if self._storage.momentum_dtype is not None:
-            torch._foreach_copy_(self._of(MOMENTUM), averages)
+        for key, beta in self._momenta():
+            averages = self._averages(key)
+            average_(averages, gradients, beta, accept=accept)
+            if self._forgets:
+                forget_(averages, gradients, beta, accept=accept)
+            if self._storage.momentum_dtype is not None:
+                torch._foreach_copy_(self._of(key), averages)
         if self.norm.adapts:
             torch._foreach_mul_(gradients, gradients)
             average_(self._of(SECOND), gradients, self.group["beta2"], accept=accept)
@@ -153,14 +157,16 @@ class Move:
         # A direction is that of the average times any number above 0, unless the norm adapts: what the weights of an
         # average sum to is divided out of numbers, not of tensors.
         beta, second, averages = self.group["momentum"], None, self._averages()
-        if self.ahead:
+        if self.averages is not None:
+            averages = self._combined(self.portion.needed, averages)
+        elif self.ahead:
             needed, gradients = self.portion.needed, self._gradients()
             found = look_ahead([averages[p] for p in needed], [gradients[p] for p in needed], beta) if needed else []
             for place, ahead in zip(needed, found, strict=True):
                 averages[place] = ahead
         if self.norm.adapts:
             count = self._counts()
-            averages = _divided(averages, debias(beta, count))
+            averages = averages if self.averages is not None else _divided(averages, debias(beta, count))
             second = self.portion.gather(_divided(self._of(SECOND), debias(self.group["beta2"], count)))
         observed = any(stage.observes for stage in self._stages)
         self._coming = (
@@ -212,10 +218,11 @@ class Move:
         aim = Aim(found, None, None)
         if count is not None and (duals or slopes):
             later = count + 1 if self.ahead else count
-            aim.duals = self._gains(batches, found, None if adapts else debias(beta, later))
+            means = adapts or self.averages is not None
+            aim.duals = self._gains(batches, found, None if means else debias(beta, later))
             if climbs:  # what is just about 0 may be below in another type
                 aim.duals = aim.duals.clamp(min=0.0)
-            if slopes:
+            if slopes and self.averages is None:  # else `gained` has them
                 plain = batches
                 if self.ahead:
                     plain = work.matrices(cast(list[Tensor], self.portion.gather(self._averages()).wait()))
@@ -227,10 +234,12 @@ class Move:
         self, gradients: tuple[Tensor, ...], batches: tuple[Tensor, ...], states: Sequence[dict[str, Tensor]]
     ) -> None:
         """Let stages look at the gradients."""
-        count = self.portion.chosen(self._counts())
-        mass = debias(self.group["momentum"], count + 1 if self.ahead else count)
-        masses = self.work.per_matrix(torch.where(mass == 0, 1.0, mass)).split(self.work.counts)
-        averages = tuple(batch / own.view(-1, 1, 1) for batch, own in zip(batches, masses, strict=True))
+        averages = batches
+        if self.averages is None:
+            count = self.portion.chosen(self._counts())
+            mass = debias(self.group["momentum"], count + 1 if self.ahead else count)
+            masses = self.work.per_matrix(torch.where(mass == 0, 1.0, mass)).split(self.work.counts)
+            averages = tuple(batch / own.view(-1, 1, 1) for batch, own in zip(batches, masses, strict=True))
         for stage in self._stages:
             if stage.observes:
                 stage.observe(self.work, gradients, averages, states, self._accept)
@@ -258,6 +267,19 @@ class Move:
         alike = aim.slopes is aim.duals
         aim.duals, *slopes = summed
         aim.slopes = slopes[0] if slopes else aim.duals if alike else None
+
+    def gained(self) -> Tensor:
+        """What each of several averages says that the move gains, after `settle`: -<m_i, move> of what this rank keeps.
+
+        Returns:
+            (averages,), to be added up over ranks if the portion is shared.
+        """
+        counts = self._counts()
+        parts = [
+            self._products(_divided(self._averages(key), debias(beta, counts)), self._moves)
+            for key, beta in self._momenta()
+        ]
+        return -torch.stack(parts) * self._length
 
     def known_duals(self) -> Tensor | None:
         """Dual norms of the step before, in the order of `aim`; None if a parameter has none yet."""
@@ -287,10 +309,12 @@ class Move:
 
         Returns:
             <m, W> for the momentum m and <g, W> for the gradients; <m, removed>, and the same for the averages that
-            steps follow; 0-d each.
+            steps follow; 0-d each, but those with m (averages,) where there are several.
         """
         weights = [parameter.detach().to(self._dtype) for parameter in self.parameters]
         removed = self._decay.removed(weights, self._directions)
+        if self.averages is not None:
+            return self._several_against(weights, removed, gradients=gradients)
         count = self._counts()
         beta = self.group["momentum"]
         momenta = _divided(self._averages(), debias(beta, count))
@@ -304,6 +328,22 @@ class Move:
         own = self._products(self._gradients(), weights) if gradients else torch.zeros_like(plain)
         return plain, own, lost, lost_ahead
 
+    def _several_against(
+        self, weights: Sequence[Tensor], removed: Sequence[Tensor], *, gradients: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `against_weights` returns, of several averages."""
+        count = self._counts()
+        plain: list[Tensor] = []
+        lost: list[Tensor] = []
+        for key, beta in self._momenta():
+            average = _divided(self._averages(key), debias(beta, count))
+            plain.append(self._products(average, weights))
+            lost.append(plain[-1] if removed is weights else self._products(average, removed))
+            del average
+        own = self._products(self._gradients(), weights) if gradients else torch.zeros_like(plain[0])
+        followed = self._combined(range(len(self.parameters)), self.parameters)
+        return torch.stack(plain), own, torch.stack(lost), self._products(followed, removed)
+
     @property
     def bends(self) -> bool:
         """Whether weights stay on a sphere, so that a step is no straight line."""
@@ -313,7 +353,13 @@ class Move:
         """What must be known of all ranks' weights and directions before a step on a sphere is measured."""
         weights, directions = self._joined(), self._directions()
         count, beta = self._counts(), self.group["momentum"]
-        pairs = [(weights, weights), (weights, directions), (directions, directions)]
+        pairs: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
+        pairs += [(weights, weights), (weights, directions), (directions, directions)]
+        if self.averages is not None:
+            each = [_divided(self._averages(key), debias(own, count)) for key, own in self._momenta()]
+            pairs += [(average, weights) for average in each] + [(average, directions) for average in each]
+            pairs.append((self._combined(range(len(weights)), weights), weights))
+            return [self.portion.products(one, other) for one, other in pairs]
         pairs.append((_divided(self._averages(), debias(beta, count)), weights))
         if self.ahead:
             averages = look_ahead(self._averages(), self._gradients(), beta)
@@ -328,6 +374,11 @@ class Move:
         """
         squares, across, lengths, average, *ahead = map(self.portion.own_products, summed)
         self._squares = squares
+        if self.averages is not None:
+            number = len(self.averages)
+            each = [average, *ahead[:-1]]
+            self.arc_gains, average = -torch.stack(each[number:]), torch.stack(each[:number])
+            ahead = ahead[-1:]
         self.arc = Arc(self._radii(squares), squares, across, lengths, average, ahead[0] if ahead else average)
 
     def _radii(self, squares: Tensor) -> Tensor:
@@ -577,9 +628,32 @@ class Move:
         """Gradients averaged so far, one number per parameter, in the type of the averages."""
         return torch.stack(self._of(STEP)).to(self._dtype)
 
-    def _averages(self) -> list[Tensor]:
+    def _momenta(self) -> list[tuple[str, float]]:
+        """Key and β of each average of gradients."""
+        first = self.group["momentum"]
+        if self.averages is None:
+            return [(MOMENTUM, first)]
+        return list(zip(momenta(len(self.averages)), self.averages.betas_from(first), strict=True))
+
+    def _combined(self, places: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
+        """What steps follow of several averages, at some places of the load; elsewhere what is given."""
+        averages, found = self.averages, list(like)
+        if averages is None or not places:
+            return found
+        buffers = [self._averages(key) for key, _ in self._momenta()]
+        ahead = [self._gradients()[place] for place in places] if self.ahead else None
+        own = [[each[place] for place in places] for each in buffers]
+        counts = self._counts()
+        chosen = counts if len(places) == len(counts) else torch.stack([counts[place] for place in places])
+        for place, mean in zip(
+            places, combined(own, averages, self.group["momentum"], chosen, ahead=ahead), strict=True
+        ):
+            found[place] = mean
+        return found
+
+    def _averages(self, key: str = MOMENTUM) -> list[Tensor]:
         """The averages of gradients, in the type of the step: copies, if they are kept in another."""
-        found = self._of(MOMENTUM)
+        found = self._of(key)
         return found if self._storage.momentum_dtype is None else [average.to(self._dtype) for average in found]
 
     def _of(self, key: str) -> list[Tensor]:

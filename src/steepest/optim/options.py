@@ -15,8 +15,9 @@ from steepest.checks import Check, choice, flag, number, optional, pair, refusal
 from steepest.geometry import AdaInf, Norm, Spectral
 from steepest.geometry.layer import check_norm
 from steepest.optim.decay import Decay
-from steepest.optim.groups import plain
-from steepest.optim.momo.model import MODEL_KEYS, Momo, StepSize
+from steepest.optim.groups import AVERAGES, plain, settle_averages
+from steepest.optim.momentum import Averages
+from steepest.optim.momo.model import FURTHER_KEYS, MODEL_KEYS, Momo, StepSize
 from steepest.optim.storage import ROUNDING, check_momentum_dtype
 from steepest.stages import KNOWN
 
@@ -40,8 +41,10 @@ FOREIGN_KEYS = (
     "steps_taken",
     "optimizer",
     "decay_kind",
+    AVERAGES,
     *(key for kind in KNOWN for key in kind.group_keys),
     *MODEL_KEYS,
+    *FURTHER_KEYS,
 )
 # What other optimizers call their options, and what to write here.
 _NO_SWITCH = "Leave it out: parameters are stepped together wherever that is faster."
@@ -107,7 +110,20 @@ def check_decay(name: str, value: object) -> float | Decay:
 _AT_LEAST_0 = number()
 _ABOVE_0 = number(above=True)
 _PART = number(high=1.0)
-check_betas = pair(_PART, "two numbers in [0, 1)")
+_check_pair = pair(_PART, "two numbers in [0, 1)")
+
+
+def check_momentum(name: str, value: object) -> float | Averages:
+    """Check of a momentum: a number, or several averages."""
+    return value if isinstance(value, Averages) else _PART(name, value)
+
+
+def check_betas(name: str, value: object) -> tuple[float | Averages, float]:
+    """Check of Adam's two numbers, the first of which may be several averages."""
+    if isinstance(value, tuple | list) and value and isinstance(value[0], Averages):
+        _, second = _check_pair(name, (0.0, *value[1:]))
+        return value[0], second
+    return _check_pair(name, value)
 
 
 def check_group_of_ranks(name: str, value: object) -> Any:
@@ -144,7 +160,7 @@ OPTIONS: Mapping[str, Check] = {
     "lr": check_rate,
     "adam_lr": check_rate,
     "other_lr": check_rate,
-    "momentum": _PART,
+    "momentum": check_momentum,
     "nesterov": flag,
     "weight_decay": check_decay,
     "betas": optional(check_betas),
@@ -246,6 +262,7 @@ def complete_group(group: dict[str, Any], where: str, defaults: Mapping[str, Any
         if option not in group:
             group[option] = default(option)
     group.setdefault("beta2", 0.0)
+    settle_averages(group, where, made=False)
     for option in NUMBERS:
         group[option] = OPTIONS[option](f"{where}: {option}", group[option])
     if isinstance(group["lr"], Tensor):  # schedulers write into it: one per group

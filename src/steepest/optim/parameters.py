@@ -11,7 +11,7 @@ from steepest.anatomy import LINEAR, ROLES, Plan, PlanRow, Role, View, route
 from steepest.checks import shown
 from steepest.geometry import Norm, get_norm
 from steepest.notices import warn
-from steepest.optim.groups import Group, view_of
+from steepest.optim.groups import AVERAGES, Group, view_of
 from steepest.optim.guesses import doubt, guessed_role
 from steepest.optim.options import DTYPES, NORM_OPTIONS, check_parameter, check_rate, check_role, has_option
 from steepest.stages import Entry
@@ -105,7 +105,8 @@ def complete_row(
     )
     own = owners.get(row.name)
     owner = None if row.name not in owners else "each" if own is None else ", ".join(map(str, own))
-    return replace(row, norm=str(norm), lr=float(group["lr"]), owner=owner, state_bytes=size)
+    averages = group.get(AVERAGES)
+    return replace(row, norm=str(norm), lr=float(group["lr"]), owner=owner, state_bytes=size, averages=averages)
 
 
 def _from_plan(plan: Plan) -> tuple[Rows, list[Group]]:

@@ -21,6 +21,7 @@ from steepest.optim.combine import DualMode
 from steepest.optim.decay import Decay
 from steepest.optim.descent import SteepestDescent
 from steepest.optim.guard import OnNonFinite
+from steepest.optim.momentum import Averages
 from steepest.optim.momo.model import StepSize
 from steepest.optim.options import per_role
 from steepest.optim.parameters import Parameters
@@ -42,7 +43,7 @@ __all__ = [
 
 Rate = float | Tensor
 ProcessGroup = Any  # not there in every build of torch
-Betas = tuple[float, float] | None
+Betas = tuple[float | Averages, float] | None
 R = TypeVar("R", bound=type[SteepestDescent])
 
 # Learning rate of everything that is no matrix, relative to that of the matrices. Muon's is the ratio of
@@ -208,7 +209,7 @@ class Muon(SteepestDescent):
         params: Parameters,
         lr: Rate = 0.02,
         *,
-        momentum: float = 0.95,
+        momentum: float | Averages = 0.95,
         nesterov: bool = True,
         scale: ScaleRule = "original",
         **options: Unpack[AdamOptions],
@@ -265,7 +266,7 @@ class MuonAdam(SteepestDescent):
         params: Parameters,
         lr: Rate = 0.02,
         *,
-        momentum: float = 0.95,
+        momentum: float | Averages = 0.95,
         scale: ScaleRule = "none",
         **options: Unpack[AdamOptions],
     ) -> None:
@@ -329,7 +330,7 @@ class SignDescent(SteepestDescent):
         params: Parameters,
         lr: Rate = 1e-3,
         *,
-        momentum: float = 0.9,
+        momentum: float | Averages = 0.9,
         nesterov: bool = False,
         regularized: bool = False,
         **options: Unpack[DecayedOptions],
@@ -364,7 +365,7 @@ class Scion(SteepestDescent):
         params: Parameters,
         lr: Rate = 0.02,
         *,
-        momentum: float = 0.95,
+        momentum: float | Averages = 0.95,
         nesterov: bool = False,
         scale: ScaleRule = "none",
         other_lr: Rate | None = None,
@@ -406,7 +407,7 @@ class PethickScion(SteepestDescent):
         params: Parameters,
         lr: float = 2**-12,
         *,
-        momentum: float = 0.9,
+        momentum: float | Averages = 0.9,
         radius: float = 50.0,
         head_radius: float = 3000.0,
         constrained: bool = True,
@@ -451,7 +452,7 @@ class PolarGrad(SteepestDescent):
         params: Parameters,
         lr: Rate = 0.5,
         *,
-        momentum: float = 0.95,
+        momentum: float | Averages = 0.95,
         scale: ScaleRule = "none",
         **options: Unpack[AdamOptions],
     ) -> None:
@@ -485,7 +486,7 @@ class MuonMax(SteepestDescent):
         params: Parameters,
         lr: Rate = 0.02,
         *,
-        momentum: float = 0.95,
+        momentum: float | Averages = 0.95,
         scale: ScaleRule = "none",
         **options: Unpack[AdamOptions],
     ) -> None:
@@ -509,7 +510,7 @@ class NewtonMuonMax(MuonMax):
 def _regularized(
     lr: Rate,
     ratio: float,
-    momentum: float,
+    momentum: float | Averages,
     scale: ScaleRule,
     options: AdamOptions,
     precondition: InputMoment | None = None,

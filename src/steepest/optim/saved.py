@@ -13,8 +13,8 @@ from torch import Tensor
 from steepest.checks import Check, instance, number, optional, refusal, shown
 from steepest.geometry import Norm
 from steepest.geometry.text import text_of
-from steepest.optim.groups import Group, plain
-from steepest.optim.momo.model import MODEL_KEYS
+from steepest.optim.groups import AVERAGES, Group, averages_of, plain
+from steepest.optim.momo.model import FURTHER_KEYS, MODEL_KEYS
 from steepest.optim.options import (
     FOREIGN_KEYS,
     GROUP_KEYS,
@@ -25,7 +25,7 @@ from steepest.optim.options import (
     check_group,
     check_rate,
 )
-from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, Schema
+from steepest.optim.state import DUAL, FURTHER, MOMENTUM, SECOND, STEP, Schema
 from steepest.ranks import local
 from steepest.stages import KNOWN, Entry
 
@@ -45,7 +45,10 @@ RATES = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")  # o
 MOST = 2**53  # of what is counted: floats hold all whole numbers up to it
 _COUNT, _FINITE = number(0, MOST, up_to=True), number(-math.inf)
 # What is not counted of the model of the loss; the bound may be that of Momo(-inf).
-_MODEL: Mapping[str, Check] = {**dict.fromkeys(MODEL_KEYS, _FINITE), "momo_bound": number(-math.inf, infinite=True)}
+_MODEL: Mapping[str, Check] = {
+    **dict.fromkeys((*MODEL_KEYS, *FURTHER_KEYS), _FINITE),
+    "momo_bound": number(-math.inf, infinite=True),
+}
 QUOTES = "'\""
 
 
@@ -178,12 +181,33 @@ def _check_kind(place: int, old: Group, group: Group, norm: Norm) -> None:
                 f"Parameter group {place} was saved with the {what} {there!r} but has {own!r} here. Build the "
                 "optimizer as it was built when the state was saved."
             )
+    _check_averages(where, old, group)
     if (there := old.get(METHOD, group[METHOD])) != group[METHOD]:
         raise ValueError(
             f"The state is of another method, {_short(there).strip(QUOTES)}, whose learning rates mean something else; "
             f"here it is {group[METHOD]}. Build the optimizer as it was built when the state was saved. To go on with "
             "its averages alone, under the options of this one, load "
             "{**state, 'param_groups': optimizer.state_dict()['param_groups']}."
+        )
+
+
+def _check_averages(where: str, old: Group, group: Group) -> None:
+    """Refuse averages that are not those of the group: what was averaged with one β is no average with another.
+
+    The first β is the "momentum", which loads as it was saved; weights are the optimizer's own.
+    """
+    instance((str, type(None)), "the text of Averages(...)")(f"{where}: {AVERAGES}", old.get(AVERAGES))
+    try:
+        there = averages_of(old)
+    except (ValueError, TypeError) as problem:
+        raise ValueError(f"{where}: {AVERAGES} is {_short(old.get(AVERAGES))}. {problem} {DAMAGED}") from problem
+    here = averages_of(group)
+    found, own = (None if one is None else one.betas[1:] for one in (there, here))
+    if found != own:
+        told = [f"momentum={one or 'a number'}" for one in (there, here)]
+        raise ValueError(
+            f"{where} was saved with {told[0]} but has {told[1]} here, whose averages are others. Build the optimizer "
+            "as it was built when the state was saved; only weights of averages and the first of betas may differ."
         )
 
 
@@ -198,7 +222,7 @@ def _checked_options(place: int, old: Group, group: Group) -> Group:
     """The options of a saved group, by the checks that hold when an optimizer is built; tensors stay what they are."""
     where = f"parameter group {place} of the state"
     options = {key: plain(value, f"{where}: {key}") for key, value in old.items() if key in CHECKED}
-    own = {key: group[key] for key in (*GROUP_KEYS, *FOREIGN_KEYS) if key in group and key not in MODEL_KEYS}
+    own = {key: group[key] for key in (*GROUP_KEYS, *FOREIGN_KEYS) if key in group and key not in _MODEL}
     checked: Group = {}
     try:
         read = {key: _read(f"{where}: {key}", value) for key, value in options.items()}
@@ -212,18 +236,19 @@ def _checked_options(place: int, old: Group, group: Group) -> Group:
     except (ValueError, TypeError) as problem:
         raise type(problem)(f"{problem} {DAMAGED}") from problem
     for key in COUNTS:
-        if key not in MODEL_KEYS and key in options:
+        if key not in _MODEL and key in options:
             if (count := _count(options[key])) is None:
                 raise ValueError(f"{refusal(f'{where}: {key}', _counted(options[key]), options[key])} {DAMAGED}")
             checked[key] = count
     tensors = {key: options[key].reshape(()) for key in checked if isinstance(options[key], Tensor)}
-    return {**checked, **tensors, **_checked_model(place, options)}
+    further = [key for key in FURTHER_KEYS if key in group]
+    return {**checked, **tensors, **_checked_model(place, options, [*MODEL_KEYS, *further])}
 
 
-def _checked_model(place: int, options: Group) -> Group:
+def _checked_model(place: int, options: Group, keys: Sequence[str]) -> Group:
     """What a group holds of the model of the loss: all of it, or nothing."""
     checked: Group = {}
-    for key in MODEL_KEYS if any(key in options for key in MODEL_KEYS) else ():
+    for key in keys if any(key in options for key in MODEL_KEYS) else ():
         value = options.get(key)
         try:
             checked[key] = (_COUNT if key in COUNTS else _MODEL[key])(key, value)
@@ -279,6 +304,11 @@ def _check_state(state: Any, parameter: Tensor, name: str, entries: Schema) -> N
             _check_count(value, parameter, name)
         elif key in entries:
             _check_tensor(value, parameter, f"The state {key!r} of {name!r}", entries[key])
+        elif FURTHER.fullmatch(key):
+            raise ValueError(
+                f"{what} is an average that this optimizer, with momentum= as it is, does not keep. Build it with the "
+                "averages that the state was saved with."
+            )
         elif stage is None:  # somebody's own; it comes back as it was put there
             plain(value, what)
             if isinstance(value, Tensor):
@@ -287,9 +317,9 @@ def _check_state(state: Any, parameter: Tensor, name: str, entries: Schema) -> N
             raise ValueError(
                 f"The state {key!r} of {name!r} is not known here; known are {', '.join(entries)}. {DAMAGED}"
             )
-    needed = [key for key in (STEP, MOMENTUM, SECOND) if entries[key].eager]
-    missing = [key for key in needed if key not in state]
-    if missing and any(key in state for key in (STEP, MOMENTUM, SECOND)):
+    own = [key for key in entries if key in (STEP, MOMENTUM, SECOND) or FURTHER.fullmatch(key)]
+    missing = [key for key in own if entries[key].eager and key not in state]
+    if missing and any(key in state for key in own):
         raise ValueError(
             f"The state of {name!r} has {', '.join(map(repr, state))}, but {missing[0]!r} is missing, without which "
             f"the others mean nothing. {DAMAGED}"

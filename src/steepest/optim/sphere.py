@@ -69,7 +69,7 @@ class Arc:
         squares: ‖W‖_F².
         across: <W, D>.
         lengths: ‖D‖_F².
-        average: <m, W> for the momentum m.
+        average: <m, W> for the momentum m; (averages, matrices) where there are several.
         ahead: <m, W> for the averages that steps follow: m, or Nesterov's.
     """
 
@@ -104,7 +104,7 @@ class Arc:
 
         Args:
             lengths: s, what each direction is multiplied by.
-            gains: -<m, D> with the momentum itself.
+            gains: -<m, D> with the momentum itself; (averages, matrices) where there are several.
         """
         after = self.squares + 2 * lengths * self.across + lengths.square() * self.lengths
         factor = returning(self.radius, self.squares, after)

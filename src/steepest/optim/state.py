@@ -1,13 +1,14 @@
 """What the optimizer keeps of a parameter: one schema, of its own entries and those that its stages declare.
 
 step              number of gradients averaged so far: float32 would stop at 2^24
-momentum_buffer   average of gradients
+momentum_buffer   average of gradients; of several the first, the others are momentum_buffer_2, momentum_buffer_3, ...
 second_moment     average of squared gradients, for norms that adapt
 dual_norm         of the last step, one number per matrix, where duals are stale
 radius            Frobenius norm of each matrix in its first step, where it is kept; infinity: of one that was zero
 weight_low_bits   of the float32 weight, what does not fit into the bfloat16 one, where it is kept
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,11 +24,30 @@ from steepest.stages.stage import state_dtype
 
 STEP, MOMENTUM, SECOND, DUAL = "step", "momentum_buffer", "second_moment", "dual_norm"
 LOW, RADIUS = "weight_low_bits", "radius"
+FURTHER = re.compile(rf"{MOMENTUM}_\d+")
 
 Schema = Mapping[str, Entry]
 
 
-def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage], storage: Storage, radii: int = 0) -> Schema:
+def momenta(count: int) -> list[str]:
+    """Keys of so many averages of gradients, the first of which has the key that a single one has.
+
+    Examples:
+        >>> momenta(3)
+        ['momentum_buffer', 'momentum_buffer_2', 'momentum_buffer_3']
+    """
+    return [MOMENTUM, *(f"{MOMENTUM}_{place}" for place in range(2, count + 1))]
+
+
+def schema(
+    row: PlanRow,
+    *,
+    adapts: bool,
+    stages: Iterable[Stage],
+    storage: Storage,
+    averages: int = 1,
+    radii: int = 0,
+) -> Schema:
     """What may be kept of a parameter, by key.
 
     Args:
@@ -35,6 +55,7 @@ def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage], storage: Stor
         adapts: Whether the group's norm needs the second moment.
         stages: That work on the group.
         storage: What is kept in 16 bits.
+        averages: How many of gradients.
         radii: Of how many matrices the radius is kept.
 
     Raises:
@@ -43,7 +64,7 @@ def schema(row: PlanRow, *, adapts: bool, stages: Iterable[Stage], storage: Stor
     matrices = sum(count for count, _, _ in row.blocks()) or 1
     own = (
         Entry(STEP, torch.Size(()), dtype=torch.int64, least=0.0, divided=False),
-        Entry(MOMENTUM, dtype=storage.momentum_dtype),
+        *(Entry(key, dtype=storage.momentum_dtype) for key in momenta(averages)),
         Entry(SECOND, least=0.0, infinite=True, eager=adapts),
         Entry(DUAL, torch.Size((matrices,)), least=0.0, eager=False, divided=False),
     )
@@ -75,7 +96,8 @@ def allocate(state: dict[str, Tensor], parameter: Tensor, entries: Schema) -> No
     missing = [entry for entry in eager if entry.key not in state]
     if not missing:
         return
-    if any(entry.key in (STEP, MOMENTUM) for entry in missing):  # one without the other means nothing
+    # One without the others means nothing.
+    if any(entry.key in (STEP, MOMENTUM) or FURTHER.fullmatch(entry.key) for entry in missing):
         missing = eager
     with torch.inference_mode(False):  # else no later step could write to it
         state.update({entry.key: entry.zeros(parameter) for entry in missing})
@@ -93,7 +115,8 @@ def forget_untouched(state: dict[str, Tensor], parameter: Tensor, entries: Schem
     if momentum is None or not isinstance(count, Tensor) or count.is_meta:
         return
     dtype = entries[MOMENTUM].dtype or state_dtype(parameter)
-    here = (momentum.shape, momentum.device, momentum.dtype, SECOND in state or not entries[SECOND].eager)
+    complete = not _missing_momenta(state, entries) and (SECOND in state or not entries[SECOND].eager)
+    here = (momentum.shape, momentum.device, momentum.dtype, complete)
     if here != (parameter.shape, parameter.device, dtype, True) and int(count) == 0:
         for key in entries:
             state.pop(key, None)
@@ -127,12 +150,23 @@ def check_state(state: Mapping[str, Tensor], parameter: Tensor, entries: Schema,
         )
     if adapts and SECOND not in state:
         raise ValueError("A norm that adapts cannot replace another one after a step; build a new optimizer.")
+    if missing := _missing_momenta(state, entries):
+        raise ValueError(
+            f"The state of {row.name!r} of shape {tuple(parameter.shape)} has no {missing[0]!r}: it is of another "
+            "number of averages. Delete optimizer.state[parameter] for a fresh one, or build the optimizer with the "
+            "momentum that the state was made with."
+        )
     if momentum.shape != parameter.shape or momentum.device != parameter.device:
         raise ValueError(
             f"{row.name!r} has shape {tuple(parameter.shape)} on {parameter.device}, and its state was made for "
             f"{tuple(momentum.shape)} on {momentum.device}. Change the model first, then build the optimizer and load "
             "its state dict."
         )
+
+
+def _missing_momenta(state: Mapping[str, Tensor], entries: Schema) -> list[str]:
+    """Averages of gradients that are not there, besides the first."""
+    return [key for key in entries if FURTHER.fullmatch(key) and key not in state]
 
 
 def check_fits(state: dict[str, Tensor], parameter: Tensor, name: str, entries: Schema) -> None:

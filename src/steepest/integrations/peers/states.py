@@ -9,7 +9,8 @@ and we keep the first form and divide by 1 - β^t where magnitudes count. What s
 sum to one: a peer's buffer is divided by the sum of its weights and multiplied by 1 - β^t. With β = b that is the
 buffer itself, or (1 - b) times it, so going on is going on with the peer: the same directions, which do not depend on
 the scale of a buffer but do on its scale beside the next gradient, and dual norms of the right size. With β other than
-b, the average is the peer's and forgets at our rate from then on.
+b, the average is the peer's and forgets at our rate from then on. Where several averages are followed here, each begins
+with the peer's mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,8 @@ from steepest.integrations.peers.reading import Found, Names, Told, check_steps,
 from steepest.integrations.peers.sources import SOURCES
 from steepest.names import near_miss
 from steepest.optim import SteepestDescent
-from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP
+from steepest.optim.groups import averages_of
+from steepest.optim.state import DUAL, MOMENTUM, SECOND, STEP, momenta
 from steepest.stages import RowScaling
 from steepest.stages.rows import ROW_MOMENT
 from steepest.stages.stage import state_dtype
@@ -266,10 +268,16 @@ def _converted(
     beta, beta2, count = float(group["momentum"]), float(group["beta2"]), found.steps
     ratio = _debiased(beta, count) / _debiased(found.beta, count)
     factor = ratio * (1 - found.beta) if found.summed else ratio
-    state = {STEP: count, MOMENTUM: found.first.to(dtype) * factor}
+    first = found.first.to(dtype) * factor
+    state: dict[str, Any] = {STEP: count, MOMENTUM: first}
+    averages = averages_of(group)
+    if averages is not None:  # one count says how many gradients each holds, so none can begin with nothing
+        for key, other in zip(momenta(len(averages))[1:], averages.betas[1:], strict=True):
+            state[key] = first * (_debiased(other, count) / _debiased(beta, count))
     how = [f"{found.title}, b={found.beta:g}"]
     how += ["a sum of gradients, times 1-b"] if found.summed else []
     how += [f"averaged on with {beta:g}"] if beta != found.beta else []
+    how += ["all averages begin with the same mean"] if averages is not None else []
     if norm.adapts and found.second is not None:
         state[SECOND] = found.second.to(dtype) * (_debiased(beta2, count) / _debiased(found.beta2, count))
         how += [f"squares averaged on with {beta2:g}, not {found.beta2:g}"] if beta2 != found.beta2 else []

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from steepest.notices import warn
 from steepest.optim.diagnostics import StepRecord
+from steepest.optim.groups import AVERAGES, averages_of
+from steepest.optim.momentum import Averages
 from steepest.optim.momo.clipping import Witness
 from steepest.optim.momo.model import Chosen, Fixed, Inner, LossModel, Momo, StepSize, check_step_size, choose, clipped
 from steepest.optim.momo.tap import MISSING, Loss, LossTap, check_closure, check_loss
@@ -65,8 +67,9 @@ class Decision:
     estimated: bool
 
     def numbers(self) -> list[Tensor]:
-        """All that must be finite; the bound may be given as minus infinity."""
+        """All that must be finite, 0-d each; the bound may be given as minus infinity."""
         own = [self.inner.decay, self.inner.decay_ahead, self.chosen.value, self.chosen.intercept]
+        own = [one for numbers in own for one in numbers.reshape(-1)]
         return [*own, self.chosen.next_bound] if self.estimated else own
 
 
@@ -86,7 +89,7 @@ class Losses:
         self.model: LossModel | None = None
         self._witness: Witness | None = None
         self._changes = Changes()
-        self._averaged: tuple[float, list[Tensor]] | None = None  # momentum and parameters of the last step
+        self._averaged: tuple[object, list[Tensor]] | None = None  # momenta and parameters of the last step
         self._resync = False  # at the next step, whatever was averaged
         self._below = 0  # losses below the bound, in a row
         self._below_before = False
@@ -203,7 +206,7 @@ class Losses:
             raise ValueError(MISSING)
 
     def check_momenta(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse groups with different momenta under Momo: losses are averaged once, with the weights of all gradients.
+        """Refuse groups with different momenta under Momo: losses are averaged like the gradients of all groups.
 
         Args:
             groups: Those that move in this step.
@@ -217,6 +220,13 @@ class Losses:
             raise ValueError(
                 f"Momo needs one momentum for all groups, as losses are averaged like gradients, got {found}. Give "
                 "momentum= and the first of betas= the same value."
+            )
+        texts = {group.get(AVERAGES): group["role"] for group in groups}
+        if self.momo and len(texts) > 1:
+            found = ", ".join(f"{role} {text or 'one average'}" for text, role in texts.items())
+            raise ValueError(
+                f"Momo needs the same averages of gradients in all groups, as losses are averaged like gradients, got "
+                f"{found}. Give momentum= and the first of betas= the same Averages(...)."
             )
 
     def bound(self, loss: Loss | None) -> float:
@@ -291,7 +301,8 @@ class Losses:
         momo, loss = self.momo, heard.loss
         if momo is None or loss is None:
             return None
-        model = self.model or LossModel.new(moves[0].device)
+        averages = moves[0].averages
+        model = self.model or LossModel.new(moves[0].device, _count(averages))
         inner = _inner(moves, momo, total)
         if pull is not None:
             inner = replace(inner, decay_ahead=inner.decay_ahead + pull)
@@ -310,9 +321,10 @@ class Losses:
             decrease=decrease,
             inner=inner,
             beta=beta,
+            averages=averages,
             ahead=any(move.ahead for move in moves),
             restart=self._changes.found(changed, warn=not momo.direct),
-            resync=self._set_changed(_parameters(moves), beta),
+            resync=self._set_changed(_parameters(moves), beta if averages is None else averages.betas_from(beta)),
         )
         self._report(chosen, loss, record)
         return Decision(chosen, inner, momo.lower_bound == "auto")
@@ -322,12 +334,12 @@ class Losses:
 
         Args:
             decision: Of the step.
-            gained: 0-d, what step and weight decay were predicted to gain.
+            gained: What step and weight decay were predicted to gain, 0-d; (averages,) where there are several.
             known: Whether the step was taken, 0-d where that is not read; None: it was.
         """
         if decision is None or known is False:
             return
-        model = self.model or LossModel.new(gained.device)
+        model = self.model or LossModel.new(gained.device, gained.numel())
         self.model = model.kept(model.after(decision.chosen, gained, known if isinstance(known, Tensor) else None))
 
     def note(self, moves: Sequence[Move]) -> None:
@@ -344,7 +356,8 @@ class Losses:
         """Within it the optimizer itself moves weights by what is no step: nobody else should have written before.
 
         Args:
-            change: 0-d, by what the value of the averaged model changes at the new weights; None: there is none yet.
+            change: By what the value of the averaged model changes at the new weights, 0-d, or (averages,) where there
+                are several; None: there is none yet.
         """
         alone = self.momo is None or self._changes.untouched()
         yield
@@ -360,7 +373,7 @@ class Losses:
         if self._witness:
             self._witness.arrivals.stepped()
 
-    def _set_changed(self, parameters: list[Tensor], beta: float) -> bool:
+    def _set_changed(self, parameters: list[Tensor], beta: object) -> bool:
         """Whether averages are of other parameters, or with another momentum, than in the last step."""
         before, self._averaged = self._averaged, (beta, parameters)
         asked, self._resync = self._resync, False
@@ -408,15 +421,16 @@ class Losses:
         waits = self.model.bound.device.type != "cpu"
         return {"momo_calls": float(self.model.calls)} if waits else self.model.numbers()
 
-    def saved(self, parameters: Sequence[Tensor]) -> dict[str, float]:
+    def saved(self, parameters: Sequence[Tensor], averages: Averages | None) -> dict[str, float]:
         """What a checkpoint must hold, as plain numbers; nothing without Momo.
 
         Args:
             parameters: All of the optimizer's; of sharded ones, all ranks that keep a part must call it together.
+            averages: Of the gradients of all groups; None: one.
         """
         if self.momo is None:
             return {}
-        model = self.model or LossModel.new(torch.device("cpu"))
+        model = self.model or LossModel.new(torch.device("cpu"), _count(averages))
         own = {"momo_direct": float(self.momo.direct), "momo_weights": self._changes.saved(parameters)}
         return {**model.numbers(), **own}
 
@@ -433,7 +447,7 @@ class Losses:
         self._changes, self._averaged, self.model = Changes(), None, None
         if self.momo is None or float(saved.get("momo_steps", 0.0)) == 0:
             return
-        self.model = LossModel.restored(saved, parameters[0].device)
+        self.model = LossModel.restored(saved, parameters[0].device, _count(averages_of(saved)))
         self._changes.load(parameters, saved["momo_weights"])
         self._resync = not saved["momo_direct"]  # then no intercept was kept
 
@@ -442,9 +456,15 @@ def _parameters(moves: Sequence[Move]) -> list[Tensor]:
     return [parameter for move in moves for parameter in move.load.parameters]
 
 
+def _count(averages: Averages | None) -> int:
+    return 1 if averages is None else len(averages)
+
+
 def _inner(moves: Sequence[Move], momo: Momo, like: Tensor) -> Inner:
     """Inner products with the weights, of those moves that need them, over all ranks."""
-    sums = [torch.zeros_like(like) for _ in range(4)]
+    several = moves[0].averages
+    each = torch.zeros_like(like) if several is None else torch.zeros_like(like).repeat(len(several))
+    sums = [torch.zeros_like(own) for own in (each, like, each, like)]
     for move in moves:
         rate = move.group["weight_decay"]
         if momo.direct or rate > 0:
@@ -454,5 +474,6 @@ def _inner(moves: Sequence[Move], momo: Momo, like: Tensor) -> Inner:
             for total, own in zip(sums, (plain, gradient, decay * lost, decay * lost_ahead), strict=True):
                 total += own.to(like.device)
     if any(move.portion.shared for move in moves):
-        sums = list(moves[0].portion.team.summed(torch.stack(sums)).unbind())
+        found = moves[0].portion.team.summed(torch.cat([own.reshape(-1) for own in sums]))
+        sums = [part.reshape(own.shape) for part, own in zip(found.split([o.numel() for o in sums]), sums, strict=True)]
     return Inner(*sums)

@@ -11,6 +11,10 @@ after a step is known, and the next loss is averaged in,
 
     V_{t+1} = (β (1-β^t) (V_t - predicted decrease of step t) + (1-β) f_{t+1}) / (1-β^{t+1}).
 
+Where the step follows several averages of gradients, Σ w_i m_i, each has a model, whose slope it is, and whose value
+goes on by what that average says the step gained. Their sum V = Σ w_i V_i with the weights of the step is then exact,
+however weights change.
+
 Source: Crawshaw, Modi, Liu and Gower, arXiv:2510.09827, and Schaipp et al., arXiv:2305.07583 (the truncated model and
 the online lower bound); the recurrence and the clamp at 0 are derived here.
 """
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 
 from steepest.checks import choice, number, refusal
-from steepest.optim.momentum import debias
+from steepest.optim.momentum import MOST, Averages, debias
 from steepest.optim.replay import kept
 from steepest.ranks import scalar_type
 
@@ -33,6 +37,8 @@ LowerBound = float | Callable[[int], float] | Literal["auto"]
 # What a checkpoint holds, as plain numbers in every group: distributed checkpoints keep nothing else that is global.
 SCALARS = {"momo_value": "value", "momo_intercept": "intercept", "momo_bound": "bound", "momo_steps": "steps"}
 MODEL_KEYS = (*SCALARS, "momo_calls", "momo_direct", "momo_weights")
+OF_EACH = ("momo_value", "momo_intercept")  # of several averages: one for each, momo_value_2 of the second
+FURTHER_KEYS = tuple(f"{key}_{place}" for key in OF_EACH for place in range(2, MOST + 1))
 FLOOR = 0.0  # of the estimated lower bound: where it starts, and never below
 
 
@@ -139,8 +145,9 @@ class LossModel:
     """The state of Momo: scalars on the device, float64 where the device has it.
 
     Args:
-        value: Value of the averaged model at the weights that the last step left.
-        intercept: With direct bookkeeping, the average of f_i - <g_i, w_i>, its weights summing to 1 - β^steps.
+        value: Value of the averaged model at the weights that the last step left; (averages,) where there are several.
+        intercept: With direct bookkeeping, the average of f_i - <g_i, w_i>, its weights summing to 1 - β^steps;
+            likewise.
         bound: The estimated lower bound.
         steps: Number of losses averaged so far.
         calls: Number of steps so far as the host knows it: on an accelerator, skipped ones count.
@@ -153,16 +160,31 @@ class LossModel:
     calls: int = 0
 
     @classmethod
-    def new(cls, device: torch.device) -> "LossModel":
-        """Before the first step."""
+    def new(cls, device: torch.device, averages: int = 1) -> "LossModel":
+        """Before the first step.
+
+        Args:
+            device: Of the numbers.
+            averages: How many of gradients.
+        """
         zero = torch.zeros((), dtype=scalar_type(device), device=device)
-        return cls(zero, zero.clone(), zero + FLOOR, zero.clone())
+        each = zero if averages == 1 else zero.expand(averages)
+        return cls(each.clone(), each.clone(), zero + FLOOR, zero.clone())
 
     @classmethod
-    def restored(cls, saved: Mapping[str, float], device: torch.device) -> "LossModel":
-        """From what `numbers` returned."""
-        zero = cls.new(device).value
-        scalars = {name: torch.full_like(zero, saved[key]) for key, name in SCALARS.items()}
+    def restored(cls, saved: Mapping[str, float], device: torch.device, averages: int = 1) -> "LossModel":
+        """From what `numbers` returned.
+
+        Args:
+            saved: The numbers.
+            device: Of the model.
+            averages: How many of gradients.
+        """
+        new = cls.new(device, averages)
+        scalars: dict[str, Tensor] = {}
+        for key, name in SCALARS.items():
+            numbers = [torch.full_like(new.bound, saved[own]) for own in _keys(key, getattr(new, name))]
+            scalars[name] = torch.stack(numbers).reshape(getattr(new, name).shape)
         return cls(**scalars, calls=round(saved["momo_calls"]))
 
     def kept(self, new: "LossModel") -> "LossModel":
@@ -176,7 +198,12 @@ class LossModel:
 
     def numbers(self) -> dict[str, float]:
         """As plain numbers, for a checkpoint; waits for the device."""
-        scalars = {key: float(getattr(self, name)) for key, name in SCALARS.items()}
+        known = {key: getattr(self, name) for key, name in SCALARS.items()}
+        scalars = {
+            own: float(one)
+            for key, value in known.items()
+            for own, one in zip(_keys(key, value), value.reshape(-1), strict=True)
+        }
         return {**scalars, "momo_calls": float(self.calls)}
 
     def after(self, chosen: "Chosen", gained: Tensor, accept: Tensor | None) -> "LossModel":
@@ -184,7 +211,7 @@ class LossModel:
 
         Args:
             chosen: The decision.
-            gained: 0-d, what step and weight decay were predicted to gain.
+            gained: What step and weight decay were predicted to gain, like the value.
             accept: A 0-d boolean; where it is False only `calls` changes. None means True.
         """
         new = (chosen.value - gained, chosen.intercept, chosen.next_bound, chosen.steps)
@@ -199,10 +226,10 @@ class Inner:
     """Inner products with the weights, summed over all parameters, 0-d each; zero where nobody needs them.
 
     Args:
-        average: <m, w>, the debiased momentum.
+        average: <m, w>, the debiased momentum; (averages,) where there are several.
         gradient: <g, w>.
-        decay: Sum of lr · weight_decay · <m, w>: what weight decay is predicted to gain.
-        decay_ahead: The same for the averages that steps follow: m, or Nesterov's.
+        decay: Sum of lr · weight_decay · <m, w>: what weight decay is predicted to gain; likewise.
+        decay_ahead: The same for the averages that steps follow: m, or Nesterov's, or what is made of several.
     """
 
     average: Tensor
@@ -219,9 +246,9 @@ class Chosen:
         t: Part of the step that is taken.
         gap: Model's value, after weight decay, over the lower bound.
         bound: The lower bound that was used.
-        value: Value of the model with the momentum's own weights, before the step.
+        value: Value of the model with the momentum's own weights, before the step; (averages,) where there are several.
         next_bound: The estimated lower bound after this step.
-        intercept: With direct bookkeeping, the new average of f_i - <g_i, w_i>.
+        intercept: With direct bookkeeping, the new average of f_i - <g_i, w_i>; likewise.
         steps: Number of losses averaged, this one included.
     """
 
@@ -243,6 +270,7 @@ def choose(
     decrease: Tensor,
     inner: Inner,
     beta: float,
+    averages: Averages | None = None,
     ahead: bool,
     restart: bool | Tensor,
     resync: bool,
@@ -256,7 +284,8 @@ def choose(
         lower_bound: Of this step; where it is estimated, its least possible value.
         decrease: 0-d, what the whole step is predicted to gain, weight decay not counted.
         inner: Inner products with the weights.
-        beta: Weight of the old average, of gradients and losses alike.
+        beta: Weight of the old average, of gradients and losses alike; the first, if there are several.
+        averages: Several, with their weights; None: one.
         ahead: Whether steps follow Nesterov's averages.
         restart: Whether the weights are not those that the last step left; 0-d where that is on a device.
         resync: Whether direct bookkeeping begins here: its intercept is then made from the model's value.
@@ -265,10 +294,19 @@ def choose(
         The decision; nothing is written.
     """
     steps = model.steps + 1
-    weight = debias(beta, steps)
+    rate: float | Tensor = beta
+    if averages is not None:
+        rate = torch.stack([torch.full_like(steps, own) for own in averages.betas_from(beta)])
+
+    def mass(counts: Tensor) -> Tensor:
+        if averages is None:
+            return debias(beta, counts)
+        return torch.stack([debias(own, counts) for own in averages.betas_from(beta)])
+
+    weight = mass(steps)
     intercept = model.intercept
     if momo.direct and not resync:
-        intercept = intercept + (1 - beta) * (loss - inner.gradient - intercept)
+        intercept = intercept + (1 - rate) * (loss - inner.gradient - intercept)
         plain = intercept / weight + inner.average
     else:
         before = model.value
@@ -276,17 +314,25 @@ def choose(
             before = torch.where(restart, loss, before)
         elif restart:
             before = loss
-        plain = (beta * debias(beta, model.steps) * before + (1 - beta) * loss) / weight
+        plain = (rate * mass(model.steps) * before + (1 - rate) * loss) / weight
         if momo.direct:
             intercept = weight * (plain - inner.average)
-    looking = (beta * weight * plain + (1 - beta) * loss) / debias(beta, steps + 1)
-    value = (looking if ahead else plain) - inner.decay_ahead
+    looking = (rate * weight * plain + (1 - rate) * loss) / mass(steps + 1)
+    followed = looking if ahead else plain
+    if averages is not None:
+        followed = (torch.stack(averages.weights_at(steps)) * followed).sum()
+    value = followed - inner.decay_ahead
     bound = floor = torch.full_like(value, lower_bound)
     if momo.lower_bound == "auto":
         bound = torch.where(value < model.bound, torch.maximum(value / 2, floor), model.bound)
     t = truncated(value - bound, decrease)
     next_bound = torch.maximum(value - t * decrease / 2, floor) if momo.lower_bound == "auto" else bound
     return Chosen(t, value - bound, bound, plain, next_bound, intercept, steps)
+
+
+def _keys(key: str, value: Tensor) -> list[str]:
+    """Under which a scalar stands in checkpoints, or each of those of several averages."""
+    return [key if place == 1 else f"{key}_{place}" for place in range(1, value.numel() + 1)]
 
 
 def _checked_bound(bound: object) -> float:
