@@ -28,6 +28,7 @@ from steepest.optim.ball import beyond_ball, weight_numbers
 from steepest.optim.combine import Combine, DualMode
 from steepest.optim.decay import Decay, Decays, Sphere
 from steepest.optim.diagnostics import StepRecord
+from steepest.optim.families import FAMILY, Families, where_of
 from steepest.optim.groups import (
     AVERAGES,
     Group,
@@ -102,7 +103,7 @@ IN_BACKWARD = (
 )
 METHOD_WORDS = {False: "constrained descent", True: "regularized descent"}
 # What stays this optimizer's when a state is loaded.
-OWN = ("norm", "view", "name", "param_names", "decay_kind", AVERAGES, METHOD)
+OWN = ("norm", "view", "name", "param_names", "decay_kind", AVERAGES, FAMILY, METHOD)
 
 
 @dataclass
@@ -161,6 +162,9 @@ class SteepestDescent(Optimizer):
         betas: Weights of the old averages of gradients and of their squares, for norms that adapt (`AdaInf`); the first
             may be several averages, `Averages(...)`. None: (0.9, 0.95), or (momentum, 0.95) with Momo.
         norms: Norm of each role, by object or name; roles left out keep Spectral() for matrices, AdaInf() otherwise.
+        families: Options of parameters by role, or by a pattern of their names with * and ?, such as {"*.bias":
+            {"betas": (0.9, 0.997)}, "embedding": {"lr": 0.7}}: what else a group may set. The first that matches
+            counts; each makes a group of its own, named after it; rates are absolute.
         product: Norm of all layers from the norms of each: `Max()`, `Sum()`, `Euclid()`, `Hybrid()` or a tree of them
             over roles and names of groups.
         regularized: False: constrained descent, steps of a fixed norm; True: steps in proportion to the dual norm.
@@ -206,6 +210,7 @@ class SteepestDescent(Optimizer):
         weight_decay: float | Decay | ByRole = 0.0,
         betas: tuple[float | Averages, float] | ByRole | None = None,
         norms: Mapping[Role, Norm | str] | None = None,
+        families: Mapping[str, Mapping[str, Any]] | None = None,
         product: Product | str = "max",
         regularized: bool = False,
         step_size: StepSize | None = None,
@@ -227,6 +232,7 @@ class SteepestDescent(Optimizer):
             "betas": betas,
             "norm": {**DEFAULT_NORMS, **check_norms(norms)},
         }
+        self._families = Families(families)
         self._guard = Guard(on_nonfinite)
         self._storage = Storage(rounding, momentum_dtype)
         self._record = StepRecord()
@@ -246,6 +252,7 @@ class SteepestDescent(Optimizer):
         self._model = weakref.ref(params) if isinstance(params, nn.Module) else None
         self._stray: set[str] = set()  # parameters of the model that are not here, and were told of
         rows, groups = self._collect(params)
+        self._families.check_used(groups, rows)
         name_groups(groups, [])
         self._rows: dict[Tensor, PlanRow] = dict(rows)
         # torch's schedulers look for these names among the defaults; what counts is in the groups.
@@ -371,15 +378,16 @@ class SteepestDescent(Optimizer):
         refuse_repeats({p: self._rows[p] for p in self._parameters()}, rows)
         name_groups(groups, [group["name"] for group in self.param_groups])
         for group in groups:
-            make_plain(group, where, strict=False)
-            complete_group(group, where, self._defaults_per_role, momo=self._losses.momo is not None)
-            self._decays.settle(group, where)
+            own = where_of(group, where)
+            make_plain(group, own, strict=False)
+            complete_group(group, own, self._defaults_per_role, momo=self._losses.momo is not None)
+            self._decays.settle(group, own)
             group.update(self._losses.saved([], averages_of(group)))
             group[METHOD] = self._combine.method
             for stage in (*KNOWN, *self._stages):
                 group.update(stage.group_keys)
-            make_plain(group, where, strict=False)
-            check_group(group, where=where)
+            make_plain(group, own, strict=False)
+            check_group(group, where=own)
             self._combine.label(group)
             for name, parameter in group["params"]:
                 self._storage.check(name, parameter)
@@ -436,23 +444,25 @@ class SteepestDescent(Optimizer):
             raise ValueError(f"add_module: all parameters of {type(module).__name__} are in the optimizer already.")
         for row in rows:
             check_parameter(row.name, row.parameter)
-        places: dict[Role, Group | None] = {}
-        for role in ROLES:
+        kinds = {row.parameter: (row.role, self._family_of(row)) for row in rows}
+        places: dict[tuple[Role, str], Group | None] = {}
+        for role, family in sorted(set(kinds.values()), key=lambda kind: (ROLES.index(kind[0]), kind[1])):
             own = [group for group in self.param_groups if group["role"] == role]
-            if any(row.role == role for row in rows):
-                places[role] = own[0] if own and not options else None
-                if len(own) > 1 and not options:
-                    names = ", ".join(repr(group["name"]) for group in own)
-                    raise ValueError(
-                        f"add_module: the role {role!r} has the groups {names}, and it is not clear to which one the "
-                        "new parameters belong. Give options for groups of their own, such as lr=."
-                    )
+            if self._families:
+                own = [group for group in own if group.get(FAMILY) == family]
+            places[role, family] = own[0] if own and not options else None
+            if len(own) > 1 and not options:
+                names = ", ".join(repr(group["name"]) for group in own)
+                raise ValueError(
+                    f"add_module: the role {role!r} has the groups {names}, and it is not clear to which one the "
+                    "new parameters belong. Give options for groups of their own, such as lr=."
+                )
         kept = [(group, list(group["params"]), group.get("param_names")) for group in self.param_groups]
         before = dict(self._rows)
         try:
             self._rows.update({row.parameter: row for row in rows})
-            for role, group in places.items():
-                members = [row for row in rows if row.role == role]
+            for (role, family), group in places.items():
+                members = [row for row in rows if kinds[row.parameter] == (role, family)]
                 if group is None:
                     named = [(row.name, row.parameter) for row in members]
                     self.add_param_group({"params": named, "role": role, **options})
@@ -481,6 +491,10 @@ class SteepestDescent(Optimizer):
         self._losses.watch_more([row.parameter for row in rows])
         self._share()
         return Plan(tuple(rows))
+
+    def _family_of(self, row: PlanRow) -> str:
+        """The family of a parameter; empty if it is in none."""
+        return self._families.of(row.role, [row.name, *(site.name for site in row.sites)])
 
     def _routed(self, module: nn.Module, name: str, overrides: Mapping[str, Override] | None) -> list[PlanRow]:
         """Rows of a module, within the model if it is a part of it."""
@@ -547,7 +561,7 @@ class SteepestDescent(Optimizer):
 
     def _collect(self, params: Parameters, **options: Any) -> tuple[dict[Tensor, PlanRow], list[Group]]:
         defaults = self._defaults_per_role
-        return collect(params, norms=defaults["norm"], rates=defaults["lr"], **options)
+        return collect(params, norms=defaults["norm"], rates=defaults["lr"], families=self._families, **options)
 
     def _settle(self) -> None:
         """Take over what users, schedulers and trainers wrote into the groups since the last look."""
@@ -1227,6 +1241,7 @@ class SteepestDescent(Optimizer):
         own = [
             "_storage",
             "_defaults_per_role",
+            "_families",
             "_guard",
             "_record",
             "_rows",

@@ -42,6 +42,7 @@ FOREIGN_KEYS = (
     "optimizer",
     "decay_kind",
     AVERAGES,
+    "family",
     *(key for kind in KNOWN for key in kind.group_keys),
     *MODEL_KEYS,
     *FURTHER_KEYS,

@@ -11,6 +11,7 @@ from steepest.anatomy import LINEAR, ROLES, Plan, PlanRow, Role, View, route
 from steepest.checks import shown
 from steepest.geometry import Norm, get_norm
 from steepest.notices import warn
+from steepest.optim.families import FAMILY, Families
 from steepest.optim.groups import AVERAGES, Group, view_of
 from steepest.optim.guesses import doubt, guessed_role
 from steepest.optim.options import DTYPES, NORM_OPTIONS, check_parameter, check_rate, check_role, has_option
@@ -30,6 +31,7 @@ def collect(
     *,
     norms: Mapping[Role, Norm | str],
     rates: object,
+    families: Families,
     known: Mapping[Tensor, PlanRow] | None = None,
     where: str = "",
 ) -> tuple[Rows, list[Group]]:
@@ -39,6 +41,7 @@ def collect(
         params: A module, a plan, parameters, named parameters, or groups.
         norms: Of each role, where a group has none of its own.
         rates: Learning rate of everything, or of each role; see `split`.
+        families: That divide groups further.
         known: Rows of parameters that were routed before.
         where: Name of the group that is being added, for messages.
 
@@ -50,7 +53,10 @@ def collect(
         ValueError: If there is no parameter, one appears twice, or a role or view must be given.
     """
     if isinstance(params, nn.Module | Plan):
-        return _from_plan(params if isinstance(params, Plan) else route(params))
+        rows, groups = _from_plan(params if isinstance(params, Plan) else route(params))
+        groups = [part for group in groups for part in families.divide(group, rows)]
+        families.sort_out(groups, norms)
+        return rows, groups
     entries = _listed(params, "params")
     kinds = {isinstance(entry, dict) for entry in entries}
     if len(kinds) > 1:
@@ -68,7 +74,8 @@ def collect(
             rows.update(added)
             if matrix and part["role"] == "matrix" and entry.get("role") is None:
                 guessed += [(name, p) for name, p in part["params"] if p not in (known or {})]
-            groups.append(part)
+            groups += [part] if known is not None and FAMILY in part else families.divide(part, rows)
+    families.sort_out(groups, norms)
     if not rows and not where:
         raise ValueError(EMPTY)
     host = sum("weight_decay" in entry and entry.get("role") is None for entry in given) > 1
@@ -78,7 +85,7 @@ def collect(
 
 
 def name_groups(groups: Sequence[Group], taken: Iterable[str]) -> None:
-    """Name groups without a name after their role: "matrix", and the next ones "matrix 2", "matrix 3".
+    """Name groups without a name after their family or role: "matrix", and the next ones "matrix 2", "matrix 3".
 
     Args:
         groups: With a "role"; written to.
@@ -87,9 +94,9 @@ def name_groups(groups: Sequence[Group], taken: Iterable[str]) -> None:
     names = {*taken, *(group["name"] for group in groups if isinstance(group.get("name"), str))}
     for group in groups:
         if group.get("name") is None:
-            role = str(group["role"])
-            numbered = (f"{role} {number}" for number in itertools.count(2))
-            group["name"] = next(name for name in itertools.chain([role], numbered) if name not in names)
+            first = str(group.get(FAMILY) or group["role"])
+            numbered = (f"{first} {number}" for number in itertools.count(2))
+            group["name"] = next(name for name in itertools.chain([first], numbered) if name not in names)
             names.add(group["name"])
 
 

@@ -7,7 +7,7 @@ show them with each recipe that has them.
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypedDict, TypeVar, Unpack
 
 import torch
@@ -63,6 +63,9 @@ class Options(TypedDict, total=False):
     the whole step."""
     momo: bool
     """Short for `step_size=Momo()`."""
+    families: Mapping[str, Mapping[str, Any]] | None
+    """Options of parameters by role, or by a pattern of their names, such as {"*.bias": {"betas": (0.9, 0.997)},
+    "embedding": {"lr": 0.7}}: each family makes a group of its own; the first that matches counts."""
     dual: DualMode
     """Where a number of all layers must be known before the first can move, as with Momo: "cached" keeps all directions
     until then, "stale" uses the dual norms of the step before."""

@@ -214,9 +214,9 @@ class Losses:
         Raises:
             ValueError: If momenta differ.
         """
-        momenta = [(group["role"], float(group["momentum"])) for group in groups]
+        momenta = [(group.get("name") or group["role"], float(group["momentum"])) for group in groups]
         if self.momo and len({beta for _, beta in momenta}) > 1:
-            found = ", ".join(f"{role} {beta:g}" for role, beta in momenta)
+            found = ", ".join(f"{name} {beta:g}" for name, beta in momenta)
             raise ValueError(
                 f"Momo needs one momentum for all groups, as losses are averaged like gradients, got {found}. Give "
                 "momentum= and the first of betas= the same value."
