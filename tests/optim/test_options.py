@@ -81,6 +81,7 @@ COUNT = {"three", "huge"}
 # Which of the values an option takes, besides its default. None of them: any object of its own kind only.
 RIGHT = {
     "stages": {"empty list"},
+    "families": {"None", "empty mapping"},
     **dict.fromkeys(("lr", "adam_lr", "other_lr"), RATE),
     **dict.fromkeys(("momentum", "beta2", "decay"), PART),
     **dict.fromkeys(("weight_decay", "eps", "ridge", "ridge_floor", "init"), NON_NEGATIVE),
@@ -314,6 +315,7 @@ TAKEN = {
     "momentum": [0.5, steepest.Averages(), steepest.Averages((0.5,), (1,))],
     "betas": [(0.5, 0.5), [0.5, 0], (np.float32(0.5), 0.5), (steepest.Averages(), 0.5)],
     "norms": [{"matrix": "frobenius"}, {"vector": Sign(), "head": Frobenius()}],
+    "families": [{"*.weight": {"lr": 0.5}}, {"vector": {"betas": (0.5, 0.5)}}, None],
     "product": ["euclid", steepest.Hybrid(), steepest.Max("matrix", "embedding", "head", "vector")],
 }
 OBJECTS = [

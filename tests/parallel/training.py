@@ -186,6 +186,9 @@ METHODS = {
     "averages_stale": lambda model, **o: MuonMax(
         model, 0.01, momentum=FAMILY, step_size=Momo(2.4, bookkeeping="direct"), dual="stale", weight_decay=0.1, **o
     ),
+    "families": lambda model, **o: Muon(
+        model, 0.02, families={"block.up.*": {"lr": 0.01}, "*.bias": {"betas": (0.9, 0.997)}, "head": {"lr": 1e-3}}, **o
+    ),
     "scion": lambda model, **o: Scion(model, 0.02, **o),
     "polar_grad": lambda model, **o: PolarGrad(model, 0.05, **o),
     "adam": lambda model, **o: Adam(model, 1e-2, weight_decay=0.1, **o),
