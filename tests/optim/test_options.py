@@ -100,6 +100,7 @@ RIGHT = {
     "start": {"three", "zero"},
     "end": {"three"},
     "parts": POSITIVE,
+    "threshold": POSITIVE,
     "strength": NON_NEGATIVE,
     "beta": PART,
     "mix": POSITIVE - {"three"},
@@ -177,6 +178,10 @@ def outer_nesterov(strength=0.6, decay=0.99, start=0, end=None):
     return steepest.OuterNesterov(optimizer, strength=strength, decay=decay, start=start, end=end)
 
 
+def qk_clip(threshold=100.0):
+    return steepest.QKClip(nn.MultiheadAttention(4, 2), threshold=threshold)
+
+
 RECIPES = ["SteepestDescent", *recipes.RECIPES]
 BASES = {
     "Momo": (steepest.Momo, {}),
@@ -202,6 +207,7 @@ BASES = {
     "Point": (Point, {"batch_size": 8, "seed": 0, "steps": 9.0}),
     "TailAverage": (tail_average, {}),
     "OuterNesterov": (outer_nesterov, {}),
+    "QKClip": (qk_clip, {}),
     "Coefficients": (Coefficients, {"name": "x", "source": "y", "steps": COEFFICIENTS["jordan"].steps}),
 }
 CALLS = {

@@ -112,7 +112,7 @@ def _gated_query(site: Site) -> tuple[View, str] | None:
 
 
 def _fused_qkv(site: Site) -> View | None:
-    heads, key_value_heads = _head_counts(site)
+    heads, key_value_heads = head_counts(site)
     slots = heads + 2 * key_value_heads
     if not heads or site.shape[0] % slots:
         return None
@@ -125,8 +125,12 @@ def _fused_qkv(site: Site) -> View | None:
     return None
 
 
-def _head_counts(site: Site) -> tuple[int, int]:
-    """Query heads and key-value heads as the owner or its config states them; zeros if neither does."""
+def head_counts(site: Site) -> tuple[int, int]:
+    """Query heads and key-value heads as the owner or its config states them; zeros if neither does.
+
+    Args:
+        site: A weight of a projection in an attention module.
+    """
     sources = (site.owner, getattr(site.owner, "config", None))
 
     def stated(names: tuple[str, ...], default: int) -> int:

@@ -8,6 +8,7 @@ from steepest.optim.guard import NonFiniteError, OnNonFinite
 from steepest.optim.momentum import Averages
 from steepest.optim.momo import Fixed, Momo, StepSize
 from steepest.optim.outer import OuterNesterov
+from steepest.optim.qk_clip import QKClip
 from steepest.optim.recipes import *  # noqa: F403 - each recipe
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "NonFiniteError",
     "OnNonFinite",
     "OuterNesterov",
+    "QKClip",
     "Sphere",
     "SteepestDescent",
     "StepSize",

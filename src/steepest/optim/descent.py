@@ -88,7 +88,7 @@ from steepest.optim.state import (
     schema,
 )
 from steepest.optim.storage import Rounding, Storage, noise_of
-from steepest.ranks import decide, is_sharded, laid_out, listeners, local, own_box, scalar_type
+from steepest.ranks import Team, decide, is_sharded, laid_out, listeners, local, own_box, scalar_type
 from steepest.stages import KNOWN, InputMoment, Stage
 from steepest.stages.inputs import InputMoments
 
@@ -338,6 +338,11 @@ class SteepestDescent(Optimizer):
     def skipped_steps(self) -> int | Tensor:
         """Number of steps that were not taken; a 0-d tensor that nobody waits for, where that is on a device."""
         return self._guard.skipped
+
+    @property
+    def team(self) -> Team:
+        """The ranks that keep parts or copies of the parameters, as far as that is known."""
+        return self._sharing.team
 
     @property
     def memory_cap(self) -> int | None:
