@@ -7,7 +7,7 @@ from torch import nn
 
 from steepest import Momo, Muon, QKClip
 from steepest.anatomy import Attention
-from steepest.ranks import whole
+from steepest.ranks import laid_out, whole
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,24 +21,20 @@ def clipped(layout):
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(4)
-    model = nn.ModuleDict({"q": nn.Linear(5, 9), "k": nn.Linear(5, 3)})  # three heads that share one of keys
+    model = nn.Sequential(nn.Linear(5, 9), nn.Linear(5, 3))  # three heads that share one of keys
     rank, size = dist.get_rank(), dist.get_world_size()
     if layout == "fsdp":
         fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
     options = {"process_group": dist.group.WORLD} if layout == "copies" else {}
     optimizer = Muon(model, lr=0.05, step_size=Momo(0.0), **options)
-    clip = QKClip([Attention.of("x", model["q"], model["k"], heads=3, key_heads=1)])
+    clip = QKClip([Attention.of("x", model[0], model[1], heads=3, key_heads=1)])
     clip.follow(optimizer)
     gaps = []
     for step in range(2):
         generator = torch.Generator().manual_seed(step)
         for parameter in model.parameters():
             gradient = torch.randn(parameter.shape, generator=generator)
-            if layout == "fsdp":
-                from steepest.ranks import laid_out
-
-                gradient = laid_out(gradient, parameter)
-            parameter.grad = gradient
+            parameter.grad = laid_out(gradient, parameter)
         seen = torch.tensor([50.0, 400.0, 90.0] if rank == 0 else [300.0, 10.0, 0.0])
         clip.record("x", seen if size > 1 else torch.tensor([300.0, 400.0, 90.0]))
         optimizer.step(loss=2.0)

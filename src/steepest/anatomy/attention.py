@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +91,8 @@ class Attention:
             TypeError: If one is no linear layer.
         """
         counts = (heads, heads if key_heads is None else key_heads)
-        found = [_rows(name, layer, count) for layer, count in zip((query, key), counts, strict=True)]
-        return cls(name, *found, outputs=(query, key))
+        rows = [_rows(name, layer, count) for layer, count in zip((query, key), counts, strict=True)]
+        return cls(name, rows[0], rows[1], outputs=(query, key))
 
 
 def attentions(model: nn.Module) -> list[Attention]:
@@ -143,7 +143,7 @@ def _fused(name: str, site: Site) -> Attention | None:
     if len(site.shape) != 2:
         return None
     view, told = fused_linear(site)
-    heads, key_heads = head_counts(site)
+    heads, _ = head_counts(site)
     if "q, k, v fused" not in told or len(view.split) != 3 or not heads or view.split[0] % heads:
         return None
     dim = view.split[0] // heads
@@ -153,27 +153,28 @@ def _fused(name: str, site: Site) -> Attention | None:
     outputs = torch.arange(site.shape[along], device="cpu")
     parts = view.split_tensor(outputs.unsqueeze(0) if view.transposed else outputs.unsqueeze(1))
     index = [part.reshape(-1, dim) for part in parts[:2]]
-    del key_heads
-    return Attention(name, *(_with_bias(site.module, own, along) for own in index), outputs=(site.module, site.module))
+    query, key = (_with_bias(site.module, own, along) for own in index)
+    return Attention(name, query, key, outputs=(site.module, site.module))
 
 
 def _multihead(name: str, module: nn.MultiheadAttention) -> Attention:
     own: Any = module
     outputs = torch.arange(2 * own.embed_dim, device="cpu").view(2, own.num_heads, own.head_dim)
     if own.in_proj_weight is not None:
-        rows = [(Rows(own.in_proj_weight, index),) for index in outputs]
+        rows: list[tuple[Rows, ...]] = [(Rows(own.in_proj_weight, index),) for index in outputs]
     else:
         rows = [(Rows(weight, outputs[0]),) for weight in (own.q_proj_weight, own.k_proj_weight)]
     if own.in_proj_bias is not None:
         rows = [(*part, Rows(own.in_proj_bias, index)) for part, index in zip(rows, outputs, strict=True)]
-    return Attention(name, *rows)
+    query, key = rows
+    return Attention(name, query, key)
 
 
 def _rows(name: str, layer: nn.Module, heads: int) -> tuple[Rows, ...]:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or "Conv1D" in kinds(layer):
         raise TypeError(refusal(f"Attention {name!r}", "two linear layers", layer))
-    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or weight.shape[0] % heads:
+    if isinstance(heads, bool) or not isinstance(cast(object, heads), int) or heads < 1 or weight.shape[0] % heads:
         expected = f"a divisor of the {weight.shape[0]} rows of a weight of shape {tuple(weight.shape)}"
         raise ValueError(refusal(f"Attention {name!r}: heads", expected, heads))
     return _with_bias(layer, torch.arange(weight.shape[0], device="cpu").view(heads, -1), 0)

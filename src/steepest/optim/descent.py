@@ -449,9 +449,9 @@ class SteepestDescent(Optimizer):
             raise ValueError(f"add_module: all parameters of {type(module).__name__} are in the optimizer already.")
         for row in rows:
             check_parameter(row.name, row.parameter)
-        kinds = {row.parameter: (row.role, self._family_of(row)) for row in rows}
+        kinds: dict[Tensor, tuple[Role, str]] = {row.parameter: (row.role, self._family_of(row)) for row in rows}
         places: dict[tuple[Role, str], Group | None] = {}
-        for role, family in sorted(set(kinds.values()), key=lambda kind: (ROLES.index(kind[0]), kind[1])):
+        for role, family in sorted(set(kinds.values()), key=_by_role):
             own = [group for group in self.param_groups if group["role"] == role]
             if self._families:
                 own = [group for group in own if group.get(FAMILY) == family]
@@ -1309,6 +1309,11 @@ def check_stages(row: PlanRow, stages: Sequence[Stage]) -> None:
         ValueError: If a stage keeps something of it under a name that is not its own.
     """
     schema(row, adapts=False, stages=stages, storage=Storage())
+
+
+def _by_role(kind: tuple[Role, str]) -> tuple[int, str]:
+    """The order of groups that are added."""
+    return ROLES.index(kind[0]), kind[1]
 
 
 def _cell(value: object) -> str:
