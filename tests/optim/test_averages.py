@@ -17,6 +17,7 @@ from steepest import (
     Adam,
     Averages,
     Cautious,
+    DiagonalMetric,
     Euclid,
     Fixed,
     Max,
@@ -24,6 +25,7 @@ from steepest import (
     Muon,
     MuonAdam,
     MuonMax,
+    RowScaling,
     Sign,
     SignDescent,
     Spectral,
@@ -298,6 +300,18 @@ def test_all_weight_on_one_average_is_that_average():
             runs.append(train_network(model, optimizer, range(6), torch.float64))
         for one, other in zip(*runs, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_stages_that_look_at_gradients_are_shown_what_is_followed(nesterov):
+    runs = []
+    for momentum in (Averages((0.9, 0.9), (0.3, 0.7)), 0.9):
+        model = network(torch.float64)
+        stages = [DiagonalMetric(), RowScaling()]
+        optimizer = Muon(model, momentum=momentum, betas=(0.9, 0.95), nesterov=nesterov, stages=stages, polar="svd")
+        runs.append(train_network(model, optimizer, range(6), torch.float64))
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 def test_equal_averages_are_one_average_under_momo():
