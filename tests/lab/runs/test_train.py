@@ -158,8 +158,9 @@ def test_what_is_evaluated_of_a_run_with_a_tail_is_the_mean_of_its_last_weights(
     assert [row for row in rows(tmp_path / "plain") if row["kind"] == "train"] == rates
 
 
-def test_an_interruption_at_every_step_changes_nothing_of_an_average_of_weights(tmp_path):
-    config = dataclasses.replace(short("muon", steps=8), tail=0.7, tail_parts=3.0, tail_mix=0.6)
+@pytest.mark.parametrize("beside", [{"tail": 0.7, "tail_parts": 3.0, "tail_mix": 0.6}, {"outer": 0.5}])
+def test_an_interruption_at_every_step_changes_nothing_of_what_stands_beside_the_optimizer(beside, tmp_path):
+    config = dataclasses.replace(short("muon", steps=8), **beside)
     train_run(config, tmp_path / "whole")
     for _ in range(7):
         with pytest.raises(Interrupted):

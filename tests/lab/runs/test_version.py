@@ -29,6 +29,7 @@ LOSSES = {
     "muon-plain-wd": [3.465736, 3.391382, 3.304421, 3.196907, 3.063179, 2.906708],
     "adam": [3.465736, 3.349246, 3.214725, 3.053614, 2.866299, 2.682447],
     "newton-muon": [3.465736, 3.391382, 3.305614, 3.201229, 3.071871, 2.919092],
+    "parts": [3.465736, 3.322196, 3.163944, 2.990008, 2.802493, 2.606698],
     "scion": [3.465736, 3.405841, 3.334303, 3.246646, 3.139357, 3.014776],
     "scion-momo": [3.465736, 3.405841, 3.334303, 3.246646, 3.159503, 3.159503],
     "muonadam": [3.465736, 3.322196, 3.159162, 2.974187, 2.768404, 2.562098],
@@ -55,6 +56,7 @@ def losses(method: str) -> list[float]:
         model = GPT(GPTConfig(vocabulary=32, layers=2, width=32, head_size=16))
     tokens = (torch.arange(8 * 33, device="cpu").view(8, 33) ** 2 + torch.arange(33, device="cpu")) % 32
     changes = {"newton-muon": {"every": 2, "first": 1}}  # so that layers are looked at within these steps
+    changes["parts"] = {"powers": 0.3, "powers_every": 2, "metric": "noise", "slow": 0.98, "table_lr": 0.04}
     changes |= {name: {"lower_bound": 3.2} for name in METHODS if name.endswith("-momo")}  # so that it shortens steps
     optimizer = build_optimizer(method, model, {**options_of(method), **changes.get(method, {})})
     found: list[float] = []

@@ -23,9 +23,31 @@ from steepest.lab.methods.tuned import TUNED, OptionValue, Tuned, Tuning
 from steepest.lab.tasks.task import Task
 from steepest.linalg import COEFFICIENTS
 from steepest.names import unknown_name
-from steepest.optim import Adam, Momo, Muon, MuonAdam, MuonMax, NewtonMuon, PolarGrad, Scion
+from steepest.optim import (
+    Adam,
+    Averages,
+    Cautious,
+    Decay,
+    Momo,
+    Muon,
+    MuonAdam,
+    MuonMax,
+    NewtonMuon,
+    PolarGrad,
+    Scion,
+    Sphere,
+)
 from steepest.optim.recipes import RECIPES
-from steepest.stages import InputMoment
+from steepest.stages import (
+    DiagonalMetric,
+    Eigenbasis,
+    InputMoment,
+    RadialBrake,
+    RowFloor,
+    RowScaling,
+    ShampooPowers,
+    Stage,
+)
 
 
 def adamw(
@@ -123,6 +145,85 @@ def muon(
         betas=(beta1, beta2),
         coefficients=_polynomials(coefficients),
         scale=cast("ScaleRule", scale),
+    )
+    return _with_table_rate(optimizer, table_lr)
+
+
+DECAYS: Mapping[str, Callable[[float], float | Decay]] = {
+    "decoupled": lambda rate: rate,
+    "cautious": Cautious,
+    "sphere": lambda rate: Sphere(),
+}
+
+
+def parts(
+    model: nn.Module,
+    *,
+    lr: float = 0.04,
+    other_lr: float = 0.02,
+    table_lr: float = 0.0,
+    momentum: float = 0.85,
+    slow: float = 0.0,
+    share: float = 0.5,
+    slow_from: int = 0,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    decay: str = "decoupled",
+    beta1: float = 0.85,
+    beta2: float = 0.95,
+    inputs: str = "none",
+    metric: str = "none",
+    metric_beta: float = 0.95,
+    powers: float = 0.0,
+    powers_beta: float = 0.95,
+    powers_every: int = 10,
+    basis_every: int = 0,
+    basis_beta: float = 0.95,
+    basis_beta2: float = 0.95,
+    rows: bool = False,
+    floor: float = 0.0,
+    brake: float = 1.0,
+    momo: bool = False,
+    lower_bound: float = 0.0,
+) -> Optimizer:
+    """steepest.Muon with any of the parts around it; as it stands, with none of them.
+
+    `slow` is the second average's weight of the old one, which counts `share` from gradient `slow_from` on; `inputs`
+    the structure of Newton-Muon's moments; `metric` the source of a diagonal metric; `powers` their exponent;
+    `basis_every` the interval of an eigenbasis; `floor` and `brake` those of the radial part. 0, 1 for the brake, or
+    "none" leave each out. With Momo, which needs one momentum, `beta1` is `momentum`, and the slow average is
+    everything's.
+
+    Raises:
+        ValueError: If a kind of decay is unknown.
+    """
+    if decay not in DECAYS:
+        raise ValueError(unknown_name("kind of decay", decay, DECAYS))
+    stages: list[Stage] = []
+    if metric != "none":
+        stages.append(DiagonalMetric(source=cast("Any", metric), beta2=metric_beta))
+    if powers:
+        stages.append(ShampooPowers(exponent=powers, beta=powers_beta, every=powers_every))
+    if basis_every:
+        stages.append(Eigenbasis(every=basis_every, beta=basis_beta, beta2=basis_beta2))
+    if rows:
+        stages.append(RowScaling())
+    if floor:
+        stages.append(RowFloor(floor))
+    if brake < 1:
+        stages.append(RadialBrake(brake))
+    followed = Averages.two(momentum, slow, share, slow_from) if slow else momentum
+    optimizer = Muon(
+        model,
+        lr,
+        adam_lr=other_lr,
+        momentum=followed,
+        nesterov=nesterov,
+        weight_decay=DECAYS[decay](weight_decay) if weight_decay or decay == "sphere" else 0.0,
+        betas=(followed if momo else beta1, beta2),
+        stages=stages,
+        precondition=None if inputs == "none" else InputMoment(every=8, structure=cast("Any", inputs)),
+        step_size=Momo(lower_bound) if momo else None,
     )
     return _with_table_rate(optimizer, table_lr)
 
@@ -303,6 +404,7 @@ METHODS: Mapping[str, Callable[..., Optimizer]] = {
     "muon-plain-wd": partial(muon, nesterov=False, weight_decay=0.1),
     "adam": adam,
     "newton-muon": newton_muon,
+    "parts": parts,
     **{name: from_recipe(recipe, options) for name, (recipe, options) in _ALL_PAIRS.items()},
     **{f"{name}-momo": from_recipe(recipe, options, momo=True) for name, (recipe, options) in _ALL_PAIRS.items()},
 }

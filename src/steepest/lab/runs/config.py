@@ -64,6 +64,7 @@ class RunConfig:
             average and the rest of the weights themselves. 0: no average.
         tail_parts: Into how many the tail is divided: about one of them the average looks back; see `TailAverage`.
         tail_mix: In (0, 1].
+        outer: Strength of a look-ahead around the optimizer, at least 0; see `OuterNesterov`. 0: none.
 
     Raises:
         ValueError: If a number is out of range, or the schedule or the precision is unknown.
@@ -88,6 +89,7 @@ class RunConfig:
     tail: float = 0.0
     tail_parts: float = 1.0
     tail_mix: float = 1.0
+    outer: float = 0.0
 
     def __post_init__(self) -> None:
         for name, kind in (("schedule", Schedule), ("part", Part), ("precision", Precision)):
@@ -101,6 +103,8 @@ class RunConfig:
                 raise ValueError(f"{name} must be a whole number of at least {least} and below 2^63, got {value}.")
         if not 0 <= self.tail <= 1:
             raise ValueError(f"tail must be between 0 and 1, a part of the run, got {self.tail}.")
+        if not 0 <= self.outer < math.inf:
+            raise ValueError(f"outer must be finite and at least 0, got {self.outer}.")
         if not (0 < self.tail_parts < math.inf and 0 < self.tail_mix <= 1):
             given = f"got {self.tail_parts} and {self.tail_mix}"
             raise ValueError(f"tail_parts must be finite and above 0, and tail_mix in (0, 1], {given}.")
@@ -172,6 +176,7 @@ def configure(
     tail: float = 0.0,
     tail_parts: float = 1.0,
     tail_mix: float = 1.0,
+    outer: float = 0.0,
 ) -> RunConfig:
     """The config of one run: what is not given comes from the task's preset and the method's defaults for it.
 
@@ -193,6 +198,7 @@ def configure(
         tail: As in the config; the tuning record applies to no run whose weights are averaged.
         tail_parts: As in the config.
         tail_mix: As in the config.
+        outer: As in the config; the tuning record applies to no run with a look-ahead.
 
     Raises:
         ValueError: If a name is unknown or a number out of range.
@@ -203,8 +209,8 @@ def configure(
     schedule, precision = schedule or budget.schedule, precision or budget.precision
     usual = (budget.steps, budget.eval_every) if budget.at_batch_size is None else budget.at_batch_size(batch_size)
     steps = usual[0] if steps is None else steps
-    known = (budget.steps, budget.batch_size, budget.schedule, budget.precision, None, 0)
-    whole = (steps, batch_size, schedule, precision, target, tail) == known
+    known = (budget.steps, budget.batch_size, budget.schedule, budget.precision, None, 0, 0)
+    whole = (steps, batch_size, schedule, precision, target, tail, outer) == known
     return RunConfig(
         task=task.name,
         preset=task.preset,
@@ -225,6 +231,7 @@ def configure(
         tail=tail,
         tail_parts=tail_parts,
         tail_mix=tail_mix,
+        outer=outer,
     )
 
 

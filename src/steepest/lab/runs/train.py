@@ -52,7 +52,7 @@ from steepest.lab.tasks.images import ImageTask
 from steepest.lab.tasks.order import ExampleOrder, derive_seed
 from steepest.lab.tasks.task import Task
 from steepest.lab.tasks.windows import WindowTask
-from steepest.optim import SteepestDescent, TailAverage
+from steepest.optim import OuterNesterov, SteepestDescent, TailAverage
 
 
 class Training:
@@ -84,20 +84,22 @@ class Training:
         self.optimizer = build_optimizer(config.method, self.model, config.options)
         self.scheduler = LambdaLR(self.optimizer, self._rate_factor)
         self.order = ExampleOrder(task.train_size, seed=config.seed)
-        self.average = self._average()
-
-    def _average(self) -> TailAverage | None:
-        """Of the weights of the tail, if the run has one."""
-        config = self.config
-        if not config.tail:
-            return None
-        if self.crew.layout is not None:
+        if (config.tail or config.outer) and self.crew.layout is not None:
             raise ValueError(
-                f"tail is {config.tail}, and averages of weights are kept by one process only, not by ranks. Train the "
-                "run on one process, or leave tail out."
+                f"tail is {config.tail} and outer {config.outer}, but what stands beside an optimizer is saved by one "
+                "process only, not by ranks. Train the run on one process, or leave both out."
             )
         start = config.steps - round(config.tail * config.steps)
-        return TailAverage(self.module, start=start, parts=config.tail_parts, mix=config.tail_mix)
+        self.average = (
+            TailAverage(self.module, start=start, parts=config.tail_parts, mix=config.tail_mix) if config.tail else None
+        )
+        self.outer = OuterNesterov(self.optimizer, strength=config.outer) if config.outer else None
+
+    @property
+    def beside(self) -> dict[str, TailAverage | OuterNesterov]:
+        """What stands beside the optimizer, by its name in checkpoints."""
+        both = {"average": self.average, "outer": self.outer}
+        return {name: own for name, own in both.items() if own is not None}
 
     @property
     def step(self) -> int:
@@ -206,7 +208,11 @@ class Training:
         """Of the whole model, or of its shards; ranks share the examples."""
         self.model.eval()
         if self.crew.size == 1:
-            with contextlib.nullcontext() if self.average is None else self.average.averaged():
+            with contextlib.ExitStack() as moved:
+                if self.outer is not None:
+                    moved.enter_context(self.outer.base())
+                if self.average is not None:
+                    moved.enter_context(self.average.averaged())
                 found = self.task.evaluate(self.module, part, whole=whole)
         else:
             found = cast("WindowTask | ImageTask", self.task).evaluate(
@@ -257,7 +263,7 @@ class Training:
         heavy: dict[str, Any] = {}  # of the first rank, which alone reads the file
 
         def read() -> dict[str, Any]:
-            state = load_checkpoint(path, keys=_KEYS if self.average is None else {*_KEYS, "average"})
+            state = load_checkpoint(path, keys={*_KEYS, *self.beside})
             if state["run"] not in names_of(self.config):
                 raise CheckpointError(path, f"it is of the run {state['run']}, this is {run_hash(self.config)}")
             with _fitting(path):
@@ -277,8 +283,8 @@ class Training:
                 parted(self.model, self.optimizer, heavy)
             self.scheduler.load_state_dict(state["scheduler"])
             self.order.load_state_dict(state["order"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
+            for name, own in self.beside.items():
+                own.load_state_dict(state[name])
             self.counters, self.losses = saved.counters, saved.losses
             self.diverged, self.last_evaluation, self.final = saved.diverged, saved.evaluation, saved.final
             torch.set_rng_state(state["random"])
@@ -296,8 +302,7 @@ class Training:
             heavy = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         else:
             heavy = gathered(self.model, self.optimizer)
-        if self.average is not None:
-            heavy["average"] = self.average.state_dict()
+        heavy |= {name: own.state_dict() for name, own in self.beside.items()}
         evaluation, final = self.last_evaluation, self.final
         return {
             **heavy,
