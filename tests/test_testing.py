@@ -16,6 +16,7 @@ from steepest import (
     AdaInf,
     ColNorm,
     DiagonalMetric,
+    Eigenbasis,
     Frobenius,
     InputMoment,
     Muon,
@@ -25,6 +26,7 @@ from steepest import (
     RowScaling,
     Scaled,
     Schatten,
+    ShampooPowers,
     Sign,
     Spectral,
 )
@@ -36,12 +38,16 @@ from tests.cases import cases
 from tests.optim import training
 
 PAGE = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
-ROWS = dict(re.findall(r"^\| `(\w+)\(model(?:, )?(.*?)\)`", PAGE, flags=re.MULTILINE))  # recipe: its options
+RECIPES_OF_PAGE = PAGE.partition("## Norms")[0]
+ROWS = dict(re.findall(r"^\| `(\w+)\(model(?:, )?(.*?)\)`", RECIPES_OF_PAGE, flags=re.MULTILINE))  # recipe: options
 HELD = {
     **{name: partial(getattr(steepest, name), **eval(f"dict({options})")) for name, options in ROWS.items()},
     **{f"{name}, as trained elsewhere": make for name, make in training.RECIPES.items()},
     "NewtonMuon, often": partial(NewtonMuon, precondition=InputMoment(every=2, first=1)),
     "NorMuon": partial(Muon, stages=[RowScaling()]),
+    "IsoMuon": partial(Muon, stages=[DiagonalMetric()]),
+    "SOAP-Muon": partial(Muon, stages=[Eigenbasis()]),
+    "PMuon": partial(Muon, stages=[ShampooPowers(every=3)]),
     "NorMuon with inputs": partial(NewtonMuon, precondition=InputMoment(every=2, first=1), stages=[RowScaling()]),
     "Muon, decayed": partial(Muon, nesterov=False, weight_decay=0.1, scale="match_rms_adamw"),
 }
@@ -60,8 +66,11 @@ def test_every_recipe_and_every_norm_has_its_row():
         r"^\| `(\w+)\([^)]*\)` \|", PAGE.partition("## Norms")[2].partition("\n## ")[0], flags=re.MULTILINE
     )
     assert sorted(norms) == sorted([*(kind.__name__ for kind in NORMS.values()), "Scaled"])
-    stages = re.findall(r"^\| `(\w+)\([^)]*\)` \|", PAGE.partition("## Stages")[2], flags=re.MULTILINE)
-    assert sorted(stages) == sorted(kind.__name__ for kind in KNOWN)
+    about = PAGE.partition("## Stages")[2].partition("\n## ")[0]
+    stages = re.findall(r"^\| `(\w+)\([^)]*\)` \|", about, flags=re.MULTILINE)
+    ours = {kind for kind in vars(steepest.stages).values() if isinstance(kind, type) and issubclass(kind, Stage)}
+    assert sorted(stages) == sorted(kind.__name__ for kind in ours - {Stage})
+    assert ours >= {*KNOWN}
 
 
 @pytest.mark.slow
@@ -89,6 +98,9 @@ def test_recipes_keep_the_law(name, law):
         InputMoment(every=1, first=0, structure="full", on="gradient"),
         InputMoment(every=1, first=0, structure="diagonal"),
         DiagonalMetric(source="gradients", sides="rows", beta2=0.0, keep_size=False),
+        Eigenbasis(every=1, split=True),
+        Eigenbasis(every=2, method="eigh", largest=6, eps=0.0, beta2=0.0),
+        ShampooPowers(every=1, exponent=0.5, ridge=0.0),
         RadialBrake(0.0),
         RowFloor(3.0),
     ],
