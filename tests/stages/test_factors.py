@@ -6,8 +6,12 @@ import pickle
 
 import pytest
 import torch
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from steepest import Eigenbasis, Momo, Muon, MuonMax, RowScaling, ShampooPowers, View
+from steepest import DiagonalMetric, Eigenbasis, Momo, Muon, MuonMax, RowScaling, ShampooPowers, View
+from steepest.ranks import local
 from steepest.stages.factors import relative
 from steepest.testing import backward, network
 
@@ -184,3 +188,25 @@ def test_moments_are_sized_to_a_largest_entry_of_one():
     found = relative(torch.tensor([[[1e-30, 0.0], [0.0, 4e-30]], [[0.0, 0.0], [0.0, 0.0]]]))
     torch.testing.assert_close(found[0], torch.tensor([[0.25, 0.0], [0.0, 1.0]]))
     assert not found[1].any()
+
+
+def test_a_mesh_of_one_rank_is_one_process(tmp_path):
+    """FSDP2 of a single process: what stages keep are DTensors, and directions are plain."""
+    init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for stage in (*STAGES, RowScaling(), DiagonalMetric()):
+            plain = torch.nn.Parameter(torch.ones(4, 3))
+            laid = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+            optimizers = Muon([plain], stages=[stage]), Muon([laid], stages=[stage])
+            for step in range(4):
+                plain.grad = noise((4, 3), step)
+                laid.grad = distribute_tensor(plain.grad, mesh, [Shard(0)])
+                for optimizer in optimizers:
+                    optimizer.step()
+            assert torch.equal(laid.full_tensor(), plain)
+            for key, value in optimizers[0].state[plain].items():
+                (kept,) = local([optimizers[1].state[laid][key]])
+                assert torch.equal(kept, value), key
+    finally:
+        destroy_process_group()

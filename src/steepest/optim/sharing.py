@@ -596,10 +596,13 @@ class Portion:
             states: Of the load's parameters.
 
         Returns:
-            One for each parameter of `work`; the states themselves on one process.
+            One for each parameter of `work`; the states themselves, or their memory, on one process.
         """
         if self._aside is None:
-            return [states[place] for place in self._places]
+            return [
+                _here(states[place]) if is_sharded(self.load.parameters[place]) else states[place]
+                for place in self._places
+            ]
         parts = local([states[place][key] for place, key in self._asides])
         travelling = {place for place, _ in self._asides}
         found = {place: dict(states[place]) if place in travelling else states[place] for place in self._places}
@@ -777,6 +780,11 @@ class Portion:
     def sent_bytes(self) -> int:
         """By this rank, so far."""
         return sum(each.sent_bytes for each in (self._exchange, self._aside) if each is not None)
+
+
+def _here(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state as plain tensors, which share its memory: of a mesh of one rank, that has all of everything."""
+    return dict(zip(state, local(list(state.values())), strict=True))
 
 
 def _part(numbers: Tensor, blocks: Sequence[tuple[int, int, int]], shape: tuple[int, ...], box: Box) -> Tensor:
