@@ -129,10 +129,12 @@ class Kept:
         """A run, trained if it has not been; None when the time is over."""
         if (run := self.read(config)) is not None:
             return run
-        if self.out is None or time.monotonic() > self.end:
+        if self.out is None:
             return None
         directory = self.out / "runs" / run_hash(config)
         if not (directory / "result.json").exists():
+            if time.monotonic() > self.end:
+                return None
             make_directory(directory)
             write_whole(directory / "config.json", config.to_json())
             if (outcome := self.pool.train(directory)) != "finished":
