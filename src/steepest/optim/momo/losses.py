@@ -214,7 +214,7 @@ class Losses:
         Raises:
             ValueError: If momenta differ.
         """
-        momenta = [(group.get("name") or group["role"], float(group["momentum"])) for group in groups]
+        momenta = [(group.get("family") or group["role"], float(group["momentum"])) for group in groups]
         if self.momo and len({beta for _, beta in momenta}) > 1:
             found = ", ".join(f"{name} {beta:g}" for name, beta in momenta)
             raise ValueError(
