@@ -168,6 +168,27 @@ def stay_on_device(self, names, gradients, loss):
     return finite
 
 
+@cases("fused", [False, True])
+def test_steps_that_a_scaler_passes_over_are_none(fused):
+    """A fused optimizer is called all the same, and passes over the step itself."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    average = TailAverage(model)
+    average.follow(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        inputs, classes = batch(step)
+        scaler.scale(nn.functional.cross_entropy(model(inputs), classes)).backward()
+        if step == 2:
+            model[0].weight.grad[0] = math.inf
+        before = average.state_dict()["averages"]["0.weight"].clone()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(before, average.state_dict()["averages"]["0.weight"]) == (step == 2)
+    assert average.steps == 3
+
+
 def test_following_can_end_and_sees_through_wrappers():
     class Wrapper:
         def __init__(self, optimizer):

@@ -308,6 +308,12 @@ def test_removing_goes_back():
     assert same(state.values(), outer.state_dict()["averages"].values())
     with outer.base():
         pass
+    outer.remove()
+    other, copied, gone = copy.deepcopy((model, optimizer, outer))  # neither does a copy look ahead
+    stepped(other, copied, 4)
+    assert gone.steps == 3
+    stepped(model, optimizer, 4)
+    assert same(weights(model), weights(other))
 
 
 def test_parameters_that_come_later_look_ahead_too():
@@ -336,6 +342,7 @@ def test_steps_and_states_inside_the_base_are_refused():
             outer.base().__enter__,
             outer.state_dict,
             lambda: outer.load_state_dict({}),
+            outer.remove,
         ):
             with pytest.raises(RuntimeError, match=r"base\(\)|the weights are x already"):
                 call()

@@ -50,7 +50,7 @@ def follow(optimizer: Any, before: Callable[[], None] | None, after: Callable[[b
             before()
 
     def post(*_: Any) -> None:
-        taken = _skipped(inner) == skipped[0]
+        taken = _taken(inner, skipped[0])
         after(bool(taken) if isinstance(taken, Tensor) and taken.device.type == "cpu" else taken)
 
     return Following((inner.register_step_pre_hook(pre), inner.register_step_post_hook(post)))
@@ -71,6 +71,13 @@ def opened(optimizer: Any) -> list[Any]:
 
 def _inside(wrapper: Any) -> Any:
     return getattr(wrapper, "optimizer", None) or getattr(wrapper, "_optimizer", None)
+
+
+def _taken(optimizer: Optimizer, skipped: int | Tensor) -> bool | Tensor:
+    found: object = getattr(optimizer, "found_inf", None)
+    if isinstance(found, Tensor):  # GradScaler leaves it to torch's fused optimizers to pass over a step
+        return found.reshape(()) == 0
+    return _skipped(optimizer) == skipped
 
 
 def _skipped(optimizer: Optimizer) -> int | Tensor:

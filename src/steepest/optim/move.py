@@ -628,6 +628,10 @@ class Move:
         """Gradients averaged so far, one number per parameter, in the type of the averages."""
         return torch.stack(self._of(STEP)).to(self._dtype)
 
+    def averaged_before(self) -> int:
+        """Most gradients that a parameter's averages held before this step; waits for the device."""
+        return int(torch.stack(self._of(STEP)).max()) - 1
+
     def _momenta(self) -> list[tuple[str, float]]:
         """Key and β of each average of gradients."""
         first = self.group["momentum"]

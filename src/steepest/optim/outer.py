@@ -96,7 +96,7 @@ class OuterNesterov:
         self._before: dict[Tensor, tuple[Tensor, tuple[int, int]]] = {}  # during a step: y, and a count of writes
         self._inside = False
         self._know()
-        self._following = self._follow()
+        self._following: Following | None = self._follow()
 
     def _follow(self) -> Following:
         return follow(self._optimizer, self._note, self._after)
@@ -107,10 +107,18 @@ class OuterNesterov:
         return int(self._steps)
 
     def remove(self) -> None:
-        """Go back to x, and look ahead no more."""
+        """Go back to x, and look ahead no more; nor do copies that are made later.
+
+        Raises:
+            RuntimeError: If it is asked for inside `base()`.
+        """
+        if self._inside:
+            raise RuntimeError("OuterNesterov: inside base() the weights are x already; remove it outside.")
         self._move([(p, self._averages[p], -beta) for p, beta in self._ahead.items()])
         self._ahead.update(dict.fromkeys(self._ahead, 0.0))
-        self._following.remove()
+        if self._following is not None:
+            self._following.remove()
+        self._following = None
 
     @torch.no_grad()
     def _know(self) -> None:
@@ -300,13 +308,13 @@ class OuterNesterov:
         self._steps = kept(self._steps, torch.full_like(self._steps, found["steps"]))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle."""
-        return {**self.__dict__, "_following": None, "_before": {}}
+        """For copy and pickle: hooks are of this optimizer, so only whether there are any is told."""
+        return {**self.__dict__, "_following": self._following is not None, "_before": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For copy and pickle: copies of an optimizer have no hooks."""
         self.__dict__.update(state)
-        self._following = self._follow()
+        self._following = self._follow() if state["_following"] else None
 
     def __copy__(self) -> Never:
         """Two of them would move the same weights twice."""

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from steepest import Adam, Euclid, Fixed, Max, Momo, Muon, MuonAdam, MuonMax, PolarGrad, SteepestDescent
+from steepest import Adam, Averages, Euclid, Fixed, Max, Momo, Muon, MuonAdam, MuonMax, PolarGrad, SteepestDescent
+from steepest.optim.guard import Guard
 from steepest.optim.momo.model import MODEL_KEYS, truncated
 from tests.optim.training import assert_same, backward, network, snapshot
 
@@ -174,6 +175,51 @@ def test_bookkeeping_may_change_from_one_checkpoint_to_the_next(modes):
     observed(model, first, range(4), history)
     second.load_state_dict(first.state_dict())
     observed(model, second, range(4, 8), history)
+
+
+@pytest.mark.parametrize("momentum", [0.9, Averages((0.6, 0.9), (1.0, 0.0), (0.4, 0.6), (3, 3))])
+def test_momo_may_begin_with_averages_of_a_run_without_it(momentum):
+    """The first value is that of the loss, and it goes on alike however it is known, with weights of the gradients."""
+    steady = Averages((0.6, 0.9), (0.4, 0.6)) if isinstance(momentum, Averages) else momentum
+    gaps = []
+    for averages, bookkeeping in ((momentum, "recurrent"), (momentum, "direct"), (steady, "recurrent")):
+        model = network(torch.float64)
+        plain = MuonAdam(model, 0.1, momentum=momentum, betas=(momentum, 0.95))
+        for step in range(6):
+            plain.zero_grad()
+            backward(model, step, torch.float64)
+            plain.step()
+        momo = Momo(0.1, bookkeeping=bookkeeping)
+        optimizer = MuonAdam(model, 0.1, momentum=averages, betas=(averages, 0.95), step_size=momo)
+        optimizer.load_state_dict(plain.state_dict())
+        for step in range(6, 12):
+            optimizer.zero_grad()
+            loss = backward(model, step, torch.float64)
+            optimizer.step(loss=loss)
+            gaps.append(optimizer.diagnostics()["gap"])
+            if step == 6:
+                assert gaps[-1] == pytest.approx(loss.item() - 0.1, rel=1e-12)
+    assert gaps[:6] == pytest.approx(gaps[6:12], rel=1e-9)
+    assert gaps[:6] == pytest.approx(gaps[12:], rel=1e-12)
+
+
+def test_a_step_that_is_passed_over_is_not_where_the_model_begins(monkeypatch):
+    """Also where whether a step is taken stays unread, as on an accelerator."""
+    found = []
+    for bad in ((), (0,)):
+        model = network()
+        plain = MuonAdam(model, 0.1)
+        train(model, plain, range(4))
+        optimizer = MuonAdam(model, 0.1, step_size=Momo(0.1, bookkeeping="direct"))
+        optimizer.load_state_dict(plain.state_dict())
+        with monkeypatch.context() as patched:
+            patched.setattr(Guard, "admit", lambda self, names, gradients, loss: loss.isfinite())
+            for _ in bad:
+                optimizer.step(loss=torch.tensor(math.nan))
+            train(model, optimizer, range(4, 8))
+        found.append((optimizer.diagnostics()["gap"], [p.detach().clone() for p in model.parameters()]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(found[0][1], found[1][1], strict=True))
 
 
 def test_a_parameter_that_joins_late_does_not_upset_direct_bookkeeping():

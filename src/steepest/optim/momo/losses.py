@@ -60,11 +60,13 @@ class Decision:
         chosen: The decision.
         inner: Inner products with the weights.
         estimated: Whether the lower bound is.
+        late: Whether the model of the loss begins here, and averages do not.
     """
 
     chosen: Chosen
     inner: Inner
     estimated: bool
+    late: bool
 
     def numbers(self) -> list[Tensor]:
         """All that must be finite, 0-d each; the bound may be given as minus infinity."""
@@ -302,7 +304,11 @@ class Losses:
         if momo is None or loss is None:
             return None
         averages = moves[0].averages
-        model = self.model or LossModel.new(moves[0].device, _count(averages))
+        model, late = self.model, False
+        if model is None:
+            model = LossModel.new(moves[0].device, _count(averages))
+            if late := (before := max(move.averaged_before() for move in moves)) > 0:  # by steps without Momo
+                model.steps.fill_(before)
         inner = _inner(moves, momo, total)
         if pull is not None:
             inner = replace(inner, decay_ahead=inner.decay_ahead + pull)
@@ -313,6 +319,8 @@ class Losses:
                 own = clipped(own, factor.to(total) if isinstance(factor, Tensor) else factor, below)
         beta = float(moves[0].group["momentum"])
         changed = self.changed() if heard.changed is None else heard.changed > 0
+        restart = self._changes.found(changed, warn=not momo.direct)
+        resync = self._set_changed(_parameters(moves), beta if averages is None else averages.betas_from(beta))
         chosen = choose(
             momo,
             model,
@@ -323,11 +331,11 @@ class Losses:
             beta=beta,
             averages=averages,
             ahead=any(move.ahead for move in moves),
-            restart=self._changes.found(changed, warn=not momo.direct),
-            resync=self._set_changed(_parameters(moves), beta if averages is None else averages.betas_from(beta)),
+            restart=late or restart,
+            resync=late or resync,
         )
         self._report(chosen, loss, record)
-        return Decision(chosen, inner, momo.lower_bound == "auto")
+        return Decision(chosen, inner, momo.lower_bound == "auto", late)
 
     def moved(self, decision: Decision | None, gained: Tensor, known: Tensor | bool | None) -> None:
         """The weights are where the step leaves them: the model is linear, so its value there is known.
@@ -338,6 +346,10 @@ class Losses:
             known: Whether the step was taken, 0-d where that is not read; None: it was.
         """
         if decision is None or known is False:
+            return
+        if (
+            decision.late and isinstance(known, Tensor) and not bool(known)
+        ):  # waited for once: the model begins with a step that is taken
             return
         model = self.model or LossModel.new(gained.device, gained.numel())
         self.model = model.kept(model.after(decision.chosen, gained, known if isinstance(known, Tensor) else None))

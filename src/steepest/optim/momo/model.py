@@ -15,6 +15,9 @@ Where the step follows several averages of gradients, Σ w_i m_i, each has a mod
 goes on by what that average says the step gained. Their sum V = Σ w_i V_i with the weights of the step is then exact,
 however weights change.
 
+Where averages hold gradients from before the first loss, as after a run without Momo, the model begins as if all their
+losses had been the first one: with its value, and with the number of gradients.
+
 Source: Crawshaw, Modi, Liu and Gower, arXiv:2510.09827, and Schaipp et al., arXiv:2305.07583 (the truncated model and
 the online lower bound); the recurrence and the clamp at 0 are derived here.
 """
@@ -149,7 +152,7 @@ class LossModel:
         intercept: With direct bookkeeping, the average of f_i - <g_i, w_i>, its weights summing to 1 - β^steps;
             likewise.
         bound: The estimated lower bound.
-        steps: Number of losses averaged so far.
+        steps: Number of losses averaged so far, with gradients from before the first.
         calls: Number of steps so far as the host knows it: on an accelerator, skipped ones count.
     """
 
