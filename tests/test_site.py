@@ -36,6 +36,7 @@ HOSTS = {
     "leloykun.github.io",
     "optuna.org",
     "semver.org",
+    "whenwen.github.io",
     "www.cs.toronto.edu",
     "pradyunsg.me",  # furo, at the foot of each page
 }
