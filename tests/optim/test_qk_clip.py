@@ -1,6 +1,8 @@
 """Weights of queries and keys are scaled down where logits were too large, and nowhere else."""
 
+import copy
 import math
+import pickle
 import warnings
 
 import numpy as np
@@ -141,8 +143,11 @@ def test_the_bound_that_watching_takes_is_above_every_logit_and_that_of_the_toke
     model.eval()
     model(inputs(0))
     assert clip._maxima == {}
-    watching.remove()
     model.train()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # logits of other weights
+        other(inputs(0))
+    assert clip._maxima == {}
+    watching.remove()
     model(inputs(0))
     assert clip._maxima == {}
 

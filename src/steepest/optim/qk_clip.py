@@ -10,7 +10,9 @@ no logit that was seen is above τ afterwards: √(γ_h γ) S_h <= τ.
 Source: Kimi K2, arXiv:2507.20534, as part of MuonClip; there τ is 100.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -109,7 +111,7 @@ class QKClip:
         """Record, in each forward pass in training mode, the bound above, from outputs of the projections.
 
         Hooks are Python: a compiled model needs `record`. Inside an activation checkpoint it is seen twice, and counts
-        once.
+        once. Copies of the model are not watched.
 
         Returns:
             An object whose `remove()` ends it.
@@ -126,24 +128,8 @@ class QKClip:
         for one in self.attentions.values():
             seen: dict[str, Tensor] = {}
             query, key = cast(tuple[nn.Module, nn.Module], one.outputs)
-
-            def look(layer: nn.Module, output: Any, one: Attention, seen: dict[str, Tensor], parts: str) -> None:
-                if not layer.training or not isinstance(output, Tensor):
-                    return
-                for part in parts:
-                    index = (one.query if part == "q" else one.key)[0].index.to(output.device)
-                    lengths = local([output.detach()])[0].flatten(0, -2)[:, index].float().square().sum(-1).sqrt()
-                    seen[part] = lengths.amax(0) if len(lengths) else lengths.new_zeros(len(index))
-                if len(seen) == 2:
-                    keys = seen.pop("k").repeat_interleave(one.heads // one.key_heads)
-                    self.record(one.name, seen.pop("q") * keys / one.query[0].index.shape[1] ** 0.5)
-
             for layer, parts in ((query, "qk"),) if query is key else ((query, "q"), (key, "k")):
-                handles.append(
-                    layer.register_forward_hook(
-                        lambda layer, _, output, one=one, seen=seen, parts=parts: look(layer, output, one, seen, parts)
-                    )
-                )
+                handles.append(layer.register_forward_hook(_Look(self.record, one, seen, parts)))
         return Following(tuple(handles))
 
     def follow(self, optimizer: Any) -> Following:
@@ -237,6 +223,39 @@ class QKClip:
             was recorded.
         """
         return {"clipped_heads": float(self._last[0]), "max_logit": float(self._last[1])}
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A hook that looks at what a projection puts out.
+
+    Args:
+        record: Told the bound of each head, once queries and keys are seen.
+        one: The attention layer.
+        seen: Longest queries and keys, "q" and "k", of a pass of which only one is known yet; written to.
+        parts: Which of them the projection makes.
+    """
+
+    record: Callable[[str, Tensor], None]
+    one: Attention
+    seen: dict[str, Tensor]
+    parts: str
+
+    def __call__(self, layer: nn.Module, _: Any, output: Any) -> None:
+        if not layer.training or not isinstance(output, Tensor):
+            return
+        one, seen = self.one, self.seen
+        for part in self.parts:
+            index = (one.query if part == "q" else one.key)[0].index.to(output.device)
+            lengths = local([output.detach()])[0].flatten(0, -2)[:, index].float().square().sum(-1).sqrt()
+            seen[part] = lengths.amax(0) if len(lengths) else lengths.new_zeros(len(index))
+        if len(seen) == 2:
+            keys = seen.pop("k").repeat_interleave(one.heads // one.key_heads)
+            self.record(one.name, seen.pop("q") * keys / one.query[0].index.shape[1] ** 0.5)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a copy of the layer takes along does nothing: its logits are not those of these weights."""
+        return getattr, (nullcontext(), "__exit__")
 
 
 def _found(given: object) -> list[Attention]:
