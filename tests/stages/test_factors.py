@@ -125,6 +125,29 @@ def test_a_state_from_before_or_taken_away_begins_anew(stage):
         assert not torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("kind", [Eigenbasis, ShampooPowers])
+def test_a_side_that_a_loaded_state_knows_nothing_of_begins_with_the_next_gradient(kind, monkeypatch):
+    """As of a shorter `largest`: its matrix does not wait for a turn, nor for one that comes after a masked step."""
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    short, long = Muon([weight], stages=[kind(largest=3, every=50)]), Muon([weight], stages=[kind(every=50)])
+    weight.grad = noise((4, 3), 0)
+    short.step()
+    right = short.state[weight][MADE[kind.prefix].replace("left", "right")].clone()
+    long.load_state_dict(short.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(long._guard, "admit", lambda *_: torch.tensor(False))
+        long.step()
+    for step in range(1, 3):
+        before = weight.detach().clone()
+        weight.grad = noise((4, 3), step)
+        long.step()
+        assert not torch.equal(weight, before)
+    assert long.state[weight][MADE[kind.prefix]].view(4, 4).det().abs() > 1e-3
+    assert torch.equal(long.state[weight][MADE[kind.prefix].replace("left", "right")], right)
+    with pytest.raises(ValueError, match=rf"is not known here.* with stages=\[{kind.__name__}\(\)\] and the options"):
+        short.load_state_dict(long.state_dict())
+
+
 @pytest.mark.parametrize("stage", [Eigenbasis(largest=12), ShampooPowers(largest=12)], ids=repr)
 def test_what_is_kept_is_in_the_plan(stage):
     plain, optimizer = Muon(network()), Muon(network(), stages=[stage])

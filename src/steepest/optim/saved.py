@@ -315,7 +315,8 @@ def _check_state(state: Any, parameter: Tensor, name: str, entries: Schema) -> N
                 _nowhere(value, parameter, what)
         elif any(known.startswith(stage.prefix) for known in entries):  # else it is dropped
             raise ValueError(
-                f"The state {key!r} of {name!r} is not known here; known are {', '.join(entries)}. {DAMAGED}"
+                f"The state {key!r} of {name!r} is not known here; known are {', '.join(entries)}. Build the optimizer "
+                f"with {stage.option} and the options that the state was saved with. {DAMAGED}"
             )
     own = [key for key in entries if key in (STEP, MOMENTUM, SECOND) or FURTHER.fullmatch(key)]
     missing = [key for key in own if entries[key].eager and key not in state]

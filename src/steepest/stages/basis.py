@@ -19,7 +19,8 @@ The bases of a parameter are made in its first step and then in its turns, by th
 the orthogonal iteration, the factor Q of a QR decomposition of (L + γ I) Q_r. V stays what it is in the basis before.
 A gradient has often less than full rank, and what an eigensolver finds in the null space of L is rounding. So that
 steps do not depend on it, the basis there is that of fixed vectors, taken one after the other; γ, 10⁻⁴ of the mean
-eigenvalue, keeps it in the iteration.
+eigenvalue, keeps it in the iteration. In a matrix' first step V is a diagonal, but for what
+float32 leaves beside it: X, whose polar factor would be that of M then, is only near it.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 What is made of a moment, such as its eigenvectors or a power, takes far longer than to average it. So a parameter has
 its turn every so many steps, and parameters have theirs one after the other, by their place in the plan. Which step it
-is and whose turn is known without the device; only the first gradient of a matrix, with which all begins, is waited
+is and whose turn is known without the device; only the first gradients of a matrix, with which all begins, are waited
 for. A parameter without a gradient in its turn waits for the next.
 """
 
@@ -61,7 +61,7 @@ class Factored(Stage):
         self.options: Any = options
         self.steps = 0
         self._places: dict[Tensor, int] = {}
-        self._begun: set[Tensor] = set()  # all of whose matrices had a gradient
+        self._begun: set[Tensor] = set()  # of all of whose matrices something was made
         self._counts: dict[Tensor, Tensor] = {}  # as they stood in the state when that was found
         self.added(rows)
 
@@ -224,27 +224,37 @@ class Factored(Stage):
         """
         raise NotImplementedError
 
-    def _turns(self, load: Load, states: Sequence[dict[str, Tensor]]) -> list[list[int]] | None:
-        """For each batch, which matrices have their turn, or their first gradient; None: none of the load."""
-        flags: list[Tensor] = []
-        for parameter, state in zip(load.parameters, states, strict=True):
-            turn = (self.steps + self._places.get(parameter, 0)) % self.options.every == 0
-            own = torch.full(state[self.count].shape, TURN * turn, dtype=torch.int64, device="cpu")
-            if parameter not in self._begun:
-                counts = state[self.count].cpu()
-                own[counts == 1] = FIRST
-                if bool((counts > 0).all()):
-                    self._begun.add(parameter)
-            flags.append(own)
-        if not any(bool(own.any()) for own in flags):
+    def _turns(self, load: Load, states: Sequence[dict[str, Tensor]]) -> Mapping[str, list[list[int]]] | None:
+        """For each side and batch, which matrices have their turn, or nothing made of them yet; None: none at all."""
+        turns = [(self.steps + self._places.get(p, 0)) % self.options.every == 0 for p in load.parameters]
+        if not any(turns) and all(parameter in self._begun for parameter in load.parameters):
             return None
-        return [own.tolist() for own in load.numbers_of_batches(flags).split(load.counts)]
+        flags = load.numbers_of_batches(
+            [
+                torch.full(state[self.count].shape, TURN * turn, dtype=torch.int64, device="cpu")
+                for turn, state in zip(turns, states, strict=True)
+            ]
+        )
+        found = dict.fromkeys(SIDES, flags)
+        if not all(parameter in self._begun for parameter in load.parameters):
+            alive = (load.numbers_of_batches([state[self.count] for state in states]) > 0).cpu()
+            for side in SIDES:
+                made = self.of_batches(load, states, side, f"_{self.made}")
+                blank = torch.cat([~batch.flatten(1).any(-1) & (batch.size(-1) > 0) for batch in made]).cpu()
+                found[side] = torch.where(alive, torch.where(blank, FIRST, flags), 0)
+            begun = alive & (found["left"] != FIRST) & (found["right"] != FIRST)
+            for parameter, own in zip(load.parameters, load.numbers_of_parameters(begun), strict=True):
+                if bool(own.all()):  # else it is looked at again: a first one may have been masked
+                    self._begun.add(parameter)
+        if not any(bool(own.any()) for own in found.values()):
+            return None
+        return {side: [own.tolist() for own in found[side].split(load.counts)] for side in SIDES}
 
     def _renew(
         self,
         load: Load,
         states: Sequence[dict[str, Tensor]],
-        turns: Sequence[Sequence[int]],
+        turns: Mapping[str, Sequence[Sequence[int]]],
         accept: Tensor | None,
     ) -> None:
         """Make something anew of the moments of those whose turn it is, of those of one size together."""
@@ -252,7 +262,7 @@ class Factored(Stage):
         made = {side: self.of_batches(load, states, side, f"_{self.made}") for side in SIDES}
         alike: dict[tuple[int, int], list[tuple[str, int, list[int]]]] = {}
         for side in SIDES:
-            for number, (batch, own) in enumerate(zip(moments[side], turns, strict=True)):
+            for number, (batch, own) in enumerate(zip(moments[side], turns[side], strict=True)):
                 for kind in (TURN, FIRST):
                     chosen = [place for place, flag in enumerate(own) if flag == kind]
                     if chosen and batch.numel():
