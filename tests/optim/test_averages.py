@@ -203,6 +203,7 @@ RECIPES = {
         ),
         ({"later": (1, 0), "between": (-1, 2)}, r"Averages: between must be two whole.* got \(-1, 2\)"),
         ({"later": (1, 0), "between": 5}, "Averages: between must be two whole numbers"),
+        ({"later": (1, 0)}, r"Averages: later=\(1\.0, 0\.0\) would count from the first gradient on.* Give between"),
         ({"between": (5, 9)}, r"Averages: between=\(5, 9\) says when weights change, but later is None"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from steepest import Momo, Muon, QKClip
+from steepest import Decoupled, Momo, Muon, QKClip, Sphere
 from steepest.anatomy import Attention
 from tests.cases import cases
 from tests.reference.qk_clip import clipped
@@ -231,3 +231,13 @@ def test_what_makes_no_sense_is_refused():
         QKClip([one, one])
     with pytest.raises(ValueError, match="has no modules whose outputs are queries and keys"):
         QKClip(nn.MultiheadAttention(4, 2)).watch()
+
+
+def test_weights_that_are_kept_on_spheres_are_told_of():
+    model = Net()
+    with pytest.warns(UserWarning, match=r"'attn\.q_proj\.weight', 'attn\.k_proj\.weight' are kept at their norm by"):
+        QKClip(model).follow(Muon(model, weight_decay=Sphere()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        free = {"attn.?_proj.*": {"weight_decay": Decoupled(0.1)}}
+        QKClip(model).follow(Muon(model, weight_decay=Sphere(), families=free))

@@ -334,6 +334,17 @@ class SteepestDescent(Optimizer):
         self._meet()
         return {parameter: self._rows[parameter].name for parameter in self._parameters()}
 
+    def on_spheres(self, parameters: Sequence[Tensor]) -> list[str]:
+        """Names of those parameters whose norm is kept.
+
+        Args:
+            parameters: Any; others than this optimizer's are kept by nobody.
+        """
+        self._settle()
+        asked, names = set(parameters), self.names
+        kept = [group["params"] for group in self.param_groups if isinstance(self._decays.of(group), Sphere)]
+        return [names[parameter] for own in kept for parameter in own if parameter in asked]
+
     @property
     def skipped_steps(self) -> int | Tensor:
         """Number of steps that were not taken; a 0-d tensor that nobody waits for, where that is on a device."""

@@ -151,7 +151,7 @@ class Averages:
             schedulers may write.
         weights: Of the averages, at least 0; what sums to one within 1e-6 is divided by its sum.
         later: Likewise, of later steps; None: the weights stay.
-        between: Numbers of gradients, from which on and by which the weights go over.
+        between: Numbers of gradients, from which on and by which the weights go over; needed with `later`.
 
     Raises:
         ValueError: If a number is out of range, weights do not sum to one, or there are not as many as betas.
@@ -189,6 +189,11 @@ class Averages:
             raise ValueError(
                 f"Averages: between={self.between} says when weights change, but later is None; give the later "
                 "weights, or leave it out."
+            )
+        if self.later is not None and self.between == (0, 0):
+            raise ValueError(
+                f"Averages: later={shown(self.later)} would count from the first gradient on, as between=(0, 0) says. "
+                "Give between, such as (1000, 2000), or these weights as weights."
             )
 
     @classmethod

@@ -22,10 +22,13 @@ from torch.optim.optimizer import Optimizer
 from steepest.anatomy.attention import Attention, Rows, attentions, check_attentions
 from steepest.checks import number, refusal
 from steepest.names import unknown_name
+from steepest.notices import warn
 from steepest.optim.descent import SteepestDescent
 from steepest.optim.follow import Following, follow, opened
 from steepest.ranks import Team, exchange_device, listeners, local, own_box
 from steepest.stages.stage import state_dtype
+
+SHOWN = 3  # names in a message
 
 
 class QKClip:
@@ -148,7 +151,15 @@ class QKClip:
             TypeError: If it is no optimizer.
         """
         following = follow(optimizer, None, self._after)
-        self._optimizer = opened(optimizer)[-1]
+        self._optimizer = inner = opened(optimizer)[-1]
+        kept = inner.on_spheres(list(self._rows)) if isinstance(inner, SteepestDescent) else []
+        if kept:
+            more = ", ..." * (len(kept) > SHOWN)
+            warn(
+                f"QKClip: {', '.join(map(repr, kept[:SHOWN]))}{more} are kept at their norm by Sphere(), which takes a "
+                "clip of all heads away at the next step. Give them another kind of weight decay, such as "
+                "Decoupled(0.0), by families or groups."
+            )
         return following
 
     @torch.no_grad()
