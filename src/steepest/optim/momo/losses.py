@@ -93,6 +93,7 @@ class Losses:
         self._changes = Changes()
         self._averaged: tuple[object, list[Tensor]] | None = None  # momenta and parameters of the last step
         self._resync = False  # at the next step, whatever was averaged
+        self._loaded = False  # a state without a model of the loss
         self._below = 0  # losses below the bound, in a row
         self._below_before = False
         self._usual: float | None = None  # average of recent losses
@@ -307,7 +308,8 @@ class Losses:
         model, late = self.model, False
         if model is None:
             model = LossModel.new(moves[0].device, _count(averages))
-            if late := (before := max(move.averaged_before() for move in moves)) > 0:  # by steps without Momo
+            before = max(move.averaged_before() for move in moves) if self._loaded else 0  # by steps without Momo
+            if late := before > 0:
                 model.steps.fill_(before)
         inner = _inner(moves, momo, total)
         if pull is not None:
@@ -457,7 +459,8 @@ class Losses:
         if not parameters:
             return
         self._changes, self._averaged, self.model = Changes(), None, None
-        if self.momo is None or float(saved.get("momo_steps", 0.0)) == 0:
+        self._loaded = self.momo is not None and float(saved.get("momo_steps", 0.0)) == 0
+        if self.momo is None or self._loaded:
             return
         self.model = LossModel.restored(saved, parameters[0].device, _count(averages_of(saved)))
         self._changes.load(parameters, saved["momo_weights"])
