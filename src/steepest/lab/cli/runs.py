@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from steepest.lab.cli.command import Arg, Command, Tree
-from steepest.lab.cli.options import AsJson, Assigned, Count, File, OnTask, OnThreads, Seed, checking_usage
+from steepest.lab.cli.options import AsJson, Assigned, Count, File, OnTask, OnThreads, Seed, checking_usage, number
 from steepest.lab.cli.outcome import DONE, FAILED, INTERRUPTED
 from steepest.lab.errors import UsageError
 from steepest.lab.tasks import TASKS, entry
@@ -28,7 +28,16 @@ def grid(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def part(text: str) -> float:
+    """Of a whole."""
+    value = number(text, least=0.0)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at most 1")
+    return value
+
+
 AUTO = "auto"
+Tail = Annotated[float, part]
 Grid = Annotated[tuple[int, int], grid]
 
 
@@ -51,9 +60,7 @@ class Train(Command, OnTask, OnThreads, AsJson):
     steps: Annotated[Count | None, Arg("instead of the preset's number", "N")] = None
     batch_size: Annotated[Count | None, Arg("examples of a step, on all ranks together, likewise", "N")] = None
     schedule: Annotated[str | None, Arg("of the learning rate, such as constant; default: the preset's")] = None
-    tail: Annotated[float, Arg("part of the run, at its end, whose weights are averaged for evaluations; 0: none")] = (
-        0.0
-    )
+    tail: Annotated[Tail, Arg("part of the run, at its end, whose weights are averaged for evaluations; 0: none")] = 0.0
     precision: Annotated[
         Literal["fp32", "bf16"] | None,
         Arg("bf16: training's forward passes under autocast, weights in float32; default: the preset's"),
