@@ -1,19 +1,19 @@
-"""The runs behind this page: equal tuning, fresh seeds, what each part brings, other lengths and batches.
+"""The runs behind this page: every method gets as many tried settings at the preset tiny.
 
-    .venv/bin/python results/strongest/study.py tune --only muon --out out/strongest
-    .venv/bin/python results/strongest/study.py report parts --out out/strongest
+    .venv/bin/python results/strongest/study.py tune --out out/strongest
     .venv/bin/python results/strongest/study.py tables
 
-All runs are kept in one file, `records.jsonl.xz`, and none of them is trained twice; `--seconds` ends between two runs,
-and the same command goes on. `tables` writes the tables of this page anew, from the records alone.
+All runs are kept in one file, `records.jsonl.xz`, with the command and commit that wrote it last, and none of them is
+trained twice; after `--seconds` no run is started, and the same command goes on. Either command writes the tables anew,
+from the records alone.
 """
 
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import math
-import shutil
 import subprocess
 import sys
 import threading
@@ -26,7 +26,7 @@ from pathlib import Path
 from steepest.lab.disk.files import make_directory, write_whole
 from steepest.lab.disk.packed import RECORDS, PackedRun, pack, unpack
 from steepest.lab.engine.pool import Pool, last_words
-from steepest.lab.engine.walk import Tried, at_edge, best_of, search
+from steepest.lab.engine.walk import Tried, at_edge, best_of, ladder, search
 from steepest.lab.runs.config import RunConfig, configure, run_hash
 from steepest.lab.runs.records import Run, read_run
 from steepest.lab.tasks import make_task
@@ -37,10 +37,6 @@ KEPT = HERE / "records.jsonl.xz"
 TASK = make_task("text", "tiny")
 TUNING_SEED = 1000
 BUDGET = 24  # tried settings of each method
-BETAS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99)
-SECOND_BETAS = (0.7, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
-DECAYS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
-RATES = ("lr", "other_lr", "table_lr")
 SCHEDULES: tuple[Schedule, ...] = ("cooldown", "warmup-long-cooldown")
 
 
@@ -89,12 +85,9 @@ WALKS = {
 }
 
 
-def ladder(name: str, start: float) -> tuple[float, ...]:
-    """The values of an option: rates by factors of the root of two around the start."""
-    if name in RATES:
-        return tuple(float(f"{start * 2 ** (rung / 2):.6g}") for rung in range(-10, 11))
-    fixed = {"beta2": SECOND_BETAS, "weight_decay": DECAYS, "schedule": tuple(map(float, range(len(SCHEDULES))))}
-    return fixed.get(name, BETAS)
+def rungs(name: str, start: float) -> tuple[float, ...]:
+    """The values that an option, or the schedule, may have."""
+    return tuple(map(float, range(len(SCHEDULES)))) if name == "schedule" else ladder(name, start)
 
 
 def setting(method: str, options: Mapping[str, object], **more: object) -> RunConfig:
@@ -140,8 +133,6 @@ class Kept:
             if (outcome := self.pool.train(directory)) != "finished":
                 raise SystemExit(f"{directory}: {outcome}, {last_words(directory)}")
         with self.lock:
-            # another process may have kept runs meanwhile
-            self.runs |= unpack(KEPT)[1] if KEPT.exists() else {}
             self.runs[directory.name] = {f: (directory / f).read_bytes() for f in RECORDS if (directory / f).exists()}
             about = {"command": " ".join(sys.argv), "commit": _commit()}
             write_whole(KEPT, pack(json.dumps(about).encode(), self.runs), durable=True)
@@ -149,18 +140,14 @@ class Kept:
 
 
 def _commit() -> str:
-    git = shutil.which("git")
-    return (
-        subprocess.run([git, "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-        if git
-        else ""
-    )
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def walk(label: str, kept: Kept, budget: int = BUDGET) -> list[tuple[RunConfig, Tried]]:
     """The settings that were tried of a method, in their order; as many as there was time for."""
     own = WALKS[label]
-    steps = search({n: ladder(n, v) for n, v in own.start.items()}, own.start, budget=budget)
+    steps = search({n: rungs(n, v) for n, v in own.start.items()}, own.start, budget=budget)
     tried: list[tuple[RunConfig, Tried]] = []
     options = next(steps)
     while True:
@@ -194,15 +181,21 @@ def tuning_rows(kept: Kept) -> list[dict[str, object]]:
     return rows
 
 
-def write_rows(name: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """A table as a file beside this one."""
-    with (HERE / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as CSV."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 TABLES: Mapping[str, Callable[[Kept], list[dict[str, object]]]] = {"tuning": tuning_rows}
+
+
+def tables() -> dict[str, str]:
+    """All tables of this page, by name of the file."""
+    return {f"{name}.csv": table(rows(Kept(None))) for name, rows in TABLES.items()}
 
 
 def main() -> None:
@@ -219,8 +212,8 @@ def main() -> None:
         with ThreadPoolExecutor(options.workers) as threads:
             for done in [threads.submit(walk, label, kept) for label in options.only]:
                 done.result()
-    for name, rows in TABLES.items():
-        write_rows(name, rows(Kept(None)))
+    for name, text in tables().items():
+        write_whole(HERE / name, text)
 
 
 if __name__ == "__main__":

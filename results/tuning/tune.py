@@ -1,7 +1,6 @@
-"""Tune the methods of the races: at a preset every method gets as many tried settings, on one seed that no race uses.
+"""Tune the methods of the demo races: every method gets as many tried settings, on one seed that no race uses.
 
     .venv/bin/python results/tuning/tune.py --out out/tuning
-    .venv/bin/python results/tuning/tune.py --preset tiny --budget 24 --out out/tuning
 
 Each method walks downhill over its learning rates and momenta (`search`), from where an earlier
 search had ended, by the loss on the part of the held-out text that is for tuning. Runs are kept in --out and never
@@ -15,14 +14,14 @@ import math
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from steepest.lab.disk.fields import read_text
 from steepest.lab.disk.files import write_whole
 from steepest.lab.engine.pool import Pool, last_words
 from steepest.lab.engine.study import default_workers
-from steepest.lab.engine.walk import Tried, at_edge, best_of, search
+from steepest.lab.engine.walk import Tried, at_edge, best_of, ladder, search
 from steepest.lab.runs.config import RunConfig, configure
 from steepest.lab.runs.records import read_result
 from steepest.lab.studies.study import run_directory, write_configs
@@ -32,11 +31,6 @@ from steepest.lab.tasks.task import Task
 HERE = Path(__file__).parent
 SEED = 1000
 BUDGET = 16
-BETAS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99)
-SECOND_BETAS = (0.7, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999)
-DECAYS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
-RATES = ("lr", "other_lr", "table_lr")
-SCHEDULES = ("cooldown", "warmup-long-cooldown")
 
 
 @dataclass(frozen=True)
@@ -45,14 +39,13 @@ class Contestant:
 
     Args:
         method: A key of `METHODS`.
-        start: Of the options that are searched: where the walk begins. "schedule" is the run's, by its place in
-            `SCHEDULES`.
+        start: Of the options that are searched: where the walk begins.
         fixed: Of the others.
     """
 
     method: str
     start: Mapping[str, float]
-    fixed: Mapping[str, str] = field(default_factory=dict[str, str])
+    fixed: Mapping[str, str]
 
 
 def _muon(**fixed: str) -> Contestant:
@@ -61,27 +54,19 @@ def _muon(**fixed: str) -> Contestant:
 
 
 CONTESTANTS = {
-    ("text", "demo"): {
-        "adamw": Contestant("adamw", {"beta1": 0.9, "lr": 0.004, "other_lr": 0.008, "beta2": 0.95}),
+    "text": {
+        "adamw": Contestant("adamw", {"beta1": 0.9, "lr": 0.004, "other_lr": 0.008, "beta2": 0.95}, {}),
         "muon": _muon(),
-        "muonadam": Contestant("muonadam", {"momentum": 0.95, "lr": 0.04, "other_lr": 0.02, "beta2": 0.95}),
+        "muonadam": Contestant("muonadam", {"momentum": 0.95, "lr": 0.04, "other_lr": 0.02, "beta2": 0.95}, {}),
         "muon-jordan": _muon(coefficients="jordan"),
         "muon-nonic": _muon(coefficients="nonic"),
     },
-    ("digits", "demo"): {
-        "adamw": Contestant("adamw", {"beta1": 0.9, "lr": 0.01, "other_lr": 0.02, "beta2": 0.95}),
-        "muon": Contestant("muon", {"momentum": 0.95, "lr": 0.04, "other_lr": 0.01, "beta2": 0.95, "beta1": 0.9}),
-        "muonadam": Contestant("muonadam", {"momentum": 0.95, "lr": 0.02, "other_lr": 0.02, "beta2": 0.95}),
+    "digits": {
+        "adamw": Contestant("adamw", {"beta1": 0.9, "lr": 0.01, "other_lr": 0.02, "beta2": 0.95}, {}),
+        "muon": Contestant("muon", {"momentum": 0.95, "lr": 0.04, "other_lr": 0.01, "beta2": 0.95, "beta1": 0.9}, {}),
+        "muonadam": Contestant("muonadam", {"momentum": 0.95, "lr": 0.02, "other_lr": 0.02, "beta2": 0.95}, {}),
     },
 }
-
-
-def ladder(name: str, start: float) -> tuple[float, ...]:
-    """The values of an option: rates by factors of the root of two around the start."""
-    if name in RATES:
-        return tuple(float(f"{start * 2 ** (rung / 2):.6g}") for rung in range(-10, 11))
-    fixed = {"beta2": SECOND_BETAS, "weight_decay": DECAYS, "schedule": tuple(map(float, range(len(SCHEDULES))))}
-    return fixed.get(name, BETAS)
 
 
 def tune(task: Task, contestant: Contestant, out: Path, pool: Pool, budget: int) -> list[tuple[RunConfig, Tried]]:
@@ -91,15 +76,8 @@ def tune(task: Task, contestant: Contestant, out: Path, pool: Pool, budget: int)
     options = next(walk)
     while True:
         wanted = {**options, **contestant.fixed}
-        schedule = SCHEDULES[int(wanted.pop("schedule", 0))]
         config = configure(
-            task,
-            method=contestant.method,
-            seed=SEED,
-            options=wanted,
-            schedule=schedule,
-            eval_every=task.budget.steps,
-            part="tuning",
+            task, method=contestant.method, seed=SEED, options=wanted, eval_every=task.budget.steps, part="tuning"
         )
         configs.append(config)
         run = run_directory(out, config)
@@ -108,7 +86,7 @@ def tune(task: Task, contestant: Contestant, out: Path, pool: Pool, budget: int)
             raise SystemExit(f"{run}: {outcome}, {last_words(run)}")
         result = read_result(run / "result.json")
         loss = math.inf if result is None or result.tuning_loss is None else result.tuning_loss
-        print(f"{contestant.method} {schedule} {wanted}: {loss:.4f}", flush=True)  # noqa: T201
+        print(f"{contestant.method} {wanted}: {loss:.4f}", flush=True)  # noqa: T201
         try:
             options = walk.send(loss)
         except StopIteration as end:
@@ -122,30 +100,24 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=int, default=BUDGET, help="tried settings of each method (default: %(default)s)"
     )
-    parser.add_argument("--task", default="text", choices=sorted({task for task, _ in CONTESTANTS}))
-    parser.add_argument("--preset", default="demo", choices=sorted({preset for _, preset in CONTESTANTS}))
-    parser.add_argument("--only", nargs="+", help="walks to train; tables are written where all have ended")
+    parser.add_argument("--tasks", nargs="+", default=["text"], choices=list(CONTESTANTS))
     options = parser.parse_args()
-    contestants = CONTESTANTS.get((options.task, options.preset))
-    if contestants is None or not {*(options.only or ())} <= {*contestants}:
-        known = "; ".join(f"{task} {preset}: {' '.join(own)}" for (task, preset), own in CONTESTANTS.items())
-        parser.error(f"walks are, by task and preset, {known}")
-    task = make_task(options.task, options.preset)
-    pool = Pool(default_workers(), threads=1, data=None, stop=threading.Event())
-    with ThreadPoolExecutor(pool.workers) as threads:
-        walks = {
-            label: threads.submit(tune, task, contestants[label], options.out, pool, options.budget)
-            for label in options.only or contestants
-        }
-        try:
-            found = {label: walk.result() for label, walk in walks.items()}
-        finally:
-            pool.stop.set()
-    if len(found) == len(contestants):
-        write_rows(task, found, options.out)
+    for name in options.tasks:
+        task = make_task(name, "demo")
+        pool = Pool(default_workers(), threads=1, data=None, stop=threading.Event())
+        with ThreadPoolExecutor(pool.workers) as threads:
+            walks = {
+                label: threads.submit(tune, task, one, options.out, pool, options.budget)
+                for label, one in CONTESTANTS[name].items()
+            }
+            try:
+                found = {label: walk.result() for label, walk in walks.items()}
+            finally:
+                pool.stop.set()
+        write_rows(name, found, options.out)
 
 
-def write_rows(task: Task, found: Mapping[str, list[tuple[RunConfig, Tried]]], out: Path) -> None:
+def write_rows(name: str, found: Mapping[str, list[tuple[RunConfig, Tried]]], out: Path) -> None:
     """One row per setting in the order of the walk, and the machine of the first."""
     rows: list[dict[str, object]] = []
     for label, walk in found.items():
@@ -153,22 +125,12 @@ def write_rows(task: Task, found: Mapping[str, list[tuple[RunConfig, Tried]]], o
         best, edge = best_of(tried), at_edge(tried)
         print(f"{label}: {dict(best.options)} {best.loss:.4f}, at the edge: {', '.join(edge) or 'none'}")  # noqa: T201
         for number, (config, one) in enumerate(walk, start=1):
-            keys = (*RATES, "momentum", "beta1", "beta2", "weight_decay", "coefficients")
-            row = {
-                "task": task.name,
-                "preset": config.preset,
-                "label": label,
-                "method": config.method,
-                "number": number,
-            }
-            row |= {key: config.options.get(key, "") for key in keys} | {
-                "schedule": config.schedule,
-                "seed": config.seed,
-            }
+            keys = ("lr", "other_lr", "momentum", "beta1", "beta2", "coefficients")
+            row = {"task": name, "preset": config.preset, "label": label, "method": config.method, "number": number}
+            row |= {key: config.options.get(key, "") for key in keys} | {"seed": config.seed}
             row |= {"tuning_loss": one.loss, "best": one is best, "edge": " ".join(edge) if one is best else ""}
             run = run_directory(out, config).name
             rows.append(row | {"run": run, "code": config.code, "data": config.data.sha256[:12]})
-    name = task.name if task.preset == "demo" else f"{task.name}_{task.preset}"
     with (HERE / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

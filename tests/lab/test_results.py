@@ -1,5 +1,6 @@
 """Committed tables and pictures are what today's code makes of the committed records."""
 
+import contextlib
 import csv
 import functools
 import io
@@ -64,6 +65,30 @@ def test_pictures_of_the_docs_come_from_records(name):
     [figure] = [figure for figure in content(RESULTS / study).figures if figure.key == key]
     today = shown(io.BytesIO(to_png(figure)))
     assert shown(IMAGES / f"{name}.png") == today, f"docs/images/{name}.png is not today's {key}.png"
+
+
+def test_todays_walk_asks_for_the_settings_of_the_committed_search():
+    tune = runpy.run_path(str(RESULTS / "tuning/tune.py"))
+    rows = list(csv.DictReader(io.StringIO((RESULTS / "tuning/text.csv").read_text())))
+    for label, own in tune["CONTESTANTS"]["text"].items():
+        ladders = {name: tune["ladder"](name, start) for name, start in own.start.items()}
+        walk = tune["search"](ladders, own.start, budget=tune["BUDGET"])
+        found = [row for row in rows if row["label"] == label]
+        assert len(found) == tune["BUDGET"]
+        asked = next(walk)
+        for row in found:
+            assert {name: float(row[name]) for name in asked} == asked
+            with contextlib.suppress(StopIteration):  # after the last one
+                asked = walk.send(float(row["tuning_loss"]))
+
+
+def test_tables_of_a_search_come_from_its_records():
+    tables = runpy.run_path(str(RESULTS / "strongest/study.py"))["tables"]()
+    assert tables
+    for name, text in tables.items():
+        own, made = (list(csv.reader(io.StringIO(t))) for t in ((RESULTS / "strongest" / name).read_text(), text))
+        assert len(made) > 1
+        assert [pair for pair in zip(own, made, strict=True) if not all(map(same, *pair))] == []
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def test_kinds_that_print_alike_are_told_apart():
 
 def test_a_kind_that_is_no_dataclass_is_refused():
     class Bare:
-        rate, needs_directions = 0.1, False
+        rate, needs_directions, keeps_norms, relative = 0.1, False, False, False
         radius, removed = Decoupled.radius, Decoupled.removed
         apply_, stay_finite = Decoupled.apply_, Decoupled.stay_finite
 

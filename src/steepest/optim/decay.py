@@ -32,6 +32,16 @@ class Decay(Protocol):
         """Whether what is removed depends on the directions."""
         ...
 
+    @property
+    def keeps_norms(self) -> bool:
+        """Whether the optimizer, after `apply_`, brings each matrix back to the Frobenius norm that it had at first."""
+        ...
+
+    @property
+    def relative(self) -> bool:
+        """Whether directions are then made as long as that norm before."""
+        ...
+
     def radius(self, rate: float) -> float | None:
         """Of the ball that weights are kept in by steps of norm one; None: decay keeps them in none.
 
@@ -115,15 +125,12 @@ class Decoupled:
 
     rate: float = 0.0
 
+    keeps_norms = relative = needs_directions = False
+
     def __post_init__(self) -> None:
         check_fields(self, {"rate": number()})
 
-    @property
-    def needs_directions(self) -> bool:
-        """No."""
-        return False
-
-    def radius(self, rate: float) -> float:
+    def radius(self, rate: float) -> float | None:
         """1 / rate: a step of norm lr on weights on that sphere takes away as much as it adds."""
         return 1 / rate
 
@@ -198,13 +205,11 @@ class Cautious:
 
     rate: float = 0.0
 
+    keeps_norms = relative = False
+    needs_directions = True
+
     def __post_init__(self) -> None:
         check_fields(self, {"rate": number()})
-
-    @property
-    def needs_directions(self) -> bool:
-        """Yes."""
-        return True
 
     def radius(self, rate: float) -> None:
         """There is no ball."""
@@ -250,7 +255,7 @@ class Cautious:
 
 
 @dataclass(frozen=True)
-class Sphere:
+class Sphere(Decoupled):
     """W <- r (W + length · D) / ‖W + length · D‖_F: each matrix keeps the Frobenius norm r that it had at first.
 
     What is one matrix is what is one for the norm: each head, expert or fused part by itself; for norms of entries,
@@ -260,7 +265,7 @@ class Sphere:
     Args:
         relative: Make each direction as long as r before, so that lr is the step relative to the weight, in radians
             while it is small; directions without a radius stay as they are.
-        rate: 0: there is nothing left to decay.
+        rate: 0: there is nothing left to decay; steps are otherwise those of `Decoupled`.
 
     Raises:
         ValueError: If the rate is not 0.
@@ -272,54 +277,17 @@ class Sphere:
     """
 
     relative: bool = False
-    rate: float = 0.0
+
+    keeps_norms = True
 
     def __post_init__(self) -> None:
-        check_fields(self, {"relative": flag, "rate": number()})
+        check_fields(self, {"rate": number(), "relative": flag})
         if self.rate != 0:
             raise ValueError(refusal("Sphere: rate", f"0, as {NOTHING_TO_DECAY}", self.rate))
-
-    @property
-    def needs_directions(self) -> bool:
-        """No."""
-        return False
 
     def radius(self, rate: float) -> None:
         """There is no ball of the norm, but a sphere."""
         del rate
-
-    def removed(self, weights: Sequence[Tensor], directions: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Per unit of a rate that is 0."""
-        del directions
-        return weights
-
-    def apply_(
-        self,
-        parameters: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        *,
-        directions: Sequence[Tensor] = (),
-        length: float | Tensor,
-        decay: float | Tensor,
-        accept: Tensor | None = None,
-        pull: bool = False,
-    ) -> None:
-        """Move the weights; the optimizer, which knows what other ranks keep of a matrix, brings them back then."""
-        del decay, pull
-        Decoupled().apply_(parameters, moves, directions=directions, length=length, decay=0.0, accept=accept)
-
-    def stay_finite(
-        self,
-        parameters: Sequence[Tensor],
-        moves: Sequence[Tensor],
-        *,
-        length: float | Tensor,
-        decay: float | Tensor,
-        pull: bool,
-    ) -> Tensor:
-        """Whether `apply_` would leave only finite weights."""
-        del decay, pull
-        return Decoupled().stay_finite(parameters, moves, length=length, decay=0.0, pull=False)
 
 
 def _against(weight: Tensor, direction: Tensor) -> Tensor:
@@ -378,7 +346,7 @@ class Decays:
                 f"knows ({', '.join(self._known)}). Write the kind itself: weight_decay=Decoupled(0.1)."
             )
         rate = group["weight_decay"]
-        if isinstance(self.of(group), Sphere) and (isinstance(rate, Tensor) or rate != 0):
+        if self.of(group).keeps_norms and (isinstance(rate, Tensor) or rate != 0):
             raise ValueError(
                 f"{where}: weight_decay is {shown(rate)}, and its kind is {group['decay_kind']}: {NOTHING_TO_DECAY}. "
                 "Write 0, or another kind, such as Decoupled(0.1)."

@@ -26,7 +26,7 @@ from steepest.notices import warn
 from steepest.optim.arguments import checked_options
 from steepest.optim.ball import beyond_ball, weight_numbers
 from steepest.optim.combine import Combine, DualMode
-from steepest.optim.decay import Decay, Decays, Sphere
+from steepest.optim.decay import Decay, Decays
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.families import FAMILY, Families, where_of
 from steepest.optim.groups import (
@@ -342,7 +342,7 @@ class SteepestDescent(Optimizer):
         """
         self._settle()
         asked, names = set(parameters), self.names
-        kept = [group["params"] for group in self.param_groups if isinstance(self._decays.of(group), Sphere)]
+        kept = [group["params"] for group in self.param_groups if self._decays.of(group).keeps_norms]
         return [names[parameter] for own in kept for parameter in own if parameter in asked]
 
     @property
@@ -878,7 +878,7 @@ class SteepestDescent(Optimizer):
         stages = self._stages if self._staged(group) else ()
         norm = self._norms.of(group)
         radii = 0
-        if isinstance(self._decays.of(group), Sphere):
+        if self._decays.of(group).keeps_norms:
             radii = sum(count for count, _, _ in row.blocks()) if norm.matrix and row.view is not None else 1
         averages = averages_of(group)
         count = 1 if averages is None else len(averages)
@@ -1213,7 +1213,7 @@ class SteepestDescent(Optimizer):
             for key in (*MODEL_KEYS, *FURTHER_KEYS):
                 if key not in old:
                     group.pop(key, None)
-            if isinstance(self._decays.of(group), Sphere):  # the rate of another kind, as decay_kind stays this one's
+            if self._decays.of(group).keeps_norms:  # the rate of another kind, as decay_kind stays this one's
                 group["weight_decay"] = 0.0
             make_plain(group, f"parameter group {index}")
         self.state.update(states)

@@ -11,7 +11,7 @@ from torch import Tensor
 from steepest.anatomy.batches import gains
 from steepest.geometry import Norm
 from steepest.geometry.norm import completed
-from steepest.optim.decay import Decay, Sphere
+from steepest.optim.decay import Decay
 from steepest.optim.diagnostics import StepRecord
 from steepest.optim.groups import averages_of
 from steepest.optim.momentum import average_, combined, debias, forget_, look_ahead
@@ -101,7 +101,6 @@ class Move:
         self._states = states
         self._stages = stages
         self._decay = decay
-        self._sphere = decay if isinstance(decay, Sphere) else None
         self._squares: Tensor | None = None  # of the weights before they move, matrix by matrix, where that is known
         self.arc: Arc | None = None
         self.arc_gains: Tensor | None = None  # (averages, matrices), -<m_i, D> of several averages, along an arc
@@ -213,7 +212,7 @@ class Move:
         climbs = any(stage.may_climb for stage in self._stages)
         if climbs and found:
             found = self._without_climbing(batches, found)
-        if self._sphere is not None and self._sphere.relative:
+        if self._decay.relative:
             found = self._as_long_as_radii(found)
         aim = Aim(found, None, None)
         if count is not None and (duals or slopes):
@@ -347,7 +346,7 @@ class Move:
     @property
     def bends(self) -> bool:
         """Whether weights stay on a sphere, so that a step is no straight line."""
-        return self._sphere is not None
+        return self._decay.keeps_norms
 
     def along_arc(self) -> list[Tensor]:
         """What must be known of all ranks' weights and directions before a step on a sphere is measured."""
@@ -478,10 +477,9 @@ class Move:
             moves = [torch.where(accept, move, 0.0) for move in moves]
         pull = self._radius != 1
         rounds = self._storage.rounds(self.parameters[0])
-        narrow = self._sphere is not None and self.parameters[0].dtype is not self._dtype
+        narrow = self.bends and self.parameters[0].dtype is not self._dtype
         weights = self._joined() if rounds or narrow else self.parameters
-        returns = self._sphere is not None
-        before = self.portion.products(weights, weights) if returns and self._squares is None else None
+        before = self.portion.products(weights, weights) if self.bends and self._squares is None else None
         self._decay.apply_(
             weights,
             moves,
@@ -491,7 +489,7 @@ class Move:
             accept=accept,
             pull=pull,
         )
-        if returns:
+        if self.bends:
             self._return(weights, before, accept)
         if rounds:
             self._round(weights)

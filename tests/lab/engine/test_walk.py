@@ -2,7 +2,9 @@ import math
 
 import pytest
 
-from steepest.lab.engine.walk import Tried, at_edge, best_of, search
+from steepest.lab.engine.walk import LADDERS as KNOWN
+from steepest.lab.engine.walk import Tried, at_edge, best_of, ladder, search
+from steepest.lab.methods import RATES
 
 LADDERS = {"lr": (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), "beta": (0.5, 0.7, 0.8, 0.9, 0.95)}
 START = {"lr": 4.0, "beta": 0.8}
@@ -58,3 +60,15 @@ def test_a_best_setting_at_the_edge_of_what_was_tried_is_known():
 def test_walks_that_cannot_be_are_refused(change, text):
     with pytest.raises(ValueError, match=text):
         walked(bowl, **change)
+
+
+@pytest.mark.parametrize("name", [*RATES, *KNOWN])
+def test_ladders_rise_and_hold_where_a_rate_starts(name):
+    values = ladder(name, 0.03)
+    assert list(values) == sorted(set(values))
+    assert name not in RATES or (0.03 in values and values[12] / values[10] == pytest.approx(2, rel=1e-5))
+
+
+def test_an_option_without_a_ladder_is_refused():
+    with pytest.raises(ValueError, match="Unknown option of a walk 'betta2': did you mean 'beta2'"):
+        ladder("betta2", 0.9)

@@ -10,7 +10,33 @@ import random
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
+from steepest.lab.methods import RATES
+from steepest.names import unknown_name
+
 STRIDES = (2, 1)  # rungs from one tried value of an option to the next: coarse first
+RUNGS = 10  # of a learning rate, on each side of where the walk starts
+LADDERS: Mapping[str, tuple[float, ...]] = {
+    **dict.fromkeys(("momentum", "beta1"), (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99)),
+    "beta2": (0.7, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995, 0.999),
+    "weight_decay": (0.0, 0.01, 0.03, 0.1, 0.3, 1.0),
+}
+
+
+def ladder(name: str, start: float) -> tuple[float, ...]:
+    """The values that an option of a method may have in a walk, rising.
+
+    Args:
+        name: Of the option: a learning rate, or one that `LADDERS` has.
+        start: Where the walk begins; rates go by factors of the root of two around it.
+
+    Raises:
+        ValueError: If the option is none of these.
+    """
+    if name in RATES:
+        return tuple(float(f"{start * 2 ** (rung / 2):.6g}") for rung in range(-RUNGS, RUNGS + 1))
+    if name not in LADDERS:
+        raise ValueError(unknown_name("option of a walk", name, [*RATES, *LADDERS]))
+    return LADDERS[name]
 
 
 @dataclass(frozen=True)
@@ -70,7 +96,7 @@ def search(
     best = places
     room = yield from ask(best)
     strides = itertools.chain(STRIDES, itertools.repeat(STRIDES[-1]))
-    generator, reach = random.Random(0), 1
+    generator, reach, longest = random.Random(0), 1, max(map(len, ladders.values()))
     while room and len(losses) < budget:
         stride, before = next(strides), len(losses)
         for place in range(len(best)):
@@ -88,7 +114,8 @@ def search(
             if inside(other := tuple(beside)):
                 room = yield from ask(other)
                 best = min(losses, key=losses.__getitem__)
-            reach = 1 if len(losses) > before else reach + 1  # all that is near may have been tried
+            # All that is near may have been tried; from the longest ladder on, every setting is within reach.
+            reach = 1 if len(losses) > before else min(reach + 1, longest)
     return [Tried(named(rungs), loss) for rungs, loss in losses.items()]
 
 
@@ -110,6 +137,7 @@ def _places(ladders: Mapping[str, tuple[float, ...]], start: Mapping[str, float]
             raise ValueError(f"The ladder of {name!r} must rise, got {values}.")
         if start.get(name) not in values:
             raise ValueError(f"The start of {name!r} must be one of {values}, got {start.get(name)}.")
-    if not 1 <= budget <= (most := math.prod(map(len, ladders.values()))):
+    most = math.prod(map(len, ladders.values()))
+    if not 1 <= budget <= most:
         raise ValueError(f"budget must be between 1 and the {most} settings that there are, got {budget}.")
     return tuple(values.index(start[name]) for name, values in ladders.items())
