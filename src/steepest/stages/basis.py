@@ -35,7 +35,8 @@ from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, choice, flag, number, whole
 from steepest.linalg import ridge_unit
 from steepest.stages.factors import Factored, relative
-from steepest.stages.metric import ROUNDING, of_size
+from steepest.stages.metric import ROUNDING
+from steepest.stages.sizes import of_size
 from steepest.stages.stage import Entry, Stage
 
 BasisMethod = Literal["qr", "eigh"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import Load, PlanRow
-from steepest.stages.bounded import bounded
+from steepest.stages.sizes import bounded
 from steepest.stages.stage import Entry, Stage, States
 
 SIDES = ("left", "right")

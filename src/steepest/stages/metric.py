@@ -23,7 +23,7 @@ from torch import Tensor
 from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, choice, flag, number, pair, refusal
 from steepest.ranks import scalar_type
-from steepest.stages.bounded import bounded
+from steepest.stages.sizes import bounded, of_size
 from steepest.stages.stage import Entry, Stage
 
 Sides = Literal["both", "rows", "columns"]
@@ -201,20 +201,6 @@ class DiagonalMetric(Stage):
         del accept
         found = self.before(load, directions, states)
         return tuple(map(of_size, found, directions)) if self.keep_size else found
-
-
-def of_size(direction: Tensor, like: Tensor) -> Tensor:
-    """A direction with the Frobenius norm of another.
-
-    Args:
-        direction: (B, m, n).
-        like: Likewise.
-
-    Returns:
-        (B, m, n); 0 stays 0.
-    """
-    own, wanted = (torch.linalg.vector_norm(one, dim=(-2, -1), keepdim=True) for one in (direction, like))
-    return direction * (wanted / torch.where(own == 0, 1.0, own))
 
 
 _BOUNDS = "two numbers, the first in (0, 1], the second at least 1"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steepest.anatomy import Load
 from steepest.checks import check_fields, number
+from steepest.stages.sizes import of_size
 from steepest.stages.stage import Stage
 
 MATRIX = (-2, -1)
@@ -80,8 +81,7 @@ class RadialBrake(Weighed):
         unit = weight / torch.where(size == 0, 1.0, size)
         out = (direction * unit).sum(MATRIX, keepdim=True).clamp(min=0.0)
         new = direction - (1 - self.outward) * out * unit
-        before, after = (torch.linalg.vector_norm(d, dim=MATRIX, keepdim=True) for d in (direction, new))
-        return torch.where(out > 0, new * (before / torch.where(after == 0, 1.0, after)), direction)
+        return torch.where(out > 0, of_size(new, direction), direction)
 
 
 @dataclass(frozen=True)

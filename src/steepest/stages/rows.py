@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, number
+from steepest.stages.sizes import of_size
 from steepest.stages.stage import Entry, Stage
 
 ROW_MOMENT = "row_moment"
@@ -87,6 +88,4 @@ class RowScaling(Stage):
 
     def _divided(self, direction: Tensor, average: Tensor) -> Tensor:
         length = (average.sqrt() + self.eps).unsqueeze(-1)
-        new = direction / torch.where(length == 0, 1.0, length)
-        before, after = (torch.linalg.vector_norm(d, dim=(-2, -1), keepdim=True) for d in (direction, new))
-        return new * (before / torch.where(after == 0, 1.0, after))
+        return of_size(direction / torch.where(length == 0, 1.0, length), direction)

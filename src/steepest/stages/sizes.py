@@ -1,4 +1,7 @@
-"""Gradients of which squares can be averaged: one infinite sum would stay in a moving average for ever."""
+"""Sizes of matrices: gradients whose squares can be averaged, and directions as long as others.
+
+One infinite sum would stay in a moving average for ever.
+"""
 
 import math
 
@@ -20,3 +23,17 @@ def bounded(gradients: Tensor) -> Tensor:
     exponent = math.frexp(torch.finfo(gradients.dtype).max)[1] // 2 - 1
     most = 2.0 ** (exponent - math.ceil(math.log2(max(1, gradients.shape[-2:].numel())) / 2))
     return gradients.clamp(-most, most)
+
+
+def of_size(direction: Tensor, like: Tensor) -> Tensor:
+    """A direction with the Frobenius norm of another.
+
+    Args:
+        direction: (B, m, n).
+        like: Likewise.
+
+    Returns:
+        (B, m, n); 0 stays 0.
+    """
+    own, wanted = (torch.linalg.vector_norm(one, dim=(-2, -1), keepdim=True) for one in (direction, like))
+    return direction * (wanted / torch.where(own == 0, 1.0, own))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steepest.stages.bounded import bounded
+from steepest.stages.sizes import bounded
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
