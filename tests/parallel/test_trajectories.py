@@ -35,6 +35,8 @@ TOLERANCE = 1e-5
 SHARED = [(size, name) for size in (2, 4) for name in LAYOUTS[size]]
 JUDGED = ("muon", "newton_muon", "nor_muon", "muon_max", "muon_max_momo", "averages", "scion", "adam")
 STAGED = ("newton_muon", "nor_muon", "iso_muon", "soap_muon", "p_muon", "everything")
+WEIGHED = ("radial",)
+BENT = ("cautious_stale", "sphere_momo", "sphere_stale")
 MATRICES = {f"block.{n}.weight" for n in ("up", "down", "narrow", "wide", "rare")}
 MATRICES |= {f"block.experts.{n}_proj" for n in ("gate_up", "down")}
 NUMBERS = ("momo_value", "momo_bound", "momo_steps", "momo_intercept", "skipped_steps")
@@ -179,26 +181,30 @@ def check_work(method, layout, answers):
             if owners is not None and not name.startswith(("block.idle", "block.frozen"))
             if name != "block.rare.weight" or step % 3 == 0
         ]
-        due = [bytes_due(name, [own[name] for own in parts], told[0]["owners"][name]) for name in moving]
+        due = [bytes_due(name, [own[name] for own in parts], told[0]["owners"][name], method) for name in moving]
         assert sum(moved) == sum(due), f"{moved} are not {dict(zip(moving, due, strict=True))} in step {step}"
 
 
-def bytes_due(name, parts, owners):
+def bytes_due(name, parts, owners, method):
     """Of a parameter in float32: to each owner the parts that it lacks, from it to each keeper of a part that part.
 
     Args:
         name: Of the parameter; what is no matrix has a norm of Adam's, whose second moment goes to the owner, too.
         parts: Of each rank, which one it keeps, and how many numbers.
         owners: Several work on one distinct part each.
+        method: Stages that see weights need these at the owner; some decays and Momo on spheres need directions by
+            themselves at the keepers, before they are as long as the step.
     """
+    sent = 1 + (method in WEIGHED if name in MATRICES else 1)
+    returned = 1 + (method in BENT and not name.endswith((".bias", ".gain.weight")))
     distinct = dict(parts)
     if len(owners) > 1:
         assert sorted(parts[owner][0] for owner in owners) == sorted(part for part, count in distinct.items() if count)
-        return 4 * (sum(count for _, count in parts) - sum(distinct.values()))
+        return 4 * returned * (sum(count for _, count in parts) - sum(distinct.values()))
     (owner,) = owners
     out = sum(distinct.values()) - parts[owner][1]
     back = sum(count for rank, (_, count) in enumerate(parts) if rank != owner)
-    return 4 * (out * (1 if name in MATRICES else 2) + back)
+    return 4 * (out * sent + back * returned)
 
 
 @cases("options", [{"memory_cap": 1}, {"memory_cap": 10**9}], ids=["many loads", "one load"])

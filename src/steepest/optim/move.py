@@ -414,7 +414,10 @@ class Move:
         return list(map(self.portion.own_products, products))
 
     def _directions(self) -> list[Tensor]:
-        return self._kept_parts((self.aimed or self.aim(duals=True, slopes=True)).directions)
+        found = self._kept or self._kept_parts((self.aimed or self.aim(duals=True, slopes=True)).directions)
+        if self._decay.needs_directions:
+            self._kept = found
+        return found
 
     def _kept_parts(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Of directions, what this rank keeps: shaped like the parameters."""
@@ -429,7 +432,8 @@ class Move:
             factors: What each matrix' direction is multiplied by besides: 0-d, or one number for each; None: 1.
         """
         found, radius = cast(Aim, self.aimed).directions, self._radius
-        self._kept = self._kept_parts(found) if self._decay.needs_directions else []
+        if self._decay.needs_directions and not self._kept:
+            self._kept = self._kept_parts(found)
         if factors is not None and factors.ndim == 0 and factors.device.type == "cpu":
             length = length * float(factors)  # one pass over the directions less
         elif factors is not None:

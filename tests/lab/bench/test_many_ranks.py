@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
-from steepest import Adam, InputMoment, Muon, MuonMax, NewtonMuon, Scion
+from steepest import Adam, Cautious, InputMoment, Muon, MuonMax, NewtonMuon, Scion, Sphere
 from steepest.anatomy import route
 from steepest.lab.bench.many_ranks import (
     Kept,
@@ -34,7 +34,7 @@ from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.lab.models.published import Sizes, decoder, published
 from steepest.ranks import Route, local, volume
 from steepest.ranks.boxes import full
-from steepest.stages import RowScaling
+from steepest.stages import RadialBrake, RowFloor, RowScaling
 from steepest.stages.inputs import InputMoments
 from tests.cases import cases
 from tests.processes import join_ranks, leave_ranks
@@ -242,6 +242,9 @@ METHODS = {
     "muonmax-momo": lambda model: MuonMax(model, momo=True),
     "scion": lambda model: Scion(model, exchange_dtype=torch.bfloat16),
     "adam": Adam,
+    "cautious": lambda model: MuonMax(model, momo=True, weight_decay=Cautious(0.1)),
+    "sphere": lambda model: Muon(model, momo=True, weight_decay=Sphere()),
+    "radial": lambda model: Muon(model, stages=[RowFloor(0.4), RadialBrake()]),
     "newton-muon": lambda model: NewtonMuon(model, precondition=FULL),  # last, as its hooks stay on the model
 }
 MESHES = {"ddp=4": None, "fsdp=4": (4,), "hsdp=2x2": (2, 2)}
@@ -290,7 +293,7 @@ def measure_on_rank(rank, folder):
             sharing = optimizer.sharing
             assert plan.owners == sharing.owners, where
             assert plan.flops.tolist() == list(sharing.flops), where
-            assert plan.sent[rank] == sharing.sent_bytes, where
+            assert plan.sent[rank] == sharing.sent_bytes, f"{where}: {plan.sent[rank]} are {sharing.sent_bytes}"
             assert plan.agreed_bytes == sharing.agreed_bytes, where
             parameters = list(model.parameters())
             assert plan.parameters[rank] == bytes_of(parameters), where

@@ -29,6 +29,7 @@ from steepest.linalg.polar import SVD_COPIES
 from steepest.linalg.products import OneByOne
 from steepest.names import unknown_name
 from steepest.optim import SteepestDescent
+from steepest.optim.groups import averages_of
 from steepest.optim.packing import SHARES, default_cap, loads, shared_loads
 from steepest.optim.sharing import pieces, turn_of, work_of
 from steepest.optim.state import schema
@@ -749,8 +750,10 @@ class _Ranks:
         """
         changed = any(stage.changes_gradients for stage in first.stages)
         slopes = self.momo and self._ahead(first)
-        kept = self.optimizer._decays.of(first.group).needs_directions
-        return 1 + first.norm.adapts + changed + slopes, 1 + kept + changed
+        seen = any(stage.observes for stage in first.stages) + any(stage.sees_weights for stage in first.stages)
+        decay = self.optimizer._decays.of(first.group)
+        kept = decay.needs_directions or (self.momo and decay.keeps_norms)
+        return 1 + first.norm.adapts + changed + slopes + seen, 1 + kept + changed
 
     def _ahead(self, member: Member) -> bool:
         return bool(member.group["nesterov"]) and not member.norm.adapts
@@ -786,7 +789,23 @@ class _Ranks:
             for load in packed:
                 first = self.members[load.parameters[0]]
                 numbers += sum(load.counts) * (1 + (self.momo and self._ahead(first)))
+        for load in packed:
+            numbers += sum(load.counts) * self._products(self.members[load.parameters[0]])
         return 8 * (numbers + INNER * self.momo)
+
+    def _products(self, first: Member) -> int:
+        """How many inner products of each matrix are added up where weights stay on spheres.
+
+        Args:
+            first: Of a load.
+        """
+        decay = self.optimizer._decays.of(first.group)
+        if not decay.keeps_norms:
+            return 0
+        averages = averages_of(first.group)
+        several = 0 if averages is None else 2 * len(averages)
+        arc = 4 + (several or self._ahead(first))
+        return 1 + (arc if self.momo else 1) + (decay.relative and first.norm.elementwise)
 
 
 def _blocks(member: Member, box: Box) -> Sequence[tuple[int, int, int]]:
