@@ -36,7 +36,7 @@ types: setup
 	$(BIN)/basedpyright
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # What to run while working: without the tests that take long, need a browser or need a database server.
 QUICK := -q -n 2 -m "not slow and not browser and not postgres"

@@ -99,7 +99,7 @@ def test_recipes_keep_the_law(name, law):
         InputMoment(every=1, first=0, structure="diagonal"),
         DiagonalMetric(source="gradients", sides="rows", beta2=0.0, keep_size=False),
         Eigenbasis(every=1, split=True),
-        Eigenbasis(every=2, method="eigh", largest=6, eps=0.0, beta2=0.0),
+        Eigenbasis(every=2, method="eigh", block_size=6, eps=0.0, beta2=0.0),
         ShampooPowers(every=1, exponent=0.5, ridge=0.0),
         RadialBrake(0.0),
         RowFloor(3.0),

@@ -170,7 +170,7 @@ METHODS = {
     "soap_muon": lambda model, **o: MuonMax(
         model, 0.01, step_size=Momo(2.4), stages=[Eigenbasis(every=2), DiagonalMetric(sides="rows")], **o
     ),
-    "p_muon": lambda model, **o: Muon(model, 0.02, stages=[ShampooPowers(every=2, largest=12)], **o),
+    "p_muon": lambda model, **o: Muon(model, 0.02, stages=[ShampooPowers(every=2, block_size=12)], **o),
     "muon_max": lambda model, **o: MuonMax(model, 0.005, weight_decay=0.1, **o),
     "muon_max_stale": lambda model, **o: MuonMax(model, 0.005, dual="stale", **o),
     "muon_max_momo": lambda model, **o: MuonMax(model, 0.01, weight_decay=0.1, step_size=Momo("auto"), **o),

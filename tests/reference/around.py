@@ -1,6 +1,6 @@
 """What stages do around the norm, in float64 from all gradients so far: for `Block.around`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -77,6 +77,23 @@ def kept_sides(products: Array, beta: float, every: int, place: int, renew: Call
     return found
 
 
+def diagonal_blocks(products: Array, block_size: int) -> list[Array]:
+    """Blocks (steps, b, b) on the diagonal of moments (steps, k, k): the fewest equal ones of at most that size."""
+    k = products.shape[1]
+    b = max(b for b in range(1, min(k, block_size) + 1) if k % b == 0)
+    return [products[:, at : at + b, at : at + b] for at in range(0, k, b)]
+
+
+def block_diagonal(blocks: Sequence[Array]) -> Array:
+    """The matrix of which these are the diagonal blocks."""
+    k, at = sum(map(len, blocks)), 0
+    whole = np.zeros((k, k))
+    for own in blocks:
+        whole[at : at + len(own), at : at + len(own)] = own
+        at += len(own)
+    return whole
+
+
 def eigenbasis(
     place: int,
     *,
@@ -85,7 +102,7 @@ def eigenbasis(
     every: int = 10,
     method: str = "qr",
     eps: float = 1e-8,
-    largest: int = 8192,
+    block_size: int = 8192,
     split: bool = False,
 ) -> Around:
     """SOAP's basis, with the lmo after it."""
@@ -96,9 +113,8 @@ def eigenbasis(
         return np.linalg.qr((moment + 1e-4 * np.trace(moment) / len(moment) * np.eye(len(moment))) @ old)[0]
 
     def bases(products):
-        if products.shape[1] > largest:
-            return [np.eye(products.shape[1])] * len(products)
-        return kept_sides(products, beta, every, place, renew)
+        parts = [kept_sides(own, beta, every, place, renew) for own in diagonal_blocks(products, block_size)]
+        return [block_diagonal(own) for own in zip(*parts, strict=True)]
 
     def around(gradients, averages):
         transposed = gradients.transpose(0, 2, 1)
@@ -123,7 +139,7 @@ def shampoo_powers(
     beta: float = 0.95,
     every: int = 10,
     ridge: float = 1e-3,
-    largest: int = 8192,
+    block_size: int = 8192,
 ) -> Around:
     """PMuon's product of powers, with the lmo after it."""
 
@@ -133,9 +149,8 @@ def shampoo_powers(
         return vectors @ np.diag(values**-exponent) @ vectors.T
 
     def powers(products):
-        if products.shape[1] > largest:
-            return np.eye(products.shape[1])
-        return kept_sides(products, beta, every, place, power)[-1]
+        alone = np.array([block_diagonal(own) for own in zip(*diagonal_blocks(products, block_size), strict=True)])
+        return kept_sides(alone, beta, every, place, power)[-1]
 
     def around(gradients, averages):
         transposed = gradients.transpose(0, 2, 1)

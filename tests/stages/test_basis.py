@@ -12,7 +12,7 @@ from tests.stages.around import WAYS, check_against_reference
 KINDS = {
     "qr": {"every": 4},
     "eigh": {"every": 3, "method": "eigh", "beta": 0.8, "beta2": 0.5, "eps": 1e-3},
-    "split, of short sides": {"largest": 5, "every": 4, "split": True},
+    "split, of blocks": {"block_size": 5, "every": 4, "split": True},
 }
 
 
@@ -119,7 +119,7 @@ def test_the_ball_is_promised_where_directions_stay_what_the_norm_found():
         ({"every": 0}, ValueError, "Eigenbasis: every"),
         ({"method": "svd"}, ValueError, "Eigenbasis: Unknown method"),
         ({"eps": -1.0}, ValueError, "Eigenbasis: eps"),
-        ({"largest": None}, TypeError, "Eigenbasis: largest"),
+        ({"block_size": None}, TypeError, "Eigenbasis: block_size"),
         ({"split": 1}, TypeError, "Eigenbasis: split"),
     ],
 )

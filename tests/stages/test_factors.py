@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from steepest import DiagonalMetric, Eigenbasis, Momo, Muon, MuonMax, RowScaling, ShampooPowers, View
 from steepest.ranks import local
-from steepest.stages.factors import relative
+from steepest.stages.factors import blocks_of, product, relative, times
 from steepest.testing import backward, network
 
 STAGES = [Eigenbasis(every=3), ShampooPowers(every=3)]
@@ -126,36 +126,41 @@ def test_a_state_from_before_or_taken_away_begins_anew(stage):
 
 
 @pytest.mark.parametrize("kind", [Eigenbasis, ShampooPowers])
-def test_a_side_that_a_loaded_state_knows_nothing_of_begins_with_the_next_gradient(kind, monkeypatch):
-    """As of a shorter `largest`: its matrix does not wait for a turn, nor for one that comes after a masked step."""
+def test_a_state_of_other_blocks_is_refused_by_name(kind):
     weight = torch.nn.Parameter(torch.ones(4, 3))
-    short, long = Muon([weight], stages=[kind(largest=3, every=50)]), Muon([weight], stages=[kind(every=50)])
+    whole, halves = Muon([weight], stages=[kind()]), Muon([weight], stages=[kind(block_size=2)])
     weight.grad = noise((4, 3), 0)
-    short.step()
-    right = short.state[weight][MADE[kind.prefix].replace("left", "right")].clone()
-    long.load_state_dict(short.state_dict())
-    with monkeypatch.context() as patch:
-        patch.setattr(long._guard, "admit", lambda *_: torch.tensor(False))
-        long.step()
-    for step in range(1, 3):
-        before = weight.detach().clone()
-        weight.grad = noise((4, 3), step)
-        long.step()
-        assert not torch.equal(weight, before)
-    assert long.state[weight][MADE[kind.prefix]].view(4, 4).det().abs() > 1e-3
-    assert torch.equal(long.state[weight][MADE[kind.prefix].replace("left", "right")], right)
-    with pytest.raises(ValueError, match=rf"is not known here.* with stages=\[{kind.__name__}\(\)\] and the options"):
-        short.load_state_dict(long.state_dict())
+    whole.step()
+    with pytest.raises(ValueError, match=f"{kind.prefix}left"):
+        halves.load_state_dict(whole.state_dict())
 
 
-@pytest.mark.parametrize("stage", [Eigenbasis(largest=12), ShampooPowers(largest=12)], ids=repr)
+@pytest.mark.parametrize(
+    ("length", "size", "count"), [(6, 8, 1), (6, 6, 1), (6, 5, 2), (6, 2, 3), (7, 4, 7), (512, 128, 4)]
+)
+def test_a_side_is_cut_into_the_fewest_equal_blocks(length, size, count):
+    assert blocks_of(length, size) == count
+
+
+def test_products_with_blocks_are_those_with_whole_matrices():
+    matrices, left, right = noise((2, 6, 4), 0), noise((2, 3, 2, 2), 1), noise((2, 2, 2, 2), 2)
+    whole = [torch.stack([torch.block_diag(*own) for own in side]) for side in (left, right)]
+    torch.testing.assert_close(times(matrices, left, right), whole[0] @ matrices @ whole[1])
+    for side, whole in (("left", matrices @ matrices.mT), ("right", matrices.mT @ matrices)):
+        found = product(matrices, side, 2)
+        half = whole.size(-1) // 2
+        torch.testing.assert_close(found[:, 0], whole[:, :half, :half])
+        torch.testing.assert_close(found[:, 1], whole[:, half:, half:])
+
+
+@pytest.mark.parametrize("stage", [Eigenbasis(block_size=12), ShampooPowers(block_size=12)], ids=repr)
 def test_what_is_kept_is_in_the_plan(stage):
     plain, optimizer = Muon(network()), Muon(network(), stages=[stage])
     for ours, theirs in zip(optimizer.plan, plain.plan, strict=True):
         numbers = 0
         if ours.role == "matrix":
             blocks = ours.blocks()
-            sides = sum(b * sum(k * k for k in (m, n) if k <= 12) for b, m, n in blocks)
+            sides = sum(b * sum(k * k // blocks_of(k, 12) for k in (m, n)) for b, m, n in blocks)
             numbers = 2 * sides + sum(b for b, _, _ in blocks) + ours.numel * isinstance(stage, Eigenbasis)
         assert ours.state_bytes - theirs.state_bytes == 4 * numbers
 
@@ -208,8 +213,8 @@ def test_training_goes_on_bit_for_bit_after_saving_copying_and_pickling(make, dt
 
 
 def test_moments_are_sized_to_a_largest_entry_of_one():
-    found = relative(torch.tensor([[[1e-30, 0.0], [0.0, 4e-30]], [[0.0, 0.0], [0.0, 0.0]]]))
-    torch.testing.assert_close(found[0], torch.tensor([[0.25, 0.0], [0.0, 1.0]]))
+    found = relative(torch.tensor([[[[1e-30, 0.0], [0.0, 4e-30]]], [[[0.0, 0.0], [0.0, 0.0]]]]))
+    torch.testing.assert_close(found[0, 0], torch.tensor([[0.25, 0.0], [0.0, 1.0]]))
     assert not found[1].any()
 
 

@@ -10,7 +10,7 @@ from tests.stages.around import WAYS, check_against_reference
 
 KINDS = {
     "default": {"every": 4},
-    "square roots of short sides": {"exponent": 0.5, "beta": 0.8, "every": 3, "ridge": 0.1, "largest": 4},
+    "square roots of blocks": {"exponent": 0.5, "beta": 0.8, "every": 3, "ridge": 0.1, "block_size": 4},
 }
 
 
@@ -66,7 +66,7 @@ def test_the_ball_is_promised():
         ({"beta": 1.0}, ValueError, "ShampooPowers: beta must"),
         ({"every": 1.5}, TypeError, "ShampooPowers: every"),
         ({"ridge": -1.0}, ValueError, "ShampooPowers: ridge"),
-        ({"largest": 0}, ValueError, "ShampooPowers: largest"),
+        ({"block_size": 0}, ValueError, "ShampooPowers: block_size"),
     ],
 )
 def test_options_are_checked(options, error, message):

@@ -34,7 +34,7 @@ from torch import Tensor
 from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, choice, flag, number, whole
 from steepest.linalg import ridge_unit
-from steepest.stages.factors import Factored, relative
+from steepest.stages.factors import Factored, times
 from steepest.stages.metric import ROUNDING
 from steepest.stages.sizes import of_size
 from steepest.stages.stage import Entry, Stage
@@ -57,7 +57,8 @@ class Eigenbasis(Stage):
     applied.
 
     It keeps 2 (m² + n²) + m n numbers for a matrix of m x n, in float32 or wider, and renews its bases with some
-    multiple of m³ + n³ operations. On several ranks all of that goes to the matrix' owner and back in each step.
+    multiple of m³ + n³ operations; c blocks take 1/c of the numbers of their side and 1/c² of the operations. On
+    several ranks all of that goes to the matrix' owner and back in each step.
 
     Args:
         beta: β, weight of the old L and R, in [0, 1).
@@ -65,7 +66,7 @@ class Eigenbasis(Stage):
         every: Steps from one renewal of a parameter's bases to the next; parameters take turns.
         method: "qr": one step of the orthogonal iteration; "eigh": eigenvectors, as the first bases always are.
         eps: ε, in units of the gradients' entries, at least 0.
-        largest: A side longer than that keeps the identity for a basis.
+        block_size: A longer side is cut into the fewest equal blocks of at most that, each with a basis of its own.
         split: Whether half of the power stands before the lmo and half after it.
 
     Raises:
@@ -82,7 +83,7 @@ class Eigenbasis(Stage):
     every: int = 10
     method: BasisMethod = "qr"
     eps: float = 1e-8
-    largest: int = 8192
+    block_size: int = 8192
     split: bool = False
 
     prefix = "basis_"
@@ -131,20 +132,20 @@ class Eigenbases(Factored):
         """
         return (*super().entries(row), Entry(SQUARE, least=0.0))
 
-    def renewed(self, moments: Tensor, old: Tensor, *, first: bool) -> Tensor:
+    def renewed(self, moments: Tensor, means: Tensor, old: Tensor, *, first: bool) -> Tensor:
         """Orthogonal matrices near the eigenvectors, those of the largest eigenvalues first."""
-        scaled = relative(moments)
+        del means
         if first or self.options.method == "eigh":
-            return eigenvectors(scaled)
-        scaled.diagonal(dim1=-2, dim2=-1).add_(RIDGE * ridge_unit(scaled).unsqueeze(-1))
-        return torch.linalg.qr(scaled @ old)[0]
+            return eigenvectors(moments)
+        moments.diagonal(dim1=-2, dim2=-1).add_(RIDGE * ridge_unit(moments).unsqueeze(-1))
+        return torch.linalg.qr(moments @ old)[0]
 
     def look(
         self, load: Load, gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]], accept: Tensor | None
     ) -> None:
         """Average the squares of gradients in the bases."""
         bases = self._bases(load, states)
-        squares = [turned(gradient, *own).square() for gradient, own in zip(gradients, bases, strict=True)]
+        squares = [times(gradient, q.mT, p).square() for gradient, (q, p) in zip(gradients, bases, strict=True)]
         old = load.matrices([state[SQUARE] for state in states])
         new = [torch.lerp(square, own, self.options.beta2) for square, own in zip(squares, old, strict=True)]
         self.write(states, SQUARE, load.parameter_shaped(new), accept)
@@ -169,8 +170,8 @@ class Eigenbases(Factored):
         squares = load.matrices([state[SQUARE] for state in states])
         pieces = zip(batches, squares, masses, self._bases(load, states), strict=True)
         return tuple(
-            turned_back(turned(batch, *bases) * self._scales(square / mass.view(-1, 1, 1)), *bases)
-            for batch, square, mass, bases in pieces
+            times(times(batch, q.mT, p) * self._scales(square / mass.view(-1, 1, 1)), q, p.mT)
+            for batch, square, mass, (q, p) in pieces
         )
 
     def after(
@@ -223,42 +224,12 @@ def eigenvectors(moments: Tensor) -> Tensor:
     return torch.linalg.qr(torch.where(none.unsqueeze(-2), fixed, vectors))[0]
 
 
-def turned(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Matrices in a basis, Q_rᵀ M Q_c.
-
-    Args:
-        matrices: (B, m, n).
-        left: Q_r, (B, m, m); (B, 0, 0) for the identity.
-        right: Q_c, (B, n, n), likewise.
-
-    Returns:
-        (B, m, n).
-    """
-    matrices = left.mT @ matrices if left.numel() else matrices
-    return matrices @ right if right.numel() else matrices
-
-
-def turned_back(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The inverse of `turned`.
-
-    Args:
-        matrices: (B, m, n).
-        left: Q_r, (B, m, m); (B, 0, 0) for the identity.
-        right: Q_c, (B, n, n), likewise.
-
-    Returns:
-        (B, m, n).
-    """
-    matrices = left @ matrices if left.numel() else matrices
-    return matrices @ right.mT if right.numel() else matrices
-
-
 _CHECKS: Mapping[str, Any] = {
     "beta": number(high=1.0),
     "beta2": number(high=1.0),
     "every": whole(1),
     "method": choice(get_args(BasisMethod)),
     "eps": number(),
-    "largest": whole(1),
+    "block_size": whole(1),
     "split": flag,
 }

@@ -1,11 +1,15 @@
 """Moments of both sides of a gradient, L of G Gᵀ and R of Gᵀ G, and in whose turn something is made of them anew.
 
+A long side is cut into blocks, c of b = k/c rows or columns, whose moments are kept and used one by one: those of a
+side are (B, c, b, b). L is then what it is on its diagonal blocks, and zero beside them.
+
 What is made of a moment, such as its eigenvectors or a power, takes far longer than to average it. So a parameter has
 its turn every so many steps, and parameters have theirs one after the other, by their place in the plan. Which step it
 is and whose turn is known without the device; only the first gradients of a matrix, with which all begins, are waited
 for. A parameter without a gradient in its turn waits for the next.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -35,8 +39,8 @@ class FactorOptions(Protocol):
         ...
 
     @property
-    def largest(self) -> int:
-        """The longest side that has a moment."""
+    def block_size(self) -> int:
+        """The longest side, or block of one, that has a moment as a whole."""
         ...
 
     def attach(self, rows: Sequence[PlanRow]) -> Stage:
@@ -90,13 +94,19 @@ class Factored(Stage):
         return True
 
     def shape_of(self, side: str) -> Callable[[int, int], tuple[int, ...]]:
-        """What a side's moment of a matrix m x n has for a shape; empty where the side is too long.
+        """What a side's moment of a matrix m x n has for a shape.
 
         Args:
             side: "left" or "right".
         """
-        place, largest = SIDES.index(side), self.options.largest
-        return lambda m, n: ((m, n)[place],) * 2 if (m, n)[place] <= largest else (0, 0)
+        place = SIDES.index(side)
+
+        def shape(m: int, n: int) -> tuple[int, ...]:
+            length = (m, n)[place]
+            count = blocks_of(length, self.options.block_size)
+            return (count, length // count, length // count)
+
+        return shape
 
     @property
     def count(self) -> str:
@@ -113,9 +123,8 @@ class Factored(Stage):
         found = [Entry(self.count, torch.Size((sum(count for count, _, _ in blocks),)), least=0.0)]
         for side in SIDES:
             shape = self.shape_of(side)
-            size = torch.Size((sum(count * shape(m, n)[0] ** 2 for count, m, n in blocks),))
-            if size.numel():
-                found += [Entry(f"{self.prefix}{side}", size), Entry(f"{self.prefix}{side}_{self.made}", size)]
+            size = torch.Size((sum(count * math.prod(shape(m, n)) for count, m, n in blocks),))
+            found += [Entry(f"{self.prefix}{side}", size), Entry(f"{self.prefix}{side}_{self.made}", size)]
         return found
 
     def of_batches(self, load: Load, states: Sequence[dict[str, Tensor]], side: str, end: str = "") -> list[Tensor]:
@@ -128,12 +137,9 @@ class Factored(Stage):
             end: Of the key.
 
         Returns:
-            (B, k, k) for each batch, or (B, 0, 0) where the side is too long.
+            (B, c, b, b) for each batch.
         """
-        like = states[0][self.count].new_empty(0)
-        return load.parts_of_batches(
-            [state.get(f"{self.prefix}{side}{end}", like) for state in states], self.shape_of(side)
-        )
+        return load.parts_of_batches([state[f"{self.prefix}{side}{end}"] for state in states], self.shape_of(side))
 
     def made_of(self, load: Load, states: Sequence[dict[str, Tensor]], side: str) -> list[Tensor]:
         """What is made of a side's moments; the identity for a matrix that had no gradient yet.
@@ -146,7 +152,7 @@ class Factored(Stage):
         found = self.of_batches(load, states, side, f"_{self.made}")
         if all(parameter in self._begun for parameter in load.parameters):
             return found
-        return [torch.where(batch.flatten(1).any(-1)[:, None, None], batch, identity(batch)) for batch in found]
+        return [torch.where(batch.flatten(1).any(-1)[:, None, None, None], batch, identity(batch)) for batch in found]
 
     def observe(
         self,
@@ -172,11 +178,10 @@ class Factored(Stage):
         counts = torch.where((counts > 0) | alive, counts + 1, counts)
         self.write(states, self.count, load.numbers_of_parameters(counts), accept)
         for side in SIDES:
-            products = [gradient @ gradient.mT if side == "left" else gradient.mT @ gradient for gradient in seen]
             old = self.of_batches(load, states, side)
             new = [
-                torch.lerp(product, own, self.options.beta) if own.numel() else own
-                for product, own in zip(products, old, strict=True)
+                torch.lerp(product(gradient, side, own.size(1)), own, self.options.beta)
+                for gradient, own in zip(seen, old, strict=True)
             ]
             self.write(states, f"{self.prefix}{side}", load.rows_of_parameters(new), accept)
         turns = self._turns(load, states)
@@ -211,16 +216,17 @@ class Factored(Stage):
             accept: A 0-d boolean; where it is False, no entry may change. None means True.
         """
 
-    def renewed(self, moments: Tensor, old: Tensor, *, first: bool) -> Tensor:
+    def renewed(self, moments: Tensor, means: Tensor, old: Tensor, *, first: bool) -> Tensor:
         """What is made of moments.
 
         Args:
-            moments: (B, k, k), symmetric and positive semidefinite.
-            old: Likewise, what was made of those before.
+            moments: (B, b, b), symmetric and positive semidefinite; the largest entry of a side's is one.
+            means: (B,), of the eigenvalues of the whole side that a block is of.
+            old: Likewise, what was made of moments before.
             first: Whether these are the first, and what is old means nothing.
 
         Returns:
-            (B, k, k).
+            (B, b, b).
         """
         raise NotImplementedError
 
@@ -240,7 +246,7 @@ class Factored(Stage):
             alive = (load.numbers_of_batches([state[self.count] for state in states]) > 0).cpu()
             for side in SIDES:
                 made = self.of_batches(load, states, side, f"_{self.made}")
-                blank = torch.cat([~batch.flatten(1).any(-1) & (batch.size(-1) > 0) for batch in made]).cpu()
+                blank = torch.cat([~batch.flatten(1).any(-1) for batch in made]).cpu()
                 found[side] = torch.where(alive, torch.where(blank, FIRST, flags), 0)
             begun = alive & (found["left"] != FIRST) & (found["right"] != FIRST)
             for parameter, own in zip(load.parameters, load.numbers_of_parameters(begun), strict=True):
@@ -265,18 +271,21 @@ class Factored(Stage):
             for number, (batch, own) in enumerate(zip(moments[side], turns[side], strict=True)):
                 for kind in (TURN, FIRST):
                     chosen = [place for place, flag in enumerate(own) if flag == kind]
-                    if chosen and batch.numel():
+                    if chosen:
                         alike.setdefault((batch.size(-1), kind), []).append((side, number, chosen))
         for (_, kind), pieces in alike.items():
-            old = torch.cat([made[side][number][chosen] for side, number, chosen in pieces])
-            new = self.renewed(
-                torch.cat([moments[side][number][chosen] for side, number, chosen in pieces]), old, first=kind == FIRST
-            )
+            old = torch.cat([made[side][number][chosen].flatten(0, 1) for side, number, chosen in pieces])
+            seen = [relative(moments[side][number][chosen]) for side, number, chosen in pieces]
+            means = [own.diagonal(dim1=-2, dim2=-1).mean((-2, -1)).repeat_interleave(own.size(1)) for own in seen]
+            kept = torch.cat([own.flatten(0, 1) for own in seen])
+            new = self.renewed(kept, torch.cat(means), old, first=kind == FIRST)
             old = torch.where(old.flatten(1).any(-1)[:, None, None], old, identity(old))
             new = torch.where(new.isfinite().all(-1).all(-1)[:, None, None], new, old)
-            parts = new.split([len(chosen) for *_, chosen in pieces])
+            parts = new.split([len(chosen) * made[side][number].size(1) for side, number, chosen in pieces])
             for (side, number, chosen), part in zip(pieces, parts, strict=True):
-                made[side][number] = made[side][number].index_copy(0, part.new_tensor(chosen, dtype=torch.int64), part)
+                whole = made[side][number]
+                places = part.new_tensor(chosen, dtype=torch.int64)
+                made[side][number] = whole.index_copy(0, places, part.view(len(chosen), *whole.shape[1:]))
         for side in SIDES:
             self.write(states, f"{self.prefix}{side}_{self.made}", load.rows_of_parameters(made[side]), accept)
 
@@ -291,11 +300,52 @@ class Factored(Stage):
         self.steps = max((int(group.get(STEPS_TAKEN, 0)) for group in groups), default=0)
 
 
+def blocks_of(length: int, block_size: int) -> int:
+    """Into how many equal blocks of at most that size a side is cut: the fewest that divide it.
+
+    Args:
+        length: Of the side.
+        block_size: At least 1.
+    """
+    return next((c for c in range(-(-length // block_size), length) if length % c == 0), length)
+
+
+def product(gradient: Tensor, side: str, count: int) -> Tensor:
+    """G Gᵀ or Gᵀ G, on its diagonal blocks.
+
+    Args:
+        gradient: G, (B, m, n).
+        side: "left" or "right".
+        count: c, of the blocks.
+
+    Returns:
+        (B, c, b, b).
+    """
+    rows = (gradient if side == "left" else gradient.mT).unflatten(1, (count, -1))
+    return rows @ rows.mT
+
+
+def times(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """L M R, with L and R zero beside their diagonal blocks.
+
+    Args:
+        matrices: M, (B, m, n).
+        left: (B, c, b, b), or with B = 1 for all.
+        right: Likewise.
+
+    Returns:
+        (B, m, n).
+    """
+    matrices = (left @ matrices.unflatten(1, (left.size(1), -1))).flatten(1, 2)
+    columns = matrices.unflatten(2, (right.size(1), -1)).transpose(1, 2)
+    return (columns @ right).transpose(1, 2).flatten(2)
+
+
 def identity(like: Tensor) -> Tensor:
     """One for a whole batch.
 
     Args:
-        like: (B, k, k).
+        like: (..., k, k).
     """
     return torch.eye(like.size(-1), dtype=like.dtype, device=like.device)
 
@@ -304,7 +354,7 @@ def relative(moments: Tensor) -> Tensor:
     """Moments with a largest entry of one, so that products with them stay in range; zero stays zero.
 
     Args:
-        moments: (B, k, k).
+        moments: (B, c, b, b).
     """
-    largest = moments.abs().amax((-2, -1), keepdim=True)
+    largest = moments.abs().amax((-3, -2, -1), keepdim=True)
     return moments / torch.where(largest == 0, 1.0, largest)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, number, whole
-from steepest.linalg import damped_power, ridge_unit
-from steepest.stages.factors import Factored, relative
+from steepest.linalg import damped_power
+from steepest.stages.factors import Factored, times
 from steepest.stages.stage import Stage
 
 
@@ -31,14 +31,15 @@ class ShampooPowers(Stage):
     Momo, regularised descent and product norms take the dual norm with the direction that is applied.
 
     It keeps 2 (m² + n²) numbers for a matrix of m x n, in float32 or wider, and renews its powers with some multiple of
-    m³ + n³ operations, by eigenvalues. On several ranks all of that goes to the matrix' owner and back in each step.
+    m³ + n³ operations, by eigenvalues; c blocks take 1/c of the numbers of their side and 1/c² of the operations. On
+    several ranks all of that goes to the matrix' owner and back in each step.
 
     Args:
         exponent: p, in [0, 1].
         beta: β, weight of the old L and R, in [0, 1).
         every: Steps from one renewal of a parameter's powers to the next; parameters take turns.
         ridge: γ and δ, relative to the means of the eigenvalues.
-        largest: A side longer than that is not multiplied.
+        block_size: A longer side is cut into the fewest equal blocks of at most that, each with a power of its own.
 
     Raises:
         ValueError: If a number is out of range.
@@ -53,7 +54,7 @@ class ShampooPowers(Stage):
     beta: float = 0.95
     every: int = 10
     ridge: float = 1e-3
-    largest: int = 8192
+    block_size: int = 8192
 
     prefix = "powers_"
     kept = "moments of gradients and their powers"
@@ -93,14 +94,12 @@ class Powers(Factored):
         """Yes."""
         return True
 
-    def renewed(self, moments: Tensor, old: Tensor, *, first: bool) -> Tensor:
-        """Powers with a mean diagonal entry of one; the old ones where there are none."""
-        del first
-        scaled = relative(moments)
-        ridge, wide = self.options.ridge * ridge_unit(scaled), scaled.device.type != "mps"
-        found = damped_power(scaled, ridge, self.options.exponent, wide=wide)
-        power = found.power / found.power.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        return torch.where(found.ok[:, None, None], power, torch.nan)
+    def renewed(self, moments: Tensor, means: Tensor, old: Tensor, *, first: bool) -> Tensor:
+        """Powers; the old ones where there are none."""
+        del old, first
+        ridge, wide = self.options.ridge * means, moments.device.type != "mps"
+        found = damped_power(moments, ridge, self.options.exponent, wide=wide)
+        return torch.where(found.ok[:, None, None], found.power, torch.nan)
 
     def before(
         self, load: Load, batches: tuple[Tensor, ...], states: Sequence[dict[str, Tensor]]
@@ -116,12 +115,7 @@ class Powers(Factored):
             Likewise.
         """
         sides = (self.made_of(load, states, side) for side in ("left", "right"))
-        return tuple(_between(*own) for own in zip(batches, *sides, strict=True))
-
-
-def _between(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    matrices = left @ matrices if left.numel() else matrices
-    return matrices @ right if right.numel() else matrices
+        return tuple(times(*own) for own in zip(batches, *sides, strict=True))
 
 
 _CHECKS: Mapping[str, Any] = {
@@ -129,5 +123,5 @@ _CHECKS: Mapping[str, Any] = {
     "beta": number(high=1.0),
     "every": whole(1),
     "ridge": number(),
-    "largest": whole(1),
+    "block_size": whole(1),
 }
