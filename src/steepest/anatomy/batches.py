@@ -197,17 +197,39 @@ class Load:
         Returns:
             (B, *shape) for each batch of `matrices`.
         """
+        return [torch.cat(own) for own in self.pieces_of_batches(vectors, shape)]
+
+    def pieces_of_batches(
+        self, vectors: Sequence[Tensor], shape: Callable[[int, int], tuple[int, ...]]
+    ) -> list[list[Tensor]]:
+        """What `parts_of_batches` puts together, parameter by parameter, where it lies.
+
+        Args:
+            vectors: As there.
+            shape: As there.
+
+        Returns:
+            For each batch, one per parameter: (B of that parameter, *shape), which shares its memory with the vector.
+        """
         shapes = [(b, shape(m, n)) for bucket in self.buckets for b, m, n in bucket.blocks]
-        flat = self._of_batches(vectors, [(b, math.prod(own)) for b, own in shapes])
-        return [vector.view(count, *own) for vector, count, (_, own) in zip(flat, self.counts, shapes, strict=True)]
+        return [
+            [piece.view(count, *own) for piece in pieces]
+            for pieces, (count, own) in zip(
+                self._pieces(vectors, [(b, math.prod(own)) for b, own in shapes]), shapes, strict=True
+            )
+        ]
 
     def _of_batches(self, vectors: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Vectors of parameters as one vector for each batch, of whose part in each parameter the size is known."""
+        return [torch.cat(pieces) for pieces in self._pieces(vectors, shapes)]
+
+    def _pieces(self, vectors: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, ...]]:
+        """For each batch, the piece of each parameter's vector."""
         parts = _split(vectors, [len(bucket.parameters) for bucket in self.buckets])
-        result: list[Tensor] = []
+        result: list[tuple[Tensor, ...]] = []
         for own, sizes in zip(parts, _split(shapes, self._blocks()), strict=True):
             chunks = [vector.split([count * width for count, width in sizes]) for vector in own]
-            result.extend(torch.cat(of_block) for of_block in zip(*chunks, strict=True))
+            result.extend(zip(*chunks, strict=True))
         return result
 
     def _blocks(self) -> list[int]:

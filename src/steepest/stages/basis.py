@@ -34,7 +34,7 @@ from torch import Tensor
 from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, choice, flag, number, whole
 from steepest.linalg import ridge_unit
-from steepest.stages.factors import Factored, times
+from steepest.stages.factors import SIDES, Factored, between, transposed
 from steepest.stages.metric import ROUNDING
 from steepest.stages.sizes import of_size
 from steepest.stages.stage import Entry, Stage
@@ -144,10 +144,10 @@ class Eigenbases(Factored):
         self, load: Load, gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]], accept: Tensor | None
     ) -> None:
         """Average the squares of gradients in the bases."""
-        bases = self._bases(load, states)
-        squares = [times(gradient, q.mT, p).square() for gradient, (q, p) in zip(gradients, bases, strict=True)]
+        q, p = (self.made_of(load, states, side) for side in SIDES)
         old = load.matrices([state[SQUARE] for state in states])
-        new = [torch.lerp(square, own, self.options.beta2) for square, own in zip(squares, old, strict=True)]
+        found = zip(between(gradients, transposed(q), p), old, strict=True)
+        new = [torch.lerp(own.square(), square, self.options.beta2) for own, square in found]
         self.write(states, SQUARE, load.parameter_shaped(new), accept)
 
     def before(
@@ -168,11 +168,12 @@ class Eigenbases(Factored):
         masses = -torch.expm1(counts * math.log(beta2)) if beta2 else torch.ones_like(counts)
         masses = torch.where(masses == 0, 1.0, masses).split(load.counts)
         squares = load.matrices([state[SQUARE] for state in states])
-        pieces = zip(batches, squares, masses, self._bases(load, states), strict=True)
-        return tuple(
-            times(times(batch, q.mT, p) * self._scales(square / mass.view(-1, 1, 1)), q, p.mT)
-            for batch, square, mass, (q, p) in pieces
-        )
+        q, p = (self.made_of(load, states, side) for side in SIDES)
+        inside = [
+            batch * self._scales(square / mass.view(-1, 1, 1))
+            for batch, square, mass in zip(between(batches, transposed(q), p), squares, masses, strict=True)
+        ]
+        return between(inside, q, transposed(p))
 
     def after(
         self, load: Load, directions: tuple[Tensor, ...], states: Sequence[dict[str, Tensor]], accept: Tensor | None
@@ -192,9 +193,6 @@ class Eigenbases(Factored):
         if not self.options.split:
             return directions
         return tuple(map(of_size, self.before(load, directions, states), directions))
-
-    def _bases(self, load: Load, states: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(*(self.made_of(load, states, side) for side in ("left", "right")), strict=True))
 
     def _scales(self, square: Tensor) -> Tensor:
         """1 / (√V + ε), or the root of it; 0 where V is nothing but rounding."""

@@ -22,7 +22,6 @@ from steepest.stages.stage import Entry, Stage, States
 
 SIDES = ("left", "right")
 STEPS_TAKEN = "steps_taken"  # in the groups of a state, by the optimizer
-TURN, FIRST = 1, 2
 
 
 class FactorOptions(Protocol):
@@ -127,8 +126,8 @@ class Factored(Stage):
             found += [Entry(f"{self.prefix}{side}", size), Entry(f"{self.prefix}{side}_{self.made}", size)]
         return found
 
-    def of_batches(self, load: Load, states: Sequence[dict[str, Tensor]], side: str, end: str = "") -> list[Tensor]:
-        """A side's moments, or what is made of them.
+    def pieces(self, load: Load, states: Sequence[dict[str, Tensor]], side: str, end: str = "") -> list[list[Tensor]]:
+        """A side's moments, or what is made of them, where they lie: to put them together would copy whole states.
 
         Args:
             load: Of the parameters.
@@ -137,11 +136,11 @@ class Factored(Stage):
             end: Of the key.
 
         Returns:
-            (B, c, b, b) for each batch.
+            For each batch, (B, c, b, b) of each parameter.
         """
-        return load.parts_of_batches([state[f"{self.prefix}{side}{end}"] for state in states], self.shape_of(side))
+        return load.pieces_of_batches([state[f"{self.prefix}{side}{end}"] for state in states], self.shape_of(side))
 
-    def made_of(self, load: Load, states: Sequence[dict[str, Tensor]], side: str) -> list[Tensor]:
+    def made_of(self, load: Load, states: Sequence[dict[str, Tensor]], side: str) -> list[list[Tensor]]:
         """What is made of a side's moments; the identity for a matrix that had no gradient yet.
 
         Args:
@@ -149,10 +148,10 @@ class Factored(Stage):
             states: Of these.
             side: "left" or "right".
         """
-        found = self.of_batches(load, states, side, f"_{self.made}")
+        found = self.pieces(load, states, side, f"_{self.made}")
         if all(parameter in self._begun for parameter in load.parameters):
             return found
-        return [torch.where(batch.flatten(1).any(-1)[:, None, None, None], batch, identity(batch)) for batch in found]
+        return [[torch.where(_filled(own)[:, None, None, None], own, identity(own)) for own in part] for part in found]
 
     def observe(
         self,
@@ -178,15 +177,10 @@ class Factored(Stage):
         counts = torch.where((counts > 0) | alive, counts + 1, counts)
         self.write(states, self.count, load.numbers_of_parameters(counts), accept)
         for side in SIDES:
-            old = self.of_batches(load, states, side)
-            new = [
-                torch.lerp(product(gradient, side, own.size(1)), own, self.options.beta)
-                for gradient, own in zip(seen, old, strict=True)
-            ]
-            self.write(states, f"{self.prefix}{side}", load.rows_of_parameters(new), accept)
-        turns = self._turns(load, states)
-        if turns is not None:
-            self._renew(load, states, turns, accept)
+            for gradient, moments in zip(seen, self.pieces(load, states, side), strict=True):
+                for own, moment in zip(gradient.split(moments[0].size(0)), moments, strict=True):
+                    moment.lerp_(masked_to(product(own, side, moment.size(1)), moment, accept), 1 - self.options.beta)
+        self._renew(load, states, accept)
         self.look(load, seen, states, accept)
 
     def write(
@@ -202,7 +196,7 @@ class Factored(Stage):
         """
         for state, own in zip(states, new, strict=True):
             if key in state:
-                state[key].copy_(own if accept is None else torch.where(accept, own, state[key]))
+                state[key].copy_(masked_to(own, state[key], accept))
 
     def look(
         self, load: Load, gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]], accept: Tensor | None
@@ -230,64 +224,38 @@ class Factored(Stage):
         """
         raise NotImplementedError
 
-    def _turns(self, load: Load, states: Sequence[dict[str, Tensor]]) -> Mapping[str, list[list[int]]] | None:
-        """For each side and batch, which matrices have their turn, or nothing made of them yet; None: none at all."""
+    def _renew(self, load: Load, states: Sequence[dict[str, Tensor]], accept: Tensor | None) -> None:
+        """Make something anew of the moments of those whose turn it is, of those of one size together."""
         turns = [(self.steps + self._places.get(p, 0)) % self.options.every == 0 for p in load.parameters]
         if not any(turns) and all(parameter in self._begun for parameter in load.parameters):
-            return None
-        flags = load.numbers_of_batches(
-            [
-                torch.full(state[self.count].shape, TURN * turn, dtype=torch.int64, device="cpu")
-                for turn, state in zip(turns, states, strict=True)
-            ]
-        )
-        found = dict.fromkeys(SIDES, flags)
-        if not all(parameter in self._begun for parameter in load.parameters):
-            alive = (load.numbers_of_batches([state[self.count] for state in states]) > 0).cpu()
-            for side in SIDES:
-                made = self.of_batches(load, states, side, f"_{self.made}")
-                blank = torch.cat([~batch.flatten(1).any(-1) for batch in made]).cpu()
-                found[side] = torch.where(alive, torch.where(blank, FIRST, flags), 0)
-            begun = alive & (found["left"] != FIRST) & (found["right"] != FIRST)
-            for parameter, own in zip(load.parameters, load.numbers_of_parameters(begun), strict=True):
-                if bool(own.all()):  # else it is looked at again: a first one may have been masked
-                    self._begun.add(parameter)
-        if not any(bool(own.any()) for own in found.values()):
-            return None
-        return {side: [own.tolist() for own in found[side].split(load.counts)] for side in SIDES}
-
-    def _renew(
-        self,
-        load: Load,
-        states: Sequence[dict[str, Tensor]],
-        turns: Mapping[str, Sequence[Sequence[int]]],
-        accept: Tensor | None,
-    ) -> None:
-        """Make something anew of the moments of those whose turn it is, of those of one size together."""
-        moments = {side: self.of_batches(load, states, side) for side in SIDES}
-        made = {side: self.of_batches(load, states, side, f"_{self.made}") for side in SIDES}
-        alike: dict[tuple[int, int], list[tuple[str, int, list[int]]]] = {}
+            return
+        alike: dict[tuple[int, bool], list[tuple[Tensor, Tensor]]] = {}
+        started = dict.fromkeys(range(len(load.parameters)), True)
+        counts = load.pieces_of_batches([state[self.count] for state in states], lambda m, n: ())
         for side in SIDES:
-            for number, (batch, own) in enumerate(zip(moments[side], turns[side], strict=True)):
-                for kind in (TURN, FIRST):
-                    chosen = [place for place, flag in enumerate(own) if flag == kind]
-                    if chosen:
-                        alike.setdefault((batch.size(-1), kind), []).append((side, number, chosen))
-        for (_, kind), pieces in alike.items():
-            old = torch.cat([made[side][number][chosen].flatten(0, 1) for side, number, chosen in pieces])
-            seen = [relative(moments[side][number][chosen]) for side, number, chosen in pieces]
-            means = [own.diagonal(dim1=-2, dim2=-1).mean((-2, -1)).repeat_interleave(own.size(1)) for own in seen]
-            kept = torch.cat([own.flatten(0, 1) for own in seen])
-            new = self.renewed(kept, torch.cat(means), old, first=kind == FIRST)
-            old = torch.where(old.flatten(1).any(-1)[:, None, None], old, identity(old))
+            moments, made = self.pieces(load, states, side), self.pieces(load, states, side, f"_{self.made}")
+            for batch, places in enumerate(_places(load)):
+                for number, place in enumerate(places):
+                    moment, own = moments[batch][number], made[batch][number]
+                    if load.parameters[place] in self._begun:
+                        due = {False: torch.ones(len(own), dtype=torch.bool, device="cpu")} if turns[place] else {}
+                    else:  # looked at, once per step, until all have begun: a first one may have been masked
+                        alive, filled = (counts[batch][number] > 0).cpu(), _filled(own).cpu()
+                        due = {True: alive & ~filled, False: alive & filled & turns[place]}
+                        started[place] &= bool((alive & filled).all())
+                    for first, chosen in due.items():
+                        for one in chosen.nonzero().flatten().tolist():
+                            alike.setdefault((own.size(-1), first), []).append((moment[one], own[one]))
+        self._begun.update(load.parameters[place] for place, every in started.items() if every)
+        for (_, first), pairs in alike.items():
+            seen = [relative(moment[None])[0] for moment, _ in pairs]
+            means = [own.diagonal(dim1=-2, dim2=-1).mean().expand(len(own)) for own in seen]
+            old = torch.cat([own for _, own in pairs])
+            new = self.renewed(torch.cat(seen), torch.cat(means), old, first=first)
+            old = torch.where(_filled(old)[:, None, None], old, identity(old))
             new = torch.where(new.isfinite().all(-1).all(-1)[:, None, None], new, old)
-            parts = new.split([len(chosen) * made[side][number].size(1) for side, number, chosen in pieces])
-            for (side, number, chosen), part in zip(pieces, parts, strict=True):
-                whole = made[side][number]
-                places = part.new_tensor(chosen, dtype=torch.int64)
-                made[side][number] = whole.index_copy(0, places, part.view(len(chosen), *whole.shape[1:]))
-        for side in SIDES:
-            self.write(states, f"{self.prefix}{side}_{self.made}", load.rows_of_parameters(made[side]), accept)
+            for (_, own), part in zip(pairs, new.split([len(own) for _, own in pairs]), strict=True):
+                own.copy_(masked_to(part, own, accept))
 
     def passed(self, *, skipped: bool, idle: Callable[[], bool]) -> None:
         """A step is over; one that was passed over was nobody's turn."""
@@ -339,6 +307,56 @@ def times(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
     matrices = (left @ matrices.unflatten(1, (left.size(1), -1))).flatten(1, 2)
     columns = matrices.unflatten(2, (right.size(1), -1)).transpose(1, 2)
     return (columns @ right).transpose(1, 2).flatten(2)
+
+
+def between(
+    batches: Sequence[Tensor], lefts: Sequence[Sequence[Tensor]], rights: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, ...]:
+    """`times` for batches whose L and R lie apart.
+
+    Args:
+        batches: (B, m, n) each.
+        lefts: For each batch, those of each parameter.
+        rights: Likewise.
+
+    Returns:
+        Like the batches.
+    """
+    return tuple(
+        torch.cat([times(*own) for own in zip(batch.split(left[0].size(0)), left, right, strict=True)])
+        for batch, left, right in zip(batches, lefts, rights, strict=True)
+    )
+
+
+def transposed(pieces: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Of `pieces`, each matrix transposed."""
+    return [[own.mT for own in part] for part in pieces]
+
+
+def masked_to(new: Tensor, old: Tensor, accept: Tensor | None) -> Tensor:
+    """What is new, or where that is not accepted, what is there.
+
+    Args:
+        new: Any shape.
+        old: Likewise.
+        accept: A 0-d boolean; None means True.
+    """
+    return new if accept is None else torch.where(accept, new, old)
+
+
+def _filled(matrices: Tensor) -> Tensor:
+    """(B,), whether a matrix has anything in it."""
+    return matrices.flatten(1).any(-1)
+
+
+def _places(load: Load) -> list[range]:
+    """For each batch, which parameters of the load it is of."""
+    found: list[range] = []
+    first = 0
+    for bucket in load.buckets:
+        found += [range(first, first + len(bucket.parameters))] * len(bucket.blocks)
+        first += len(bucket.parameters)
+    return found
 
 
 def identity(like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, number, whole
 from steepest.linalg import damped_power
-from steepest.stages.factors import Factored, times
+from steepest.stages.factors import SIDES, Factored, between
 from steepest.stages.stage import Stage
 
 
@@ -114,8 +114,7 @@ class Powers(Factored):
         Returns:
             Likewise.
         """
-        sides = (self.made_of(load, states, side) for side in ("left", "right"))
-        return tuple(times(*own) for own in zip(batches, *sides, strict=True))
+        return between(batches, *(self.made_of(load, states, side) for side in SIDES))
 
 
 _CHECKS: Mapping[str, Any] = {
