@@ -96,6 +96,7 @@ def test_recipes_keep_the_law(name, law):
         InputMoment(every=2, first=1, structure="full"),
         InputMoment(every=1, first=0, structure="full", exponents=(0.5, 0.5)),
         InputMoment(every=1, first=0, structure="full", on="gradient"),
+        InputMoment(every=1, first=0, structure="full", on="gradient", roles=("matrix", "head")),
         InputMoment(every=1, first=0, structure="diagonal"),
         DiagonalMetric(source="gradients", sides="rows", beta2=0.0, keep_size=False),
         Eigenbasis(every=1, split=True),

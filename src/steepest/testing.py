@@ -286,6 +286,7 @@ class _Staged:
     load: Load
     states: list[dict[str, Tensor]]
     rows: list[PlanRow]
+    changing: Load  # whose gradients it may change: of all its roles
 
     @classmethod
     def of(cls, stage: Stage) -> "_Staged":
@@ -294,15 +295,21 @@ class _Staged:
         train(model, optimizer, range(5))
         rows = [row for row in optimizer.plan if row.role == "matrix"]
         load = Load([Bucket((row.parameter,), row.view) for row in rows])
+        changing = Load([Bucket((row.parameter,), row.view) for row in optimizer.plan if row.role in stage.roles])
         (attached,) = optimizer.stages
         attached.allocate(optimizer.state)
         attached.refresh(optimizer.state, (), None)
-        return cls(model, optimizer, attached, load, [optimizer.state[row.parameter] for row in rows], rows)
+        return cls(model, optimizer, attached, load, [optimizer.state[row.parameter] for row in rows], rows, changing)
 
     def random(self, seed: int) -> tuple[Tensor, ...]:
         """Averages of gradients, as it were."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
         return tuple(torch.randn(own.shape, generator=generator, device="cpu") for own in self.weights())
+
+    def gradients(self, seed: int) -> Tensors:
+        """Of all parameters of the stage's roles."""
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        return [torch.randn(p.shape, generator=generator, device="cpu") for p in self.changing.parameters]
 
     def factors(self, seed: int) -> tuple[Tensor, ...]:
         """Directions in the spectral norm."""
@@ -359,10 +366,11 @@ def batches_are_only_read(stage: Stage) -> None:
     )
     given = own.random(0)
     before = [batch.clone() for batch in given]
-    tensors = own.load.parameter_shaped(given)
+    tensors = own.gradients(0)
+    plain = [tensor.clone() for tensor in tensors]
     own.stage.observe(own.load, given, given, copy.deepcopy(own.states), None)
-    made = [own.before(given), own.after(given), own.stage.gradient(own.load, tensors)]
-    for batch, as_it_was in zip((*given, *own.weights()), (*before, *weights), strict=True):
+    made = [own.before(given), own.after(given), own.stage.gradient(own.changing, tensors)]
+    for batch, as_it_was in zip((*given, *tensors, *own.weights()), (*before, *plain, *weights), strict=True):
         _same(batch, as_it_was, 0.0, stage, law, remedy)
     for result, like in zip(made, (given, given, tensors), strict=True):
         fine = [(one.shape, one.dtype) for one in result] == [(one.shape, one.dtype) for one in like]
@@ -372,8 +380,8 @@ def batches_are_only_read(stage: Stage) -> None:
 def gradients_are_averaged_or_it_is_said(stage: Stage) -> None:
     """Where `gradient` changes something, `no_duals` says that averages do not tell how the loss changes."""
     own = _Staged.of(stage)
-    given = own.load.parameter_shaped(own.random(5))
-    made = own.stage.gradient(own.load, [one.clone() for one in given])
+    given = own.gradients(5)
+    made = own.stage.gradient(own.changing, [one.clone() for one in given])
     same = all(torch.equal(one, other) for one, other in zip(made, given, strict=True))
     law = "what changes gradients says no_duals"
     _hold(same or own.stage.no_duals, stage, law, "it says nothing", "Set no_duals to the reason and the remedy.")

@@ -55,6 +55,12 @@ MAKERS = {
     "muon": lambda model: Muon(model, lr=0.02, weight_decay=0.1),
     "momo": lambda model: MuonMax(model, lr=1.0, step_size=Momo(0.5)),
     "newton": lambda model: NewtonMuon(model, precondition=InputMoment(structure="full", every=2)),
+    "roles": lambda model: Muon(
+        model,
+        precondition=InputMoment(
+            structure="full", every=2, on="gradient", exponents=(0.5, 0), roles=("matrix", "head", "embedding")
+        ),
+    ),
     "adam": Adam,
 }
 

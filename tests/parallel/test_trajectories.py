@@ -33,8 +33,8 @@ pytestmark = [
 # What rounding alone does, measured on one process whose batch is cut into 2, 3 and 4 parts: up to 7e-6.
 TOLERANCE = 1e-5
 SHARED = [(size, name) for size in (2, 4) for name in LAYOUTS[size]]
-JUDGED = ("muon", "newton_muon", "nor_muon", "muon_max", "muon_max_momo", "averages", "scion", "adam")
-STAGED = ("newton_muon", "nor_muon", "iso_muon", "soap_muon", "p_muon", "everything")
+JUDGED = ("muon", "newton_muon", "newton_roles", "nor_muon", "muon_max", "muon_max_momo", "averages", "scion", "adam")
+STAGED = ("newton_muon", "newton_roles", "nor_muon", "iso_muon", "soap_muon", "p_muon", "everything")
 WEIGHED = ("radial",)
 BENT = ("cautious_stale", "sphere_momo", "sphere_stale")
 MATRICES = {f"block.{n}.weight" for n in ("up", "down", "narrow", "wide", "rare")}

@@ -158,11 +158,15 @@ def moments(**options):
     return InputMoment(structure=structure, every=4, **options)
 
 
+ROLES = {"on": "gradient", "exponents": (0.5, 0), "roles": ("matrix", "head", "embedding")}
+
+
 FAMILY = Averages.maxwell(3, 2.0, 20.0, age=15.0, later_age=5.0, between=(5, 15))
 # Rates at which the network learns, and bounds at which Momo's t is now and then below one.
 METHODS = {
     "muon": lambda model, **o: Muon(model, 0.02, weight_decay=0.1, **o),
     "newton_muon": lambda model, hooks=True, **o: NewtonMuon(model, 0.02, precondition=moments(hooks=hooks), **o),
+    "newton_roles": lambda model, hooks=True, **o: Muon(model, 0.02, precondition=moments(hooks=hooks, **ROLES), **o),
     "nor_muon": lambda model, **o: Muon(model, 0.01, scale="match_rms_adamw", stages=[RowScaling()], **o),
     "iso_muon": lambda model, **o: MuonMax(
         model, 0.01, step_size=Momo(2.4), stages=[DiagonalMetric(exponent=0.4), RowScaling()], **o
@@ -208,7 +212,7 @@ METHODS = {
     "stochastic": lambda model, **o: MuonMax(model, 0.01, step_size=Momo(2.4), rounding="stochastic", **o),
 }
 HALVES = ("kept", "stochastic", "sphere_stale")  # of bfloat16 weights
-NEWTON = ("newton_muon", "everything")
+NEWTON = ("newton_muon", "newton_roles", "everything")
 
 
 @dataclass
@@ -441,10 +445,14 @@ def show_inputs(laid, optimizer, step):
     """Inputs that are whole numbers, so that sums of their products are exact in any order."""
     rank, ranks = laid.part
     layers = [laid.net.block.get_submodule(name) for name in ("up", "down", "narrow", "wide", "rare")]
+    if "head" in optimizer.stages[0].roles:
+        layers += [laid.net.head, laid.net.table]
     generator = torch.Generator().manual_seed(500 + step)
     size = BATCH // ranks
     for layer in layers:
         x = torch.randint(-3, 4, (BATCH, layer.weight.shape[1]), generator=generator).float()
+        if layer is laid.net.table:
+            x = x[:, 0].long() + 3
         if layer.weight.grad is not None:
             optimizer.record_input(layer.weight, x[rank * size : (rank + 1) * size])
 

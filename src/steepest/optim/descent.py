@@ -22,6 +22,7 @@ from torch.optim.optimizer import Optimizer
 from steepest.anatomy import ROLES, Override, Plan, PlanRow, Role, aligned, route
 from steepest.checks import refusal, shown
 from steepest.geometry import Norm, Product
+from steepest.geometry.norm import completed
 from steepest.notices import warn
 from steepest.optim.arguments import checked_options
 from steepest.optim.ball import beyond_ball, weight_numbers
@@ -170,8 +171,9 @@ class SteepestDescent(Optimizer):
         regularized: False: constrained descent, steps of a fixed norm; True: steps in proportion to the dual norm.
         step_size: None or `Fixed()`: the whole step; `Momo(...)`: as much as its model of the loss says is useful, for
             which it needs the loss of every step and one momentum for all groups.
-        precondition: `InputMoment(...)` or the name of one of its presets: multiply the matrices' momenta, or their
-            gradients, with an inverse second moment of their layers' inputs, as Newton-Muon does. The first stage.
+        precondition: `InputMoment(...)` or the name of one of its presets: multiply the matrices' momenta, or the
+            gradients of its `roles`, with an inverse second moment of their inputs, as Newton-Muon does. The first
+            stage.
         stages: What else stands around the search for the matrices' directions, such as `RowScaling()`, the outermost
             first.
         dual: Where a number of all layers must be known before the first can move: "cached" keeps all directions for
@@ -272,7 +274,7 @@ class SteepestDescent(Optimizer):
     def _share(self) -> None:
         """Find out who keeps, and who works on, what."""
         members = [
-            (self._rows[parameter], self.norm_of(group), self._stages if self._staged(group) else ())
+            (self._rows[parameter], self.norm_of(group), self.stages_of(group))
             for group in self.param_groups
             for parameter in group["params"]
         ]
@@ -285,13 +287,17 @@ class SteepestDescent(Optimizer):
         for stage in stages:
             if needs and stage.no_duals:
                 raise ValueError(stage.no_duals)
-        rows = [self._rows[p] for group in self.param_groups if self._staged(group) for p in group["params"]]
         self._schemas.clear()
-        rows = [row for row in rows if row.trainable]
-        self._stages = [stage.attach(rows) for stage in stages]
-        for row in rows:
-            check_stages(row, self._stages)
+        attached: list[Stage] = []
+        for stage in stages:
+            groups = [group for group in self.param_groups if self._works_on(stage, group)]
+            rows = [self._rows[p] for group in groups for p in group["params"]]
+            attached.append(stage.attach([row for row in rows if row.trainable]))
+        self._stages = attached
         for group in self.param_groups:
+            for row in (self._rows[parameter] for parameter in group["params"]):
+                if row.trainable:
+                    check_stages(row, self.stages_of(group))
             for stage in self._stages:
                 group.update(stage.group_keys)
 
@@ -408,8 +414,7 @@ class SteepestDescent(Optimizer):
             for name, parameter in group["params"]:
                 self._storage.check(name, parameter)
                 check_view(rows[parameter], group["norm"])
-                if self._staged(group):
-                    check_stages(rows[parameter], self._stages)
+                check_stages(rows[parameter], self.stages_of(group))
         self._check_together([*self.param_groups, *groups])
         for group in groups:
             group["params"] = [parameter for _, parameter in group["params"]]  # named apart: a group may be empty
@@ -487,14 +492,13 @@ class SteepestDescent(Optimizer):
                 for row in members:
                     self._storage.check(row.name, row.parameter)
                     check_view(row, norm)
-                    if self._staged(group):
-                        check_stages(row, self._stages)
+                    check_stages(row, self.stages_of(group))
                 names = group.get("param_names") or self._names_of(group["params"])
                 group["params"] = [*group["params"], *(row.parameter for row in members)]
                 group["param_names"] = [*names, *(row.name for row in members)]
-            staged = [row for row in rows if row.role == "matrix" and row.trainable]
-            for stage in reversed(self._stages) if staged else ():  # those of users first: they may refuse
-                stage.added(staged)
+            for stage in reversed(self._stages):  # those of users first: they may refuse
+                if staged := [row for row in rows if row.role in stage.roles and row.trainable]:
+                    stage.added(staged)
         except BaseException:
             del self.param_groups[len(kept) :], self._members[len(kept) :]
             self._rates.forget(len(kept))
@@ -875,8 +879,7 @@ class SteepestDescent(Optimizer):
         return [self._rows[parameter].name for parameter in parameters]
 
     def _entries(self, row: PlanRow, group: Group) -> Schema:
-        stages = self._stages if self._staged(group) else ()
-        norm = self._norms.of(group)
+        stages, norm = self.stages_of(group), self._norms.of(group)
         radii = 0
         if self._decays.of(group).keeps_norms:
             radii = sum(count for count, _, _ in row.blocks()) if norm.matrix and row.view is not None else 1
@@ -907,7 +910,7 @@ class SteepestDescent(Optimizer):
     def _moves(self, ready: Ready, accept: Tensor | None) -> list[Move]:
         present = ready.present
         norms = [self._norms.of(group) for group, _ in present]
-        stages = [self._stages if self._staged(group) else () for group, _ in present]
+        stages = [self.stages_of(group) for group, _ in present]
         packed, cap = self._packing.of(present, self._rows, norms, stages, self._sharing, bounded=self._combine.streams)
         gradients = dict(zip(ready.parameters, ready.gradients, strict=True))
         return [
@@ -1229,14 +1232,36 @@ class SteepestDescent(Optimizer):
             stage.load(self.state, _with_keys(stage, saved["param_groups"]))
         self._guard.restore(int(max((group["skipped_steps"] for group in self.param_groups), default=0)))
 
-    def _staged(self, group: Group) -> bool:
-        """Whether stages work on a group, whose norm may not be a text yet."""
+    def stages_of(self, group: Group) -> list[Stage]:
+        """The stages that work on a group.
+
+        Args:
+            group: One of `param_groups`.
+
+        Raises:
+            ValueError: If one cannot, for the group's norm.
+        """
+        return [stage for stage in self._stages if self._works_on(stage, group)]
+
+    def _works_on(self, stage: Stage, group: Group) -> bool:
+        """Whether a stage works on a group, whose norm may not be a text yet."""
+        role: Role = group["role"]
         norm = self._norms.of(group) if isinstance(group["norm"], str) else group["norm"]
-        return bool(group["role"] == "matrix" and norm.matrix and not norm.adapts)
+        if role not in stage.roles:
+            return False
+        if role == "matrix":
+            return bool(norm.matrix and not norm.adapts)
+        if not completed(norm).elementwise:
+            raise ValueError(
+                f"{stage.option}: it works on the role {role!r}, whose norm is {norm} here; of others than matrices it "
+                "must look at each entry by itself, as AdaInf() and Sign() do. Give the role such a norm, or leave it "
+                "out of roles=."
+            )
+        return True
 
     def _keeps_ball(self, group: Group) -> bool:
         """Whether directions have at most norm one, as stages say."""
-        return not self._staged(group) or all(stage.keeps_ball for stage in self._stages)
+        return group["role"] != "matrix" or all(stage.keeps_ball for stage in self.stages_of(group))
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

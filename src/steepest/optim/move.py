@@ -99,7 +99,8 @@ class Move:
         self.ahead = bool(group["nesterov"]) and not self.norm.adapts
         self.averages = averages_of(group)
         self._states = states
-        self._stages = stages
+        self._changing = [stage for stage in stages if stage.changes_gradients]
+        self._stages = stages if group["role"] == "matrix" else ()  # others have changed gradients at most
         self._decay = decay
         self._squares: Tensor | None = None  # of the weights before they move, matrix by matrix, where that is known
         self.arc: Arc | None = None
@@ -617,12 +618,11 @@ class Move:
             gradients = [gradient.to(self._dtype) for gradient in gradients]
         if self._accept is not None:
             gradients = [torch.where(self._accept, gradient, 0.0) for gradient in gradients]
-        for stage in self._stages:
-            if stage.changes_gradients:
-                wholes = cast(list[Tensor], self.portion.gather(gradients).wait())
-                wholes = stage.gradient(self.work, wholes) if wholes else []
-                pending = self.portion.scatter(wholes, gradients)
-                gradients = cast(list[Tensor], pending.wait())
+        for stage in self._changing:
+            wholes = cast(list[Tensor], self.portion.gather(gradients).wait())
+            wholes = stage.gradient(self.work, wholes) if wholes else []
+            pending = self.portion.scatter(wholes, gradients)
+            gradients = cast(list[Tensor], pending.wait())
         self._taken = gradients
         return gradients
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from steepest.anatomy import Load, PlanRow
+from steepest.anatomy import Load, PlanRow, Role
 from steepest.ranks import Duties, kept_like
 
 States = Mapping[Tensor, dict[str, Tensor]]
@@ -85,12 +85,15 @@ class Stage:
         kept: What its entries are, in words, for the warning that they are dropped where nobody needs them.
         option: How an optimizer is told to work with it, in words, likewise.
         group_keys: Where its `numbers` stand in every group, with the values of a new optimizer.
+        roles: Of the parameters that it works on. Of others than matrices it may change gradients only, and the norms
+            of these must look at each entry by itself.
     """
 
     prefix: ClassVar[str] = ""
     kept: ClassVar[str] = "entries of a stage"
     option: ClassVar[str] = "stages="
     group_keys: ClassVar[Mapping[str, Any]] = {}
+    roles: Sequence[Role] = ("matrix",)
 
     @property
     def linear(self) -> bool:
@@ -142,7 +145,7 @@ class Stage:
         """Begin to work for one optimizer; `entries` is also asked of matrices that are added later.
 
         Args:
-            rows: Of the plan: the trainable matrices.
+            rows: Of the plan: the trainable parameters of its roles.
         """
         del rows
         return self
@@ -151,7 +154,7 @@ class Stage:
         """Work on matrices, too, that a module brought later; nothing is seen of the coming step yet.
 
         Args:
-            rows: Of the plan: the trainable matrices, with their sites.
+            rows: Of the plan: the trainable parameters of its roles, with their sites.
 
         Raises:
             ValueError: If the stage cannot.
@@ -249,7 +252,7 @@ class Stage:
 
         Args:
             load: Whose gradients these are.
-            gradients: Shaped like the parameters, not to be written to.
+            gradients: Shaped like the parameters, not to be written to; of others than matrices, what this rank keeps.
 
         Returns:
             Likewise.

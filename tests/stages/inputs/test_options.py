@@ -48,8 +48,8 @@ def test_one_matrix_per_distinct_exponent(exponents, powers):
 
 
 def test_lists_become_tuples_so_that_options_stay_hashable():
-    options = InputMoment(exponents=[1.0, 0.0], anneal=[4, 8])
-    assert (options.exponents, options.anneal) == ((1.0, 0.0), (4, 8))
+    options = InputMoment(exponents=[1.0, 0.0], anneal=[4, 8], on="gradient", roles=["head", "matrix", "head"])
+    assert (options.exponents, options.anneal, options.roles) == ((1.0, 0.0), (4, 8), ("matrix", "head"))
     assert isinstance(hash(options), int)
 
 
@@ -129,6 +129,13 @@ CHOICES = [
     ),
     ({"normalize": False, "blend": 0.5}, "blend and anneal add P to the identity, for which P needs its scale"),
     ({"normalize": False, "anneal": (1, 2)}, "needs its scale; set normalize=True."),
+    ({"roles": ("head", "embeding")}, "Unknown roles 'embeding': did you mean 'embedding'? Valid: embedding, head, "),
+    ({"roles": ("vector",), "on": "gradient"}, "Unknown roles 'vector'. Valid: embedding, head, matrix."),
+    (
+        {"roles": ("head", "matrix")},
+        "roles=('matrix', 'head') with on='momentum': in the norm of a role 'head', such as Adam's, a direction is "
+        "divided by second moments of the gradients, which a preconditioned momentum does not fit. Set on='gradient'.",
+    ),
 ]
 
 
@@ -157,6 +164,11 @@ KINDS = [
     ({"hooks": None}, "hooks must be True or False, got None."),
     ({"normalize": "yes"}, "normalize must be True or False, got 'yes'."),
     ({"bias_correction": 0}, "bias_correction must be True or False, got 0."),
+    (
+        {"roles": "head"},
+        "roles must be a tuple of one or more of 'matrix', 'head', 'embedding', got 'head'. Write roles=('head',).",
+    ),
+    ({"roles": ()}, "roles must be a tuple of one or more of 'matrix', 'head', 'embedding', got ()."),
 ]
 
 

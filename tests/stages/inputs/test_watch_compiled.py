@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from steepest import InputMoment
+from steepest import InputMoment, Muon
 from tests.stages.inputs.watched import assert_kept, backward, data, kept, moments, net, newton
 
 # Of torch's compilers, about themselves.
@@ -55,6 +55,25 @@ def assert_same(ours, theirs, tolerance=1e-13):
         assert one.keys() == other.keys() != set()
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance)
+
+
+def test_tables_are_seen_in_one_graph():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4, padding_idx=1), nn.Tanh(), nn.Linear(4, 9))
+    options = InputMoment(roles=("embedding",), on="gradient", every=2, first=1, decay=0.0)
+    optimizer = Muon(model, precondition=options)
+    counter = CompileCounterWithBackend("aot_eager")
+    call = torch.compile(model, backend=counter, fullgraph=True)
+    for step in range(3):
+        seen = torch.randint(9, (6, 4), generator=torch.Generator().manual_seed(step // 2))
+        optimizer.zero_grad()
+        for part in seen.chunk(2):
+            call(part).square().mean().backward()
+        optimizer.step()
+    counts = torch.bincount(torch.randint(9, (6, 4), generator=torch.Generator().manual_seed(0)).flatten(), minlength=9)
+    counts[1] = 0
+    torch.testing.assert_close(optimizer.state[model[0].weight]["input_moment"], (counts / counts.sum())[None])
+    assert counter.frame_count == 1
 
 
 needs_hook_guards = pytest.mark.skipif(

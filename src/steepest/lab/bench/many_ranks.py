@@ -478,7 +478,7 @@ class _Ranks:
         rows = iter(self.optimizer.plan)
         for group in self.optimizer.param_groups:
             norm = self.optimizer.norm_of(group)
-            stages = self.optimizer.stages if self.optimizer._staged(group) else ()
+            stages = self.optimizer.stages_of(group)
             for row in itertools.islice(rows, len(group["params"])):
                 placed = self.axes.placed(row)
                 yield Member(row, group, norm, stages, placed, self.kept_of(row.shape, placed))
@@ -599,7 +599,8 @@ class _Ranks:
         users: dict[int, set[int]] = {}
         for reader in stage.readers:
             leaders.setdefault(reader.group, self.members[reader.parameter])
-            users.setdefault(reader.group, set()).add(self.owners[reader.parameter][0])
+            owners = self.owners.get(reader.parameter)  # None: each rank works on what it keeps
+            users.setdefault(reader.group, set()).update(range(self.axes.ranks) if owners is None else owners[:1])
         parts: list[tuple[Kept, int]] = []
         due: dict[int, int] = {}
         for number, leader in leaders.items():

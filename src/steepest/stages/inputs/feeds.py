@@ -26,7 +26,7 @@ class Rows:
     """Inputs of one call.
 
     Args:
-        values: (*tokens, S or 1, n).
+        values: (*tokens, S or 1, n); of a table the numbers of its rows, (*tokens, 1, 1).
         chosen: (*tokens, S), which token goes to which matrix of the stack; None: every token to all.
     """
 
@@ -43,16 +43,24 @@ class Feed:
         fan_in: n.
         pick: The tensors of a call that matter, the inputs first; None if the call does not feed the weight.
         rows: The inputs in those tensors.
+        numbers: Whether inputs are numbers of rows, which have no gradient: then that of the output is waited for.
     """
 
     stack: int
     fan_in: int
     pick: Callable[[Arguments, Options], tuple[Tensor, ...] | None]
     rows: Callable[[tuple[Tensor, ...]], Rows]
+    numbers: bool = False
 
 
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_FORWARDS = (
+    nn.Linear.forward,
+    nn.Conv1d.forward,
+    nn.Conv2d.forward,
+    nn.Conv3d.forward,
+    nn.Embedding.forward,
+)
 
 
 def joined(view: View) -> View:
@@ -81,7 +89,8 @@ def find_feed(site: Site, row: PlanRow) -> Feed | str:
         return feed
     view = cast(View, row.view)
     ((stack, _, fan_in),) = joined(view).blocks(row.shape)
-    other_way = view.transposed != ("Conv1D" in kinds(site.module)) and not view.experts
+    stored = feed.numbers or "Conv1D" in kinds(site.module)
+    other_way = view.transposed != stored and not view.experts
     if other_way or (stack, fan_in) != (feed.stack, feed.fan_in):
         return f"the view '{row.view}' is not the one that {kinds(site.module)[0]} multiplies with"
     return feed
@@ -93,12 +102,14 @@ def _of_kind(site: Site, row: PlanRow) -> Feed | str:
     ((stack, _, fan_in),) = joined(view).blocks(row.shape)
     if isinstance(module, nn.Linear) and isinstance(site.owner, nn.MultiheadAttention):
         return "MultiheadAttention multiplies with it without calling the module"
-    if isinstance(module, nn.Linear | _CONVOLUTIONS) and type(module).forward not in _FORWARDS:
+    if isinstance(module, nn.Linear | _CONVOLUTIONS | nn.Embedding) and type(module).forward not in _FORWARDS:
         return f"{names[0]} has a forward() of its own, which may change the inputs first"
     if site.leaf == "weight" and (isinstance(module, nn.Linear) or "Conv1D" in names):
         return Feed(1, fan_in, _first_tensor, lambda tensors: Rows(tensors[0].unsqueeze(-2)))
     if site.leaf == "weight" and isinstance(module, _CONVOLUTIONS):
         return _convolution(module)
+    if row.role == "embedding" and isinstance(module, nn.Embedding):
+        return _table(module, fan_in)
     if isinstance(module, nn.MultiheadAttention) and site.leaf == "in_proj_weight":
         return Feed(1, fan_in, _self_attention, lambda tensors: Rows(tensors[0].unsqueeze(-2)))
     if view.experts:
@@ -111,6 +122,16 @@ def _first_tensor(arguments: Arguments, options: Options) -> tuple[Tensor, ...] 
         if isinstance(value, Tensor):
             return (value,)
     return None
+
+
+def _table(module: nn.Embedding, rows: int) -> Feed:
+    padding = module.padding_idx
+
+    def of(tensors: tuple[Tensor, ...]) -> Rows:
+        values = tensors[0].unsqueeze(-1)
+        return Rows(values.unsqueeze(-1), None if padding is None else values != padding)
+
+    return Feed(1, rows, _first_tensor, of, numbers=True)
 
 
 def _self_attention(arguments: Arguments, options: Options) -> tuple[Tensor, ...] | None:

@@ -1,4 +1,4 @@
-"""Hooks before the forward pass of a module that no copy of it takes along, by deepcopy or by pickle.
+"""Hooks before or after the forward pass of a module that no copy of it takes along, by deepcopy or by pickle.
 
 A copy has nobody who removes them, could not be scripted or quantised for them, and its pickle would need this library.
 """
@@ -42,11 +42,14 @@ class Attached:
         module: Before whose calls.
         parameter: Of the module.
         hook: Copies take it along where others had registered hooks before: its `__reduce__` says as what.
+        after: Whether it comes after the calls, and gets what they return, too.
     """
 
-    def __init__(self, module: nn.Module, parameter: Tensor, hook: Callable[..., Any]) -> None:
-        kept = [_Kept.instead_of(module, name) for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")]
-        self._handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    def __init__(self, module: nn.Module, parameter: Tensor, hook: Callable[..., Any], *, after: bool = False) -> None:
+        name = "_forward_hooks" if after else "_forward_pre_hooks"
+        kept = [_Kept.instead_of(module, own) for own in (name, f"{name}_with_kwargs")]
+        register = module.register_forward_hook if after else module.register_forward_pre_hook
+        self._handle = register(hook, with_kwargs=True)
         for own in kept:
             if own is not None:
                 own.left_out.add(self._handle.id)

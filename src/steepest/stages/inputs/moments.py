@@ -1,11 +1,12 @@
 """The second moment of one layer's inputs as tensors: its structure, its size, and sums over tokens."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from steepest.anatomy import Role
 from steepest.stages.inputs.feeds import Rows
 from steepest.stages.inputs.options import WIDEST, InputMoment, Structure
 
@@ -19,14 +20,18 @@ class MomentLayout:
         stack: S, matrices of the stack.
         fan_in: n, features of each.
         block: Size of a diagonal block; n for "full", 1 for "diagonal".
+        table: Whether inputs are one-hot, and told by the number of the one.
     """
 
     structure: Structure
     stack: int
     fan_in: int
     block: int
+    table: bool = False
 
     def __str__(self) -> str:
+        if self.table:
+            return f"frequencies of {self.fan_in}"
         stack = f"{self.stack} x " if self.stack > 1 else ""
         if self.structure == "block":
             return f"{stack}{self.fan_in // self.block} blocks of {self.block}"
@@ -62,8 +67,9 @@ class MomentLayout:
         """
         values = rows.values
         tokens = values.shape[:-2]
-        x = values.reshape(-1, *values.shape[-2:]).to(dtype)
-        if weights is None and rows.chosen is None:
+        x = values.reshape(-1, *values.shape[-2:])
+        x = x if self.table else x.to(dtype)
+        if weights is None and rows.chosen is None and not self.table:
             mass = torch.full((self.stack,), len(x), dtype=dtype, device=x.device)
             total = self._products(x.expand(-1, self.stack, -1))
         else:
@@ -72,6 +78,8 @@ class MomentLayout:
             chosen = 1.0 if rows.chosen is None else rows.chosen.reshape(-1, self.stack).to(dtype)
             own = (own * chosen).expand(-1, self.stack)  # (tokens, S)
             mass = own.sum(0)
+            if self.table:
+                return own.new_zeros(self.fan_in, 1).index_add(0, x.flatten(), own).mT, mass
             # One matrix after the other, each with its own tokens: S copies of all would be too many, and what is
             # left out may be no number.
             alone = zip(x.expand(-1, self.stack, -1).split(1, dim=1), own.unbind(1), strict=True)
@@ -92,12 +100,20 @@ def given_rows(layout: MomentLayout, name: str, x: Tensor, weight: Tensor | None
     Args:
         layout: Of the moment they belong to.
         name: Of the parameter, for messages.
-        x: (*tokens, n), or (S, *tokens, n) for a stack of S.
+        x: (*tokens, n), or (S, *tokens, n) for a stack of S; of a table the numbers, (*tokens).
         weight: Of the tokens, likewise without n, at least 0; None: 1.
 
     Raises:
-        ValueError: If a shape does not fit.
+        ValueError: If a shape does not fit, or a table has no such rows.
     """
+    if layout.table:
+        if x.is_floating_point() or (x.numel() and not 0 <= int(x.min()) <= int(x.max()) < layout.fan_in):
+            raise ValueError(
+                f"record_input: {name!r} takes numbers of its {layout.fan_in} rows, got {x.dtype} {tuple(x.shape)}"
+                f"{'' if x.is_floating_point() else f' from {int(x.min())} to {int(x.max())}'}."
+            )
+        x = x.unsqueeze(-1)
+        layout = replace(layout, fan_in=1)
     stacked = layout.stack > 1
     if x.ndim < 1 + stacked or x.size(-1) != layout.fan_in or (stacked and x.size(0) != layout.stack):
         needed = f"({layout.stack}, *tokens, {layout.fan_in})" if stacked else f"(*tokens, {layout.fan_in})"
@@ -114,7 +130,15 @@ def given_rows(layout: MomentLayout, name: str, x: Tensor, weight: Tensor | None
 
 
 def layout_for(
-    options: InputMoment, name: str, *, stack: int, fan_in: int, fan_out: int, readers: int, heads: int = 1
+    options: InputMoment,
+    name: str,
+    *,
+    stack: int,
+    fan_in: int,
+    fan_out: int,
+    readers: int,
+    heads: int = 1,
+    role: Role = "matrix",
 ) -> MomentLayout | None:
     """The layout of a layer's moment.
 
@@ -127,14 +151,19 @@ def layout_for(
         readers: Outputs of all parameters that read the same inputs.
         heads: Into how many matrices the view cuts the fan-in. Each is orthogonalised alone, and a moment that mixed
             their columns could make a step ascend; so these are blocks at most.
+        role: Of the parameter.
 
     Returns:
-        The layout; None if the layer is left to Muon.
+        The layout; None if the layer is left as it is.
 
     Raises:
         ValueError: If blocks do not divide the fan-in.
     """
     structure = options.structure_for(name)
+    if role == "embedding" and structure != "none":
+        return MomentLayout("diagonal", stack, fan_in, 1, table=True)
+    if role == "head" and structure == "wide":
+        structure = "auto"
     if structure in ("wide", "auto"):
         wide = fan_in >= 2 * readers
         otherwise = "none" if structure == "wide" else "full" if fan_in <= WIDEST else "diagonal"

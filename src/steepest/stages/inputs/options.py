@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal, Self, cast, get_args
 
-from steepest.anatomy import PlanRow
+from steepest.anatomy import PlanRow, Role
 from steepest.checks import Check, check_fields, choice, flag, number, optional, pair, refusal, whole
 from steepest.linalg.spd import RidgeUnit
 from steepest.names import unknown_name
@@ -28,6 +28,7 @@ Solver = Literal["inverse", "factor"]
 
 INPUT_OPTIONS = "input_options"  # what the powers in the state were made with, where there are some
 INPUT_STEPS = "input_steps"  # how many steps were done, where layer inputs are looked at
+ROLES_WITH: tuple[Role, ...] = ("matrix", "head", "embedding")  # of parameters that read something
 WIDEST = 4096  # a full moment and its inverse of this fan-in take 128 MiB in float32
 
 
@@ -65,6 +66,14 @@ class InputMoment(Stage):
         missing: What to do with a layer that has a gradient at a refresh but whose inputs were not seen: "raise"; or,
             for "muon", go on with the moment it has, which is Muon's step if there is none, and count that.
         hooks: Whether inputs are found by hooks on the modules; else only what `record_input` is told counts.
+        roles: Of the parameters whose gradients are multiplied, of "matrix", "head" and "embedding". The last two need
+            on="gradient" and norms that look at each entry by itself, as Adam's: G P_a is what Adam averages; P_b is
+            the matrices' alone. Of a head, `structure` "wide" is "auto". A table's inputs are one-hot, so that its
+            moment is diagonal, the frequencies of tokens, whatever `structure` says but "none"; those at `padding_idx`
+            do not count, and tables that no module looks up by numbers have none. A factor that stays the same cancels
+            in Adam's quotient: of a table, or a head with a diagonal, only changes of the moment act. A table that is
+            also the head is refused, since its gradient is a sum of two, of which each has other inputs; where that
+            is done without a module, as by F.linear(x, table.weight), it cannot be seen.
 
     Raises:
         ValueError: If an option is out of range, or two options exclude one another.
@@ -94,6 +103,7 @@ class InputMoment(Stage):
     tokens: int | None = None
     missing: Missing = "raise"
     hooks: bool = True
+    roles: Sequence[Role] = ("matrix",)
 
     prefix = "input_"
     kept = "moments of layer inputs"
@@ -108,10 +118,10 @@ class InputMoment(Stage):
         """Look at the inputs of the layers that the options choose.
 
         Args:
-            rows: Of the plan: the trainable matrices.
+            rows: Of the plan: the trainable parameters of the roles.
 
         Raises:
-            ValueError: If no parameter is left to precondition, or none can be hooked.
+            ValueError: If no parameter is left to precondition, none can be hooked, or one is a table and a head.
         """
         from steepest.stages.inputs.stage import InputMoments
 
@@ -205,6 +215,13 @@ class InputMoment(Stage):
         return self.blend * min(1.0, max(0.0, (end - step) / (end - start)))
 
     def _check_together(self) -> None:
+        elsewhere = [role for role in self.roles if role != "matrix"]
+        if elsewhere and self.on == "momentum":
+            raise ValueError(
+                f"InputMoment: roles={self.roles} with on='momentum': in the norm of a role {elsewhere[0]!r}, such as "
+                "Adam's, a direction is divided by second moments of the gradients, which a preconditioned momentum "
+                "does not fit. Set on='gradient'."
+            )
         if self.anneal is not None and self.anneal[0] >= self.anneal[1]:
             raise ValueError(
                 f"InputMoment: anneal must be two steps (start, end), 0 <= start < end, got {self.anneal}."
@@ -237,6 +254,15 @@ def _check_structure(name: str, value: object) -> Any:
     return cast(Any, value)
 
 
+def _check_roles(name: str, value: object) -> tuple[str, ...]:
+    given = cast(Sequence[object], value)
+    if not isinstance(value, list | tuple) or not given:
+        remedy = f"Write roles=({value!r},)." if isinstance(value, str) else ""
+        raise TypeError(refusal(name, f"a tuple of one or more of {', '.join(map(repr, ROLES_WITH))}", value, remedy))
+    chosen = [choice(ROLES_WITH)(name, one) for one in given]
+    return tuple(role for role in ROLES_WITH if role in chosen)
+
+
 _CHECKS: Mapping[str, Check] = {
     "every": whole(1),
     "decay": number(high=1.0),
@@ -258,6 +284,7 @@ _CHECKS: Mapping[str, Check] = {
     "tokens": optional(whole(1)),
     "missing": choice(get_args(Missing)),
     "hooks": flag,
+    "roles": _check_roles,
 }
 
 _PAPER: Mapping[str, Any] = {

@@ -6,15 +6,16 @@ names here, so that memory can be planned; the first refresh sees the tensors th
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from steepest.anatomy.plan import PlanRow
-from steepest.anatomy.views import View
+from steepest.anatomy.roles import classify
+from steepest.anatomy.views import CONV1D, LINEAR, View
 from steepest.names import near_miss
 from steepest.stages.inputs.feeds import Feed, find_feed, joined
 from steepest.stages.inputs.moments import MomentLayout, layout_for
@@ -57,18 +58,20 @@ class Reader:
 
 
 def find_readers(rows: Sequence[PlanRow], options: InputMoment) -> list[Reader]:
-    """The readers among matrices.
+    """The readers among parameters.
 
     Args:
-        rows: Of matrices, each with a view, in the order of the model.
+        rows: Of the roles that are preconditioned, in the order of the model; matrices have a view.
         options: Which structure each has, and whether there are hooks.
 
     Returns:
         One per row whose structure is not "none".
 
     Raises:
-        ValueError: If blocks do not divide a fan-in.
+        ValueError: If blocks do not divide a fan-in, a parameter is a table and a head, or a head is divided among
+            ranks so that nobody has whole rows of its gradient.
     """
+    rows = list(_reading(rows))
     blocks = [joined(cast(View, row.view)).blocks(row.shape)[0] for row in rows]
     keys = [_group_key(row, stack, fan_in) for row, (stack, _, fan_in) in zip(rows, blocks, strict=True)]
     outputs: dict[tuple[object, ...], int] = {}
@@ -81,13 +84,54 @@ def find_readers(rows: Sequence[PlanRow], options: InputMoment) -> list[Reader]:
         cuts = view.heads if isinstance(view.heads, tuple) else (view.heads or 1,)
         heads = math.lcm(*cuts) if view.heads_dim == "in" else 1  # blocks that fit into the heads of every fused part
         layout = layout_for(
-            options, row.name, stack=stack, fan_in=fan_in, fan_out=fan_out, readers=outputs[key], heads=heads
+            options,
+            row.name,
+            stack=stack,
+            fan_in=fan_in,
+            fan_out=fan_out,
+            readers=outputs[key],
+            heads=heads,
+            role=row.role,
         )
         if layout is None:
             continue
+        if row.role != "matrix":
+            _refuse_tied(row)
+            _refuse_cut(row, layout)
         group = groups.setdefault((key, layout), len(groups))
         readers.append(_rebuilt(row, joined(view), layout, group, options.hooks))
     return readers
+
+
+def _reading(rows: Sequence[PlanRow]) -> Iterator[PlanRow]:
+    """Rows with the views by which parameters read; without tables that no module looks up by numbers, and biases."""
+    for row in rows:
+        if row.role == "matrix":
+            yield row
+        elif len(row.shape) == 2 and (row.view is not None or row.role == "head"):
+            yield replace(row, view=CONV1D if row.role == "embedding" else row.view or LINEAR)
+
+
+def _refuse_tied(row: PlanRow) -> None:
+    if len({classify(site).role == "embedding" for site in row.sites}) > 1:
+        raise ValueError(
+            f"InputMoment: {row.name!r} is a table and a head ({', '.join(site.name for site in row.sites)}): its "
+            "gradient is a sum of two, of which each has other inputs, so that no moment fits it. Leave it as it is "
+            f"with structure={{{row.name!r}: 'none'}} or without the role {row.role!r}, or do not tie the two."
+        )
+
+
+def _refuse_cut(row: PlanRow, layout: MomentLayout) -> None:
+    """What ranks keep of a gradient is multiplied where it is, so that rows of a head must be whole."""
+    outputs = 1 if cast(View, row.view).transposed else 0
+    placements: Sequence[Any] = getattr(row.parameter, "placements", ())
+    cut = {one.dim % 2 for one in placements if getattr(one, "dim", None) is not None}
+    if layout.structure != "diagonal" and cut - {outputs}:
+        raise ValueError(
+            f"InputMoment: {row.name!r} of shape {tuple(row.shape)} is placed as {tuple(placements)}, so that no rank "
+            f"has what belongs to all inputs of an output. Divide it along dimension {outputs}, or leave it as it is "
+            f"with structure={{{row.name!r}: 'none'}} or without the role {row.role!r}."
+        )
 
 
 def refuse_unmatched(options: InputMoment, names: Sequence[str]) -> None:
@@ -95,7 +139,7 @@ def refuse_unmatched(options: InputMoment, names: Sequence[str]) -> None:
 
     Args:
         options: Which structure each has.
-        names: Of the matrices.
+        names: Of the parameters of the roles that are preconditioned.
 
     Raises:
         ValueError: If a pattern matches none.
@@ -103,8 +147,8 @@ def refuse_unmatched(options: InputMoment, names: Sequence[str]) -> None:
     for pattern in () if isinstance(options.structure, str) else options.structure:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
-                f"InputMoment: the structure of {pattern!r} is given, but no matrix has such a name."
-                f"{near_miss(pattern, names)}"
+                f"InputMoment: the structure of {pattern!r} is given, but no {' or '.join(options.roles)} has such a "
+                f"name.{near_miss(pattern, names)}"
             )
 
 

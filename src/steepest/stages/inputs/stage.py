@@ -27,7 +27,7 @@ from steepest.ranks import (
     summed,
     unanimous,
 )
-from steepest.ranks.boxes import full
+from steepest.ranks.boxes import full, own_box
 from steepest.stages.inputs.moments import given_rows
 from steepest.stages.inputs.options import INPUT_OPTIONS, INPUT_STEPS, InputMoment
 from steepest.stages.inputs.readers import Reader, find_readers, refuse_unmatched
@@ -86,13 +86,16 @@ class Applied:
         found = self.powers.get(id(parameter))
         if found is None:
             return tensor
-        reader, powers = found
-        solver = self.options.solver
+        (reader, powers), solver = found, self.options.solver
+        power = powers[place]
+        if tensor.shape != parameter.shape and reader.layout.structure == "diagonal":  # a part of others than matrices
+            start, stop = own_box(parameter)[0 if reader.view.transposed else 1]
+            power = power[:, start:stop]
         if reader.view == LINEAR and tensor.ndim == 2:
-            result = multiplied(tensor.unsqueeze(0), powers[place], reader.layout, solver=solver)[0]
+            result = multiplied(tensor.unsqueeze(0), power, reader.layout, solver=solver)[0]
         else:
             (batch,) = reader.view.split_tensor(tensor)
-            result = reader.view.merge((multiplied(batch, powers[place], reader.layout, solver=solver),), tensor.shape)
+            result = reader.view.merge((multiplied(batch, power, reader.layout, solver=solver),), tensor.shape)
         return result if self.blend == 1 else torch.lerp(tensor, result, self.blend)
 
 
@@ -105,11 +108,12 @@ def _tell_of_unseen(readers: Sequence[Reader], options: InputMoment) -> None:
     """Warn of layers whose inputs hooks cannot see, where that will raise."""
     unseen = [reader for reader in readers if options.hooks and not reader.feeds]
     if unseen and options.missing == "raise":
+        instead = "to Muon" if unseen[0].row.role == "matrix" else "as they are"
         warn(
             f"Hooks cannot see the inputs of {', '.join(reader.row.name for reader in unseen)}: "
             f"{unseen[0].unseen}. "
-            "Call record_input(parameter, inputs) in each micro-batch of a step that refreshes, or leave them to "
-            f"Muon with InputMoment(structure={{{unseen[0].row.name!r}: 'none'}}) or missing='muon'."
+            "Call record_input(parameter, inputs) in each micro-batch of a step that refreshes, or leave them "
+            f"{instead} with InputMoment(structure={{{unseen[0].row.name!r}: 'none'}}) or missing='muon'."
         )
 
 
@@ -122,10 +126,10 @@ class InputMoments(Stage):
 
     Args:
         options: What to do.
-        rows: Of the matrices, as routed.
+        rows: Of the parameters of the roles that are preconditioned, as routed.
 
     Raises:
-        ValueError: If no parameter is left to precondition, or none can be hooked.
+        ValueError: If no parameter is left to precondition, none can be hooked, or one is a table and a head.
     """
 
     prefix = InputMoment.prefix
@@ -133,16 +137,18 @@ class InputMoments(Stage):
 
     def __init__(self, options: InputMoment, rows: Sequence[PlanRow]) -> None:
         self.options = options
+        self.roles = options.roles
         refuse_unmatched(options, [row.name for row in rows])
         readers = find_readers(rows, options)
         if not readers:
             raise ValueError(
-                "InputMoment: no matrix is left to precondition. By default these are the layers that read at least "
-                "twice as many features as they write; give structure='full' for all, or leave out precondition=."
+                f"InputMoment: no {' or '.join(self.roles)} is left to precondition. By default these are, of "
+                "matrices, the layers that read at least twice as many features as they write; give structure='full' "
+                "for all, or leave out precondition=."
             )
         if options.hooks and not any(reader.feeds for reader in readers):
             raise ValueError(
-                f"InputMoment: no module is known that feeds {readers[0].row.name!r} or any other matrix. Pass the "
+                f"InputMoment: no module is known that feeds {readers[0].row.name!r} or any other parameter. Pass the "
                 "model (or steepest.route(model)) instead of its parameters, or give InputMoment(hooks=False) and call "
                 "record_input() in each step that refreshes."
             )
@@ -175,7 +181,7 @@ class InputMoments(Stage):
         self._owing = set(self._ready)
 
     def added(self, rows: Sequence[PlanRow]) -> None:
-        """Look at the inputs of more matrices when it is their turn."""
+        """Look at the inputs of more parameters when it is their turn."""
         first, groups = len(self.readers), max(reader.group for reader in self.readers) + 1
         found = [replace(reader, group=reader.group + groups) for reader in find_readers(rows, self.options)]
         if not found:
@@ -408,7 +414,7 @@ class InputMoments(Stage):
             self._count(work(alone, own))
         if not shared:
             return
-        owners = {number: duties.owner(self.readers[number].parameter) for number in shared}
+        owners = {number: self._owner(number) for number in shared}
         routes: list[Route] = []
         kept: list[Tensor] = []
         for key in MOMENT_KEYS:
@@ -435,6 +441,18 @@ class InputMoments(Stage):
                     target.copy_(part)
         self._hand_out(shared, owners, parts[0])
 
+    def _owner(self, number: int) -> int:
+        """Who keeps a moment up to date; of what all work on where it is, each in turn."""
+        parameter = self.readers[number].parameter
+        if self._everywhere(parameter):
+            members = self._duties.layouts[parameter].members
+            return members[number % len(members)]
+        return self._duties.owner(parameter)
+
+    def _everywhere(self, parameter: Tensor) -> bool:
+        """Whether each rank works on what it keeps of a parameter, in a norm that looks at each entry by itself."""
+        return self._duties.shares(parameter) and parameter not in self._duties.routes
+
     def powers_of(self, parameter: Tensor) -> Tensor | None:
         """The powers that a layer's gradient is multiplied with.
 
@@ -457,13 +475,15 @@ class InputMoments(Stage):
         return self._powers[number]
 
     def _hand_out(self, leaders: Sequence[int], owners: Mapping[int, int], like: Tensor) -> None:
-        """Give powers to those who work on other layers that read the same."""
+        """Give powers to those who work on other layers that read the same, or on parts of this one."""
         duties, team = self._duties, self._duties.team
         routes: list[Route] = []
         sent: list[int] = []
         for number in leaders:
             readers = [reader for reader, leader in zip(self.readers, self._leaders, strict=True) if leader == number]
-            users = {duties.owner(reader.parameter) for reader in readers if duties.shares(reader.parameter)}
+            parameters = [reader.parameter for reader in readers if duties.shares(reader.parameter)]
+            users = {duties.owner(parameter) for parameter in parameters if not self._everywhere(parameter)}
+            users.update(*(duties.layouts[p].members for p in parameters if self._everywhere(p)))
             if users - {owners[number]}:
                 shape = full((len(self.options.powers), *self.readers[number].layout.shape))
                 routes.append(
@@ -537,7 +557,7 @@ class InputMoments(Stage):
         for place in owned:
             by_kind.setdefault(totals[place].dtype, []).append(place)
         for places in by_kind.values():
-            owners = [duties.owner(self.readers[due[place]].parameter) for place in places]
+            owners = [self._owner(due[place]) for place in places]
             sums = team.sum_to(owners, [totals[place] for place in places])
             for place, total in zip(places, sums, strict=True):
                 whole[place] = total

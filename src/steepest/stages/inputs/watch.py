@@ -234,8 +234,9 @@ class InputWatch:
     def _hook(self, first: int) -> None:
         for number, reader in enumerate(self.readers[first:], start=first):
             for which, (module, feed) in enumerate(reader.feeds):
-                hook = _Hook(self._key, number, which, feed, reader.parameter)
-                self._handles.append(Attached(module, reader.parameter, hook))
+                kind = _HookAfter if feed.numbers else _Hook
+                hook = kind(self._key, number, which, feed, reader.parameter)
+                self._handles.append(Attached(module, reader.parameter, hook, after=feed.numbers))
 
     def detach(self) -> None:
         """Take the hooks off the modules; also done for a watch that is gone."""
@@ -274,6 +275,32 @@ class _Hook:
         self.address = torch.tensor([key, number, which], device="cpu")
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any] | None = None) -> Any:
+        found = self.watched(arguments, options or {}, None)
+        if found is None:
+            return None
+        watched, inputs = found
+
+        def replaced(value: object) -> object:
+            return watched if value is inputs else value
+
+        given = tuple(map(replaced, arguments))
+        if options is None:  # torch's quantisation registers hooks anew, and forgets that they take options
+            return given
+        return given, {name: replaced(value) for name, value in options.items()}
+
+    def watched(
+        self, arguments: tuple[Any, ...], options: dict[str, Any], output: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """What looks at the inputs of a call when the gradient comes back through it, in the place of the inputs.
+
+        Args:
+            arguments: Of the call, by place.
+            options: Likewise, by name.
+            output: In whose place it stands instead, if it is given.
+
+        Returns:
+            That, and the inputs; None if nobody looks.
+        """
         if not torch.is_grad_enabled() or not self.parameter.requires_grad:
             return None
         # is_exporting() is True in every compiled graph of torch 2.9
@@ -283,27 +310,28 @@ class _Hook:
         watch = None if compiling else _WATCHES.get(self.key)
         if not compiling and (watch is None or not watch.looks_at(self.number) or _transformed()):
             return None
-        tensors = self.feed.pick(arguments, options or {})
-        if tensors is None or (not compiling and _imagined(tensors[0])):
+        tensors = self.feed.pick(arguments, options)
+        if tensors is None or (not compiling and _imagined(tensors[0] if output is None else output)):
             return None
+        anchor, through = (self.anchor, tensors) if output is None else (None, (output, *tensors))
         if watch is None:
-            watched = _WatchedCompiled.apply(self.anchor, self.address, *tensors)
-        else:
-            watch.follow(self.number)
-            call = _Call(watch, self.number, self.feed, watch.weights, _in_backward())
-            watched = _Watched.apply(self.anchor, call, *tensors)
-
-        def replaced(value: object) -> object:
-            return watched if value is tensors[0] else value
-
-        given = tuple(map(replaced, arguments))
-        if options is None:  # torch's quantisation registers hooks anew, and forgets that they take options
-            return given
-        return given, {name: replaced(value) for name, value in options.items()}
+            return _WatchedCompiled.apply(anchor, self.address, *through), tensors[0]
+        watch.follow(self.number)
+        call = _Call(watch, self.number, self.feed, watch.weights, _in_backward())
+        return _Watched.apply(anchor, call, *through), tensors[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What a copy takes along, if it must, does nothing and is known without this library."""
         return getattr, (nullcontext(), "__exit__")
+
+
+class _HookAfter(_Hook):
+    """Stands after a module whose inputs are numbers, and have no gradient: its output has one."""
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], *rest: Any) -> Any:
+        *options, output = rest  # see above
+        found = self.watched(arguments, options[0] if options else {}, output)
+        return None if found is None else found[0]
 
 
 @dataclass
@@ -373,16 +401,17 @@ class _WatchedCompiled(torch.autograd.Function):
     """The same in a compiled graph, which may hold tensors only."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, address: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(_as_multiplied(tensors[0]), *tensors[1:])
-        ctx.address = address
-        return tensors[0].view_as(tensors[0])
+    def forward(ctx: Any, anchor: Tensor | None, address: Tensor, through: Tensor, *tensors: Tensor) -> Tensor:
+        kept = tensors if anchor is None else (_as_multiplied(through), *tensors)
+        ctx.save_for_backward(*kept)
+        ctx.address, ctx.further = address, len(tensors)
+        return through.view_as(through)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         tensors = cast(tuple[Tensor, ...], ctx.saved_tensors)
         _see_compiled(list(tensors), ctx.address)
-        return (None, None, gradients[0], *(None for _ in tensors[1:]))
+        return (None, None, gradients[0], *(None for _ in range(ctx.further)))
 
 
 _KEYS = itertools.count()
