@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import steepest.geometry.layer
-from steepest import ColNorm, Momo, RadialBrake, RowFloor, Sphere, SteepestDescent, View
+from steepest import ColNorm, InputMoment, Momo, RadialBrake, RowFloor, Sign, Sphere, SteepestDescent, View
 from tests.cases import cases
 from tests.parallel.training import (
     LAYOUTS,
@@ -35,6 +35,7 @@ TOLERANCE = 1e-5
 SHARED = [(size, name) for size in (2, 4) for name in LAYOUTS[size]]
 JUDGED = ("muon", "newton_muon", "newton_roles", "nor_muon", "muon_max", "muon_max_momo", "averages", "scion", "adam")
 STAGED = ("newton_muon", "newton_roles", "nor_muon", "iso_muon", "soap_muon", "p_muon", "everything")
+ROUNDED = ("newton_roles", "head.weight")  # libraries round products of few rows otherwise than those of all
 WEIGHED = ("radial",)
 BENT = ("cautious_stale", "sphere_momo", "sphere_stale")
 MATRICES = {f"block.{n}.weight" for n in ("up", "down", "narrow", "wide", "rare")}
@@ -118,7 +119,8 @@ def given(method, layout, file, options):
     for step, (laid, optimizer) in enumerate(counted_steps(method, layout, options, work)):
         for name, own in weights(laid).items():
             due = expected[step][name].flatten()[shown[name]]
-            if first is None and not torch.equal(own, due):
+            same = torch.allclose(own, due, rtol=0, atol=1e-6) if (method, name) == ROUNDED else torch.equal(own, due)
+            if first is None and not same:
                 first = f"step {step}: {name} by {(own - due).abs().max():.2g}"
         sharing = optimizer.sharing
         assert sharing.orthogonalised >= work[-1]
@@ -298,6 +300,56 @@ def test_any_view_in_any_placement_makes_the_same_step(world, size, dimensions, 
     for found in world(size).run(placed, rule, dimensions):
         pairs = zip(names, map(torch.tensor, found), map(torch.tensor, expected), strict=True)
         assert [name for name, a, b in pairs if (a - b).norm() > tolerance * b.norm()] == []
+
+
+def read(placements):
+    """Three steps of a table and of heads with a diagonal and, if rows stay whole, a full moment; None: one process."""
+    mesh, generator = mesh_of("shard") if placements else None, torch.Generator().manual_seed(0)
+    names = {"table": "embedding", "diagonal": "head", "full": "head"}
+    if placements and placements[0].is_shard(1):
+        del names["full"]
+    wholes = {name: [torch.randn(5, 4, generator=generator) for _ in range(4)] for name in names}
+    weights = {
+        name: nn.Parameter(own[3] if mesh is None else distribute_tensor(own[3], mesh, placements))
+        for name, own in wholes.items()
+    }
+    groups = [
+        {"params": [(name, weights[name]) for name in names if names[name] == role], "role": role}
+        for role in ("head", "embedding")
+    ]
+    groups[1]["view"] = View(transposed=True)
+    options = {"roles": ("head", "embedding"), "on": "gradient", "hooks": False, "every": 1, "exponents": (1, 0)}
+    moment = InputMoment(structure={"*": "full", "diagonal": "diagonal"}, **options)
+    optimizer = SteepestDescent(groups, lr=0.1, norms={"head": Sign()}, precondition=moment)
+    for step in range(3):
+        for name, weight in weights.items():
+            gradient = wholes[name][step]
+            weight.grad = gradient if mesh is None else distribute_tensor(gradient, mesh, placements)
+            own = torch.Generator().manual_seed(10 * step + [*names].index(name))
+            x = torch.randint(5, (8, 4), generator=own)
+            x = x[:, 0] if name == "table" else x.float() - 2
+            optimizer.record_input(weight, x if mesh is None else x.chunk(dist.get_world_size())[dist.get_rank()])
+        optimizer.step()
+    return {n: (w.detach() if mesh is None else w.detach().full_tensor()).tolist() for n, w in weights.items()}
+
+
+@cases("placement", [Shard(0), Shard(1), Replicate()])
+def test_what_heads_and_tables_keep_is_multiplied_where_it_is(world, placement):
+    for found in world(2).run(read, [placement]):
+        expected = read(None)
+        for name, weight in found.items():
+            torch.testing.assert_close(torch.tensor(weight), torch.tensor(expected[name]), msg=name)
+
+
+def cut():
+    weight = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh_of("shard"), [Shard(1)]))
+    options = InputMoment(roles=("head",), on="gradient", hooks=False)
+    with pytest.raises(ValueError, match=r"'head' of shape \(6, 4\) is placed as \(Shard\(dim=1\),\), so that no rank"):
+        SteepestDescent([{"params": [("head", weight)], "role": "head"}], precondition=options)
+
+
+def test_heads_whose_rows_are_cut_are_refused_by_their_layout(world):
+    world(2).run(cut)
 
 
 def partial():

@@ -61,6 +61,7 @@ def train(model, optimizer, steps, parts=1):
     return [p.detach().clone() for p in model.parameters()]
 
 
+@pytest.mark.slow
 @cases("roles, exponent, blend, padding", [(("head",), 1, 1, None), (("embedding",), 1, 1, 0), (BOTH, 0.5, 0.75, 0)])
 def test_fifty_steps_are_those_of_the_reference(roles, exponent, blend, padding):
     model, settings = net(padding), {"every": EVERY, "decay": 0.8, "ridge": 0.05, "blend": blend}

@@ -478,7 +478,7 @@ class _Ranks:
         rows = iter(self.optimizer.plan)
         for group in self.optimizer.param_groups:
             norm = self.optimizer.norm_of(group)
-            stages = self.optimizer.stages_of(group)
+            stages = tuple(self.optimizer.stages_of(group))
             for row in itertools.islice(rows, len(group["params"])):
                 placed = self.axes.placed(row)
                 yield Member(row, group, norm, stages, placed, self.kept_of(row.shape, placed))
