@@ -1,6 +1,7 @@
-"""The runs behind this page: every method gets as many tried settings at the preset tiny.
+"""The runs behind this page: every method gets as many tried settings at the preset tiny; each part is added alone.
 
     .venv/bin/python results/strongest/study.py tune --out out/strongest
+    .venv/bin/python results/strongest/study.py parts --out out/strongest
     .venv/bin/python results/strongest/study.py tables
 
 All runs are kept in one file, `records.jsonl.xz`, with the command and commit that wrote it last, and none of them is
@@ -14,6 +15,7 @@ import dataclasses
 import io
 import json
 import math
+import statistics
 import subprocess
 import sys
 import threading
@@ -83,6 +85,28 @@ WALKS = {
         },
     ),
 }
+
+
+# What is added to Muon, alone: options of the method "parts", and fields of the run. At the sources' own settings, but
+# for the powers' exponent and what is said to be tuned here.
+PARTS: Mapping[str, tuple[Mapping[str, float | bool | str], Mapping[str, float]]] = {
+    "Muon": ({}, {}),
+    "powers of Shampoo's factors, 0.3": ({"powers": 0.3}, {}),
+    "powers of Shampoo's factors, 0.45": ({"powers": 0.45}, {}),
+    "SOAP's basis": ({"basis_every": 5}, {}),
+    "diagonal metric of noise": ({"metric": "noise"}, {}),
+    "row scaling": ({"rows": True}, {}),
+    "moments of inputs": ({"inputs": "wide"}, {}),
+    "two averages": ({"slow": 0.98, "share": 0.5615, "slow_from": 150}, {}),
+    "look-ahead": ({}, {"outer": 0.6}),
+    "mean of the tail": ({}, {"tail": 0.2, "tail_mix": 0.6}),
+    "floor of rows": ({"floor": 0.3825}, {}),
+    "radial brake": ({"brake": 0.5}, {}),
+    "cautious decay": ({"weight_decay": 0.1, "decay": "cautious"}, {}),
+    "table at 0.08, second beta 0.99": ({"table_lr": 0.08, "beta2": 0.99}, {}),
+}
+PART_SEEDS = (2001, 2002, 2003)
+ALONE: Mapping[str, float] = {"lr": 0.0565685, "momentum": 0.85, "other_lr": 0.02, "beta1": 0.85, "beta2": 0.975}
 
 
 def rungs(name: str, start: float) -> tuple[float, ...]:
@@ -181,8 +205,34 @@ def tuning_rows(kept: Kept) -> list[dict[str, object]]:
     return rows
 
 
+def part_runs(kept: Kept, workers: int = 1) -> list[tuple[str, int, Run]]:
+    """Runs of Muon with each part alone, one seed after the other; as many as there was time for."""
+
+    def run(label: str, seed: int) -> tuple[str, int, Run | None]:
+        options, fields = PARTS[label]
+        return label, seed, kept.train(setting("parts", {**ALONE, **options}, seed=seed, **fields))
+
+    pairs = [(label, seed) for seed in PART_SEEDS for label in PARTS]
+    with ThreadPoolExecutor(workers) as threads:
+        found = list(threads.map(lambda pair: run(*pair), pairs))
+    return [(label, seed, own) for label, seed, own in found if own is not None]
+
+
+def part_rows(kept: Kept) -> list[dict[str, object]]:
+    """One row for each run with a part; a loss that was not finite is infinite."""
+    rows: list[dict[str, object]] = []
+    for label, seed, run in part_runs(kept):
+        result = run.result
+        loss = math.inf if result is None or result.final_loss is None else result.final_loss
+        took = 1000 * statistics.median(row.optimizer_s for row in run.train)
+        rows.append({"part": label, "seed": seed, "loss": loss, "optimizer_ms": took, "run": run_hash(run.config)})
+    return rows
+
+
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as CSV."""
+    """Rows as CSV; empty where there are none yet."""
+    if not rows:
+        return ""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -190,7 +240,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return text.getvalue()
 
 
-TABLES: Mapping[str, Callable[[Kept], list[dict[str, object]]]] = {"tuning": tuning_rows}
+TABLES: Mapping[str, Callable[[Kept], list[dict[str, object]]]] = {"tuning": tuning_rows, "parts": part_rows}
 
 
 def tables() -> dict[str, str]:
@@ -201,7 +251,7 @@ def tables() -> dict[str, str]:
 def main() -> None:
     """Train what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["tune", "tables"])
+    parser.add_argument("parts", nargs="+", choices=["tune", "parts", "tables"])
     parser.add_argument("--only", nargs="+", choices=list(WALKS), default=list(WALKS), help="walks to train")
     parser.add_argument("--out", type=Path, default=Path("out/strongest"))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: %(default)s)")
@@ -212,6 +262,8 @@ def main() -> None:
         with ThreadPoolExecutor(options.workers) as threads:
             for done in [threads.submit(walk, label, kept) for label in options.only]:
                 done.result()
+    if "parts" in options.parts:
+        part_runs(Kept(options.out, options.seconds), options.workers)
     for name, text in tables().items():
         write_whole(HERE / name, text)
 
