@@ -230,9 +230,7 @@ def part_rows(kept: Kept) -> list[dict[str, object]]:
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as CSV; empty where there are none yet."""
-    if not rows:
-        return ""
+    """Rows as CSV."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -244,8 +242,9 @@ TABLES: Mapping[str, Callable[[Kept], list[dict[str, object]]]] = {"tuning": tun
 
 
 def tables() -> dict[str, str]:
-    """All tables of this page, by name of the file."""
-    return {f"{name}.csv": table(rows(Kept(None))) for name, rows in TABLES.items()}
+    """All tables of this page that have rows, by name of the file."""
+    kept = Kept(None)
+    return {f"{name}.csv": table(found) for name, rows in TABLES.items() if (found := rows(kept))}
 
 
 def main() -> None:
