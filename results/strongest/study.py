@@ -15,7 +15,6 @@ import dataclasses
 import io
 import json
 import math
-import statistics
 import subprocess
 import sys
 import threading
@@ -87,8 +86,7 @@ WALKS = {
 }
 
 
-# What is added to Muon, alone: options of the method "parts", and fields of the run. At the sources' own settings, but
-# for the powers' exponent and what is said to be tuned here.
+# What is added to Muon, alone: options of the method "parts", and fields of the run.
 PARTS: Mapping[str, tuple[Mapping[str, float | bool | str], Mapping[str, float]]] = {
     "Muon": ({}, {}),
     "powers of Shampoo's factors, 0.3": ({"powers": 0.3}, {}),
@@ -224,8 +222,7 @@ def part_rows(kept: Kept) -> list[dict[str, object]]:
     for label, seed, run in part_runs(kept):
         result = run.result
         loss = math.inf if result is None or result.final_loss is None else result.final_loss
-        took = 1000 * statistics.median(row.optimizer_s for row in run.train)
-        rows.append({"part": label, "seed": seed, "loss": loss, "optimizer_ms": took, "run": run_hash(run.config)})
+        rows.append({"part": label, "seed": seed, "loss": loss, "run": run_hash(run.config)})
     return rows
 
 
