@@ -129,8 +129,8 @@ CHOICES = [
     ),
     ({"normalize": False, "blend": 0.5}, "blend and anneal add P to the identity, for which P needs its scale"),
     ({"normalize": False, "anneal": (1, 2)}, "needs its scale; set normalize=True."),
-    ({"roles": ("head", "embeding")}, "Unknown roles 'embeding': did you mean 'embedding'? Valid: embedding, head, "),
-    ({"roles": ("vector",), "on": "gradient"}, "Unknown roles 'vector'. Valid: embedding, head, matrix."),
+    ({"roles": ("head", "embeding")}, "roles must be a tuple of one or more of 'matrix', 'head', 'embedding', got ('head'"),
+    ({"roles": ("vector",), "on": "gradient"}, "'head', 'embedding', got ('vector',)."),
     (
         {"roles": ("head", "matrix")},
         "roles=('matrix', 'head') with on='momentum': in the norm of a role 'head', such as Adam's, a direction is "

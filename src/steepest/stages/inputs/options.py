@@ -255,12 +255,13 @@ def _check_structure(name: str, value: object) -> Any:
 
 
 def _check_roles(name: str, value: object) -> tuple[str, ...]:
+    several = isinstance(value, list | tuple)
     given = cast(Sequence[object], value)
-    if not isinstance(value, list | tuple) or not given:
+    if not several or not given or not all(isinstance(one, str) and one in ROLES_WITH for one in given):
         remedy = f"Write roles=({value!r},)." if isinstance(value, str) else ""
-        raise TypeError(refusal(name, f"a tuple of one or more of {', '.join(map(repr, ROLES_WITH))}", value, remedy))
-    chosen = [choice(ROLES_WITH)(name, one) for one in given]
-    return tuple(role for role in ROLES_WITH if role in chosen)
+        text = refusal(name, f"a tuple of one or more of {', '.join(map(repr, ROLES_WITH))}", value, remedy)
+        raise ValueError(text) if several and given else TypeError(text)
+    return tuple(role for role in ROLES_WITH if role in given)
 
 
 _CHECKS: Mapping[str, Check] = {
