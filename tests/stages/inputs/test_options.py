@@ -129,7 +129,10 @@ CHOICES = [
     ),
     ({"normalize": False, "blend": 0.5}, "blend and anneal add P to the identity, for which P needs its scale"),
     ({"normalize": False, "anneal": (1, 2)}, "needs its scale; set normalize=True."),
-    ({"roles": ("head", "embeding")}, "roles must be a tuple of one or more of 'matrix', 'head', 'embedding', got ('head'"),
+    (
+        {"roles": ("head", "embeding")},
+        "roles must be a tuple of one or more of 'matrix', 'head', 'embedding', got ('head'",
+    ),
     ({"roles": ("vector",), "on": "gradient"}, "'head', 'embedding', got ('vector',)."),
     (
         {"roles": ("head", "matrix")},
