@@ -102,6 +102,7 @@ def test_recipes_keep_the_law(name, law):
         Eigenbasis(every=1, split=True),
         Eigenbasis(every=2, method="eigh", block_size=6, eps=0.0, beta2=0.0),
         ShampooPowers(every=1, exponent=0.5, ridge=0.0),
+        ShampooPowers(every=1, exponent=1.0, ridge=0.1, split=True),
         RadialBrake(0.0),
         RowFloor(3.0),
     ],

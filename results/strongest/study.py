@@ -103,6 +103,19 @@ PARTS: Mapping[str, tuple[Mapping[str, float | bool | str], Mapping[str, float]]
     "cautious decay": ({"weight_decay": 0.1, "decay": "cautious"}, {}),
     "table at 0.08, second beta 0.99": ({"table_lr": 0.08, "beta2": 0.99}, {}),
 }
+# Several parts at once, on the tuning seed: which of them the winner's search begins with.
+LOOKS: Mapping[str, Mapping[str, float | bool | str]] = {
+    "powers 0.45": {"powers": 0.45},
+    "powers 0.45, rows": {"powers": 0.45, "rows": True},
+    "powers 0.45, metric": {"powers": 0.45, "metric": "noise"},
+    "powers 0.45, momentum 0.9": {"powers": 0.45, "momentum": 0.9},
+    "powers 0.45, lr 0.08": {"powers": 0.45, "lr": 0.08},
+    "powers 0.45, average 0.98": {"powers": 0.45, "powers_beta": 0.98},
+    "powers 0.45, inputs": {"powers": 0.45, "inputs": "wide"},
+    "powers 0.45, every 20": {"powers": 0.45, "powers_every": 20},
+    "powers 0.45, basis": {"powers": 0.45, "basis_every": 5},
+    "rows, metric": {"rows": True, "metric": "noise"},
+}
 PART_SEEDS = (2001, 2002, 2003)
 ALONE: Mapping[str, float] = {"lr": 0.0565685, "momentum": 0.85, "other_lr": 0.02, "beta1": 0.85, "beta2": 0.975}
 
@@ -216,6 +229,26 @@ def part_runs(kept: Kept, workers: int = 1) -> list[tuple[str, int, Run]]:
     return [(label, seed, own) for label, seed, own in found if own is not None]
 
 
+def look_runs(kept: Kept, workers: int = 1) -> list[tuple[str, Run]]:
+    """Runs of Muon with several parts on the tuning seed; as many as there was time for."""
+
+    def run(options: Mapping[str, float | bool | str]) -> Run | None:
+        return kept.train(setting("parts", {**ALONE, **options}, seed=TUNING_SEED, part="tuning"))
+
+    with ThreadPoolExecutor(workers) as threads:
+        found = list(threads.map(run, LOOKS.values()))
+    return [(label, own) for label, own in zip(LOOKS, found, strict=True) if own is not None]
+
+
+def look_rows(kept: Kept) -> list[dict[str, object]]:
+    """One row for each look."""
+    rows: list[dict[str, object]] = []
+    for label, run in look_runs(kept):
+        loss = math.inf if run.result is None or run.result.tuning_loss is None else run.result.tuning_loss
+        rows.append({"parts": label, "seed": TUNING_SEED, "tuning_loss": loss, "run": run_hash(run.config)})
+    return rows
+
+
 def part_rows(kept: Kept) -> list[dict[str, object]]:
     """One row for each run with a part; a loss that was not finite is infinite."""
     rows: list[dict[str, object]] = []
@@ -235,7 +268,11 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
     return text.getvalue()
 
 
-TABLES: Mapping[str, Callable[[Kept], list[dict[str, object]]]] = {"tuning": tuning_rows, "parts": part_rows}
+TABLES: Mapping[str, Callable[[Kept], list[dict[str, object]]]] = {
+    "tuning": tuning_rows,
+    "parts": part_rows,
+    "looks": look_rows,
+}
 
 
 def tables() -> dict[str, str]:
@@ -247,7 +284,7 @@ def tables() -> dict[str, str]:
 def main() -> None:
     """Train what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["tune", "parts", "tables"])
+    parser.add_argument("parts", nargs="+", choices=["tune", "parts", "looks", "tables"])
     parser.add_argument("--only", nargs="+", choices=list(WALKS), default=list(WALKS), help="walks to train")
     parser.add_argument("--out", type=Path, default=Path("out/strongest"))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: %(default)s)")
@@ -260,6 +297,8 @@ def main() -> None:
                 done.result()
     if "parts" in options.parts:
         part_runs(Kept(options.out, options.seconds), options.workers)
+    if "looks" in options.parts:
+        look_runs(Kept(options.out, options.seconds), options.workers)
     for name, text in tables().items():
         write_whole(HERE / name, text)
 

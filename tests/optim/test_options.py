@@ -144,7 +144,7 @@ OWN = {
     ("group", "dtype"): {"None"},
     ("InputMoment", "blend"): PART,
     ("ShampooPowers", "exponent"): PART,
-    ("Eigenbasis", "split"): FLAG,
+    **{(owner, "split"): FLAG for owner in ("Eigenbasis", "ShampooPowers")},
     ("Averages", "betas"): set(),
     ("View", "interleave"): set(),
     **{(owner, option): POSITIVE for owner in ("Ball", "Setting") for option in ("lr", "scale")},

@@ -68,12 +68,14 @@ def descending(moment: Array) -> Array:
     return np.array(basis).T
 
 
-def kept_sides(products: Array, beta: float, every: int, place: int, renew: Callable[[Array, Array], Array]) -> list:
+def kept_sides(
+    products: Array, beta: float, every: int, place: int, renew: Callable[[Array, Array, int], Array]
+) -> list[Array]:
     """After each step, what is made of the moving average of products: at first, and in the turns of a parameter."""
-    found = [renew(moving(products[:1], beta), None)]
+    found = [renew(moving(products[:1], beta), None, 1)]
     for t in range(1, len(products)):
         turn = (t + place) % every == 0
-        found.append(renew(moving(products[: t + 1], beta), found[-1]) if turn else found[-1])
+        found.append(renew(moving(products[: t + 1], beta), found[-1], t + 1) if turn else found[-1])
     return found
 
 
@@ -107,7 +109,8 @@ def eigenbasis(
 ) -> Around:
     """SOAP's basis, with the lmo after it."""
 
-    def renew(moment, old):
+    def renew(moment, old, count):
+        del count
         if old is None or method == "eigh":
             return descending(moment)
         return np.linalg.qr((moment + 1e-4 * np.trace(moment) / len(moment) * np.eye(len(moment))) @ old)[0]
@@ -140,13 +143,17 @@ def shampoo_powers(
     every: int = 10,
     ridge: float = 1e-3,
     block_size: int = 8192,
+    split: bool = False,
+    prior: float = 0.0,
 ) -> Around:
-    """PMuon's product of powers, with the lmo after it."""
+    """PMuon's product of powers, with the lmo after it, or in the middle."""
 
-    def power(moment, old):
+    def power(moment, old, count):
         del old
-        values, vectors = np.linalg.eigh(moment + ridge * np.trace(moment) / len(moment) * np.eye(len(moment)))
-        return vectors @ np.diag(values**-exponent) @ vectors.T
+        mean = np.trace(moment) / len(moment)
+        unbiased = mean / (1 - beta**count)
+        values, vectors = np.linalg.eigh(moment + (ridge * mean + prior * beta**count * unbiased) * np.eye(len(moment)))
+        return vectors @ np.diag(values ** -(exponent / (1 + split))) @ vectors.T
 
     def powers(products):
         alone = np.array([block_diagonal(own) for own in zip(*diagonal_blocks(products, block_size), strict=True)])
@@ -155,6 +162,10 @@ def shampoo_powers(
     def around(gradients, averages):
         transposed = gradients.transpose(0, 2, 1)
         left, right = powers(gradients @ transposed), powers(transposed @ gradients)
-        return lambda average: left @ average @ right, lambda found: found
+
+        def half(m):
+            return left @ m @ right
+
+        return half, lambda found: scaled_like(half(found), found) if split else found
 
     return around

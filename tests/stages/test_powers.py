@@ -11,6 +11,8 @@ from tests.stages.around import WAYS, check_against_reference
 KINDS = {
     "default": {"every": 4},
     "square roots of blocks": {"exponent": 0.5, "beta": 0.8, "every": 3, "ridge": 0.1, "block_size": 4},
+    "halves": {"exponent": 0.5, "every": 4, "split": True},
+    "halves with a prior": {"exponent": 0.7, "beta": 0.9, "every": 3, "split": True, "prior": 2.0},
 }
 
 
@@ -51,12 +53,51 @@ def test_a_direction_that_goes_up_does_not_move_its_matrix():
     assert still == climbing > 0
 
 
-def test_the_ball_is_promised():
-    model = network()
-    optimizer = Muon(model, weight_decay=Decoupled(0.1), stages=[ShampooPowers()])
-    backward(model, 0)
+def test_split_directions_never_go_up_and_are_not_counted():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.nn.Parameter(torch.zeros(3, 3, dtype=torch.float64))
+    stage = ShampooPowers(exponent=1.0, beta=0.0, every=1, ridge=1e-6, split=True)
+    optimizer = Muon([weight], nesterov=False, stages=[stage])
+    for _ in range(100):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+        optimizer.step()
+        assert float((optimizer.state[weight]["momentum_buffer"] * (weight.detach() - before)).sum()) < 0
+    assert "climbing_directions" not in optimizer.diagnostics()
+
+
+def test_halves_are_steepest_descent_in_the_norm_between_roots_of_powers():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(4, 6, dtype=torch.float64))
+    gradient = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    stage = ShampooPowers(exponent=1.0, ridge=0.3, split=True)
+    optimizer = Muon([weight], 1.0, nesterov=False, scale="none", polar="svd", stages=[stage])
+    weight.grad = gradient.clone()
     optimizer.step()
-    assert any(name.endswith("/ball_radius") for name in optimizer.diagnostics(weights=True))
+    roots = []
+    for moment in (gradient @ gradient.mT, gradient.mT @ gradient):
+        values, vectors = torch.linalg.eigh(moment)
+        roots.append(vectors @ torch.diag((values + 0.3 * values.mean()) ** 0.5) @ vectors.mT)
+
+    def norm(matrix):
+        return torch.linalg.matrix_norm(roots[0] @ matrix @ roots[1], 2)
+
+    found = weight.detach() / norm(weight.detach())
+    for _ in range(1000):  # nothing else of that length goes down as far
+        other = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+        assert (gradient * found).sum() <= (gradient * other / norm(other)).sum()
+    root_inverses = [torch.linalg.inv(root) for root in roots]
+    dual = torch.linalg.matrix_norm(root_inverses[0] @ gradient @ root_inverses[1], "nuc")
+    torch.testing.assert_close((gradient * found).sum(), -dual)
+
+
+def test_the_ball_is_promised_where_directions_stay_what_the_norm_found():
+    for split in (False, True):
+        model = network()
+        optimizer = Muon(model, weight_decay=Decoupled(0.1), stages=[ShampooPowers(split=split)])
+        backward(model, 0)
+        optimizer.step()
+        assert any(name.endswith("/ball_radius") for name in optimizer.diagnostics(weights=True)) is not split
 
 
 @pytest.mark.parametrize(
@@ -67,6 +108,8 @@ def test_the_ball_is_promised():
         ({"every": 1.5}, TypeError, "ShampooPowers: every"),
         ({"ridge": -1.0}, ValueError, "ShampooPowers: ridge"),
         ({"block_size": 0}, ValueError, "ShampooPowers: block_size"),
+        ({"split": 1}, TypeError, "ShampooPowers: split"),
+        ({"prior": -0.5}, ValueError, "ShampooPowers: prior"),
     ],
 )
 def test_options_are_checked(options, error, message):

@@ -26,7 +26,7 @@ from steepest.optim.momo.model import StepSize
 from steepest.optim.options import per_role
 from steepest.optim.parameters import Parameters
 from steepest.optim.storage import Rounding
-from steepest.stages import InputMoment, Stage
+from steepest.stages import InputMoment, ShampooPowers, Stage
 
 __all__ = [
     "Adam",
@@ -39,6 +39,7 @@ __all__ = [
     "PolarGrad",
     "Scion",
     "SignDescent",
+    "WhitenedMuon",
 ]
 
 Rate = float | Tensor
@@ -53,6 +54,8 @@ ADAM_LR_RATIO = 0.1
 SCION_OTHER_RATIO = 0.2
 MUON_MAX_ADAM_RATIO = 1.0
 POLAR_GRAD_ADAM_RATIO = 0.04
+WHITENED_ADAM_RATIO = 0.35
+WHITENING = ShampooPowers(exponent=0.45)
 
 
 class Options(TypedDict, total=False):
@@ -172,9 +175,9 @@ def _rates(lr: Rate, ratio: float, options: AdamOptions) -> dict[Role, Rate]:
     return per_role(lr, lr * ratio if adam_lr is None else adam_lr)
 
 
-def _muon(lr: Rate, scale: ScaleRule, options: AdamOptions) -> dict[str, Any]:
+def _muon(lr: Rate, scale: ScaleRule, options: AdamOptions, ratio: float = ADAM_LR_RATIO) -> dict[str, Any]:
     norms = per_role(_spectral(scale, options), AdaInf(**_taken(options, "eps")))
-    return {"norms": norms, "lr": _rates(lr, 1.0 if scale == "match_rms_adamw" else ADAM_LR_RATIO, options)}
+    return {"norms": norms, "lr": _rates(lr, 1.0 if scale == "match_rms_adamw" else ratio, options)}
 
 
 def _rest(options: Any, precondition: InputMoment | None = None) -> dict[str, Any]:
@@ -206,6 +209,7 @@ class Muon(SteepestDescent):
     """
 
     _precondition: ClassVar[InputMoment | None] = None
+    _adam_ratio: ClassVar[float] = ADAM_LR_RATIO
 
     def __init__(
         self,
@@ -221,9 +225,49 @@ class Muon(SteepestDescent):
             params,
             momentum=momentum,
             nesterov=per_role(nesterov, False),
-            **_muon(lr, scale, options),
+            **_muon(lr, scale, options, self._adam_ratio),
             **_rest(options, self._precondition),
         )
+
+
+@recipe
+class WhitenedMuon(Muon):
+    """Muon on whitened gradients: it follows the polar factor of L^-p M R^-p, L and R moments of both sides.
+
+    Rows and columns in which gradients are large and alike no longer decide the direction. The momenta and the ratio of
+    the learning rates, too, are the best of a search over bytes of text; `lr` is what is left to tune.
+
+    Args:
+        lr: Learning rate of the matrices, in units of the spectral norm (times the scale) per step.
+        momentum: Of the matrices.
+        nesterov: Of the matrices.
+        powers: How gradients are whitened. Renewed more rarely, powers cost less; see `ShampooPowers.every`.
+        adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else 0.35 lr.
+        betas: Adam's; None: (momentum, 0.975).
+        stages: What else stands around the search for directions, inside of the whitening.
+        **options: See `AdamOptions`.
+
+    Source:
+        PMuon, of https://github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, with p = 0.3: the
+        direction. Exponent, momenta and rates are those of results/strongest.
+    """
+
+    _adam_ratio = WHITENED_ADAM_RATIO
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: Rate = 0.05,
+        *,
+        momentum: float | Averages = 0.85,
+        nesterov: bool = True,
+        scale: ScaleRule = "original",
+        powers: ShampooPowers = WHITENING,
+        **options: Unpack[AdamOptions],
+    ) -> None:
+        options["betas"] = options.get("betas") or (momentum, 0.975)
+        options["stages"] = (powers, *options.get("stages", ()))
+        super().__init__(params, lr, momentum=momentum, nesterov=nesterov, scale=scale, **options)
 
 
 @recipe

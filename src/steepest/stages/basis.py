@@ -132,9 +132,9 @@ class Eigenbases(Factored):
         """
         return (*super().entries(row), Entry(SQUARE, least=0.0))
 
-    def renewed(self, moments: Tensor, means: Tensor, old: Tensor, *, first: bool) -> Tensor:
+    def renewed(self, moments: Tensor, means: Tensor, counts: Tensor, old: Tensor, *, first: bool) -> Tensor:
         """Orthogonal matrices near the eigenvectors, those of the largest eigenvalues first."""
-        del means
+        del means, counts
         if first or self.options.method == "eigh":
             return eigenvectors(moments)
         moments.diagonal(dim1=-2, dim2=-1).add_(RIDGE * ridge_unit(moments).unsqueeze(-1))

@@ -210,12 +210,13 @@ class Factored(Stage):
             accept: A 0-d boolean; where it is False, no entry may change. None means True.
         """
 
-    def renewed(self, moments: Tensor, means: Tensor, old: Tensor, *, first: bool) -> Tensor:
+    def renewed(self, moments: Tensor, means: Tensor, counts: Tensor, old: Tensor, *, first: bool) -> Tensor:
         """What is made of moments.
 
         Args:
             moments: (B, b, b), symmetric and positive semidefinite; the largest entry of a side's is one.
             means: (B,), of the eigenvalues of the whole side that a block is of.
+            counts: (B,), how many gradients they are of.
             old: Likewise, what was made of moments before.
             first: Whether these are the first, and what is old means nothing.
 
@@ -229,32 +230,33 @@ class Factored(Stage):
         turns = [(self.steps + self._places.get(p, 0)) % self.options.every == 0 for p in load.parameters]
         if not any(turns) and all(parameter in self._begun for parameter in load.parameters):
             return
-        alike: dict[tuple[int, bool], list[tuple[Tensor, Tensor]]] = {}
+        alike: dict[tuple[int, bool], list[tuple[Tensor, Tensor, Tensor]]] = {}
         started = dict.fromkeys(range(len(load.parameters)), True)
         counts = load.pieces_of_batches([state[self.count] for state in states], lambda m, n: ())
         for side in SIDES:
             moments, made = self.pieces(load, states, side), self.pieces(load, states, side, f"_{self.made}")
             for batch, places in enumerate(_places(load)):
                 for number, place in enumerate(places):
-                    moment, own = moments[batch][number], made[batch][number]
+                    moment, own, count = moments[batch][number], made[batch][number], counts[batch][number]
                     if load.parameters[place] in self._begun:
                         due = {False: torch.ones(len(own), dtype=torch.bool, device="cpu")} if turns[place] else {}
                     else:  # looked at, once per step, until all have begun: a first one may have been masked
-                        alive, filled = (counts[batch][number] > 0).cpu(), _filled(own).cpu()
+                        alive, filled = (count > 0).cpu(), _filled(own).cpu()
                         due = {True: alive & ~filled, False: alive & filled & turns[place]}
                         started[place] &= bool((alive & filled).all())
                     for first, chosen in due.items():
                         for one in chosen.nonzero().flatten().tolist():
-                            alike.setdefault((own.size(-1), first), []).append((moment[one], own[one]))
+                            alike.setdefault((own.size(-1), first), []).append((moment[one], own[one], count[one]))
         self._begun.update(load.parameters[place] for place, every in started.items() if every)
-        for (_, first), pairs in alike.items():
-            seen = [relative(moment[None])[0] for moment, _ in pairs]
+        for (_, first), turn in alike.items():
+            seen = [relative(moment[None])[0] for moment, _, _ in turn]
             means = [own.diagonal(dim1=-2, dim2=-1).mean().expand(len(own)) for own in seen]
-            old = torch.cat([own for _, own in pairs])
-            new = self.renewed(torch.cat(seen), torch.cat(means), old, first=first)
+            ages = [count.expand(len(own)) for _, own, count in turn]
+            old = torch.cat([own for _, own, _ in turn])
+            new = self.renewed(torch.cat(seen), torch.cat(means), torch.cat(ages), old, first=first)
             old = torch.where(_filled(old)[:, None, None], old, identity(old))
             new = torch.where(new.isfinite().all(-1).all(-1)[:, None, None], new, old)
-            for (_, own), part in zip(pairs, new.split([len(own) for _, own in pairs]), strict=True):
+            for (_, own, _), part in zip(turn, new.split([len(own) for _, own, _ in turn]), strict=True):
                 own.copy_(masked_to(part, own, accept))
 
     def passed(self, *, skipped: bool, idle: Callable[[], bool]) -> None:

@@ -185,6 +185,10 @@ def parts(
     brake: float = 1.0,
     momo: bool = False,
     lower_bound: float = 0.0,
+    powers_ridge: float = 1e-3,
+    powers_split: bool = False,
+    powers_prior: float = 0.0,
+    powers_block: int = 8192,
 ) -> Optimizer:
     """steepest.Muon with any of the parts around it; as it stands, with none of them.
 
@@ -203,7 +207,17 @@ def parts(
     if metric != "none":
         stages.append(DiagonalMetric(source=cast("Any", metric), beta2=metric_beta))
     if powers:
-        stages.append(ShampooPowers(exponent=powers, beta=powers_beta, every=powers_every))
+        stages.append(
+            ShampooPowers(
+                exponent=powers,
+                beta=powers_beta,
+                every=powers_every,
+                ridge=powers_ridge,
+                block_size=powers_block,
+                split=powers_split,
+                prior=powers_prior,
+            )
+        )
     if basis_every:
         stages.append(Eigenbasis(every=basis_every, beta=basis_beta, beta2=basis_beta2))
     if rows:
@@ -416,6 +430,7 @@ _OF_MUON: Mapping[str, OptionValue] = {"scale": "original", "table_lr": 0.0, "re
 LATER: Mapping[str, Mapping[str, OptionValue]] = {
     "adamw": {"table_lr": 0.0},
     "newton-muon": {"coefficients": "auto", "scale": "original", "table_lr": 0.0},
+    "parts": {"powers_ridge": 1e-3, "powers_split": False, "powers_prior": 0.0, "powers_block": 8192},
     **{name: _OF_MUON for name in METHODS if name == "muon" or name.startswith("muon-")},
 }
 
