@@ -5,7 +5,20 @@ import torch
 from torch import nn
 
 import steepest
-from steepest import Adam, InputMoment, Momo, Muon, MuonAdam, MuonMax, NewtonMuon, NewtonMuonMax, PethickScion
+from steepest import (
+    Adam,
+    InputMoment,
+    Momo,
+    Muon,
+    MuonAdam,
+    MuonMax,
+    NewtonMuon,
+    NewtonMuonMax,
+    PethickScion,
+    RowScaling,
+    ShampooPowers,
+    WhitenedMuon,
+)
 from tests.optim.training import assert_same, backward, network, train
 from tests.reference import muon as reference
 from tests.reference.muon import scion
@@ -99,6 +112,21 @@ def test_muon_adam_equals_the_formulas(rng):
     for step in range(STEPS):
         for index in range(2):
             torch.testing.assert_close(trajectory[step][index], expected[index][step], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("step_size", [None, Momo(1.0)])
+def test_whitened_muon_is_muon_around_powers(step_size):
+    models = [network(), network()]
+    powers = ShampooPowers(exponent=0.4, every=2)
+    ours = WhitenedMuon(models[0], 0.1, powers=powers, stages=[RowScaling()], step_size=step_size)
+    options = {"momentum": 0.85, "betas": (0.85, 0.975), "adam_lr": 0.035, "step_size": step_size}
+    theirs = Muon(models[1], 0.1, stages=[powers, RowScaling()], **options)
+    for step in range(4):
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            loss = backward(model, step)
+            optimizer.step(loss=loss if step_size else None)
+    assert_same(list(models[0].parameters()), list(models[1].parameters()))
 
 
 def test_nesterov_is_for_matrices_and_decay_is_not_for_vectors():
