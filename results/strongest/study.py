@@ -37,8 +37,14 @@ HERE = Path(__file__).parent
 KEPT = HERE / "records.jsonl.xz"
 TASK = make_task("text", "tiny")
 TUNING_SEED = 1000
-BUDGET = 24  # tried settings of each method
+BUDGET = 20  # tried settings of each method
 SCHEDULES: tuple[Schedule, ...] = ("cooldown", "warmup-long-cooldown")
+LADDERS: Mapping[str, tuple[float, ...]] = {  # of what is no rate, momentum or decay
+    "schedule": tuple(map(float, range(len(SCHEDULES)))),
+    "vector_ratio": (0.25, 0.3535, 0.5, 0.7071, 1.0, 1.4142, 2.0, 2.8284, 4.0, 5.6569, 8.0),
+    "powers": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "powers_beta": (0.8, 0.9, 0.95, 0.975, 0.99),
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,24 @@ WALKS = {
             "table_lr": 0.02,
             "weight_decay": 0.0,
             "beta1": 0.85,
+            "vector_ratio": 1.0,
         },
+    ),
+    "whitened": Walk(
+        "parts",
+        {
+            "powers": 0.5,
+            "lr": 0.08,
+            "vector_ratio": 2.0,
+            "momentum": 0.85,
+            "other_lr": 0.02,
+            "powers_beta": 0.95,
+            "table_lr": 0.02,
+            "beta2": 0.975,
+            "weight_decay": 0.0,
+            "beta1": 0.85,
+        },
+        {"powers_split": True, "powers_prior": 1.0, "powers_block": 128},
     ),
     "adamw": Walk(
         "adamw",
@@ -81,6 +104,7 @@ WALKS = {
             "schedule": 0,
             "table_lr": 0.0226274,
             "weight_decay": 0.01,
+            "vector_ratio": 1.0,
         },
     ),
 }
@@ -106,15 +130,9 @@ PARTS: Mapping[str, tuple[Mapping[str, float | bool | str], Mapping[str, float]]
 # Several parts at once, on the tuning seed: which of them the winner's search begins with.
 LOOKS: Mapping[str, Mapping[str, float | bool | str]] = {
     "powers 0.45": {"powers": 0.45},
-    "powers 0.45, rows": {"powers": 0.45, "rows": True},
-    "powers 0.45, metric": {"powers": 0.45, "metric": "noise"},
+    "powers 0.45, row scaling": {"powers": 0.45, "rows": True},
+    "powers 0.45, diagonal metric": {"powers": 0.45, "metric": "noise"},
     "powers 0.45, momentum 0.9": {"powers": 0.45, "momentum": 0.9},
-    "powers 0.45, lr 0.08": {"powers": 0.45, "lr": 0.08},
-    "powers 0.45, average 0.98": {"powers": 0.45, "powers_beta": 0.98},
-    "powers 0.45, inputs": {"powers": 0.45, "inputs": "wide"},
-    "powers 0.45, every 20": {"powers": 0.45, "powers_every": 20},
-    "powers 0.45, basis": {"powers": 0.45, "basis_every": 5},
-    "rows, metric": {"rows": True, "metric": "noise"},
 }
 PART_SEEDS = (2001, 2002, 2003)
 ALONE: Mapping[str, float] = {"lr": 0.0565685, "momentum": 0.85, "other_lr": 0.02, "beta1": 0.85, "beta2": 0.975}
@@ -122,7 +140,7 @@ ALONE: Mapping[str, float] = {"lr": 0.0565685, "momentum": 0.85, "other_lr": 0.0
 
 def rungs(name: str, start: float) -> tuple[float, ...]:
     """The values that an option, or the schedule, may have."""
-    return tuple(map(float, range(len(SCHEDULES)))) if name == "schedule" else ladder(name, start)
+    return LADDERS[name] if name in LADDERS else ladder(name, start)
 
 
 def setting(method: str, options: Mapping[str, object], **more: object) -> RunConfig:

@@ -59,23 +59,27 @@ def adamw(
     beta2: float = 0.95,
     weight_decay: float = 0.0,
     table_lr: float = 0.0,
+    vector_ratio: float = 1.0,
 ) -> Optimizer:
     """torch.optim.AdamW, with `lr` for the matrices inside the model and `other_lr` for the rest.
 
     Two rates, because all other methods here have two: with one, AdamW would be the only one held back by the rates
-    that its embedding and its matrices must share. Tables of embeddings have a third one if `table_lr` is not 0.
+    that its embedding and its matrices must share. Tables of embeddings have a third one if `table_lr` is not 0, and
+    vectors `vector_ratio` times `other_lr`.
 
     Raises:
-        ValueError: If `table_lr` is negative or not finite.
+        ValueError: If `table_lr` or `vector_ratio` is negative or not finite.
     """
-    _check_table_rate(table_lr)
+    _check_rates(table_lr, vector_ratio)
     matrices, rest = _matrices_and_rest(model)
     groups = [{"params": matrices, "lr": lr}, {"params": rest, "lr": other_lr}]
-    if table_lr:
-        tables = route(model).parameters("embedding")
-        known = {id(table) for table in tables}
-        groups[1]["params"] = [parameter for parameter in rest if id(parameter) not in known]
-        groups.append({"params": tables, "lr": table_lr})
+    families = (("embedding", table_lr, table_lr != 0), ("vector", vector_ratio * other_lr, vector_ratio != 1))
+    for role, rate, apart in families:
+        if apart:
+            own = route(model).parameters(role)
+            known = {id(parameter) for parameter in own}
+            groups[1]["params"] = [parameter for parameter in groups[1]["params"] if id(parameter) not in known]
+            groups.append({"params": own, "lr": rate})
     return torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=weight_decay)
 
 
@@ -130,10 +134,12 @@ def muon(
     scale: str = "original",
     table_lr: float = 0.0,
     rest: str = "",
+    vector_ratio: float = 1.0,
 ) -> Optimizer:
     """steepest.Muon; a `table_lr` of 0 is `other_lr`, and matrices named in `rest` move like vectors.
 
-    These are names or patterns with * and ?, with commas between them.
+    These are names or patterns with * and ?, with commas between them. Vectors have the rate `vector_ratio` times
+    `other_lr`.
     """
     optimizer = Muon(
         route(model, overrides=dict.fromkeys(rest.split(","), "vector")) if rest else model,
@@ -146,7 +152,7 @@ def muon(
         coefficients=_polynomials(coefficients),
         scale=cast("ScaleRule", scale),
     )
-    return _with_table_rate(optimizer, table_lr)
+    return _with_rates(optimizer, table_lr, vector_ratio)
 
 
 DECAYS: Mapping[str, Callable[[float], float | Decay]] = {
@@ -189,6 +195,7 @@ def parts(
     powers_split: bool = False,
     powers_prior: float = 0.0,
     powers_block: int = 8192,
+    vector_ratio: float = 1.0,
 ) -> Optimizer:
     """steepest.Muon with any of the parts around it; as it stands, with none of them.
 
@@ -239,7 +246,7 @@ def parts(
         precondition=None if inputs == "none" else InputMoment(every=8, structure=cast("Any", inputs)),
         step_size=Momo(lower_bound) if momo else None,
     )
-    return _with_table_rate(optimizer, table_lr)
+    return _with_rates(optimizer, table_lr, vector_ratio)
 
 
 def newton_muon(
@@ -298,7 +305,7 @@ def newton_muon(
         coefficients=_polynomials(coefficients),
         scale=cast("ScaleRule", scale),
     )
-    return _with_table_rate(optimizer, table_lr)
+    return _with_rates(optimizer, table_lr)
 
 
 def _polynomials(name: str) -> str | Sequence[Sequence[float]]:
@@ -315,15 +322,20 @@ def _polynomials(name: str) -> str | Sequence[Sequence[float]]:
     return steps[: int(count)]
 
 
-def _with_table_rate(optimizer: Optimizer, table_lr: float) -> Optimizer:
-    """The optimizer, with a rate of their own for tables of embeddings unless that is 0."""
-    _check_table_rate(table_lr)
-    for group in optimizer.param_groups if table_lr else ():
-        group["lr"] = table_lr if group["role"] == "embedding" else group["lr"]
+def _with_rates(optimizer: Optimizer, table_lr: float, vector_ratio: float = 1.0) -> Optimizer:
+    """The optimizer, with a rate of their own for tables of embeddings unless that is 0, and for vectors."""
+    _check_rates(table_lr, vector_ratio)
+    for group in optimizer.param_groups:
+        if group["role"] == "embedding" and table_lr:
+            group["lr"] = table_lr
+        if group["role"] == "vector":
+            group["lr"] *= vector_ratio
     return optimizer
 
 
-def _check_table_rate(table_lr: float) -> None:
+def _check_rates(table_lr: float, vector_ratio: float) -> None:
+    if not 0 <= vector_ratio < math.inf:
+        raise ValueError(f"vector_ratio must be finite and at least 0, got {vector_ratio}. 1 leaves vectors other_lr.")
     if not 0 <= table_lr < math.inf:
         raise ValueError(
             f"table_lr must be finite and at least 0, got {table_lr}. Leave it out, or give 0, and tables of "
@@ -426,11 +438,17 @@ METHODS: Mapping[str, Callable[..., Optimizer]] = {
 
 RATES = ("lr", "other_lr", "table_lr")
 # Options that configs of older runs do not have, by method, and what these runs did.
-_OF_MUON: Mapping[str, OptionValue] = {"scale": "original", "table_lr": 0.0, "rest": ""}
+_OF_MUON: Mapping[str, OptionValue] = {"scale": "original", "table_lr": 0.0, "rest": "", "vector_ratio": 1.0}
 LATER: Mapping[str, Mapping[str, OptionValue]] = {
-    "adamw": {"table_lr": 0.0},
+    "adamw": {"table_lr": 0.0, "vector_ratio": 1.0},
     "newton-muon": {"coefficients": "auto", "scale": "original", "table_lr": 0.0},
-    "parts": {"powers_ridge": 1e-3, "powers_split": False, "powers_prior": 0.0, "powers_block": 8192},
+    "parts": {
+        "powers_ridge": 1e-3,
+        "powers_split": False,
+        "powers_prior": 0.0,
+        "powers_block": 8192,
+        "vector_ratio": 1.0,
+    },
     **{name: _OF_MUON for name in METHODS if name == "muon" or name.startswith("muon-")},
 }
 
