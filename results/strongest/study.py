@@ -86,7 +86,7 @@ WALKS = {
             "vector_ratio": 2.0,
             "momentum": 0.85,
             "other_lr": 0.02,
-            "powers_beta": 0.95,
+            "powers_beta": 0.975,
             "table_lr": 0.02,
             "beta2": 0.975,
             "weight_decay": 0.0,

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
+from steepest.anatomy import route
 from steepest.lab import methods
 from steepest.lab.methods import (
     DERIVED,
@@ -66,6 +67,18 @@ def test_every_parameter_is_in_exactly_one_group_with_its_learning_rate(method, 
     if "radius" in options_of(method):  # the rate is the part of the way to a ball's edge
         rates = {key: rate / (3000 if rate > 100 else 50) for key, rate in rates.items()}
     assert rates == {id(p): 0.25 if id(p) in inside else other for p in model.parameters()}
+
+
+@cases("method", ["adamw", "muon", "parts"])
+def test_tables_and_vectors_have_the_rates_that_are_asked_for(method, rng):
+    model, _ = model_and_loss(rng)
+    given = {"lr": 0.25, "other_lr": 0.1, "table_lr": 0.5, "vector_ratio": 2.0}
+    optimizer = build_optimizer(method, model, given)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    wanted = {"matrix": 0.25, "embedding": 0.5, "head": 0.1, "vector": 0.2}
+    assert rates == {id(row.parameter): pytest.approx(wanted[row.role]) for row in route(model)}
+    with pytest.raises(ValueError, match="vector_ratio must be finite"):
+        build_optimizer(method, model, {"vector_ratio": -1.0})
 
 
 def test_every_recipe_is_a_method_with_its_own_rates_if_no_row_says_otherwise():

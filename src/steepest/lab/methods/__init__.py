@@ -36,6 +36,7 @@ from steepest.optim import (
     PolarGrad,
     Scion,
     Sphere,
+    WhitenedMuon,
 )
 from steepest.optim.recipes import RECIPES
 from steepest.stages import (
@@ -406,6 +407,10 @@ _RATES: Mapping[str, OptionValue] = {"momentum": 0.95, "weight_decay": 0.0}
 _PAIRS: Mapping[str, tuple[type[Optimizer], Mapping[str, OptionValue]]] = {
     "scion": (Scion, {"lr": 0.04, "other_lr": 0.008, **_RATES}),
     "muonadam": (MuonAdam, {"lr": 0.04, "other_lr": 0.02, **_RATES, "beta2": 0.95}),
+    "whitened-muon": (
+        WhitenedMuon,
+        {"lr": 0.05, "other_lr": 0.0175, "momentum": 0.85, "weight_decay": 0.0, "beta2": 0.975},
+    ),
     "polargrad": (PolarGrad, {"lr": 0.5, "other_lr": 0.02, **_RATES, "beta2": 0.95}),
     "muonmax": (MuonMax, {"lr": 0.02, "other_lr": 0.02, **_RATES, "beta2": 0.95}),
 }
