@@ -83,9 +83,9 @@ WALKS = {
         {
             "powers": 0.5,
             "lr": 0.08,
-            "vector_ratio": 2.0,
+            "vector_ratio": 4.0,
             "momentum": 0.85,
-            "other_lr": 0.02,
+            "other_lr": 0.01,
             "powers_beta": 0.975,
             "table_lr": 0.02,
             "beta2": 0.975,

@@ -228,7 +228,8 @@ class Load:
         parts = _split(vectors, [len(bucket.parameters) for bucket in self.buckets])
         result: list[tuple[Tensor, ...]] = []
         for own, sizes in zip(parts, _split(shapes, self._blocks()), strict=True):
-            chunks = [vector.split([count * width for count, width in sizes]) for vector in own]
+            lengths = [count * width for count, width in sizes]
+            chunks = [vector.split(lengths) for vector in own]
             result.extend(zip(*chunks, strict=True))
         return result
 
