@@ -28,6 +28,7 @@ from steepest.lab.disk.files import make_directory, write_whole
 from steepest.lab.disk.packed import RECORDS, PackedRun, pack, unpack
 from steepest.lab.engine.pool import Pool, last_words
 from steepest.lab.engine.walk import Tried, at_edge, best_of, ladder, search
+from steepest.lab.report.statistics import Ended, paired_verdicts
 from steepest.lab.runs.config import RunConfig, configure, run_hash
 from steepest.lab.runs.records import Run, read_run
 from steepest.lab.tasks import make_task
@@ -135,6 +136,9 @@ LOOKS: Mapping[str, Mapping[str, float | bool | str]] = {
     "powers 0.45, momentum 0.9": {"powers": 0.45, "momentum": 0.9},
 }
 PART_SEEDS = (2001, 2002, 2003)
+# The best of each walk on seeds that chose nothing, for so many steps, each with the whole schedule.
+LENGTHS: Mapping[str, tuple[int, ...]] = {"muon": (500,), "whitened": (425, 500, 375), "adamw": (500,)}
+REPORT_SEEDS = tuple(range(3001, 3013))
 ALONE: Mapping[str, float] = {"lr": 0.0565685, "momentum": 0.85, "other_lr": 0.02, "beta1": 0.85, "beta2": 0.975}
 
 
@@ -267,6 +271,59 @@ def look_rows(kept: Kept) -> list[dict[str, object]]:
     return rows
 
 
+def best_setting(label: str, kept: Kept) -> Mapping[str, float | bool | str] | None:
+    """Options, and perhaps a schedule, of the best run of a walk; None before the first."""
+    tried = [one for _, one in walk(label, kept)]
+    return {**best_of(tried).options, **WALKS[label].fixed} if tried else None
+
+
+def report_runs(kept: Kept, workers: int = 1) -> list[tuple[str, int, int, Run]]:
+    """Runs at the best setting of each walk, one seed after the other: label, steps, seed and run."""
+    chosen = {label: best_setting(label, Kept(None)) for label in LENGTHS}
+    asked = [
+        (label, steps, seed, options)
+        for seed in REPORT_SEEDS
+        for label, lengths in LENGTHS.items()
+        for steps in lengths
+        if (options := chosen[label]) is not None
+    ]
+
+    def run(label: str, steps: int, seed: int, options: Mapping[str, float | bool | str]) -> Run | None:
+        return kept.train(setting(WALKS[label].method, options, seed=seed, steps=steps))
+
+    with ThreadPoolExecutor(workers) as threads:
+        found = list(threads.map(lambda one: run(*one), asked))
+    return [(*one[:3], own) for one, own in zip(asked, found, strict=True) if own is not None]
+
+
+def ended(run: Run) -> Ended:
+    """A run, for the tests of the lab."""
+    return Ended(None, None) if run.result is None else Ended(run.result.final_loss, run.result.final_blocks)
+
+
+def report_rows(kept: Kept) -> list[dict[str, object]]:
+    """One row for each run of the report."""
+    return [
+        {"walk": label, "steps": steps, "seed": seed, "loss": ended(run).loss or math.inf, "run": run_hash(run.config)}
+        for label, steps, seed, run in report_runs(kept)
+    ]
+
+
+def step_rows(kept: Kept) -> list[dict[str, object]]:
+    """Each method and length against Muon's whole run: differences of final losses, and steps to its mean."""
+    runs: dict[tuple[str, int], dict[int, Ended]] = {}
+    for label, steps, seed, run in report_runs(kept):
+        runs.setdefault((label, steps), {})[seed] = ended(run)
+    base = runs.pop(("muon", 500), {})
+    rows: list[dict[str, object]] = []
+    for (label, steps), own in runs.items():
+        verdict = paired_verdicts({"muon": base, label: own})[0]
+        low, high = ("", "") if verdict.interval is None else (verdict.interval.low, verdict.interval.high)
+        row: dict[str, object] = {"walk": label, "steps": steps, "seeds": verdict.n, "difference": verdict.difference}
+        rows.append(row | {"low": low, "high": high, "p": verdict.p})
+    return rows
+
+
 def part_rows(kept: Kept) -> list[dict[str, object]]:
     """One row for each run with a part; a loss that was not finite is infinite."""
     rows: list[dict[str, object]] = []
@@ -290,6 +347,8 @@ TABLES: Mapping[str, Callable[[Kept], list[dict[str, object]]]] = {
     "tuning": tuning_rows,
     "parts": part_rows,
     "looks": look_rows,
+    "report": report_rows,
+    "steps": step_rows,
 }
 
 
@@ -302,7 +361,7 @@ def tables() -> dict[str, str]:
 def main() -> None:
     """Train what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["tune", "parts", "looks", "tables"])
+    parser.add_argument("parts", nargs="+", choices=["tune", "parts", "looks", "report", "tables"])
     parser.add_argument("--only", nargs="+", choices=list(WALKS), default=list(WALKS), help="walks to train")
     parser.add_argument("--out", type=Path, default=Path("out/strongest"))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: %(default)s)")
@@ -317,6 +376,8 @@ def main() -> None:
         part_runs(Kept(options.out, options.seconds), options.workers)
     if "looks" in options.parts:
         look_runs(Kept(options.out, options.seconds), options.workers)
+    if "report" in options.parts:
+        report_runs(Kept(options.out, options.seconds), options.workers)
     for name, text in tables().items():
         write_whole(HERE / name, text)
 

@@ -119,8 +119,10 @@ def test_whitened_muon_is_muon_around_powers(step_size):
     models = [network(), network()]
     powers = ShampooPowers(exponent=0.4, every=2)
     ours = WhitenedMuon(models[0], 0.1, powers=powers, stages=[RowScaling()], step_size=step_size)
-    options = {"momentum": 0.85, "betas": (0.85, 0.975), "adam_lr": 0.035, "step_size": step_size}
-    theirs = Muon(models[1], 0.1, stages=[powers, RowScaling()], **options)
+    rates = {"embedding": 0.025, "head": 0.0125, "vector": 0.05}
+    options = {"momentum": 0.85, "betas": (0.85, 0.975), "step_size": step_size}
+    families = {role: {"lr": rate} for role, rate in rates.items()}
+    theirs = Muon(models[1], 0.1, stages=[powers, RowScaling()], families=families, **options)
     for step in range(4):
         for model, optimizer in zip(models, (ours, theirs), strict=True):
             optimizer.zero_grad()

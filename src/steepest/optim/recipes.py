@@ -8,7 +8,7 @@ show them with each recipe that has them.
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypedDict, TypeVar, Unpack
+from typing import Any, ClassVar, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -54,8 +54,8 @@ ADAM_LR_RATIO = 0.1
 SCION_OTHER_RATIO = 0.2
 MUON_MAX_ADAM_RATIO = 1.0
 POLAR_GRAD_ADAM_RATIO = 0.04
-WHITENED_ADAM_RATIO = 0.35
-WHITENING = ShampooPowers(exponent=0.45)
+WHITENED_RATIOS: Mapping[Role, float] = {"embedding": 0.25, "head": 0.125, "vector": 0.5}
+WHITENING = ShampooPowers(exponent=0.5, beta=0.975, block_size=1024, split=True, prior=1.0)
 
 
 class Options(TypedDict, total=False):
@@ -170,14 +170,18 @@ def _spectral(scale: ScaleRule, options: PolarOptions) -> Spectral:
     return Spectral(scale=scale, **_taken(options, "coefficients", "polar", "dtype"))
 
 
-def _rates(lr: Rate, ratio: float, options: AdamOptions) -> dict[Role, Rate]:
+def _rates(lr: Rate, ratios: float | Mapping[Role, float], options: AdamOptions) -> dict[Role, Rate]:
     adam_lr = options.pop("adam_lr", None)
-    return per_role(lr, lr * ratio if adam_lr is None else adam_lr)
+    if adam_lr is None and isinstance(ratios, Mapping):
+        return {"matrix": lr, **{role: lr * ratio for role, ratio in ratios.items()}}
+    return per_role(lr, lr * cast(float, ratios) if adam_lr is None else adam_lr)
 
 
-def _muon(lr: Rate, scale: ScaleRule, options: AdamOptions, ratio: float = ADAM_LR_RATIO) -> dict[str, Any]:
+def _muon(
+    lr: Rate, scale: ScaleRule, options: AdamOptions, ratios: float | Mapping[Role, float] = ADAM_LR_RATIO
+) -> dict[str, Any]:
     norms = per_role(_spectral(scale, options), AdaInf(**_taken(options, "eps")))
-    return {"norms": norms, "lr": _rates(lr, 1.0 if scale == "match_rms_adamw" else ratio, options)}
+    return {"norms": norms, "lr": _rates(lr, 1.0 if scale == "match_rms_adamw" else ratios, options)}
 
 
 def _rest(options: Any, precondition: InputMoment | None = None) -> dict[str, Any]:
@@ -209,7 +213,7 @@ class Muon(SteepestDescent):
     """
 
     _precondition: ClassVar[InputMoment | None] = None
-    _adam_ratio: ClassVar[float] = ADAM_LR_RATIO
+    _ratios: ClassVar[float | Mapping[Role, float]] = ADAM_LR_RATIO
 
     def __init__(
         self,
@@ -225,39 +229,41 @@ class Muon(SteepestDescent):
             params,
             momentum=momentum,
             nesterov=per_role(nesterov, False),
-            **_muon(lr, scale, options, self._adam_ratio),
+            **_muon(lr, scale, options, self._ratios),
             **_rest(options, self._precondition),
         )
 
 
 @recipe
 class WhitenedMuon(Muon):
-    """Muon on whitened gradients: it follows the polar factor of L^-p M R^-p, L and R moments of both sides.
+    """Muon on whitened gradients: T(polar(T(M))) with T(M) = L^-¼ M R^-¼, L and R moments of both sides.
 
-    Rows and columns in which gradients are large and alike no longer decide the direction. The momenta and the ratio of
-    the learning rates, too, are the best of a search over bytes of text; `lr` is what is left to tune.
+    Rows and columns in which gradients are large and alike no longer decide the direction, which is that of steepest
+    descent in the norm of L^¼ W R^¼. The momenta and the ratios of the learning rates, too, are the best of a search
+    over bytes of text; `lr` is what is left to tune.
 
     Args:
         lr: Learning rate of the matrices, in units of the spectral norm (times the scale) per step.
         momentum: Of the matrices.
         nesterov: Of the matrices.
-        powers: How gradients are whitened. Renewed more rarely, powers cost less; see `ShampooPowers.every`.
-        adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else 0.35 lr.
+        powers: How gradients are whitened. In smaller blocks, or renewed more rarely, powers cost less.
+        adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else lr / 4 for embeddings,
+            lr / 8 for heads, lr / 2 for vectors.
         betas: Adam's; None: (momentum, 0.975).
         stages: What else stands around the search for directions, inside of the whitening.
         **options: See `AdamOptions`.
 
     Source:
-        PMuon, of https://github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, with p = 0.3: the
-        direction. Exponent, momenta and rates are those of results/strongest.
+        Powers before the polar factor are PMuon's, of https://github.com/KellerJordan/modded-nanogpt,
+        records/track_3_optimization. The halves are ours; exponent, momenta and rates are those of results/strongest.
     """
 
-    _adam_ratio = WHITENED_ADAM_RATIO
+    _ratios = WHITENED_RATIOS
 
     def __init__(
         self,
         params: Parameters,
-        lr: Rate = 0.05,
+        lr: Rate = 0.08,
         *,
         momentum: float | Averages = 0.85,
         nesterov: bool = True,
