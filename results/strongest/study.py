@@ -87,7 +87,7 @@ WALKS = {
             "vector_ratio": 4.0,
             "momentum": 0.85,
             "other_lr": 0.01,
-            "powers_beta": 0.975,
+            "powers_beta": 0.95,
             "table_lr": 0.02,
             "beta2": 0.975,
             "weight_decay": 0.0,

@@ -55,7 +55,7 @@ SCION_OTHER_RATIO = 0.2
 MUON_MAX_ADAM_RATIO = 1.0
 POLAR_GRAD_ADAM_RATIO = 0.04
 WHITENED_RATIOS: Mapping[Role, float] = {"embedding": 0.25, "head": 0.125, "vector": 0.5}
-WHITENING = ShampooPowers(exponent=0.5, beta=0.975, block_size=1024, split=True, prior=1.0)
+WHITENING = ShampooPowers(exponent=0.5, block_size=1024, split=True, prior=1.0)
 
 
 class Options(TypedDict, total=False):
