@@ -28,7 +28,7 @@ class Entry:
         data: What `--data` takes; empty if the task has its own data only.
         methods: Those that race unless one says otherwise.
         shared: Whether ranks can train on it together, and on an accelerator.
-        tracks: Presets beside `PRESETS`: published runs, and a rehearsal of each.
+        tracks: Presets beside `PRESETS`: published runs, a rehearsal of each, and what has their shape.
     """
 
     place: str
@@ -46,7 +46,15 @@ class Entry:
 
 
 TASKS: dict[str, Entry] = {
-    "text": Entry("steepest.lab.tasks.text:TextTask", "sequences", True, "a file or folder", _WITH_TORCH, shared=True),
+    "text": Entry(
+        "steepest.lab.tasks.text:TextTask",
+        "sequences",
+        tokens=True,
+        data="a file or folder",
+        methods=_WITH_TORCH,
+        shared=True,
+        tracks=("deep",),
+    ),
     "digits": Entry("steepest.lab.tasks.digits:DigitsTask", "images"),
     "quadratic": Entry("steepest.lab.tasks.quadratic:QuadraticTask"),
     "cifar10": Entry(

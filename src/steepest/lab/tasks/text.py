@@ -28,6 +28,12 @@ PRESETS: dict[PresetName, WindowPreset] = {
         Budget(steps=1000, batch_size=32, eval_every=50),
         Sizes(128, 512, 2048),
     ),
+    "deep": WindowPreset(
+        GPTConfig(vocabulary=256, layers=12, width=96, head_size=32),
+        128,
+        Budget(steps=500, batch_size=16, eval_every=20),
+        Sizes(128, 512, 2048),
+    ),
 }
 
 
