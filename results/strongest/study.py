@@ -82,14 +82,14 @@ WALKS = {
     "whitened": Walk(
         "parts",
         {
+            "table_lr": 0.02,
+            "beta2": 0.975,
             "powers": 0.5,
             "lr": 0.0565685,
             "vector_ratio": 4.0,
             "momentum": 0.85,
             "other_lr": 0.01,
             "powers_beta": 0.975,
-            "table_lr": 0.02,
-            "beta2": 0.975,
             "weight_decay": 0.0,
             "beta1": 0.85,
         },
