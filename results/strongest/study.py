@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from steepest.lab.disk.files import make_directory, write_whole
@@ -127,6 +128,19 @@ PARTS: Mapping[str, tuple[Mapping[str, float | bool | str], Mapping[str, float]]
     "radial brake": ({"brake": 0.5}, {}),
     "cautious decay": ({"weight_decay": 0.1, "decay": "cautious"}, {}),
     "table at 0.08, second beta 0.99": ({"table_lr": 0.08, "beta2": 0.99}, {}),
+}
+# What is taken from the winner, or added to it: changes of its setting, and fields of the run.
+CHANGES: Mapping[str, tuple[Mapping[str, float | bool | str], Mapping[str, float]]] = {
+    "winner": ({}, {}),
+    "no powers": ({"powers": 0.0}, {}),
+    "powers before the polar factor only": ({"powers_split": False}, {}),
+    "whole sides": ({"powers_block": 8192}, {}),
+    "moments that begin with the identity": ({"powers_prior": 1.0}, {}),
+    "one rate for vectors and heads": ({"vector_ratio": 1.0}, {}),
+    "Muon's rate and second beta of tables": ({"table_lr": 0.02, "beta2": 0.975}, {}),
+    "row scaling": ({"rows": True}, {}),
+    "mean of the tail": ({}, {"tail": 0.2, "tail_mix": 0.6}),
+    "two averages": ({"slow": 0.98, "share": 0.5615, "slow_from": 150}, {}),
 }
 # Several parts at once, on the tuning seed: which of them the winner's search begins with.
 LOOKS: Mapping[str, Mapping[str, float | bool | str]] = {
@@ -238,14 +252,27 @@ def tuning_rows(kept: Kept) -> list[dict[str, object]]:
     return rows
 
 
-def part_runs(kept: Kept, workers: int = 1) -> list[tuple[str, int, Run]]:
-    """Runs of Muon with each part alone, one seed after the other; as many as there was time for."""
+def part_runs(kept: Kept, workers: int = 1, around: str = "muon") -> list[tuple[str, int, Run]]:
+    """Runs of Muon with each part alone, or of the winner with each change, one seed after the other.
+
+    Args:
+        kept: All runs.
+        workers: Runs at a time.
+        around: "muon" or "whitened".
+
+    Returns:
+        What it is, seed and run; as many as there was time for.
+    """
+    parts = PARTS if around == "muon" else CHANGES
+    base = ALONE if around == "muon" else best_setting(around, Kept(None))
+    if base is None:
+        return []
 
     def run(label: str, seed: int) -> tuple[str, int, Run | None]:
-        options, fields = PARTS[label]
-        return label, seed, kept.train(setting("parts", {**ALONE, **options}, seed=seed, **fields))
+        options, fields = parts[label]
+        return label, seed, kept.train(setting("parts", {**base, **options}, seed=seed, **fields))
 
-    pairs = [(label, seed) for seed in PART_SEEDS for label in PARTS]
+    pairs = [(label, seed) for seed in PART_SEEDS for label in parts]
     with ThreadPoolExecutor(workers) as threads:
         found = list(threads.map(lambda pair: run(*pair), pairs))
     return [(label, seed, own) for label, seed, own in found if own is not None]
@@ -324,10 +351,10 @@ def step_rows(kept: Kept) -> list[dict[str, object]]:
     return rows
 
 
-def part_rows(kept: Kept) -> list[dict[str, object]]:
+def part_rows(kept: Kept, around: str = "muon") -> list[dict[str, object]]:
     """One row for each run with a part; a loss that was not finite is infinite."""
     rows: list[dict[str, object]] = []
-    for label, seed, run in part_runs(kept):
+    for label, seed, run in part_runs(kept, around=around):
         result = run.result
         loss = math.inf if result is None or result.final_loss is None else result.final_loss
         rows.append({"part": label, "seed": seed, "loss": loss, "run": run_hash(run.config)})
@@ -346,6 +373,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 TABLES: Mapping[str, Callable[[Kept], list[dict[str, object]]]] = {
     "tuning": tuning_rows,
     "parts": part_rows,
+    "changes": partial(part_rows, around="whitened"),
     "looks": look_rows,
     "report": report_rows,
     "steps": step_rows,
@@ -361,7 +389,7 @@ def tables() -> dict[str, str]:
 def main() -> None:
     """Train what is missing, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["tune", "parts", "looks", "report", "tables"])
+    parser.add_argument("parts", nargs="+", choices=["tune", "parts", "changes", "looks", "report", "tables"])
     parser.add_argument("--only", nargs="+", choices=list(WALKS), default=list(WALKS), help="walks to train")
     parser.add_argument("--out", type=Path, default=Path("out/strongest"))
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: %(default)s)")
@@ -374,6 +402,8 @@ def main() -> None:
                 done.result()
     if "parts" in options.parts:
         part_runs(Kept(options.out, options.seconds), options.workers)
+    if "changes" in options.parts:
+        part_runs(Kept(options.out, options.seconds), options.workers, "whitened")
     if "looks" in options.parts:
         look_runs(Kept(options.out, options.seconds), options.workers)
     if "report" in options.parts:

@@ -19,6 +19,7 @@ from steepest import (
     ShampooPowers,
     WhitenedMuon,
 )
+from steepest.optim.recipes import WHITENED_RATIOS
 from tests.optim.training import assert_same, backward, network, train
 from tests.reference import muon as reference
 from tests.reference.muon import scion
@@ -119,9 +120,8 @@ def test_whitened_muon_is_muon_around_powers(step_size):
     models = [network(), network()]
     powers = ShampooPowers(exponent=0.4, every=2)
     ours = WhitenedMuon(models[0], 0.1, powers=powers, stages=[RowScaling()], step_size=step_size)
-    rates = {"embedding": 0.025, "head": 0.0125, "vector": 0.05}
     options = {"momentum": 0.85, "betas": (0.85, 0.975), "step_size": step_size}
-    families = {role: {"lr": rate} for role, rate in rates.items()}
+    families = {role: {"lr": 0.1 * ratio} for role, ratio in WHITENED_RATIOS.items()}
     theirs = Muon(models[1], 0.1, stages=[powers, RowScaling()], families=families, **options)
     for step in range(4):
         for model, optimizer in zip(models, (ours, theirs), strict=True):

@@ -54,8 +54,8 @@ ADAM_LR_RATIO = 0.1
 SCION_OTHER_RATIO = 0.2
 MUON_MAX_ADAM_RATIO = 1.0
 POLAR_GRAD_ADAM_RATIO = 0.04
-WHITENED_RATIOS: Mapping[Role, float] = {"embedding": 0.25, "head": 0.125, "vector": 0.5}
-WHITENING = ShampooPowers(exponent=0.5, block_size=1024, split=True, prior=1.0)
+WHITENED_RATIOS: Mapping[Role, float] = {"embedding": 0.7, "head": 0.18, "vector": 0.7}
+WHITENING = ShampooPowers(exponent=0.5, beta=0.975, block_size=1024, split=True)
 
 
 class Options(TypedDict, total=False):
@@ -239,16 +239,16 @@ class WhitenedMuon(Muon):
     """Muon on whitened gradients: T(polar(T(M))) with T(M) = L^-¼ M R^-¼, L and R moments of both sides.
 
     Rows and columns in which gradients are large and alike no longer decide the direction, which is that of steepest
-    descent in the norm of L^¼ W R^¼. The momenta and the ratios of the learning rates, too, are the best of a search
-    over bytes of text; `lr` is what is left to tune.
+    descent in the norm of L^¼ W R^¼. Momenta and ratios of the learning rates, too, come of the search over bytes of
+    text in results/strongest; `lr` is what is left to tune.
 
     Args:
         lr: Learning rate of the matrices, in units of the spectral norm (times the scale) per step.
         momentum: Of the matrices.
         nesterov: Of the matrices.
         powers: How gradients are whitened. In smaller blocks, or renewed more rarely, powers cost less.
-        adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else lr / 4 for embeddings,
-            lr / 8 for heads, lr / 2 for vectors.
+        adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else 0.7 lr for
+            embeddings and vectors, 0.18 lr for heads.
         betas: Adam's; None: (momentum, 0.975).
         stages: What else stands around the search for directions, inside of the whitening.
         **options: See `AdamOptions`.
@@ -263,7 +263,7 @@ class WhitenedMuon(Muon):
     def __init__(
         self,
         params: Parameters,
-        lr: Rate = 0.08,
+        lr: Rate = 0.05,
         *,
         momentum: float | Averages = 0.85,
         nesterov: bool = True,

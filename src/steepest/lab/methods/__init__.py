@@ -409,7 +409,7 @@ _PAIRS: Mapping[str, tuple[type[Optimizer], Mapping[str, OptionValue]]] = {
     "muonadam": (MuonAdam, {"lr": 0.04, "other_lr": 0.02, **_RATES, "beta2": 0.95}),
     "whitened-muon": (
         WhitenedMuon,
-        {"lr": 0.08, "momentum": 0.85, "weight_decay": 0.0, "beta2": 0.975},
+        {"lr": 0.05, "momentum": 0.85, "weight_decay": 0.0, "beta2": 0.975},
     ),
     "polargrad": (PolarGrad, {"lr": 0.5, "other_lr": 0.02, **_RATES, "beta2": 0.95}),
     "muonmax": (MuonMax, {"lr": 0.02, "other_lr": 0.02, **_RATES, "beta2": 0.95}),
