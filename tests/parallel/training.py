@@ -40,6 +40,7 @@ from steepest import (
     ShampooPowers,
     Sphere,
     SteepestDescent,
+    WhitenedMuon,
 )
 
 STEPS, BATCH, TOKENS, WIDTH, HIDDEN, EXPERTS = 20, 96, 17, 13, 31, 4
@@ -175,6 +176,9 @@ METHODS = {
         model, 0.01, step_size=Momo(2.4), stages=[Eigenbasis(every=2), DiagonalMetric(sides="rows")], **o
     ),
     "p_muon": lambda model, **o: Muon(model, 0.02, stages=[ShampooPowers(every=2, block_size=12)], **o),
+    "whitened": lambda model, **o: WhitenedMuon(
+        model, 0.02, powers=ShampooPowers(0.5, every=2, block_size=12, split=True, prior=1.0), step_size=Momo(2.4), **o
+    ),
     "muon_max": lambda model, **o: MuonMax(model, 0.005, weight_decay=0.1, **o),
     "muon_max_stale": lambda model, **o: MuonMax(model, 0.005, dual="stale", **o),
     "muon_max_momo": lambda model, **o: MuonMax(model, 0.01, weight_decay=0.1, step_size=Momo("auto"), **o),
