@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import Role
+from steepest.checks import refusal
 from steepest.geometry import Ada2, AdaInf, ColNorm, Frobenius, Hybrid, Scaled, ScaleRule, Sign, Spectral
 from steepest.linalg import Coefficients, PolarMethod
 from steepest.optim.arguments import checked_options, texts_of, texts_of_keys, with_all_texts, with_shared
 from steepest.optim.combine import DualMode
 from steepest.optim.decay import Decay
-from steepest.optim.descent import SteepestDescent
+from steepest.optim.descent import SteepestDescent, checked_stages
 from steepest.optim.guard import OnNonFinite
 from steepest.optim.momentum import Averages
 from steepest.optim.momo.model import StepSize
@@ -271,8 +272,10 @@ class WhitenedMuon(Muon):
         powers: ShampooPowers = WHITENING,
         **options: Unpack[AdamOptions],
     ) -> None:
+        if not isinstance(cast(object, powers), ShampooPowers):
+            raise TypeError(refusal("powers", "ShampooPowers(...)", powers))
         options["betas"] = options.get("betas") or (momentum, 0.975)
-        options["stages"] = (powers, *options.get("stages", ()))
+        options["stages"] = (powers, *checked_stages(None, options.get("stages", ())))
         super().__init__(params, lr, momentum=momentum, nesterov=nesterov, scale=scale, **options)
 
 

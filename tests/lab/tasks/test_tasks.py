@@ -137,7 +137,7 @@ def test_unknown_names_are_answered_with_the_valid_ones(tmp_path):
         ValueError, match=rf"Unknown task 'txet': did you mean 'text'\? Valid: {', '.join(sorted(TASKS))}"
     ):
         make_task("txet")
-    with pytest.raises(ValueError, match=r"Unknown preset 'tny': did you mean 'tiny'\? Valid: demo, small, tiny"):
+    with pytest.raises(ValueError, match=r"Unknown preset 'tny': did you mean 'tiny'\? Valid: deep, demo, small, tiny"):
         make_task("text", "tny")
     with pytest.raises(ValueError, match="'digits' has its own images, got --data"):
         make_task("digits", data=tmp_path)
