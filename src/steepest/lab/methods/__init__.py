@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steepest.anatomy import PlanRow, route
+from steepest.anatomy import PlanRow, Role, route
 from steepest.geometry import ScaleRule
 from steepest.lab.methods.tuned import TUNED, OptionValue, Tuned, Tuning
 from steepest.lab.tasks.task import Task
@@ -72,15 +72,13 @@ def adamw(
         ValueError: If `table_lr` or `vector_ratio` is negative or not finite.
     """
     _check_rates(table_lr, vector_ratio)
+    families: dict[Role, float] = {"embedding": table_lr} if table_lr else {}
+    families |= {"vector": vector_ratio * other_lr} if vector_ratio != 1 else {}
+    own = {role: route(model).parameters(role) for role in families}
+    known = {id(parameter) for parameters in own.values() for parameter in parameters}
     matrices, rest = _matrices_and_rest(model)
-    groups = [{"params": matrices, "lr": lr}, {"params": rest, "lr": other_lr}]
-    families = (("embedding", table_lr, table_lr != 0), ("vector", vector_ratio * other_lr, vector_ratio != 1))
-    for role, rate, apart in families:
-        if apart:
-            own = route(model).parameters(role)
-            known = {id(parameter) for parameter in own}
-            groups[1]["params"] = [parameter for parameter in groups[1]["params"] if id(parameter) not in known]
-            groups.append({"params": own, "lr": rate})
+    groups = [{"params": matrices, "lr": lr}, {"params": [p for p in rest if id(p) not in known], "lr": other_lr}]
+    groups += [{"params": own[role], "lr": rate} for role, rate in families.items()]
     return torch.optim.AdamW(groups, betas=(beta1, beta2), weight_decay=weight_decay)
 
 
