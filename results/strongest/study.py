@@ -1,7 +1,8 @@
 """The runs behind this page: every method gets as many tried settings at the preset tiny; each part is added alone.
 
     .venv/bin/python results/strongest/study.py tune --out out/strongest
-    .venv/bin/python results/strongest/study.py parts --out out/strongest
+    .venv/bin/python results/strongest/study.py parts looks --out out/strongest
+    .venv/bin/python results/strongest/study.py changes report --out out/strongest
     .venv/bin/python results/strongest/study.py tables
 
 All runs are kept in one file, `records.jsonl.xz`, with the command and commit that wrote it last, and none of them is
@@ -29,7 +30,7 @@ from steepest.lab.disk.files import make_directory, write_whole
 from steepest.lab.disk.packed import RECORDS, PackedRun, pack, unpack
 from steepest.lab.engine.pool import Pool, last_words
 from steepest.lab.engine.walk import Tried, at_edge, best_of, ladder, search
-from steepest.lab.report.statistics import Ended, paired_verdicts
+from steepest.lab.report.statistics import Ended, holm, paired_verdicts
 from steepest.lab.runs.config import RunConfig, configure, run_hash
 from steepest.lab.runs.records import Run, read_run
 from steepest.lab.tasks import make_task
@@ -80,7 +81,7 @@ WALKS = {
             "vector_ratio": 1.0,
         },
     ),
-    "whitened": Walk(
+    "shampoo": Walk(
         "parts",
         {
             "table_lr": 0.02,
@@ -137,7 +138,7 @@ CHANGES: Mapping[str, tuple[Mapping[str, float | bool | str], Mapping[str, float
     "whole sides": ({"powers_block": 8192}, {}),
     "moments that begin with the identity": ({"powers_prior": 1.0}, {}),
     "one rate for vectors and heads": ({"vector_ratio": 1.0}, {}),
-    "Muon's rate and second beta of tables": ({"table_lr": 0.02, "beta2": 0.975}, {}),
+    "table at 0.04, second beta 0.99": ({"table_lr": 0.04, "beta2": 0.99}, {}),
     "row scaling": ({"rows": True}, {}),
     "mean of the tail": ({}, {"tail": 0.2, "tail_mix": 0.6}),
     "two averages": ({"slow": 0.98, "share": 0.5615, "slow_from": 150}, {}),
@@ -151,7 +152,7 @@ LOOKS: Mapping[str, Mapping[str, float | bool | str]] = {
 }
 PART_SEEDS = (2001, 2002, 2003)
 # The best of each walk on seeds that chose nothing, for so many steps, each with the whole schedule.
-LENGTHS: Mapping[str, tuple[int, ...]] = {"muon": (500,), "whitened": (425, 500, 375), "adamw": (500,)}
+LENGTHS: Mapping[str, tuple[int, ...]] = {"muon": (500,), "shampoo": (425, 500, 375), "adamw": (500,)}
 REPORT_SEEDS = tuple(range(3001, 3013))
 ALONE: Mapping[str, float] = {"lr": 0.0565685, "momentum": 0.85, "other_lr": 0.02, "beta1": 0.85, "beta2": 0.975}
 
@@ -204,6 +205,7 @@ class Kept:
             if (outcome := self.pool.train(directory)) != "finished":
                 raise SystemExit(f"{directory}: {outcome}, {last_words(directory)}")
         with self.lock:
+            self.runs |= unpack(KEPT)[1] if KEPT.exists() else {}  # another command may have written since
             self.runs[directory.name] = {f: (directory / f).read_bytes() for f in RECORDS if (directory / f).exists()}
             about = {"command": " ".join(sys.argv), "commit": _commit()}
             write_whole(KEPT, pack(json.dumps(about).encode(), self.runs), durable=True)
@@ -258,7 +260,7 @@ def part_runs(kept: Kept, workers: int = 1, around: str = "muon") -> list[tuple[
     Args:
         kept: All runs.
         workers: Runs at a time.
-        around: "muon" or "whitened".
+        around: "muon" or "shampoo".
 
     Returns:
         What it is, seed and run; as many as there was time for.
@@ -323,6 +325,11 @@ def report_runs(kept: Kept, workers: int = 1) -> list[tuple[str, int, int, Run]]
     return [(*one[:3], own) for one, own in zip(asked, found, strict=True) if own is not None]
 
 
+def finite(loss: float | None) -> float:
+    """A loss, infinite if it was not finite."""
+    return math.inf if loss is None else loss
+
+
 def ended(run: Run) -> Ended:
     """A run, for the tests of the lab."""
     return Ended(None, None) if run.result is None else Ended(run.result.final_loss, run.result.final_blocks)
@@ -331,23 +338,24 @@ def ended(run: Run) -> Ended:
 def report_rows(kept: Kept) -> list[dict[str, object]]:
     """One row for each run of the report."""
     return [
-        {"walk": label, "steps": steps, "seed": seed, "loss": ended(run).loss or math.inf, "run": run_hash(run.config)}
+        {"walk": label, "steps": steps, "seed": seed, "loss": finite(ended(run).loss), "run": run_hash(run.config)}
         for label, steps, seed, run in report_runs(kept)
     ]
 
 
 def step_rows(kept: Kept) -> list[dict[str, object]]:
-    """Each method and length against Muon's whole run: differences of final losses, and steps to its mean."""
+    """Each method and length against Muon's whole run: differences of final losses; p is corrected for all of them."""
     runs: dict[tuple[str, int], dict[int, Ended]] = {}
     for label, steps, seed, run in report_runs(kept):
         runs.setdefault((label, steps), {})[seed] = ended(run)
     base = runs.pop(("muon", 500), {})
+    verdicts = [paired_verdicts({"muon": base, label: own})[0] for (label, _), own in runs.items()]
+    corrected = holm([1.0 if verdict.p is None else verdict.p for verdict in verdicts])
     rows: list[dict[str, object]] = []
-    for (label, steps), own in runs.items():
-        verdict = paired_verdicts({"muon": base, label: own})[0]
+    for (label, steps), verdict, p in zip(runs, verdicts, corrected, strict=True):
         low, high = ("", "") if verdict.interval is None else (verdict.interval.low, verdict.interval.high)
         row: dict[str, object] = {"walk": label, "steps": steps, "seeds": verdict.n, "difference": verdict.difference}
-        rows.append(row | {"low": low, "high": high, "p": verdict.p})
+        rows.append(row | {"low": low, "high": high, "p": p, "diverged": " ".join(verdict.diverged)})
     return rows
 
 
@@ -373,7 +381,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 TABLES: Mapping[str, Callable[[Kept], list[dict[str, object]]]] = {
     "tuning": tuning_rows,
     "parts": part_rows,
-    "changes": partial(part_rows, around="whitened"),
+    "changes": partial(part_rows, around="shampoo"),
     "looks": look_rows,
     "report": report_rows,
     "steps": step_rows,
@@ -403,13 +411,17 @@ def main() -> None:
     if "parts" in options.parts:
         part_runs(Kept(options.out, options.seconds), options.workers)
     if "changes" in options.parts:
-        part_runs(Kept(options.out, options.seconds), options.workers, "whitened")
+        part_runs(Kept(options.out, options.seconds), options.workers, "shampoo")
     if "looks" in options.parts:
         look_runs(Kept(options.out, options.seconds), options.workers)
     if "report" in options.parts:
         report_runs(Kept(options.out, options.seconds), options.workers)
-    for name, text in tables().items():
-        write_whole(HERE / name, text)
+    found = tables()
+    for name in TABLES:
+        if f"{name}.csv" in found:
+            write_whole(HERE / f"{name}.csv", found[f"{name}.csv"])
+        else:
+            (HERE / f"{name}.csv").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

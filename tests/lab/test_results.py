@@ -84,7 +84,7 @@ def test_todays_walk_asks_for_the_settings_of_the_committed_search():
 
 def test_tables_of_a_search_come_from_its_records():
     tables = runpy.run_path(str(RESULTS / "strongest/study.py"))["tables"]()
-    assert tables
+    assert set(tables) == {path.name for path in (RESULTS / "strongest").glob("*.csv")}
     for name, text in tables.items():
         own, made = (list(csv.reader(io.StringIO(t))) for t in ((RESULTS / "strongest" / name).read_text(), text))
         assert len(made) > 1

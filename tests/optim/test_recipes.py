@@ -16,10 +16,10 @@ from steepest import (
     NewtonMuonMax,
     PethickScion,
     RowScaling,
+    ShampooMuon,
     ShampooPowers,
-    WhitenedMuon,
 )
-from steepest.optim.recipes import WHITENED_RATIOS
+from steepest.optim.recipes import SHAMPOO_RATIOS
 from tests.optim.training import assert_same, backward, network, train
 from tests.reference import muon as reference
 from tests.reference.muon import scion
@@ -116,12 +116,12 @@ def test_muon_adam_equals_the_formulas(rng):
 
 
 @pytest.mark.parametrize("step_size", [None, Momo(1.0)])
-def test_whitened_muon_is_muon_around_powers(step_size):
+def test_shampoo_muon_is_muon_around_powers(step_size):
     models = [network(), network()]
-    powers = ShampooPowers(exponent=0.4, every=2)
-    ours = WhitenedMuon(models[0], 0.1, powers=powers, stages=[RowScaling()], step_size=step_size)
+    powers = ShampooPowers(exponent=0.4, every=2, split=True)
+    ours = ShampooMuon(models[0], 0.1, powers=powers, stages=[RowScaling()], step_size=step_size)
     options = {"momentum": 0.85, "betas": (0.85, 0.975), "step_size": step_size}
-    families = {role: {"lr": 0.1 * ratio} for role, ratio in WHITENED_RATIOS.items()}
+    families = {role: {"lr": 0.1 * ratio} for role, ratio in SHAMPOO_RATIOS.items()}
     theirs = Muon(models[1], 0.1, stages=[powers, RowScaling()], families=families, **options)
     for step in range(4):
         for model, optimizer in zip(models, (ours, theirs), strict=True):
@@ -129,6 +129,17 @@ def test_whitened_muon_is_muon_around_powers(step_size):
             loss = backward(model, step)
             optimizer.step(loss=loss if step_size else None)
     assert_same(list(models[0].parameters()), list(models[1].parameters()))
+
+
+def test_rates_of_shampoo_muon_are_parts_of_its_own_or_what_is_asked_for():
+    model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+
+    def rates(**options):
+        return {group["role"]: group["lr"] for group in ShampooMuon(model, 0.1, **options).param_groups}
+
+    assert rates() == pytest.approx({"matrix": 0.1, "embedding": 0.035, "head": 0.018, "vector": 0.07})
+    assert rates(adam_lr=0.3) == {"matrix": 0.1, "embedding": 0.3, "head": 0.3, "vector": 0.3}
+    assert set(rates(scale="match_rms_adamw").values()) == {0.1}
 
 
 def test_nesterov_is_for_matrices_and_decay_is_not_for_vectors():

@@ -37,10 +37,10 @@ from steepest import (
     RowNorm,
     RowScaling,
     Scion,
+    ShampooMuon,
     ShampooPowers,
     Sphere,
     SteepestDescent,
-    WhitenedMuon,
 )
 
 STEPS, BATCH, TOKENS, WIDTH, HIDDEN, EXPERTS = 20, 96, 17, 13, 31, 4
@@ -176,7 +176,7 @@ METHODS = {
         model, 0.01, step_size=Momo(2.4), stages=[Eigenbasis(every=2), DiagonalMetric(sides="rows")], **o
     ),
     "p_muon": lambda model, **o: Muon(model, 0.02, stages=[ShampooPowers(every=2, block_size=12)], **o),
-    "whitened": lambda model, **o: WhitenedMuon(
+    "shampoo": lambda model, **o: ShampooMuon(
         model, 0.02, powers=ShampooPowers(0.5, every=2, block_size=12, split=True, prior=1.0), step_size=Momo(2.4), **o
     ),
     "muon_max": lambda model, **o: MuonMax(model, 0.005, weight_decay=0.1, **o),

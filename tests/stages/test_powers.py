@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steepest import Decoupled, Muon, ShampooPowers
+from steepest import Decoupled, Muon, ShampooPowers, View
 from steepest.testing import backward, network
 from tests.reference.around import shampoo_powers
 from tests.stages.around import WAYS, check_against_reference
@@ -89,6 +89,36 @@ def test_halves_are_steepest_descent_in_the_norm_between_roots_of_powers():
     root_inverses = [torch.linalg.inv(root) for root in roots]
     dual = torch.linalg.matrix_norm(root_inverses[0] @ gradient @ root_inverses[1], "nuc")
     torch.testing.assert_close((gradient * found).sum(), -dual)
+
+
+def test_a_prior_fades_with_the_gradients_of_each_matrix():
+    generator = torch.Generator().manual_seed(0)
+    beta, prior, ridge = 0.9, 2.0, 1e-3
+    stage = ShampooPowers(0.5, beta=beta, every=1, ridge=ridge, split=True, prior=prior)
+    experts = torch.nn.Parameter(torch.zeros(2, 4, 3, dtype=torch.float64))
+    optimizer = Muon([{"params": [experts], "role": "matrix", "view": View(experts=True)}], stages=[stage])
+    gradients = torch.randn(6, 2, 4, 3, generator=generator, dtype=torch.float64)
+    gradients[:3, 1] = 0  # the second begins later
+    for gradient in gradients:
+        experts.grad = gradient.clone()
+        optimizer.step()
+    found = optimizer.state[experts]["powers_left_power"].view(2, 4, 4)
+    for expert, seen in enumerate((gradients[:, 0], gradients[3:, 1])):
+        moment = sum((1 - beta) * beta ** (len(seen) - 1 - t) * g @ g.mT for t, g in enumerate(seen))
+        moment = moment / moment.abs().max()
+        mean, left = moment.diagonal().mean(), beta ** len(seen)
+        values, vectors = torch.linalg.eigh(moment + (ridge + prior * left / (1 - left)) * mean * torch.eye(4))
+        torch.testing.assert_close(found[expert], vectors @ torch.diag(values**-0.25) @ vectors.mT)
+
+
+def test_without_an_average_a_prior_is_gone_at_once():
+    weights = [torch.nn.Parameter(torch.ones(4, 3, dtype=torch.float64)) for _ in range(2)]
+    priors = [ShampooPowers(beta=0.0, every=1, prior=prior) for prior in (0.0, 1.0)]
+    for weight, stage in zip(weights, priors, strict=True):
+        optimizer = Muon([weight], stages=[stage])
+        weight.grad = torch.arange(12, dtype=torch.float64).view(4, 3).cos()
+        optimizer.step()
+    assert torch.equal(*weights)
 
 
 def test_the_ball_is_promised_where_directions_stay_what_the_norm_found():

@@ -39,8 +39,8 @@ __all__ = [
     "PethickScion",
     "PolarGrad",
     "Scion",
+    "ShampooMuon",
     "SignDescent",
-    "WhitenedMuon",
 ]
 
 Rate = float | Tensor
@@ -55,8 +55,9 @@ ADAM_LR_RATIO = 0.1
 SCION_OTHER_RATIO = 0.2
 MUON_MAX_ADAM_RATIO = 1.0
 POLAR_GRAD_ADAM_RATIO = 0.04
-WHITENED_RATIOS: Mapping[Role, float] = {"embedding": 0.7, "head": 0.18, "vector": 0.7}
-WHITENING = ShampooPowers(exponent=0.5, beta=0.975, block_size=1024, split=True)
+# Rounded from the best setting so far of a search that has not ended, 9d29deacf4d40dc0 in results/strongest/tuning.csv.
+SHAMPOO_RATIOS: Mapping[Role, float] = {"embedding": 0.35, "head": 0.18, "vector": 0.7}
+SHAMPOO = ShampooPowers(exponent=0.5, beta=0.975, block_size=1024, split=True)
 
 
 class Options(TypedDict, total=False):
@@ -171,18 +172,18 @@ def _spectral(scale: ScaleRule, options: PolarOptions) -> Spectral:
     return Spectral(scale=scale, **_taken(options, "coefficients", "polar", "dtype"))
 
 
-def _rates(lr: Rate, ratios: float | Mapping[Role, float], options: AdamOptions) -> dict[Role, Rate]:
+def _alike(ratio: float) -> Mapping[Role, float]:
+    return dict.fromkeys(SHAMPOO_RATIOS, ratio)
+
+
+def _rates(lr: Rate, ratios: Mapping[Role, float], options: AdamOptions) -> dict[Role, Rate]:
     adam_lr = options.pop("adam_lr", None)
-    if adam_lr is None and isinstance(ratios, Mapping):
-        return {"matrix": lr, **{role: lr * ratio for role, ratio in ratios.items()}}
-    return per_role(lr, lr * cast(float, ratios) if adam_lr is None else adam_lr)
+    return {"matrix": lr, **{role: lr * ratio if adam_lr is None else adam_lr for role, ratio in ratios.items()}}
 
 
-def _muon(
-    lr: Rate, scale: ScaleRule, options: AdamOptions, ratios: float | Mapping[Role, float] = ADAM_LR_RATIO
-) -> dict[str, Any]:
+def _muon(lr: Rate, scale: ScaleRule, options: AdamOptions, ratios: Mapping[Role, float]) -> dict[str, Any]:
     norms = per_role(_spectral(scale, options), AdaInf(**_taken(options, "eps")))
-    return {"norms": norms, "lr": _rates(lr, 1.0 if scale == "match_rms_adamw" else ratios, options)}
+    return {"norms": norms, "lr": _rates(lr, _alike(1.0) if scale == "match_rms_adamw" else ratios, options)}
 
 
 def _rest(options: Any, precondition: InputMoment | None = None) -> dict[str, Any]:
@@ -214,7 +215,7 @@ class Muon(SteepestDescent):
     """
 
     _precondition: ClassVar[InputMoment | None] = None
-    _ratios: ClassVar[float | Mapping[Role, float]] = ADAM_LR_RATIO
+    _ratios: ClassVar[Mapping[Role, float]] = _alike(ADAM_LR_RATIO)
 
     def __init__(
         self,
@@ -236,30 +237,32 @@ class Muon(SteepestDescent):
 
 
 @recipe
-class WhitenedMuon(Muon):
-    """Muon on whitened gradients: T(polar(T(M))) with T(M) = L^-¼ M R^-¼, L and R moments of both sides.
+class ShampooMuon(Muon):
+    """Muon between Shampoo's powers: along T(polar(T(M))) with T(M) = L^-¼ M R^-¼, L and R moments of both sides.
 
     Rows and columns in which gradients are large and alike no longer decide the direction, which is that of steepest
-    descent in the norm of L^¼ W R^¼. Momenta and ratios of the learning rates, too, come of the search over bytes of
-    text in results/strongest; `lr` is what is left to tune.
+    descent in the norm of L^¼ W R^¼, scaled to the Frobenius norm of the polar factor. Momenta, exponent and ratios of
+    the learning rates are guesses of a search that has not ended (results/strongest); it was never compared with
+    Muon by seeds that chose nothing.
 
     Args:
-        lr: Learning rate of the matrices, in units of the spectral norm (times the scale) per step.
+        params: A module or a plan, for rates by role: parameters alone are matrices or vectors.
+        lr: Learning rate of the matrices: the root mean square of a direction's singular values, times the scale.
         momentum: Of the matrices.
         nesterov: Of the matrices.
-        powers: How gradients are whitened. In smaller blocks, or renewed more rarely, powers cost less.
-        adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else 0.7 lr for
-            embeddings and vectors, 0.18 lr for heads.
+        powers: Of both sides. In smaller blocks, or renewed more rarely, they cost less.
+        adam_lr: Learning rate of everything else. None: `lr` with scale="match_rms_adamw", else 0.35 lr for
+            embeddings, 0.18 lr for heads, 0.7 lr for vectors.
         betas: Adam's; None: (momentum, 0.975).
-        stages: What else stands around the search for directions, inside of the whitening.
+        stages: What else stands around the search for directions, inside of the powers; `precondition` is outside.
         **options: See `AdamOptions`.
 
     Source:
         Powers before the polar factor are PMuon's, of https://github.com/KellerJordan/modded-nanogpt,
-        records/track_3_optimization. The halves are ours; exponent, momenta and rates are those of results/strongest.
+        records/track_3_optimization. The halves are ours.
     """
 
-    _ratios = WHITENED_RATIOS
+    _ratios = SHAMPOO_RATIOS
 
     def __init__(
         self,
@@ -269,7 +272,7 @@ class WhitenedMuon(Muon):
         momentum: float | Averages = 0.85,
         nesterov: bool = True,
         scale: ScaleRule = "original",
-        powers: ShampooPowers = WHITENING,
+        powers: ShampooPowers = SHAMPOO,
         **options: Unpack[AdamOptions],
     ) -> None:
         if not isinstance(cast(object, powers), ShampooPowers):
@@ -330,7 +333,7 @@ class MuonAdam(SteepestDescent):
             params,
             momentum=momentum,
             betas=options.pop("betas", None) or (momentum, 0.95),
-            **_muon(lr, scale, options),
+            **_muon(lr, scale, options, _alike(ADAM_LR_RATIO)),
             **_rest(options),
         )
 
@@ -573,7 +576,7 @@ def _regularized(
 ) -> dict[str, Any]:
     """Pieces of the regularised cells with Adam's step for everything else."""
     return {
-        "lr": _rates(lr, ratio, options),
+        "lr": _rates(lr, _alike(ratio), options),
         "momentum": momentum,
         "betas": options.pop("betas", None) or (momentum, 0.95),
         "norms": per_role(_spectral(scale, options), Ada2(**_taken(options, "eps"))),

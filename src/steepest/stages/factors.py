@@ -248,15 +248,15 @@ class Factored(Stage):
                         for one in chosen.nonzero().flatten().tolist():
                             alike.setdefault((own.size(-1), first), []).append((moment[one], own[one], count[one]))
         self._begun.update(load.parameters[place] for place, every in started.items() if every)
-        for (_, first), turn in alike.items():
-            seen = [relative(moment[None])[0] for moment, _, _ in turn]
+        for (_, first), triples in alike.items():
+            seen = [relative(moment[None])[0] for moment, _, _ in triples]
             means = [own.diagonal(dim1=-2, dim2=-1).mean().expand(len(own)) for own in seen]
-            ages = [count.expand(len(own)) for _, own, count in turn]
-            old = torch.cat([own for _, own, _ in turn])
+            ages = [count.expand(len(own)) for _, own, count in triples]
+            old = torch.cat([own for _, own, _ in triples])
             new = self.renewed(torch.cat(seen), torch.cat(means), torch.cat(ages), old, first=first)
             old = torch.where(_filled(old)[:, None, None], old, identity(old))
             new = torch.where(new.isfinite().all(-1).all(-1)[:, None, None], new, old)
-            for (_, own, _), part in zip(turn, new.split([len(own) for _, own, _ in turn]), strict=True):
+            for (_, own, _), part in zip(triples, new.split([len(own) for _, own, _ in triples]), strict=True):
                 own.copy_(masked_to(part, own, accept))
 
     def passed(self, *, skipped: bool, idle: Callable[[], bool]) -> None:

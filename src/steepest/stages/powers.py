@@ -45,6 +45,8 @@ class ShampooPowers(Stage):
     with `split` it has not. Momo, regularised descent and product norms take the dual norm with the direction that is
     applied.
 
+    A state of another exponent, or of whole powers, is gone on with: each of its powers counts until its next turn.
+
     It keeps 2 (m² + n²) numbers for a matrix of m x n, in float32 or wider, and renews its powers with some multiple of
     m³ + n³ operations, by eigenvalues; c blocks take 1/c of the numbers of their side and 1/c² of the operations. On
     several ranks all of that goes to the matrix' owner and back in each step.
@@ -56,7 +58,8 @@ class ShampooPowers(Stage):
         ridge: γ and δ, relative to the means of the eigenvalues.
         block_size: A longer side is cut into the fewest equal blocks of at most that, each with a power of its own.
         split: Whether half of the power stands before the lmo and half after it.
-        prior: What L and R begin with, at least 0, in units of the gradients' mean eigenvalue; it fades as they fill.
+        prior: What L and R begin with, at least 0, in units of the mean eigenvalues of G Gᵀ and Gᵀ G; it fades as they
+            fill.
 
     Raises:
         ValueError: If a number is out of range.

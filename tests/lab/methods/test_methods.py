@@ -23,7 +23,7 @@ from steepest.lab.methods import (
 from steepest.lab.methods.tuned import TUNED, Tuned, Tuning
 from steepest.lab.models.gpt import GPT, GPTConfig
 from steepest.lab.tasks import TASKS, make_task, presets_of
-from steepest.optim.recipes import RECIPES, WHITENED_RATIOS, SignDescent
+from steepest.optim.recipes import RECIPES, SHAMPOO_RATIOS, SignDescent
 from tests.cases import cases
 
 
@@ -64,9 +64,9 @@ def test_every_parameter_is_in_exactly_one_group_with_its_learning_rate(method, 
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rates)
     inside = {id(p) for name, p in model.named_parameters() if name.startswith("blocks") and p.ndim == 2}
     other = options_of(method).get("other_lr", 0.25)
-    rest = dict.fromkeys(WHITENED_RATIOS, other)
-    if method.startswith("whitened-muon"):
-        rest = {role: 0.25 * ratio for role, ratio in WHITENED_RATIOS.items()}
+    rest = dict.fromkeys(SHAMPOO_RATIOS, other)
+    if method.startswith("shampoo-muon"):
+        rest = {role: 0.25 * ratio for role, ratio in SHAMPOO_RATIOS.items()}
     if "radius" in options_of(method):  # the rate is the part of the way to a ball's edge
         rates = {key: rate / (3000 if rate > 100 else 50) for key, rate in rates.items()}
     roles = {id(row.parameter): row.role for row in route(model)}

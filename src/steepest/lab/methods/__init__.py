@@ -35,8 +35,8 @@ from steepest.optim import (
     NewtonMuon,
     PolarGrad,
     Scion,
+    ShampooMuon,
     Sphere,
-    WhitenedMuon,
 )
 from steepest.optim.recipes import RECIPES
 from steepest.stages import (
@@ -199,13 +199,14 @@ def parts(
     """steepest.Muon with any of the parts around it; as it stands, with none of them.
 
     `slow` is the second average's weight of the old one, which counts `share` from gradient `slow_from` on; `inputs`
-    the structure of Newton-Muon's moments; `metric` the source of a diagonal metric; `powers` their exponent;
+    the structure of Newton-Muon's moments; `metric` the source of a diagonal metric; `powers` their exponent, with
+    `powers_` before other options of `ShampooPowers`; vectors have the rate `vector_ratio` times `other_lr`;
     `basis_every` the interval of an eigenbasis; `floor` and `brake` those of the radial part. 0, 1 for the brake, or
     "none" leave each out. With Momo, which needs one momentum, `beta1` is `momentum`, and the slow average is
     everything's.
 
     Raises:
-        ValueError: If a kind of decay is unknown.
+        ValueError: If a kind of decay is unknown, or a number out of range.
     """
     if decay not in DECAYS:
         raise ValueError(unknown_name("kind of decay", decay, DECAYS))
@@ -405,8 +406,8 @@ _RATES: Mapping[str, OptionValue] = {"momentum": 0.95, "weight_decay": 0.0}
 _PAIRS: Mapping[str, tuple[type[Optimizer], Mapping[str, OptionValue]]] = {
     "scion": (Scion, {"lr": 0.04, "other_lr": 0.008, **_RATES}),
     "muonadam": (MuonAdam, {"lr": 0.04, "other_lr": 0.02, **_RATES, "beta2": 0.95}),
-    "whitened-muon": (
-        WhitenedMuon,
+    "shampoo-muon": (
+        ShampooMuon,
         {"lr": 0.05, "momentum": 0.85, "weight_decay": 0.0, "beta2": 0.975},
     ),
     "polargrad": (PolarGrad, {"lr": 0.5, "other_lr": 0.02, **_RATES, "beta2": 0.95}),
