@@ -164,7 +164,7 @@ def test_a_config_from_before_an_option_means_what_it_did(method):
     assert before.counted_options == config.counted_options == before.options
     assert run_hash(before) == run_hash(dataclasses.replace(config, options=content["options"]))
     for name, value in LATER[method].items():
-        changed = dataclasses.replace(config, options={**own, name: "other" if isinstance(value, str) else 1.0})
+        changed = dataclasses.replace(config, options={**own, name: "other" if isinstance(value, str) else 2.0})
         assert run_hash(changed) != run_hash(config)
 
 

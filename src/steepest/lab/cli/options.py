@@ -27,9 +27,9 @@ _DATA = "; ".join(
 )
 
 _TRACKS = "; ".join(
-    f"{', '.join(track for track in one.tracks if not track.endswith('-rehearsal'))} of {name}"
+    f"{', '.join(own for own in (*one.shapes, *one.tracks) if not own.endswith('-rehearsal'))} of {name}"
     for name, one in TASKS.items()
-    if one.tracks
+    if one.shapes or one.tracks
 )
 
 
@@ -193,7 +193,7 @@ class OnTask(Options):
     """Which task at which size on which data."""
 
     task: Annotated[str, Arg(", ".join(TASKS))] = "text"
-    preset: Annotated[str, Arg(f"{', '.join(PRESETS)}, or a track: {_TRACKS}")] = "demo"
+    preset: Annotated[str, Arg(f"{', '.join(PRESETS)}, another shape or a track: {_TRACKS}")] = "demo"
     data: Annotated[File | None, Arg(_DATA, "PATH")] = None
 
     def load(self) -> Task:

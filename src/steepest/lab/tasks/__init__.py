@@ -28,7 +28,8 @@ class Entry:
         data: What `--data` takes; empty if the task has its own data only.
         methods: Those that race unless one says otherwise.
         shared: Whether ranks can train on it together, and on an accelerator.
-        tracks: Presets beside `PRESETS`: published runs, a rehearsal of each, and what has their shape.
+        tracks: Presets beside `PRESETS`: published runs, and a rehearsal of each.
+        shapes: Likewise: other models, at the size of "tiny".
     """
 
     place: str
@@ -38,6 +39,7 @@ class Entry:
     methods: tuple[str, ...] = ("adamw", "muon", "muonadam")
     shared: bool = False
     tracks: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
 
     @property
     def counted(self) -> str:
@@ -53,7 +55,7 @@ TASKS: dict[str, Entry] = {
         data="a file or folder",
         methods=_WITH_TORCH,
         shared=True,
-        tracks=("deep",),
+        shapes=("deep",),
     ),
     "digits": Entry("steepest.lab.tasks.digits:DigitsTask", "images"),
     "quadratic": Entry("steepest.lab.tasks.quadratic:QuadraticTask"),
@@ -91,12 +93,12 @@ TASKS: dict[str, Entry] = {
 
 
 def presets_of(name: str) -> tuple[str, ...]:
-    """The sizes of a task, and its tracks.
+    """The sizes of a task, other shapes of its model, and its tracks.
 
     Args:
         name: A key of `TASKS`.
     """
-    return (*PRESETS, *TASKS[name].tracks)
+    return (*PRESETS, *TASKS[name].shapes, *TASKS[name].tracks)
 
 
 def entry(name: str) -> Entry:
@@ -109,8 +111,8 @@ def make_task(name: str, preset: str = "demo", *, data: Path | None = None) -> T
 
     Args:
         name: A key of `TASKS`.
-        preset: "demo" (a minute on one core), "tiny" (several minutes), "small" (an hour or more), or a track of the
-            task.
+        preset: "demo" (a minute on one core), "tiny" (several minutes), "small" (an hour or more), or a shape or a
+            track of the task.
         data: A file or folder of the user's, for the tasks that take one; None for the task's own data.
 
     Raises:
