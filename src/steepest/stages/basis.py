@@ -34,6 +34,7 @@ from torch import Tensor
 from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, choice, flag, number, whole
 from steepest.linalg import ridge_unit
+from steepest.ranks import scalar_type
 from steepest.stages.factors import SIDES, Factored, between, transposed
 from steepest.stages.metric import ROUNDING
 from steepest.stages.sizes import of_size
@@ -138,7 +139,7 @@ class Eigenbases(Factored):
         if first or self.options.method == "eigh":
             return eigenvectors(moments)
         moments.diagonal(dim1=-2, dim2=-1).add_(RIDGE * ridge_unit(moments).unsqueeze(-1))
-        return torch.linalg.qr(moments @ old)[0]
+        return torch.linalg.qr(wide(moments) @ wide(old))[0].to(moments.dtype)
 
     def look(
         self, load: Load, gradients: Sequence[Tensor], states: Sequence[dict[str, Tensor]], accept: Tensor | None
@@ -212,14 +213,23 @@ def eigenvectors(moments: Tensor) -> Tensor:
     Returns:
         (B, k, k), orthogonal.
     """
-    values, vectors = torch.linalg.eigh(moments)
+    values, vectors = torch.linalg.eigh(wide(moments))
     values, vectors = values.flip(-1), vectors.flip(-1)
     size = values.size(-1)
-    none = values <= ROUNDING * size * torch.finfo(values.dtype).eps * values[..., :1]
+    none = values <= ROUNDING * size * torch.finfo(moments.dtype).eps * values[..., :1]
     # As good as random, and the same everywhere: on the CPU, since not all devices have float64.
     places = torch.arange(1, size + 1, dtype=torch.float64, device="cpu")
     fixed = torch.outer(places, GOLDEN * places).cos().to(values.device, values.dtype)
-    return torch.linalg.qr(torch.where(none.unsqueeze(-2), fixed, vectors))[0]
+    return torch.linalg.qr(torch.where(none.unsqueeze(-2), fixed, vectors))[0].to(moments.dtype)
+
+
+def wide(matrices: Tensor) -> Tensor:
+    """In float64, if the device has it: last bits then do not depend on where in memory a library finds a matrix.
+
+    Args:
+        matrices: Any shape.
+    """
+    return matrices.to(scalar_type(matrices.device))
 
 
 _CHECKS: Mapping[str, Any] = {

@@ -166,7 +166,7 @@ def test_the_report_can_be_written_anew(capsys, tmp_path):
             ["race", "--task", "txt"],
             f"Unknown task 'txt': did you mean 'text'? Valid: {', '.join(sorted(TASKS))}.",
         ),
-        (["race", "--preset", "dmo"], "Unknown preset 'dmo': did you mean 'demo'? Valid: demo, small, tiny."),
+        (["race", "--preset", "dmo"], "Unknown preset 'dmo': did you mean 'demo'? Valid: deep, demo, small, tiny."),
         (["race", "--task", "digits", "--data", "x"], "The task 'digits' has its own images, got --data 'x'"),
         (["race", "--data", "/nowhere/text"], "/nowhere/text"),
         (["race", "--task", "digits", "--baseline", "sgd", "--out", "OUT"], "The baseline 'sgd', which is not among"),
