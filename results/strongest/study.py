@@ -228,7 +228,7 @@ def walk(label: str, kept: Kept, budget: int = BUDGET) -> list[tuple[RunConfig, 
         run = kept.train(config)
         if run is None:
             return tried
-        loss = math.inf if run.result is None or run.result.tuning_loss is None else run.result.tuning_loss
+        loss = finite(None if run.result is None else run.result.tuning_loss)
         tried.append((config, Tried(options, loss)))
         if kept.out is not None:
             print(f"{label} {len(tried)} {dict(options)}: {loss:.4f}", flush=True)  # noqa: T201
@@ -295,7 +295,7 @@ def look_rows(kept: Kept) -> list[dict[str, object]]:
     """One row for each look."""
     rows: list[dict[str, object]] = []
     for label, run in look_runs(kept):
-        loss = math.inf if run.result is None or run.result.tuning_loss is None else run.result.tuning_loss
+        loss = finite(None if run.result is None else run.result.tuning_loss)
         rows.append({"parts": label, "seed": TUNING_SEED, "tuning_loss": loss, "run": run_hash(run.config)})
     return rows
 
@@ -363,8 +363,7 @@ def part_rows(kept: Kept, around: str = "muon") -> list[dict[str, object]]:
     """One row for each run with a part; a loss that was not finite is infinite."""
     rows: list[dict[str, object]] = []
     for label, seed, run in part_runs(kept, around=around):
-        result = run.result
-        loss = math.inf if result is None or result.final_loss is None else result.final_loss
+        loss = finite(ended(run).loss)
         rows.append({"part": label, "seed": seed, "loss": loss, "run": run_hash(run.config)})
     return rows
 

@@ -37,7 +37,6 @@ from steepest.linalg import ridge_unit
 from steepest.ranks import scalar_type
 from steepest.stages.factors import SIDES, Factored, between, transposed
 from steepest.stages.metric import ROUNDING
-from steepest.stages.sizes import of_size
 from steepest.stages.stage import Entry, Stage
 
 BasisMethod = Literal["qr", "eigh"]
@@ -115,16 +114,6 @@ class Eigenbases(Factored):
     made = "vectors"
     options: Eigenbasis
 
-    @property
-    def keeps_ball(self) -> bool:
-        """Whether directions stay what they are."""
-        return not self.options.split
-
-    @property
-    def may_climb(self) -> bool:
-        """Unless it is split."""
-        return not self.options.split
-
     def entries(self, row: PlanRow) -> Sequence[Entry]:
         """Moments, bases, counts and V, which is laid out like the parameter.
 
@@ -175,25 +164,6 @@ class Eigenbases(Factored):
             for batch, square, mass in zip(between(batches, transposed(q), p), squares, masses, strict=True)
         ]
         return between(inside, q, transposed(p))
-
-    def after(
-        self, load: Load, directions: tuple[Tensor, ...], states: Sequence[dict[str, Tensor]], accept: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """The second half, of the Frobenius norm of what was found; without `split` nothing.
-
-        Args:
-            load: Whose directions these are.
-            directions: (B, m, n) each.
-            states: Of the parameters.
-            accept: Nothing changes.
-
-        Returns:
-            Likewise.
-        """
-        del accept
-        if not self.options.split:
-            return directions
-        return tuple(map(of_size, self.before(load, directions, states), directions))
 
     def _scales(self, square: Tensor) -> Tensor:
         """1 / (√V + ε), or the root of it; 0 where V is nothing but rounding."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steepest.anatomy import Load, PlanRow
-from steepest.stages.sizes import bounded
+from steepest.stages.sizes import bounded, of_size
 from steepest.stages.stage import Entry, Stage, States
 
 SIDES = ("left", "right")
@@ -40,6 +40,11 @@ class FactorOptions(Protocol):
     @property
     def block_size(self) -> int:
         """The longest side, or block of one, that has a moment as a whole."""
+        ...
+
+    @property
+    def split(self) -> bool:
+        """Whether half of the change stands before the lmo and half after it."""
         ...
 
     def attach(self, rows: Sequence[PlanRow]) -> Stage:
@@ -86,6 +91,16 @@ class Factored(Stage):
             if self.count in state and self._counts.get(parameter) is not state[self.count]:
                 self._counts[parameter] = state[self.count]
                 self._begun.discard(parameter)
+
+    @property
+    def keeps_ball(self) -> bool:
+        """Whether directions stay what they are."""
+        return not self.options.split
+
+    @property
+    def may_climb(self) -> bool:
+        """Unless it is split."""
+        return not self.options.split
 
     @property
     def linear(self) -> bool:
@@ -209,6 +224,25 @@ class Factored(Stage):
             states: Written to.
             accept: A 0-d boolean; where it is False, no entry may change. None means True.
         """
+
+    def after(
+        self, load: Load, directions: tuple[Tensor, ...], states: Sequence[dict[str, Tensor]], accept: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The second half, of the Frobenius norm of what was found; without `split` nothing.
+
+        Args:
+            load: Whose directions these are.
+            directions: (B, m, n) each.
+            states: Of the parameters.
+            accept: Nothing changes.
+
+        Returns:
+            Likewise.
+        """
+        del accept
+        if not self.options.split:
+            return directions
+        return tuple(map(of_size, self.before(load, directions, states), directions))
 
     def renewed(self, moments: Tensor, means: Tensor, counts: Tensor, old: Tensor, *, first: bool) -> Tensor:
         """What is made of moments.

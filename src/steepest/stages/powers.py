@@ -32,7 +32,6 @@ from steepest.anatomy import Load, PlanRow
 from steepest.checks import check_fields, flag, number, whole
 from steepest.linalg import damped_power
 from steepest.stages.factors import SIDES, Factored, between
-from steepest.stages.sizes import of_size
 from steepest.stages.stage import Stage
 
 
@@ -107,16 +106,6 @@ class Powers(Factored):
     made = "power"
     options: ShampooPowers
 
-    @property
-    def keeps_ball(self) -> bool:
-        """Whether directions stay what they are."""
-        return not self.options.split
-
-    @property
-    def may_climb(self) -> bool:
-        """Unless it is split."""
-        return not self.options.split
-
     def renewed(self, moments: Tensor, means: Tensor, counts: Tensor, old: Tensor, *, first: bool) -> Tensor:
         """Powers; the old ones where there are none."""
         del old, first
@@ -142,25 +131,6 @@ class Powers(Factored):
             Likewise.
         """
         return between(batches, *(self.made_of(load, states, side) for side in SIDES))
-
-    def after(
-        self, load: Load, directions: tuple[Tensor, ...], states: Sequence[dict[str, Tensor]], accept: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """The second half, of the Frobenius norm of what was found; without `split` nothing.
-
-        Args:
-            load: Whose directions these are.
-            directions: (B, m, n) each.
-            states: Of the parameters.
-            accept: Nothing changes.
-
-        Returns:
-            Likewise.
-        """
-        del accept
-        if not self.options.split:
-            return directions
-        return tuple(map(of_size, self.before(load, directions, states), directions))
 
 
 _CHECKS: Mapping[str, Any] = {
